@@ -1,0 +1,117 @@
+"""Options that are right one by one but can't be had together, or not yet.
+
+An option that would be accepted and then ignored is worse than one that is refused, so every
+such case is a line in this table: the condition, what is wrong, and what to do. Text in braces
+is filled in from the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sophia_galore.config.problems import Problem, raise_problems
+from sophia_galore.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One combination that is refused.
+
+    Args:
+        applies: Whether a configuration has it.
+        keys: The dotted keys that take part; the first one given is the place that is named.
+        cause: What is wrong.
+        remedy: What to do.
+    """
+
+    applies: Callable[[RunConfig], bool]
+    keys: tuple[str, ...]
+    cause: str
+    remedy: str
+
+
+def _both_eval_sources(config: RunConfig) -> bool:
+    # The default share is no wish of the user's: only one that was written down contradicts.
+    given = config.data.model_fields_set
+    return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
+
+
+RULES: dict[str, Rule] = {
+    "no_gradient_checkpointing": Rule(
+        lambda c: not c.training.gradient_checkpointing,
+        ("training.gradient_checkpointing",),
+        "training.gradient_checkpointing: false can't be honoured: the layer-wise engine always recomputes a layer in "
+        "backward, which is what keeps one layer's graph in memory at a time",
+        "Remove it or set it to true; keeping the graphs is planned for a later version.",
+    ),
+    "int8_weights": Rule(
+        lambda c: c.quantization.enabled or c.quantization.load_in_8bit,
+        ("quantization.enabled", "quantization.load_in_8bit"),
+        "int8 weights are not in this version (quantization.enabled: {c.quantization.enabled}, "
+        "quantization.load_in_8bit: {c.quantization.load_in_8bit})",
+        "Set both to false and use model.store: bf16, the smallest store so far.",
+    ),
+    "betas": Rule(
+        lambda c: not all(0 <= beta < 1 for beta in c.optimizer.betas),
+        ("optimizer.betas",),
+        "optimizer.betas {c.optimizer.betas} must both be at least 0 and below 1: at 1 a moment never learns",
+        "Use values such as [0.9, 0.999].",
+    ),
+    "warmup_fills_the_run": Rule(
+        lambda c: 0 < c.training.max_steps <= c.training.warmup_steps,
+        ("training.warmup_steps", "training.max_steps"),
+        "training.warmup_steps ({c.training.warmup_steps}) is not below training.max_steps "
+        "({c.training.max_steps}), so the learning rate would never get past its warm-up",
+        "Lower training.warmup_steps or raise training.max_steps.",
+    ),
+    "constant_with_warmup": Rule(
+        lambda c: c.training.lr_scheduler_type == "constant" and c.training.warmup_steps > 0,
+        ("training.warmup_steps", "training.lr_scheduler_type"),
+        "training.lr_scheduler_type: constant has no warm-up, but training.warmup_steps is {c.training.warmup_steps}",
+        "Use lr_scheduler_type: constant_with_warmup, or set warmup_steps to 0.",
+    ),
+    "two_eval_sources": Rule(
+        _both_eval_sources,
+        ("data.eval_fraction", "data.eval"),
+        "data.eval and data.eval_fraction ({c.data.eval_fraction}) are both given, but only one can supply the "
+        "evaluation examples",
+        "Remove data.eval_fraction to evaluate on data.eval, or data.eval to hold out a share of the training data.",
+    ),
+    "nothing_to_evaluate": Rule(
+        lambda c: c.training.eval_every_steps > 0 and c.data.eval is None and c.data.eval_fraction == 0,
+        ("training.eval_every_steps", "data.eval_fraction"),
+        "training.eval_every_steps is {c.training.eval_every_steps}, but there is nothing to evaluate on: data.eval is "
+        "null and data.eval_fraction is 0",
+        "Set data.eval or data.eval_fraction, or set training.eval_every_steps to 0.",
+    ),
+}
+
+
+def contradictions(config: RunConfig, where: Mapping[str, str] | None = None) -> list[Problem]:
+    """Every rule that a configuration breaks.
+
+    Args:
+        config: Values that are each valid by themselves.
+        where: Place in which each key was given, by dotted key.
+    """
+    places = where or {}
+    return [
+        Problem(next((places[key] for key in rule.keys if key in places), ""), _filled(rule.cause, config), rule.remedy)
+        for rule in RULES.values()
+        if rule.applies(config)
+    ]
+
+
+def check(config: RunConfig) -> None:
+    """Refuses a configuration that was built in Python, on the same grounds as one from a file.
+
+    Raises:
+        ConfigError: Naming every contradiction.
+    """
+    raise_problems(contradictions(config))
+
+
+def _filled(text: str, config: RunConfig) -> str:
+    # Truth values appear as YAML spells them.
+    return text.format(c=config).replace("True", "true").replace("False", "false")

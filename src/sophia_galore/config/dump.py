@@ -1,0 +1,43 @@
+"""A configuration written down: as YAML that loads back, as flat values, as a reference table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from sophia_galore.config.keys import keys
+from sophia_galore.config.problems import show
+from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.yaml_core import CoreDumper
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete configuration as YAML, which `load_config` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    if config.data.eval is not None and config.data.eval_fraction > 0:
+        # Only the untouched default can be here; written down it would ask for two evaluation sets.
+        del values["data"]["eval_fraction"]
+    return yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Every value by its dotted key, in the schema's order."""
+    return {name: _at(config, name) for name in keys()}
+
+
+def config_reference() -> str:
+    """A Markdown table of every key: what it accepts, its default, its meaning."""
+    rows = ["| key | accepts | default | meaning |", "|---|---|---|---|"]
+    for key in keys().values():
+        cells = (f"`{key.name}`", key.accepts, f"`{show(key.default)}`", key.description)
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _at(config: RunConfig, name: str) -> object:
+    value: Any = config
+    for word in name.split("."):
+        value = value[word] if isinstance(value, Mapping) else getattr(value, word)
+    return value

@@ -1,0 +1,124 @@
+"""The keys of the schema, seen from outside: dotted names, defaults and what each accepts.
+
+Everything here is read off `RunConfig`, so that a new field appears in messages, in the
+reference and in suggestions without a second place to edit.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from sophia_galore.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """One option.
+
+    Args:
+        name: Dotted, as "training.max_steps".
+        annotation: The field's type.
+        accepts: The values it takes, in words.
+        default: Value if nothing is given.
+        description: The sentence from the schema.
+    """
+
+    name: str
+    annotation: Any
+    accepts: str
+    default: object
+    description: str
+
+    def takes(self, kind: type) -> bool:
+        """Whether a plain value of this type is among what the key accepts."""
+        return kind in _members(self.annotation)
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every option by its dotted name, in the schema's order."""
+    return {key.name: key for key in _walk(RunConfig, "")}
+
+
+@cache
+def sections() -> tuple[str, ...]:
+    """Every section by its dotted name, in the schema's order; the top level is not among them."""
+    names: list[str] = []
+    for name in keys():
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            section = ".".join(parts[:depth])
+            if section not in names:
+                names.append(section)
+    return tuple(names)
+
+
+def known_keys() -> list[str]:
+    """The dotted names of all options, sorted."""
+    return sorted(keys())
+
+
+def children(section: str) -> list[str]:
+    """The words that may stand directly under a section; "" is the top level."""
+    prefix = f"{section}." if section else ""
+    words = (name[len(prefix) :].split(".")[0] for name in keys() if name.startswith(prefix))
+    return list(dict.fromkeys(words))
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for word, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _walk(annotation, f"{prefix}{word}.")
+        else:
+            default = field.get_default(call_default_factory=True, validated_data={})
+            yield Key(f"{prefix}{word}", annotation, _accepts(field), default, field.description or "")
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; a type that is no union is its only member."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _accepts(field: FieldInfo) -> str:
+    members = _members(field.annotation)
+    words = [_words(member) for member in members if member is not type(None)]
+    text = " or ".join(words) + _bounds(field)
+    return f"{text}, or null" if type(None) in members else text
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        values = ", ".join(str(value) for value in arguments)
+        return f"one of {values}" if len(arguments) > 1 else values
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list, each item {_words(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} values, each {_words(arguments[0])}"
+    plain = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return plain.get(annotation, str(annotation))
+
+
+def _bounds(field: FieldInfo) -> str:
+    """The limits on a value, as " of at least 0 and below 1"."""
+    words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
+    limits = [
+        text.format(f"{limit:g}" if isinstance(limit, float) else limit)
+        for constraint in field.metadata
+        for name, text in words.items()
+        if (limit := getattr(constraint, name, None)) is not None
+    ]
+    if any(getattr(constraint, "min_length", None) for constraint in field.metadata):
+        limits.append("that is not empty")
+    return f" {' and '.join(limits)}" if limits else ""

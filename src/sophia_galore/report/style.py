@@ -1,0 +1,131 @@
+"""One look for all figures: quiet axes, readable text, colours that colour-blind people can tell apart.
+
+matplotlib takes about a second to import, so it is imported where it is used and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sophia_galore.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette (jfly.uni-koeln.de/color), which stays distinct under every colour blindness.
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+SKY = "#56B4E9"
+INK = "#1F2933"
+MUTED = "#6B7785"
+FAINT = "#E4E8EC"
+
+# Any: what names the keys may have differs between versions of matplotlib.
+_SETTINGS: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so the figure is the same everywhere
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.axisbelow": True,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Inside, figures look like ours, whatever the user's own matplotlibrc says."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_SETTINGS)
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure on the Agg canvas, which needs no display and no global state.
+
+    Args:
+        width: In inches.
+        height: In inches.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def headline(figure: Figure, title: str, subtitle: str) -> None:
+    """A title and, below it, one muted line; the top 0.9 inch of the figure is theirs."""
+    height = figure.get_size_inches()[1]
+    left = 0.35 / figure.get_size_inches()[0]
+    figure.text(left, 1 - 0.22 / height, title, fontsize=15, fontweight="bold", va="top", ha="left")
+    figure.text(left, 1 - 0.56 / height, subtitle, fontsize=10.5, color=MUTED, va="top", ha="left")
+
+
+def step_axis(axes: Axes) -> None:
+    """Whole numbers along x: there is no half step."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(axis="y")
+    axes.margins(x=0.02)
+    first, last = axes.dataLim.intervalx
+    if first == last:
+        axes.set_xlim(first - 1, first + 1)
+
+
+def quantity(axes: Axes, text: str) -> None:
+    """What the y axis shows, written above it where it needs no turned head."""
+    axes.set_title(text, fontsize=10, fontweight="normal", color=MUTED, pad=6)
+
+
+def note(axes: Axes, text: str) -> None:
+    """Says why a panel is empty, in its middle."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure as PNG without dates or versions: the same records, the same bytes.
+
+    Raises:
+        EnvironmentProblem: If the file can't be written.
+    """
+    try:
+        figure.savefig(path, format="png", metadata={"Software": None})
+    except OSError as error:
+        cause = f"{path} can't be written: {error.strerror}"
+        raise EnvironmentProblem(cause, "Check the folder's permissions and the free space.") from None
+    return path

@@ -1,0 +1,106 @@
+"""Contradictions: every rule fires, says why, and leaves its neighbours alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sophia_galore.config import RunConfig, load_config
+from sophia_galore.config.check import RULES, check, contradictions
+from sophia_galore.config.keys import keys
+from sophia_galore.errors import ConfigError
+
+# rule: (words that break it, parts of the message, words one step away that do not)
+CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
+    "no_gradient_checkpointing": [
+        (["gradient_checkpointing=false"], ["recompute", "later version"], ["gradient_checkpointing=true"])
+    ],
+    "int8_weights": [
+        (["quantization.enabled=true"], ["int8", "enabled: true", "model.store: bf16"], ["quantization.enabled=false"]),
+        (["load_in_8bit=true"], ["int8", "load_in_8bit: true"], ["load_in_8bit=false"]),
+    ],
+    "betas": [
+        (["optimizer.betas=[0.9, 1]"], ["below 1"], ["optimizer.betas=[0, 0.9999]"]),
+        (["optimizer.betas=[-0.1, 0.9]"], ["at least 0"], ["optimizer.betas=[0.0, 0.0]"]),
+    ],
+    "warmup_fills_the_run": [
+        (
+            ["training.max_steps=5", "training.warmup_steps=5"],
+            ["warmup_steps (5)", "max_steps (5)"],
+            ["training.max_steps=5", "training.warmup_steps=4"],
+        ),
+        (["max_steps=1", "warmup_steps=9"], ["warm-up"], ["max_steps=0", "warmup_steps=9"]),
+    ],
+    "constant_with_warmup": [
+        (
+            ["lr_scheduler_type=constant", "warmup_steps=3"],
+            ["constant_with_warmup", "is 3"],
+            ["lr_scheduler_type=constant_with_warmup", "warmup_steps=3"],
+        )
+    ],
+    "two_eval_sources": [
+        (
+            ["data.eval=x.json", "data.eval_fraction=0.05"],
+            ["data.eval", "0.05", "Remove"],
+            ["data.eval=x.json", "data.eval_fraction=0"],
+        ),
+        (["data.eval=x.json", "data.eval_fraction=0.2"], ["0.2"], ["data.eval=x.json"]),
+    ],
+    "nothing_to_evaluate": [
+        (
+            ["training.eval_every_steps=2", "data.eval_fraction=0"],
+            ["nothing to evaluate"],
+            ["training.eval_every_steps=2", "data.eval_fraction=0", "data.eval=x.json"],
+        )
+    ],
+}
+FLAT = [(rule, *case) for rule, cases in CASES.items() for case in cases]
+
+
+def test_every_rule_has_a_case_and_known_keys() -> None:
+    assert set(CASES) == set(RULES)
+    assert {key for rule in RULES.values() for key in rule.keys} <= set(keys())
+
+
+@pytest.mark.parametrize(("rule", "breaking", "expected", "fine"), FLAT)
+def test_a_rule_fires_and_only_it(rule: str, breaking: list[str], expected: list[str], fine: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, breaking)
+    for part in ("in the override", *expected):
+        assert part in str(caught.value)
+    assert caught.value.remedy == RULES[rule].remedy
+    load_config(None, fine)
+
+
+def test_the_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("training:\n  max_steps: 5\n  warmup_steps: 7\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:3: training\.warmup_steps \(7\)"):
+        load_config(path)
+
+
+def test_several_contradictions_are_one_message() -> None:
+    words = ["quantization.enabled=true", "gradient_checkpointing=false"]
+    with pytest.raises(ConfigError, match="2 problems"):
+        load_config(None, words)
+
+
+def test_a_configuration_built_in_python_is_held_to_the_same_rules() -> None:
+    check(RunConfig())
+    config = RunConfig.model_validate({"quantization": {"enabled": True}})
+    assert len(contradictions(config)) == 1
+    with pytest.raises(ConfigError, match="int8"):
+        check(config)
+
+
+ALLOWED = [
+    ["optim=adamw", "optimizer.galore.rank=4"],
+    ["training.max_steps=5", "training.epochs=3"],
+    ["data.eval_fraction=0"],
+]
+
+
+@pytest.mark.parametrize("words", ALLOWED)
+def test_what_is_documented_to_go_together_does(words: list[str]) -> None:
+    load_config(None, words)
