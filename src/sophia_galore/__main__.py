@@ -1,0 +1,7 @@
+"""`python -m sophia_galore` is `sophia-galore`."""
+
+from __future__ import annotations
+
+from sophia_galore.cli.main import entry
+
+entry()

@@ -1,0 +1,28 @@
+"""`sophia-galore check`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
+from sophia_galore.cli.show import Terminal
+from sophia_galore.train.listener import Listener
+from sophia_galore.train.prepare import prepare
+
+
+def check(
+    overrides: Overrides = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    optimizer: OptimizerOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON, a route a parameter.")] = False,
+) -> None:
+    """Show what `train` would do, without loading a weight or writing a file."""
+    asked = read_config(config, optimizer, overrides)
+    prepared = prepare(asked, Listener() if as_json else Terminal())
+    if as_json:
+        print(json.dumps(prepared.plan.to_json(), indent=2))
+    else:
+        print("Nothing speaks against this run.")

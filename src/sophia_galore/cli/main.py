@@ -1,0 +1,111 @@
+"""`sophia-galore`: arguments in, an exit code out.
+
+0  done (also: stopped by the user after saving)
+1  the run failed
+2  something in what the user gave is wrong: one message, cause and remedy
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+
+from sophia_galore import __version__
+from sophia_galore.cli.check import check
+from sophia_galore.cli.download import download
+from sophia_galore.cli.generate import generate
+from sophia_galore.cli.prepare_data import prepare_data
+from sophia_galore.cli.train import train
+from sophia_galore.errors import SophiaGaloreError
+
+app = typer.Typer(
+    name="sophia-galore",
+    help="Full-parameter fine-tuning of language models on small cards. --debug shows tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train)
+app.command("check")(check)
+app.command("prepare-data")(prepare_data)
+app.command("download")(download)
+app.command("generate")(generate)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sophia-galore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True)) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = _resume_as_value([word for word in arguments if word != "--debug"])
+    try:
+        returned = typer.main.get_command(app).main(arguments, prog_name="sophia-galore", standalone_mode=False)
+        return returned if isinstance(returned, int) else 0
+    except Exception as error:
+        if debug and not isinstance(error, typer.TyperException):
+            raise
+        return _explain(error)
+    except KeyboardInterrupt:
+        _complain("Stopped.", "")
+        return 130
+
+
+def entry() -> None:
+    """The installed command."""
+    sys.exit(main())
+
+
+def _resume_as_value(arguments: list[str]) -> list[str]:
+    """`--resume` takes a path or nothing; the parser wants a value, so nothing becomes "latest"."""
+    out: list[str] = []
+    for index, word in enumerate(arguments):
+        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+        bare = word == "--resume" and (not following or following.startswith("-") or "=" in following)
+        out.append("--resume=latest" if bare else word)
+    return out
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, SophiaGaloreError):
+        _complain(error.cause, error.remedy)
+        return error.exit_code
+    if isinstance(error, typer.TyperException):
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        _complain(message, "sophia-galore COMMAND --help shows what a command takes.")
+        return 2
+    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        _complain(
+            f"Out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
+            "Lower training.batch_size or training.max_length, or use model.store=bf16.",
+        )
+        return 1
+    _complain(f"{type(error).__name__}: {error}", "This should not happen. --debug shows where it did.")
+    return 1
+
+
+def _complain(cause: str, remedy: str) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("Error:", style="bold red", end=" ")
+    console.print(cause, markup=False)
+    if remedy:
+        console.print(remedy, markup=False)

@@ -1,0 +1,142 @@
+"""What a run shows on the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from sophia_galore.cli.sizes import bytes_in_words, time_in_words
+from sophia_galore.data.dataset import Dataset
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.train.listener import Listener
+
+_LONGEST_EXAMPLE = 900
+
+
+class Terminal(Listener):
+    """Shows a run: on a terminal with a line that stays alive during a step, elsewhere a line a step.
+
+    Args:
+        logging_steps: Every how many steps a line stays.
+    """
+
+    def __init__(self, logging_steps: int = 1) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._logging_steps = logging_steps
+        self._status: Status | None = None
+
+    def say(self, text: str) -> None:
+        """A sentence for the user."""
+        self.console.print(text, markup=False)
+
+    def data_read(self, source: str, dataset: Dataset) -> None:
+        """Show what became of the data."""
+        for use, part in (("train", dataset.summary.train), ("eval", dataset.summary.eval)):
+            if not part.num_records:
+                continue
+            self.say(
+                f"{source} ({dataset.format}), {use}: {part.num_examples} of {part.num_records} records, "
+                f"{part.num_tokens:,} tokens ({part.num_counted / part.num_tokens:.0%} counted by the loss), "
+                f"longest {part.longest}; {part.num_cut} cut to max_length, "
+                f"{part.num_dropped + part.num_cut_empty} dropped as too long."
+            )
+        if dataset.summary.num_shared:
+            self.console.print(
+                f"{dataset.summary.num_shared} training records are in the evaluation data too: "
+                "its loss will look better than it is.",
+                style="bold yellow",
+                markup=False,
+            )
+
+    def planned(self, plan: RunPlan) -> None:
+        """Show what will be trained by what."""
+        self.console.print(plan_table(plan))
+        ledger = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.ledger.items() if size)
+        self.say(
+            f"{plan.num_steps} steps on {plan.num_train_examples} examples "
+            f"({plan.steps_per_epoch} steps an epoch), {plan.num_eval_examples} held out; "
+            f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {ledger}."
+        )
+        for note in plan.notes:
+            self.console.print(note, style="bold yellow", markup=False)
+
+    def examples(self, rendered: list[list[tuple[str, bool]]]) -> None:
+        """Show training examples; what the loss counts stands out."""
+        for number, segments in enumerate(rendered, 1):
+            text = Text()
+            for part, counted in segments:
+                # Brackets too, since colours are lost where the output goes to a file.
+                text.append(f"⟦{part}⟧" if counted else part, style="green" if counted else "dim")
+            text.truncate(_LONGEST_EXAMPLE, overflow="ellipsis")
+            self.console.print(f"Training example {number} (the loss counts what is in ⟦green brackets⟧):")
+            self.console.print(text)
+
+    def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
+        """Show one step."""
+        line = (
+            f"step {record['step']:>{len(str(num_steps))}}/{num_steps}  loss {record['loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:.0f} tokens/s  "
+            f"{bytes_in_words(record['reserved_bytes'] or record['process_bytes'])}  "
+            f"{time_in_words(seconds_left)} left"
+        )
+        self._clear()
+        if record["step"] % self._logging_steps == 0 or record["step"] == num_steps:
+            self.say(line)
+        if self.console.is_terminal and record["step"] < num_steps:
+            self._status = self.console.status(line)
+            self._status.start()
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        """Show one evaluation."""
+        self._clear()
+        self.console.print(f"eval loss {eval_loss:.4f} after step {step}", style="bold", markup=False)
+
+    def answered(self, when: str, answers: list[tuple[str, str]]) -> None:
+        """Show the sample answers."""
+        self._clear()
+        for question, given in answers:
+            self.console.print(f"[{when} training] {question}", style="cyan", markup=False)
+            self.console.print(f"  {given}", markup=False)
+
+    def close(self) -> None:
+        """Take the live line away."""
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def plan_table(plan: RunPlan) -> Table:
+    """The routes, summed up by what trains them and why."""
+    table = Table(title=f"{plan.model_name} ({plan.model_source}): what is trained by what", title_justify="left")
+    for column in ("trained by", "why"):
+        table.add_column(column)
+    for column in ("tensors", "parameters", "share", "state", "peak lr"):
+        table.add_column(column, justify="right")
+    groups: dict[tuple[str, str], Counter[str]] = {}
+    for route in plan.routes:
+        group = groups.setdefault((route.rule, route.why), Counter())
+        group["tensors"] += 1
+        group["parameters"] += route.num_elements
+        group["bytes"] += route.state_bytes + route.projection_bytes
+    rates = {"galore": plan.learning_rate, "adamw": plan.dense_learning_rate}
+    for (rule, why), group in groups.items():
+        table.add_row(
+            rule,
+            why,
+            str(group["tensors"]),
+            f"{group['parameters']:,}",
+            f"{group['parameters'] / plan.num_parameters:.1%}",
+            bytes_in_words(group["bytes"]),
+            f"{rates[rule]:.2e}",
+        )
+    table.add_section()
+    table.add_row("", "all", str(len(plan.routes)), f"{plan.num_parameters:,}", "100%", "", "")
+    return table

@@ -1,0 +1,74 @@
+"""`sophia-galore train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
+from sophia_galore.cli.show import Terminal
+from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.report.plots import plot_loss, plot_memory
+from sophia_galore.train import folder as names
+from sophia_galore.train import run
+
+
+def train(
+    overrides: Overrides = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    optimizer: OptimizerOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", help="Go on from the run's newest complete checkpoint, or from the one named."),
+    ] = None,
+) -> None:
+    """Fine-tune all weights of a model."""
+    asked = read_config(config, optimizer, overrides)
+    terminal = Terminal(asked.training.logging_steps)
+    try:
+        result = run.train(
+            asked,
+            terminal,
+            resume=resume is not None,
+            resume_from=None if resume in (None, "latest") else Path(resume),
+        )
+    finally:
+        terminal.close()
+    if not result.finished:
+        terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
+        terminal.say(f"Go on with: sophia-galore train --config {config} --resume" + _words(optimizer, overrides))
+        return
+    pictures = [plot_loss(result.folder), plot_memory(result.folder)]
+    _compare_answers(terminal, result.folder)
+    if result.eval_losses:
+        (_, before), (_, after) = result.eval_losses[0], result.eval_losses[-1]
+        terminal.console.print(
+            f"Eval loss {before:.4f} before, {after:.4f} after training: {after - before:+.4f} nats a token.",
+            style="bold green" if after < before else "bold red",
+        )
+    memory = result.memory
+    terminal.say(
+        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated, "
+        f"{bytes_in_words(memory['peak_reserved_bytes'])} reserved, "
+        f"{bytes_in_words(memory['peak_process_bytes'])} resident ({memory['measured_by']})."
+    )
+    terminal.say(f"Model, records and reports: {result.folder}")
+    terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
+
+
+def _words(optimizer: str | None, overrides: list[str] | None) -> str:
+    return "".join(f" {word}" for word in ([f"--optimizer {optimizer}"] if optimizer else []) + (overrides or []))
+
+
+def _compare_answers(terminal: Terminal, folder: Path) -> None:
+    path = folder / names.ANSWERS
+    if not path.exists():
+        return
+    answers = json.loads(path.read_text(encoding="utf-8"))
+    for question, after in answers.get("after", {}).items():
+        terminal.console.print(question, style="bold cyan", markup=False)
+        terminal.console.print(f"  before: {answers.get('before', {}).get(question, '-')}", style="dim", markup=False)
+        terminal.console.print(f"  after:  {after}", markup=False)

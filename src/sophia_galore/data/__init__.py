@@ -1,0 +1,1 @@
+"""Records on disk -> chat text with a loss mask -> examples -> batches in a reproducible order."""

@@ -1,0 +1,119 @@
+"""What all record formats are turned into, and what is common to their conversion."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sophia_galore.data.record import Record
+from sophia_galore.errors import DataError
+
+Kind = Literal["chat", "completion", "text"]
+Message = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One training text before it meets a tokenizer.
+
+    Attributes:
+        messages: The turns as (role, content); roles are system, user, assistant and tool.
+            Raw text has none.
+        where: The record's place, for messages.
+        kind: ``chat``: needs a chat template. ``completion``: one user and one assistant turn
+            which may also be written one after the other. ``text``: `text` as it is.
+        num_context: So many messages at the beginning are context: their answers don't count.
+        text: The raw text of kind ``text``.
+    """
+
+    messages: tuple[Message, ...]
+    where: str
+    kind: Kind = "chat"
+    num_context: int = 0
+    text: str = ""
+
+    def content_hash(self) -> str:
+        """A digest of what is said, regardless of where it stands and of outer whitespace.
+
+        Returns:
+            64 hexadecimal digits; equal for records that a split must not separate.
+        """
+        digest = hashlib.sha256()
+        for role, content in (*self.messages, ("text", self.text)):
+            body = content.strip().encode("utf-8", "surrogatepass")
+            digest.update(f"{role}\x1f{len(body)}\x1f".encode())
+            digest.update(body)
+        return digest.hexdigest()
+
+
+def string_field(record: Record, name: str, *, required: bool = True) -> str:
+    """A record's field that must be a string.
+
+    Args:
+        record: The record.
+        name: The field.
+        required: Whether a missing or null field is an error; else it counts as empty.
+
+    Returns:
+        The string.
+
+    Raises:
+        DataError: It is missing though required, or no string.
+    """
+    value = record.fields.get(name)
+    if value is None:
+        if not required:
+            return ""
+        raise DataError(
+            f"{record.where}: the field `{name}` is missing.",
+            f"Add it; the record has {listed(present(record))}.",
+        )
+    return checked_string(value, record.where, name)
+
+
+def checked_string(value: Any, where: str, name: str) -> str:
+    """Passes a string on and refuses anything else.
+
+    Args:
+        value: The value.
+        where: The record's place, for the message.
+        name: The field's name, for the message.
+
+    Returns:
+        The same string.
+
+    Raises:
+        DataError: It is no string, or holds half of a surrogate pair, which no tokenizer can read.
+    """
+    if not isinstance(value, str):
+        raise DataError(
+            f"{where}: the field `{name}` is of type {type(value).__name__} where text is expected.",
+            "Write a string there.",
+        )
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise DataError(
+            f"{where}: the field `{name}` holds half of a surrogate pair (an emoji cut in two).",
+            "Remove the broken \\ud800..\\udfff escape.",
+        )
+    return value
+
+
+def present(record: Record) -> list[str]:
+    """The names of a record's fields that are not null (tables fill absent fields with null)."""
+    return [str(name) for name, value in record.fields.items() if value is not None]
+
+
+def listed(names: list[str]) -> str:
+    """Field names for a message.
+
+    Args:
+        names: The names; long lists are shortened.
+
+    Returns:
+        Such as "`a`, `b`", or "no field at all".
+    """
+    if not names:
+        return "no field at all"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(f"`{name}`" for name in names[:8]) + more

@@ -1,0 +1,172 @@
+"""From the data section of the configuration to training and evaluation examples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sophia_galore.config.schema import DataConfig
+from sophia_galore.data.conversation import Conversation
+from sophia_galore.data.example import Example
+from sophia_galore.data.formats import detect_format, to_conversation
+from sophia_galore.data.read import read_records
+from sophia_galore.data.render import Tokenised, tokenise
+from sophia_galore.data.split import in_seeded_order, split_off
+from sophia_galore.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """What became of one part of the data, training or evaluation.
+
+    Attributes:
+        num_records: Records chosen for this part.
+        num_examples: Examples they gave.
+        num_cut: Of these, so many were cut at the end.
+        num_dropped: Records left out because they are too long.
+        num_cut_empty: Records left out because nothing that counts survived the cut.
+        num_tokens: Tokens of all examples.
+        num_counted: Tokens that count in the loss.
+        longest: Tokens of the longest example; 0 if there is none.
+    """
+
+    num_records: int
+    num_examples: int
+    num_cut: int
+    num_dropped: int
+    num_cut_empty: int
+    num_tokens: int
+    num_counted: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts to show before a run, of both parts.
+
+    Attributes:
+        train: The training part.
+        eval: The evaluation part; all zero without evaluation.
+        num_shared: Training records whose text is in the separate evaluation data too, which
+            makes its loss look better than it is. Always 0 when a fraction is held out.
+    """
+
+    train: PartSummary
+    eval: PartSummary
+    num_shared: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What a run trains and evaluates on.
+
+    Attributes:
+        train: Training examples; at least one.
+        eval: Evaluation examples; none if no evaluation was asked for.
+        format: The format of the training records.
+        summary: Counts.
+        fingerprint: SHA-256 over token ids and masks of both parts in order, 64 hex digits.
+    """
+
+    train: list[Example]
+    eval: list[Example]
+    format: str
+    summary: DataSummary
+    fingerprint: str
+
+
+def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Reads, converts, splits and tokenises the data of a run.
+
+    Args:
+        config: The data section of the configuration.
+        max_length: Longest example in tokens.
+        seed: The run's seed; it fixes the split and which examples a maximum keeps.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        The examples and what is to be said about them.
+
+    Raises:
+        DataError: Something in the data can't be used; the message names file, place and field.
+        EnvironmentProblem: A file may not be read.
+    """
+    conversations, found = _conversations(config.train, config.format)
+    num_shared = 0
+    if config.eval is None:
+        train, held = split_off(conversations, config.eval_fraction, seed)
+    else:
+        held = in_seeded_order(_conversations(config.eval, config.format)[0], seed, "eval order")
+        train = in_seeded_order(conversations, seed, "train order")
+    train, held = train[: config.max_train_examples], held[: config.max_eval_examples]
+    if config.eval is not None:
+        known = {conversation.content_hash() for conversation in held}
+        num_shared = sum(conversation.content_hash() in known for conversation in train)
+    train_part = tokenise(train, tokenizer, max_length=max_length, too_long=config.too_long)
+    eval_part = tokenise(held, tokenizer, max_length=max_length, too_long=config.too_long)
+    _require_examples(train_part, train, config.train, "training", max_length)
+    if held:
+        _require_examples(eval_part, held, config.eval or config.train, "evaluation", max_length)
+    return Dataset(
+        train=train_part.examples,
+        eval=eval_part.examples,
+        format=found,
+        summary=DataSummary(_summary(train_part, len(train)), _summary(eval_part, len(held)), num_shared),
+        fingerprint=fingerprint(train_part.examples, eval_part.examples),
+    )
+
+
+def fingerprint(train: Sequence[Example], eval: Sequence[Example]) -> str:
+    """A digest of everything about the data that can change the numbers of a run.
+
+    Args:
+        train: Training examples.
+        eval: Evaluation examples.
+
+    Returns:
+        SHA-256 over the number of examples in each part and each example's length, token ids
+        (little-endian int32) and mask, 64 hex digits.
+    """
+    digest = hashlib.sha256()
+    for part in (train, eval):
+        digest.update(len(part).to_bytes(8, "little"))
+        for example in part:
+            digest.update(example.num_tokens.to_bytes(8, "little"))
+            digest.update(example.input_ids.numpy().astype("<i4").tobytes())
+            digest.update(example.counted.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _conversations(source: str, format: str) -> tuple[list[Conversation], str]:
+    records = read_records(source)
+    found = detect_format(records) if format == "auto" else format
+    return [to_conversation(record, found) for record in records], found
+
+
+def _require_examples(part: Tokenised, given: Sequence[Conversation], source: str, use: str, max_length: int) -> None:
+    if part.examples:
+        return
+    raise DataError(
+        f"{source}: of {len(given)} {use} records none is left: {part.num_dropped} are longer than {max_length} "
+        f"tokens, in {part.num_cut_empty} the answer begins after them.",
+        "Raise `training.max_length`" + (", or set `data.too_long: cut`." if part.num_dropped else "."),
+    )
+
+
+def _summary(part: Tokenised, num_records: int) -> PartSummary:
+    lengths = [example.num_tokens for example in part.examples]
+    return PartSummary(
+        num_records=num_records,
+        num_examples=len(part.examples),
+        num_cut=part.num_cut,
+        num_dropped=part.num_dropped,
+        num_cut_empty=part.num_cut_empty,
+        num_tokens=sum(lengths),
+        num_counted=sum(example.num_counted for example in part.examples),
+        longest=max(lengths, default=0),
+    )

@@ -1,0 +1,96 @@
+"""Records of a dataset on the Hugging Face hub, or of its copy in the local cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+import urllib.request
+from pathlib import PurePath
+from urllib.parse import urlsplit
+
+from sophia_galore.data.record import Record
+from sophia_galore.errors import DataError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%:+-]+)?")
+FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".xlsx", ".zip", ".gz", ".zst", ".arrow", ".md"}
+REACH_TIMEOUT_S = 3.0
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no file here could be a hub dataset.
+
+    Args:
+        name: What the user wrote.
+
+    Returns:
+        True for ``owner/name`` and ``owner/name:split``, unless it ends like a data file.
+    """
+    return HUB_ID.fullmatch(name) is not None and PurePath(name).suffix.lower() not in FILE_ENDINGS
+
+
+def read_hub(dataset_id: str) -> list[Record]:
+    """Loads a dataset of the hub.
+
+    The endpoint is tried first, because the hub's client would retry a dead one for minutes.
+    With ``HF_HUB_OFFLINE=1`` only the local cache is looked at.
+
+    Args:
+        dataset_id: ``owner/name`` (its split ``train``) or ``owner/name:split``.
+
+    Returns:
+        The records; ``where`` counts them from 1.
+
+    Raises:
+        DataError: The hub can't be reached, or does not have the dataset or the split.
+    """
+    name, _, split = dataset_id.partition(":")
+    split = split or "train"
+    if not _offline() and not _reachable(endpoint := os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        raise DataError(
+            f"{dataset_id} is no file or folder here, and the hub at {endpoint} can't be reached to look for it there.",
+            "Check the path or the network; HF_ENDPOINT names a mirror, HF_HUB_OFFLINE=1 uses only the local cache.",
+        )
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+        records = [Record(dict(row), f"{dataset_id}, record {number}") for number, row in enumerate(rows, start=1)]
+    except Exception as error:  # the client raises anything from KeyError to its own ConnectionErrors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{dataset_id} is no file or folder here, and the dataset {name!r} (split {split!r}) can't be loaded: "
+            f"{reason}",
+            "Check the name on the hub; `owner/name:split` chooses a split.",
+        ) from error
+    if not records:
+        raise DataError(f"{dataset_id} is empty: there is no record in it.", "Choose another split.")
+    return records
+
+
+def _offline() -> bool:
+    yes = {"1", "on", "yes", "true"}
+    return any(os.environ.get(name, "").lower() in yes for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+
+
+def _reachable(endpoint: str) -> bool:
+    address = urlsplit(endpoint)
+    proxy = urllib.request.getproxies().get(address.scheme)
+    if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
+        address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = address.hostname or "", address.port or (443 if address.scheme == "https" else 80)
+    answered = threading.Event()
+
+    def knock() -> None:
+        try:
+            socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
+        except OSError:
+            return
+        answered.set()
+
+    # In a thread of its own: the socket's timeout does not cover a name server that never answers.
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(REACH_TIMEOUT_S)
+    return answered.is_set()

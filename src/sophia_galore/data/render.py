@@ -1,0 +1,130 @@
+"""Conversations become examples: token ids with a mask of what counts, cut to a length.
+
+Only what the assistant says counts (in a chat), or the completion, or everything (raw text). An
+example in which nothing counts is refused: training on it would change nothing and look like work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from sophia_galore.data.chat_mask import Masked, chat_tokens, training_template
+from sophia_galore.data.conversation import Conversation
+from sophia_galore.data.example import Example, describe
+from sophia_galore.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Example", "Tokenised", "describe", "tokenise"]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Examples, and what was lost on the way to them.
+
+    Attributes:
+        examples: In the order of the conversations.
+        num_cut: Of these examples, so many were cut at the end.
+        num_dropped: Conversations left out because they are too long.
+        num_cut_empty: Conversations left out because nothing that counts survived the cut.
+    """
+
+    examples: list[Example]
+    num_cut: int
+    num_dropped: int
+    num_cut_empty: int
+
+
+def tokenise(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: Literal["cut", "drop"],
+) -> Tokenised:
+    """Renders conversations with the tokenizer's chat template and masks what does not count.
+
+    Args:
+        conversations: What to render.
+        tokenizer: A fast tokenizer; one without a chat template serves raw text and string
+            completions only.
+        max_length: Longest example in tokens.
+        too_long: ``cut`` longer ones at the end, or ``drop`` them.
+
+    Returns:
+        The examples and counts of what was cut and left out.
+
+    Raises:
+        DataError: The tokenizer can't do it, or a conversation has no token that counts.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            "This model's tokenizer is a slow one, which does not say where in the text its tokens stand.",
+            "Use a model that comes with a `tokenizer.json`.",
+        )
+    has_template = bool(tokenizer.chat_template)
+    needs_template = has_template and any(conversation.kind != "text" for conversation in conversations)
+    template = training_template(tokenizer) if needs_template else None
+    examples: list[Example] = []
+    num_cut = num_dropped = num_cut_empty = 0
+    for conversation in conversations:
+        example = _example(conversation, tokenizer, template, has_template)
+        if example.num_tokens <= max_length:
+            examples.append(example)
+        elif too_long == "drop":
+            num_dropped += 1
+        elif not (cut := _cut(example, max_length)).num_counted:
+            num_cut_empty += 1
+        else:
+            num_cut += 1
+            examples.append(cut)
+    return Tokenised(examples, num_cut, num_dropped, num_cut_empty)
+
+
+def _example(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str | None, has_template: bool
+) -> Example:
+    if conversation.kind == "text":
+        ids, counted = _plain(tokenizer, "", conversation.text)
+    elif has_template:
+        ids, counted = chat_tokens(conversation, tokenizer, template)
+    elif conversation.kind == "completion":
+        (_, prompt), (_, completion) = conversation.messages
+        ids, counted = _plain(tokenizer, prompt, completion)
+    else:
+        raise DataError(
+            f"{conversation.where}: this is a conversation, but the model's tokenizer has no chat template.",
+            "Use an instruction-tuned model, or data of the format `text` or `prompt_completion` (with strings).",
+        )
+    example = Example.of(ids, counted, conversation.where)
+    if not example.num_counted:
+        raise DataError(
+            f"{conversation.where}: an example without a counted token: nothing in it would be learned.",
+            "Check that its answer is not empty and that the model's chat template writes out assistant turns.",
+        )
+    return example
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Masked:
+    """Plain text between the tokens that the tokenizer puts around any text, ended by its end-of-text token."""
+    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
+    ids = list(encoded["input_ids"])
+    # Touching the completion is enough, see `span_tokens`; added tokens have the empty range (0, 0).
+    counted = [end > max(begin, len(prompt)) for begin, end in encoded["offset_mapping"]]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # the text itself begins with a written-out one
+        ids, counted = ids[1:], counted[1:]
+    if eos is not None:
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+            counted.append(True)
+        counted[-1] = True
+    return ids, counted
+
+
+def _cut(example: Example, max_length: int) -> Example:
+    # Cloned, since a view would keep the whole long example in memory.
+    return Example(example.input_ids[:max_length].clone(), example.counted[:max_length].clone(), example.where)

@@ -1,0 +1,179 @@
+"""Sample data: instruction examples of real text, made from the standard library's documentation.
+
+The text comes with the Python that runs this, so nothing has to be downloaded or shipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_galore.data import stdlib_walk
+from sophia_galore.errors import EnvironmentProblem
+
+MIN_CHARS = 40
+MAX_CHARS = 1200
+MAX_EXAMPLES = 2000
+WALK_TIMEOUT_S = 300
+QUESTIONS = (
+    "What does `{name}` do, and how is it called?",
+    "How do I use the {kind} `{name}` in Python?",
+    "Explain the Python {kind} `{name}` and show its signature.",
+    "Give the signature of `{name}` and describe what it does.",
+    "In Python, what is `{name}` for, and which arguments does it take?",
+)
+
+
+@dataclass(frozen=True)
+class SampleDataReport:
+    """What `prepare_sample_data` wrote.
+
+    Attributes:
+        path: The file.
+        num_examples: Examples in it.
+        num_found: Documented calls found, before the choice of `num_examples`.
+        num_bytes: Size of the file.
+        fingerprint: SHA-256 of the file, 64 hex digits.
+        python_version: The Python whose documentation it is, such as "3.11.7".
+    """
+
+    path: Path
+    num_examples: int
+    num_found: int
+    num_bytes: int
+    fingerprint: str
+    python_version: str
+
+
+def prepare_sample_data(path: Path) -> SampleDataReport:
+    """Writes alpaca examples made from the documentation of this Python's standard library.
+
+    The same Python gives the same bytes. An existing file is replaced, in one move: a reader
+    never sees half of it.
+
+    Args:
+        path: The JSON file to write; its folder is made if need be.
+
+    Returns:
+        What was written.
+
+    Raises:
+        EnvironmentProblem: The file can't be written, or this Python has no documentation.
+    """
+    examples = sample_examples(_walk())
+    if not examples:
+        raise EnvironmentProblem(
+            f"The Python at {sys.executable} comes without documentation, so no sample data can be made from it.",
+            "Use an ordinary build of Python, or give your own file as `data.train`.",
+        )
+    chosen = choose(examples, MAX_EXAMPLES)
+    content = (json.dumps(chosen, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    _write(path, content)
+    return SampleDataReport(
+        path=path,
+        num_examples=len(chosen),
+        num_found=len(examples),
+        num_bytes=len(content),
+        fingerprint=hashlib.sha256(content).hexdigest(),
+        python_version=platform.python_version(),
+    )
+
+
+def sample_examples(entries: Iterable[stdlib_walk.Entry]) -> list[dict[str, str]]:
+    """Turns documentation into questions and answers.
+
+    Args:
+        entries: Name, kind, call and documentation, sorted by name.
+
+    Returns:
+        Alpaca records in the same order, no question and no documentation twice.
+    """
+    examples, seen = [], set()
+    for name, kind, call, doc in entries:
+        # Documentation from C often begins with the call itself.
+        short_call = call[len(name.rpartition(".")[0]) :].lstrip(".")
+        body = shortened(doc.removeprefix(f"{short_call}\n\n"))
+        if body is None or body in seen:
+            continue
+        seen.add(body)
+        question = QUESTIONS[_keyed(name) % len(QUESTIONS)].format(name=name, kind=kind)
+        examples.append({"instruction": question, "input": "", "output": f"{call}\n\n{body}"})
+    return examples
+
+
+def shortened(doc: str) -> str | None:
+    """Cuts documentation at the end of a paragraph.
+
+    Args:
+        doc: The documentation.
+
+    Returns:
+        As many whole paragraphs as fit into 1200 characters; None if that leaves under 40.
+    """
+    body = ""
+    for paragraph in doc.split("\n\n"):
+        longer = f"{body}\n\n{paragraph}" if body else paragraph
+        if len(longer) > MAX_CHARS:
+            break
+        body = longer
+    body = body.rstrip()
+    return body if len(body) >= MIN_CHARS else None
+
+
+def choose(examples: list[dict[str, str]], most: int) -> list[dict[str, str]]:
+    """Thins out examples evenly over the library.
+
+    Args:
+        examples: All examples.
+        most: The number to keep.
+
+    Returns:
+        Those with the smallest digest of their question, in their old order.
+    """
+    smallest = sorted(examples, key=lambda example: _keyed(example["instruction"]))[:most]
+    kept = {example["instruction"] for example in smallest}
+    return [example for example in examples if example["instruction"] in kept]
+
+
+def _keyed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _walk() -> list[stdlib_walk.Entry]:
+    # -I and -S: no environment variables, no installed packages, no optimisation that drops docstrings.
+    command = [sys.executable, "-I", "-S", "-X", "utf8", str(Path(stdlib_walk.__file__).resolve())]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=WALK_TIMEOUT_S
+        )
+        return [(name, kind, call, doc) for name, kind, call, doc in json.loads(done.stdout)]
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"The documentation of Python's standard library can't be read by {sys.executable}: {error}.",
+            "Give your own file as `data.train`.",
+        ) from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"The sample data can't be written to {path}: {error.strerror or error}.",
+            "Choose a folder that may be written to, on a disk that has room.",
+        ) from error

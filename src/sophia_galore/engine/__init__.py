@@ -1,0 +1,1 @@
+"""The layer-wise step: layers outside, micro-batches inside."""

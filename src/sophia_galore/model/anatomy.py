@@ -1,0 +1,128 @@
+"""Where the parts of a decoder-only model are: embedding, layers, norm, head.
+
+The engine runs these parts one at a time. What it needs to know of an architecture is in one table;
+an architecture that is not in it is refused by name, because running it on a guess could train
+something else than the model computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sophia_galore.errors import ModelError
+
+# model_type -> what it is called in words. All keep their parts under the same attribute names.
+SUPPORTED: dict[str, str] = {
+    "llama": "Llama, SmolLM2",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "phi3": "Phi-3",
+}
+
+_DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model.
+
+    Args:
+        model: The whole model, parameters on the meta device.
+        base: The model below the head.
+        embed: The token embedding.
+        layers: The decoder layers, first to last.
+        norm: The norm between the last layer and the head.
+        head: The linear map to the vocabulary.
+        embed_name: Parameter name of the embedding's weight.
+        layer_names: Name of each layer, the prefix of its parameters' names without the final dot.
+        norm_name: Name of the norm.
+        head_name: Parameter name of the head's weight; equals `embed_name` if they are tied.
+        tied: Whether the head's weight is the embedding's.
+        padding_idx: Token whose embedding gets no gradient from look-ups, as the module declares it.
+        logit_softcap: Cap c of logits c * tanh(z / c); None: uncapped.
+        has_dropout: Whether a layer draws random numbers in training.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    embed: nn.Embedding
+    layers: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+    embed_name: str
+    layer_names: tuple[str, ...]
+    norm_name: str
+    head_name: str
+    tied: bool
+    padding_idx: int | None
+    logit_softcap: float | None
+    has_dropout: bool
+
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """Name and shape of each parameter once; a tied head is not listed beside the embedding."""
+        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+
+
+def check_supported(config: Any) -> None:
+    """Refuse a model whose anatomy is not known.
+
+    Args:
+        config: The model's Hugging Face configuration.
+
+    Raises:
+        ModelError: Its `model_type` is not in the table.
+    """
+    if config.model_type not in SUPPORTED:
+        known = ", ".join(SUPPORTED.values())
+        raise ModelError(
+            f"The architecture {config.model_type!r} is not supported.", f"Supported decoder-only models: {known}."
+        )
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """Find the parts of a Hugging Face causal language model.
+
+    Args:
+        model: An `AutoModelForCausalLM`, on any device.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        ModelError: The architecture is not supported, or is built in an unexpected way.
+    """
+    config = model.config
+    check_supported(config)
+    base = model.model
+    names = {id(module): name for name, module in model.named_modules()}
+    if model.lm_head.bias is not None:
+        raise ModelError(f"The head of this {config.model_type} model has a bias, which is not supported.")
+    embed_name = f"{names[id(base.embed_tokens)]}.weight"
+    tied = model.lm_head.weight is base.embed_tokens.weight
+    padding_idx = base.embed_tokens.padding_idx
+    # The engine looks up a compacted embedding, in which this row number would mean another token;
+    # it applies the rule itself.
+    base.embed_tokens.padding_idx = None
+    return Anatomy(
+        model=model,
+        base=base,
+        embed=base.embed_tokens,
+        layers=base.layers,
+        norm=base.norm,
+        head=model.lm_head,
+        embed_name=embed_name,
+        layer_names=tuple(names[id(layer)] for layer in base.layers),
+        norm_name=names[id(base.norm)],
+        head_name=embed_name if tied else f"{names[id(model.lm_head)]}.weight",
+        tied=tied,
+        padding_idx=padding_idx,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+        has_dropout=any(getattr(config, key, 0.0) for key in _DROPOUT_KEYS),
+    )

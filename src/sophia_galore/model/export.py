@@ -1,0 +1,45 @@
+"""Writing a model as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.model.store import WeightStore
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def read_generation_config(folder: Path) -> Any:
+    """A model folder's generation settings; None if it has none."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+
+
+def write_model(
+    folder: Path, *, store: WeightStore, dtype: torch.dtype | None, config: Any, generation_config: Any, tokenizer: Any
+) -> None:
+    """Write `model.safetensors`, `config.json`, `generation_config.json` and the tokenizer.
+
+    Args:
+        folder: An existing folder.
+        store: The weights.
+        dtype: Precision of the file; None: exactly as stored.
+        config: The model's Hugging Face configuration.
+        generation_config: Its generation settings, or None.
+        tokenizer: Its tokenizer.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: (weight if dtype is None else weight.to(dtype)).contiguous() for name, weight in store.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    saved = type(config).from_dict(config.to_dict())
+    saved.use_cache = True
+    saved.dtype = _DTYPE_NAMES[next(iter(tensors.values())).dtype]
+    saved.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

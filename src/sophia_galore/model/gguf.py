@@ -1,0 +1,79 @@
+"""From a GGUF file to an ordinary model folder.
+
+GGUF files are quantised; transformers turns them back into floating point. The result is saved as
+float32, which holds every dequantised value exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.model.cache import disk_problems
+from sophia_galore.model.reach import short
+
+_MAGIC = b"GGUF"
+
+
+def convert(gguf_file: Path, target: Path) -> None:
+    """Writes the model and the tokenizer of a GGUF file as config.json, safetensors and tokenizer files.
+
+    Args:
+        gguf_file: The file.
+        target: An existing folder.
+
+    Raises:
+        ModelError: Not a GGUF file, or one of a kind that transformers can't read.
+        EnvironmentProblem: The package `gguf` is missing, or the disk is full.
+    """
+    with gguf_file.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ModelError(f"{gguf_file} is not a GGUF file.", "Download the file again, or give another model.")
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentProblem(f"Reading {gguf_file.name} needs the package gguf.", "Install it: pip install gguf.")
+    with disk_problems(target), _quiet_transformers():
+        _load_and_save(gguf_file, target)
+
+
+def _load_and_save(gguf_file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder, name = str(gguf_file.parent), gguf_file.name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        # Without dequantize=True the model keeps packed weights that can neither be trained nor saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+    except OSError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{gguf_file} can't be converted: {short(error)}.",
+            "transformers reads GGUF files of common architectures only; give a safetensors model instead.",
+        ) from error
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hides progress bars and warnings that say nothing to somebody who asked for a model."""
+    from transformers.utils import logging
+
+    had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        # The dequantisation draws its bar past that switch, straight on stderr.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

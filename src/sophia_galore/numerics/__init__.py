@@ -1,0 +1,1 @@
+"""Tensors only: no modules, files or device names."""

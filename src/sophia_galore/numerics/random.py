@@ -1,0 +1,41 @@
+"""Randomness as a function, never a stream.
+
+A draw depends on (seed, purpose) alone: who asks first, how often something else was drawn and
+whether the run was resumed can't change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def key(seed: int, *purpose: str | int) -> int:
+    """A 63-bit number that is a pure function of its arguments.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the randomness is for, such as a parameter's name, the step and "rounding".
+
+    Returns:
+        A number in [0, 2**63).
+    """
+    words = "\x1f".join([str(seed), *(f"{type(word).__name__}:{word}" for word in purpose)])
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *purpose: str | int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A fresh `torch.Generator` whose draws are a pure function of `seed` and `purpose`.
+
+    Args:
+        seed: The run's seed.
+        purpose: What the randomness is for.
+        device: Where the generator draws. CPU and CUDA give different numbers for the same key.
+
+    Returns:
+        The seeded generator.
+    """
+    made = torch.Generator(device=device)
+    made.manual_seed(key(seed, *purpose))
+    return made

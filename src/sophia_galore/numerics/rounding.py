@@ -1,0 +1,51 @@
+"""Stochastic rounding of float32 to bfloat16.
+
+A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the float32's bits
+and cutting the lower half rounds up with exactly the probability that makes the result unbiased:
+E[round(x)] = x. Rounding to nearest would lose every update smaller than half a bfloat16 step
+(2^-9 relative), which at fine-tuning rates is most of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stochastic_round_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round to bfloat16, up or down at random, so that the expectation is the value itself.
+
+    Args:
+        values: float32, any shape; infinities and NaNs pass as they are.
+        generator: Where the bits come from; on the device of `values`.
+
+    Returns:
+        bfloat16 tensor of the same shape. What bfloat16 can hold exactly is returned unchanged.
+    """
+    bits = values.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    # A finite value in the last half step below infinity must not become infinite or NaN by the noise.
+    largest = torch.finfo(torch.bfloat16).max
+    plain = values.to(torch.bfloat16)
+    rounded = torch.where(values.isfinite(), rounded.clamp(-largest, largest), plain)
+    return rounded
+
+
+def write_rounded(stored: Tensor, values: Tensor, generator: torch.Generator) -> None:
+    """Write float32 values into a stored weight in the weight's own format.
+
+    Args:
+        stored: float32 (plain copy) or bfloat16 (stochastic rounding), changed in place.
+        values: float32, the shape of `stored`.
+        generator: Where the bits of the rounding come from.
+
+    Raises:
+        TypeError: The stored dtype has no rounding rule.
+    """
+    if stored.dtype == torch.float32:
+        stored.copy_(values)
+    elif stored.dtype == torch.bfloat16:
+        stored.copy_(stochastic_round_bf16(values, generator))
+    else:
+        raise TypeError(f"no rounding rule for {stored.dtype}")

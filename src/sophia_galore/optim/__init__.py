@@ -1,0 +1,1 @@
+"""Named states and the one door through which a weight changes."""

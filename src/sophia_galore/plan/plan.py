@@ -1,0 +1,188 @@
+"""`RunPlan`: what will be done. After it, nothing decides.
+
+`check` prints it, `train` carries it out, a checkpoint keeps it, and resuming compares it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.data.batches import windows
+from sophia_galore.data.dataset import Dataset
+from sophia_galore.errors import ConfigError
+from sophia_galore.model.source import ResolvedModel
+from sophia_galore.model.store import DTYPES
+from sophia_galore.plan.routes import Route, dense_learning_rate, make_routes, peak_learning_rate
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be done.
+
+    Args:
+        model_name: The model that is trained.
+        model_folder: Where its files are.
+        model_source: Where they came from.
+        device: Where the arithmetic runs.
+        compute_dtype: Precision of the arithmetic.
+        optimizer: The optimizer's name.
+        learning_rate: Peak rate of projected parameters (of all, without projection).
+        dense_learning_rate: Peak rate of the others.
+        num_train_examples: Examples that are learned from.
+        num_eval_examples: Examples that are measured on.
+        data_fingerprint: SHA-256 over all token ids and masks.
+        steps_per_epoch: Optimizer steps in a pass over the data.
+        num_steps: Optimizer steps of the run.
+        routes: One a parameter.
+        notes: What the user should know, in sentences.
+    """
+
+    model_name: str
+    model_folder: str
+    model_source: str
+    device: str
+    compute_dtype: str
+    optimizer: str
+    learning_rate: float
+    dense_learning_rate: float
+    num_train_examples: int
+    num_eval_examples: int
+    data_fingerprint: str
+    steps_per_epoch: int
+    num_steps: int
+    routes: tuple[Route, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters; a tied head counts once."""
+        return sum(route.num_elements for route in self.routes)
+
+    @property
+    def ledger(self) -> dict[str, int]:
+        """Bytes that stay for the whole run, by category."""
+        return {
+            "weights": sum(route.num_elements * DTYPES[route.format].itemsize for route in self.routes),
+            "optimizer state": sum(route.state_bytes for route in self.routes),
+            "projections": sum(route.projection_bytes for route in self.routes),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for `plan.json`."""
+        plain = {key: value for key, value in vars(self).items() if key not in ("routes", "notes")}
+        routes = [
+            {
+                "name": route.spec.name,
+                "shape": list(route.spec.shape),
+                "format": route.format,
+                "rule": route.rule,
+                "rank": route.spec.subspace.rank if route.spec.subspace else None,
+                "refresh_offset": route.spec.subspace.offset if route.spec.subspace else None,
+                "learning_rate": route.spec.learning_rate,
+                "weight_decay": route.spec.weight_decay,
+                "state_bytes": route.state_bytes,
+                "projection_bytes": route.projection_bytes,
+                "trained": True,
+                "why": route.why,
+            }
+            for route in self.routes
+        ]
+        return {
+            **plain,
+            "num_parameters": self.num_parameters,
+            "num_trained_parameters": self.num_parameters,
+            "bytes": self.ledger,
+            "notes": list(self.notes),
+            "routes": routes,
+        }
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    model: ResolvedModel,
+    model_config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    vocab_size: int,
+    dataset: Dataset,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> RunPlan:
+    """Decide everything that is left to decide.
+
+    Args:
+        config: What was asked.
+        model: Where the model is.
+        model_config: Its Hugging Face configuration.
+        shapes: Name and shape of each parameter.
+        vocab_size: Number of tokens that the tokenizer can produce.
+        dataset: The tokenised data.
+        device: Where the arithmetic runs.
+        compute_dtype: Its precision.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: Model, data and configuration do not fit together.
+    """
+    training = config.training
+    _refuse_misfits(config, model_config, vocab_size)
+    steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
+    num_steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
+    if training.warmup_steps >= num_steps:
+        raise ConfigError(
+            f"training.warmup_steps is {training.warmup_steps}, but the run has only {num_steps} steps.",
+            "Lower training.warmup_steps, or train for longer.",
+        )
+    return RunPlan(
+        model_name=model.name,
+        model_folder=str(model.folder),
+        model_source=model.source,
+        device=str(device),
+        compute_dtype=str(compute_dtype).removeprefix("torch."),
+        optimizer=config.optimizer.type,
+        learning_rate=peak_learning_rate(config),
+        dense_learning_rate=dense_learning_rate(config),
+        num_train_examples=len(dataset.train),
+        num_eval_examples=len(dataset.eval),
+        data_fingerprint=dataset.fingerprint,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        routes=make_routes(config, shapes),
+        notes=tuple(_notes(config, model, device, compute_dtype)),
+    )
+
+
+def _refuse_misfits(config: RunConfig, model_config: Any, vocab_size: int) -> None:
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and config.training.max_length > positions:
+        raise ConfigError(
+            f"training.max_length is {config.training.max_length}, but the model knows {positions} positions.",
+            f"Use training.max_length={positions} or less.",
+        )
+    if vocab_size > model_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {vocab_size} tokens, but the model's embedding only {model_config.vocab_size} rows.",
+            "Use the tokenizer that belongs to the model.",
+        )
+
+
+def _notes(config: RunConfig, model: ResolvedModel, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
+    notes: list[str] = []
+    if model.used_fallback:
+        notes.append(f"No source could be reached for {config.model.name}: {model.name} is trained instead.")
+    if config.training.max_grad_norm:
+        notes.append(
+            f"Each layer's gradient is clipped to {config.training.max_grad_norm:g} by itself: "
+            "the layers step before the norm over all of them is known."
+        )
+    if device.type == "cpu" and compute_dtype != torch.float32:
+        notes.append(f"{compute_dtype} arithmetic is slow on a CPU; training.compute_dtype=fp32 is faster.")
+    return notes

@@ -1,0 +1,199 @@
+"""Checkpoints: complete or not there.
+
+A checkpoint is written into a hidden folder beside its final place; every file is hashed into a
+manifest and flushed to disk; then the folder is renamed. Killing the process at any moment leaves
+either the whole checkpoint or a hidden folder that the next save removes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sophia_galore.errors import CheckpointError, EnvironmentProblem
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk.
+
+    Args:
+        folder: Where it is.
+        step: The step after which it was made.
+        plan: The plan of the run, as in its `plan.json`.
+        config: The run's flattened configuration.
+    """
+
+    folder: Path
+    step: int
+    plan: dict[str, Any]
+    config: dict[str, Any]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The saved state tensors."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "optimizer.safetensors")
+
+
+def save_checkpoint(
+    run_folder: Path,
+    step: int,
+    *,
+    optimizer_state: Mapping[str, Tensor],
+    write_model: Callable[[Path], None],
+    documents: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write `checkpoint-STEP`, then delete the oldest ones beyond `keep_last`.
+
+    Args:
+        run_folder: The run's folder.
+        step: The step that was just finished.
+        optimizer_state: Named tensors.
+        write_model: Writes the model's files into a folder.
+        documents: JSON documents by file name.
+        keep_last: How many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        EnvironmentProblem: The disk is full or not writable; earlier checkpoints are untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    final = run_folder / f"checkpoint-{step}"
+    beside = run_folder / f".checkpoint-{step}.tmp"
+    try:
+        for left in run_folder.glob(".checkpoint-*.tmp"):
+            shutil.rmtree(left)
+        beside.mkdir(parents=True)
+        write_model(beside)
+        save_file(dict(optimizer_state), beside / "optimizer.safetensors")
+        for name, document in documents.items():
+            (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        files = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
+        manifest = beside / _MANIFEST
+        manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
+        _hash_and_flush(manifest)
+        _flush_folder(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(beside, final)
+        _flush_folder(run_folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise _disk_problem(error, final) from error
+    for old in checkpoints(run_folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in run_folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / _MANIFEST).is_file()]
+
+
+def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
+    """Find and verify the checkpoint to resume from.
+
+    Args:
+        run_folder: The run's folder.
+        asked: The checkpoint that the user named; None: the newest complete one of the run.
+
+    Returns:
+        The verified checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged; the previous one is offered.
+    """
+    if asked is not None:
+        if not (asked / _MANIFEST).is_file():
+            raise CheckpointError(
+                f"{asked} is not a complete checkpoint: it holds no {_MANIFEST}.",
+                _offer(checkpoints(asked.parent) if asked.parent.is_dir() else []),
+            )
+        return _verify(asked, [path for path in checkpoints(asked.parent) if path != asked])
+    found = checkpoints(run_folder)
+    if not found:
+        raise CheckpointError(
+            f"{run_folder} holds no complete checkpoint to resume from.",
+            "Start without --resume; to get checkpoints, set checkpoint.save_every_steps.",
+        )
+    return _verify(found[-1], found[:-1])
+
+
+def _verify(folder: Path, others: list[Path]) -> Checkpoint:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        for name, digest in manifest["files"].items():
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder} is damaged: {name} is missing.", _offer(others))
+            if _hash(folder / name) != digest:
+                raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _offer(others))
+        saved = {
+            name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "run_config")
+        }
+        return Checkpoint(folder, int(manifest["step"]), saved["plan"], saved["run_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}", _offer(others)) from error
+
+
+def _offer(others: list[Path]) -> str:
+    if not others:
+        return "There is no other checkpoint: start without --resume."
+    return f"Go on from the one before: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash_and_flush(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return _hash(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows can't open folders; its renames are journaled
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_problem(error: Exception, final: Path) -> EnvironmentProblem:
+    # safetensors wraps the system's error in its own, so the text is looked at as well.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return EnvironmentProblem(
+            f"The disk is full: {final.name} could not be saved. Earlier checkpoints are untouched.",
+            "Free some space, or lower checkpoint.keep_last, then go on with --resume.",
+        )
+    return EnvironmentProblem(
+        f"{final} could not be saved: {error}. Earlier checkpoints are untouched.",
+        "Check the folder's permissions, then go on with --resume.",
+    )

@@ -1,0 +1,100 @@
+"""From what was asked to what will be done; `check` stops here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.data.dataset import Dataset, load_data
+from sophia_galore.data.render import describe
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from sophia_galore.model.source import ResolvedModel, resolve_model
+from sophia_galore.plan.device import choose_compute_dtype, choose_device
+from sophia_galore.plan.plan import RunPlan, make_plan
+from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.train.listener import Listener
+
+_NUM_SHOWN_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any weight is loaded.
+
+    Args:
+        config: What was asked.
+        plan: What will be done.
+        folder: The folder that weights and tokenizer are read from: the model's, or a checkpoint.
+        model_config: The model's Hugging Face configuration.
+        tokenizer: Its tokenizer.
+        anatomy: Its parts, on the meta device.
+        dataset: The tokenised data.
+        device: Where the arithmetic runs.
+        compute_dtype: Its precision.
+    """
+
+    config: RunConfig
+    plan: RunPlan
+    folder: Path
+    model_config: Any
+    tokenizer: Any
+    anatomy: Anatomy
+    dataset: Dataset
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None = None) -> Prepared:
+    """Find the model, read the data, make the plan; nothing is written but downloads.
+
+    Args:
+        config: What was asked.
+        listener: Hears what happens.
+        checkpoint: Where the run goes on from; it brings its own model and tokenizer.
+
+    Returns:
+        The run before any weight is loaded.
+
+    Raises:
+        UserError: Something in what the user gave does not fit.
+    """
+    device = choose_device(config.training.device)
+    compute_dtype = choose_compute_dtype(config, device)
+    trust = config.model.trust_remote_code
+    model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
+    model_config = load_model_config(model.folder, trust_remote_code=trust)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
+    anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
+    dataset = load_data(
+        config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
+    )
+    listener.data_read(config.data.train, dataset)
+    plan = make_plan(
+        config,
+        model=model,
+        model_config=model_config,
+        shapes={name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()},
+        vocab_size=len(tokenizer),
+        dataset=dataset,
+        device=device,
+        compute_dtype=compute_dtype,
+    )
+    if checkpoint:
+        plan = replace(plan, model_folder=checkpoint.plan["model_folder"], notes=tuple(checkpoint.plan["notes"]))
+    listener.planned(plan)
+    listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
+    return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, compute_dtype)
+
+
+def _model_of(checkpoint: Checkpoint) -> ResolvedModel:
+    return ResolvedModel(
+        folder=checkpoint.folder,
+        name=checkpoint.plan["model_name"],
+        source=checkpoint.plan["model_source"],
+        used_fallback=False,
+    )

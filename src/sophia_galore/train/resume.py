@@ -1,0 +1,78 @@
+"""Whether a run may go on from a checkpoint: not if that would change its numbers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.dump import flatten
+from sophia_galore.errors import CheckpointError
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.train.checkpoint import Checkpoint
+
+# Keys that may differ: they change no number, or the plan that results from them is compared itself.
+_FREE = (
+    "model.name",
+    "model.source",
+    "model.fallback",
+    "model.cache_dir",
+    "data.",
+    "training.output_dir",
+    "training.epochs",
+    "training.max_steps",
+    "training.learning_rate",
+    "training.device",
+    "training.compute_dtype",
+    "training.eval_every_steps",
+    "training.logging_steps",
+    "training.sample_",
+    "optimizer.type",
+    "optimizer.galore.",
+    "checkpoint.",
+    "export.",
+    "memory.",
+)
+# A schedule that does not look at the end of the run lets the end be moved.
+_ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -> None:
+    """Compare what is planned now with what the checkpoint's run had planned.
+
+    Args:
+        checkpoint: Where the run would go on from.
+        config: What was asked now.
+        plan: What would be done now.
+
+    Raises:
+        CheckpointError: They differ in something that changes numbers, or the checkpoint is past the end.
+    """
+    now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
+    saved = {key: checkpoint.config.get(key) for key in now}
+    skip = {"notes"} | ({"num_steps"} if config.training.lr_scheduler_type in _ENDLESS else set())
+    now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
+    saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
+    # Through JSON, as the saved side went: tuples became lists.
+    now = json.loads(json.dumps(now))
+    different = [key for key in now if now[key] != saved.get(key)]
+    if different:
+        key = different[0]
+        change = "" if key == "plan.routes" else f": {saved.get(key)} then, {now[key]} now"
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.folder} was made with another {_in_words(key)}{change}{more}; going on would change numbers.",
+            "Resume with the configuration the run was started with (run_config.yaml in its folder), or start anew.",
+        )
+    if checkpoint.step > plan.num_steps:
+        raise CheckpointError(
+            f"{checkpoint.folder} is at step {checkpoint.step}, the run would end at {plan.num_steps}.",
+            "Raise training.max_steps or training.epochs.",
+        )
+
+
+def _in_words(key: str) -> str:
+    return {
+        "plan.data_fingerprint": "content of the training or evaluation data",
+        "plan.routes": "routing of parameters (optimizer settings)",
+    }.get(key, key.removeprefix("plan."))

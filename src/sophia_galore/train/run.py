@@ -1,0 +1,308 @@
+"""A run from loading to the final model."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.config import RunConfig, dump_config
+from sophia_galore.config.dump import flatten
+from sophia_galore.data.batches import eval_batches, window
+from sophia_galore.engine.generate import answer
+from sophia_galore.engine.head import Grads
+from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.errors import NonFiniteError
+from sophia_galore.model.export import read_generation_config, write_model
+from sophia_galore.model.store import DTYPES, WeightStore, load_store
+from sophia_galore.optim.limits import clip_, grad_norm
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.schedule import schedule
+from sophia_galore.train import folder as names
+from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.folder import open_run_folder
+from sophia_galore.train.listener import Listener
+from sophia_galore.train.memory import MemoryMonitor
+from sophia_galore.train.metrics import MetricsLog
+from sophia_galore.train.prepare import Prepared, prepare
+from sophia_galore.train.resume import refuse_difference
+from sophia_galore.train.signals import StopRequest, stop_on_signal
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Args:
+        folder: The run's folder.
+        step: The last step that was done.
+        finished: Whether that was the last one of the plan; otherwise the run was stopped and can go on.
+        saved: The checkpoint to go on from, if the run was stopped.
+        eval_losses: Step and loss of every evaluation, in nats a token.
+        memory: The memory report.
+    """
+
+    folder: Path
+    step: int
+    finished: bool
+    saved: Path | None
+    eval_losses: list[tuple[int, float]]
+    memory: dict[str, Any]
+
+
+def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
+    """Carry out a run.
+
+    Args:
+        config: What was asked.
+        listener: Hears what happens.
+        resume: Go on from a checkpoint of the run's folder.
+        resume_from: That checkpoint; None: the newest complete one.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        UserError: Something in what the user gave does not fit.
+        RunError: The run failed.
+    """
+    folder = Path(config.run_folder)
+    checkpoint = find_checkpoint(folder, resume_from) if resume else None
+    prepared = prepare(config, listener, checkpoint)
+    if checkpoint:
+        refuse_difference(checkpoint, config, prepared.plan)
+        listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
+    moved = open_run_folder(folder, resume=resume)
+    if moved:
+        listener.say(f"The earlier run in {folder} was moved to {moved}.")
+    run = _Run(prepared, folder, listener, checkpoint)
+    try:
+        with stop_on_signal(listener.say) as stop:
+            return run.carry_out(stop)
+    finally:
+        run.close()
+
+
+class _Run:
+    """The live parts of a run, and its loop."""
+
+    def __init__(self, prepared: Prepared, folder: Path, listener: Listener, checkpoint: Checkpoint | None) -> None:
+        config, plan = prepared.config, prepared.plan
+        self._prepared, self._folder, self._listener = prepared, folder, listener
+        self._config, self._plan = config, plan
+        self._last_step = checkpoint.step if checkpoint else 0
+        self._last_saved_s = time.monotonic()
+        self._monitor = MemoryMonitor(prepared.device, config.memory.track_steps)
+        self._monitor.start()
+        with self._monitor.phase("load"):
+            self._store = self._load_store()
+            self._optimizer = ParamOptimizer(
+                (route.spec for route in plan.routes), seed=config.training.seed, device=prepared.device
+            )
+            if checkpoint:
+                self._optimizer.load_named_state(checkpoint.optimizer_state())
+            self._monitor.tag_state(self._optimizer.named_state().items())
+        self._engine = LayerwiseEngine(
+            prepared.anatomy,
+            self._store,
+            compute_dtype=prepared.compute_dtype,
+            device=prepared.device,
+            seed=config.training.seed,
+            observer=self._monitor,
+        )
+        self._factor = schedule(
+            config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
+        )
+        tokenizer = prepared.tokenizer
+        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._write_documents()
+        self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
+
+    def carry_out(self, stop: StopRequest) -> RunResult:
+        """All steps that are left, or until a stop is requested."""
+        if self._last_step == 0:
+            self._ask("before")
+            self._evaluate(0)
+        started_s, first = time.monotonic(), self._last_step
+        for step in range(self._last_step + 1, self._plan.num_steps + 1):
+            record = self._step(step)
+            self._log.add(record)
+            seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
+            self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
+            if self._evaluates_after(step):
+                self._evaluate(step)
+            if stop.requested or self._saves_after(step):
+                self._save(step)
+            if stop.requested and step < self._plan.num_steps:
+                return self._result(finished=False)
+        self._write_final_model()
+        self._ask("after")
+        return self._result(finished=True)
+
+    def close(self) -> None:
+        """Close files and stop watching."""
+        self._monitor.stop()
+        self._log.close()
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its record."""
+        training, plan = self._config.training, self._plan
+        started_s = time.perf_counter()
+        epoch, index = divmod(step - 1, plan.steps_per_epoch)
+        batches = window(
+            self._prepared.dataset.train,
+            seed=training.seed,
+            epoch=epoch,
+            index=index,
+            batch_size=training.batch_size,
+            accumulation=training.gradient_accumulation_steps,
+            pad_id=self._pad_id,
+        )
+        factor = self._factor(step)
+        norms: list[float] = []
+
+        def apply(grads: Grads) -> None:
+            norm = grad_norm(grads.values())
+            clip_(grads.values(), norm, training.max_grad_norm)
+            norms.append(norm)
+            for name in list(grads):
+                self._optimizer.step_param(name, self._store[name], grads.pop(name), step=step, factor=factor)
+
+        try:
+            result: StepResult = self._engine.step(batches, apply, step=step)
+        except NonFiniteError as error:
+            raise self._with_way_back(error) from error
+        self._last_step = step
+        memory = self._monitor.end_step(step)
+        return {
+            "step": step,
+            "epoch": round(step / plan.steps_per_epoch, 6),
+            "loss": result.loss,
+            "learning_rate": plan.learning_rate * factor,
+            "grad_norm": math.hypot(*norms),
+            "tokens": result.num_tokens,
+            "tokens_per_second": round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            **memory,
+        }
+
+    def _evaluate(self, step: int) -> None:
+        examples = self._prepared.dataset.eval
+        if not examples:
+            return
+        training = self._config.training
+        batches = list(eval_batches(examples, batch_size=training.batch_size, pad_id=self._pad_id))
+        # As many micro-batches at a time as in a training step, so that evaluation needs no more memory.
+        together = training.gradient_accumulation_steps
+        parts = [self._engine.evaluate(batches[start : start + together]) for start in range(0, len(batches), together)]
+        eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+        epoch = round(step / self._plan.steps_per_epoch, 6)
+        self._log.add({"step": step, "epoch": epoch, "eval_loss": eval_loss})
+        self._listener.evaluated(step, eval_loss)
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self._config.training.eval_every_steps or self._plan.steps_per_epoch
+        return step % every == 0 or step == self._plan.num_steps
+
+    def _saves_after(self, step: int) -> bool:
+        settings = self._config.checkpoint
+        minutes = (time.monotonic() - self._last_saved_s) / 60
+        by_steps = settings.save_every_steps > 0 and step % settings.save_every_steps == 0
+        return by_steps or 0 < settings.save_every_minutes <= minutes
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(
+            self._folder,
+            step,
+            optimizer_state=self._optimizer.named_state(),
+            write_model=lambda beside: self._write_model(beside, None),
+            documents={
+                names.PLAN: self._plan.to_json(),
+                "run_config.json": flatten(self._config),
+                names.TRAINER_STATE: self._trainer_state(),
+            },
+            keep_last=self._config.checkpoint.keep_last,
+        )
+        self._last_saved_s = time.monotonic()
+
+    def _ask(self, when: str) -> None:
+        """Answer the sample questions, and keep the answers beside those from before training."""
+        questions = self._config.training.sample_questions
+        if not questions:
+            return
+        given = answer(
+            self._prepared.anatomy,
+            self._store,
+            self._prepared.tokenizer,
+            questions,
+            max_new_tokens=self._config.training.sample_max_new_tokens,
+            device=self._prepared.device,
+        )
+        path = self._folder / names.ANSWERS
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known[when] = dict(zip(questions, given, strict=True))
+        path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._listener.answered(when, list(zip(questions, given, strict=True)))
+
+    def _load_store(self) -> WeightStore:
+        prepared = self._prepared
+        self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
+        return load_store(
+            prepared.folder,
+            prepared.anatomy.parameter_shapes(),
+            tied_head="lm_head.weight" if prepared.anatomy.tied else None,
+            dtype=DTYPES[self._config.model.store],
+            device=prepared.device,
+        )
+
+    def _write_documents(self) -> None:
+        (self._folder / names.PLAN).write_text(json.dumps(self._plan.to_json(), indent=2) + "\n", encoding="utf-8")
+        (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
+
+    def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
+        write_model(
+            folder,
+            store=self._store,
+            dtype=dtype,
+            config=self._prepared.model_config,
+            generation_config=read_generation_config(self._prepared.folder),
+            tokenizer=self._prepared.tokenizer,
+        )
+
+    def _write_final_model(self) -> None:
+        asked = self._config.export.dtype
+        self._write_model(self._folder, None if asked == "auto" else DTYPES[asked])
+
+    def _trainer_state(self) -> dict[str, Any]:
+        plan = self._plan
+        return self._log.trainer_state(
+            step=self._last_step,
+            epoch=self._last_step / plan.steps_per_epoch,
+            num_steps=plan.num_steps,
+            epochs=plan.num_steps / plan.steps_per_epoch,
+        )
+
+    def _result(self, *, finished: bool) -> RunResult:
+        (self._folder / names.TRAINER_STATE).write_text(
+            json.dumps(self._trainer_state(), indent=2) + "\n", encoding="utf-8"
+        )
+        self._monitor.write(self._folder / names.MEMORY_REPORT)
+        return RunResult(
+            folder=self._folder,
+            step=self._last_step,
+            finished=finished,
+            saved=None if finished else checkpoints(self._folder)[-1],
+            eval_losses=[
+                (record["step"], record["eval_loss"]) for record in self._log.records if "eval_loss" in record
+            ],
+            memory=self._monitor.report(),
+        )
+
+    def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
+        saved = checkpoints(self._folder)
+        way = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+        return NonFiniteError(error.cause, f"{error.remedy} {way}")

@@ -1,0 +1,44 @@
+"""SIGINT and SIGTERM: the first asks the run to stop after this step, the second stops it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether the user asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Inside the context the first SIGINT or SIGTERM sets the request, and the second acts as usual.
+
+    Args:
+        say: Shows a line to the user.
+
+    Yields:
+        The request.
+    """
+    request = StopRequest()
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in handled}
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        request.requested = True
+        for each in handled:
+            signal.signal(each, signal.SIG_DFL)
+        say("Stopping: the step is finished and saved first. Once more stops at once, without saving.")
+
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,35 @@
+"""Our engine over a tiny model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.observe import Observer
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.skeleton import build_skeleton, load_model_config
+from sophia_galore.model.store import WeightStore, load_store
+
+CPU = torch.device("cpu")
+
+
+def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Anatomy, WeightStore]:
+    """Skeleton and store of a model folder."""
+    anatomy = build_skeleton(load_model_config(folder), CPU)
+    tied_head = "lm_head.weight" if anatomy.tied else None
+    store = load_store(folder, anatomy.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
+    return anatomy, store
+
+
+def make_engine(
+    anatomy: Anatomy,
+    store: WeightStore,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> LayerwiseEngine:
+    """An engine on the CPU."""
+    return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, observer=observer)

@@ -1,0 +1,139 @@
+"""Tiny real models, tokenizers and data that tests make for themselves."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sophia_galore.data.batches import MicroBatch
+
+VOCAB = 320
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 8}),
+    "gemma2": (transformers.Gemma2Config, _GEMMA),
+    "gemma3": (transformers.Gemma3TextConfig, _GEMMA),
+    "phi3": (transformers.Phi3Config, {}),
+}
+
+
+def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **more: Any) -> Any:
+    """A randomly initialised Hugging Face model of three small layers, float32."""
+    torch.manual_seed(seed)
+    kind, extra = FAMILIES[family]
+    config = kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Fresh norms and biases are all equal; a swap of two of them would not be seen.
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+            elif "embed" in name or "head" in name:
+                parameter.mul_(3)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with ChatML turns; every text can be written in it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["what is the sum of one and two, and what follows it"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+def write_tiny_model(folder: Path, family: str = "llama", **more: Any) -> Path:
+    """A model folder as the hub would give it."""
+    tiny_model(family, **more).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_tiny_data(path: Path, num_records: int = 22, seed: int = 0) -> Path:
+    """Alpaca records of different lengths."""
+    draw = random.Random(seed)
+    words = ["what", "is", "the", "sum", "of", "one", "two", "three", "four", "and", "so", "it", "follows"]
+    records = [
+        {
+            "instruction": " ".join(draw.choices(words, k=draw.randint(1, 4))),
+            "output": f"{number} " + " ".join(draw.choices(words, k=draw.randint(1, 6))),
+        }
+        for number in range(num_records)
+    ]
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def ragged_batches(seed: int = 0) -> list[MicroBatch]:
+    """Three micro-batches of different shapes, two of them padded; some prompts don't count."""
+    draw = torch.Generator().manual_seed(seed)
+    batches = []
+    for lengths in ([13], [7, 21], [5, 5, 9]):
+        longest = max(lengths)
+        tokens = torch.randint(3, VOCAB, (len(lengths), longest), generator=draw)
+        tokens[0, 3] = 2  # a real token that is also the padding token
+        mask = torch.zeros_like(tokens)
+        labels = torch.full_like(tokens, -100)
+        for row, length in enumerate(lengths):
+            mask[row, :length] = 1
+            tokens[row, length:] = 2
+            labels[row, 2 : length - 1] = tokens[row, 3:length]
+        batches.append(
+            MicroBatch(
+                input_ids=tokens,
+                attention_mask=mask if len(set(lengths)) > 1 else None,
+                labels=labels,
+                num_tokens=sum(lengths),
+                num_counted=int((labels != -100).sum()),
+            )
+        )
+    return batches
+
+
+def autograd_loss(model: Any, batches: list[MicroBatch]) -> float:
+    """Ordinary backward through a Hugging Face model: loss a token, summed over the batches."""
+    num_counted = sum(batch.num_counted for batch in batches)
+    total = 0.0
+    for batch in batches:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        (loss / num_counted).backward()
+        total += float(loss.detach()) / num_counted
+    return total
