@@ -18,17 +18,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from plain import PlainGaLore
 
 NUM_STEPS = 20
+LEARNING_RATE = 1e-3
 
 
-def test_adamw_equals_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True), ("gemma3", True)])
+def test_adamw_equals_torch(tmp_path: Path, family: str, tied: bool) -> None:
     """The whole way: our engine and door against autograd and torch.optim.AdamW, 20 steps on the same data."""
-    model = tiny_model("qwen2", tied=True).train()
+    model = tiny_model(family, tied=tied).train()
     model.save_pretrained(tmp_path)
-    reference = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, foreach=False)
+    reference = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, foreach=False)
     anatomy, store = load_parts(tmp_path)
     engine = make_engine(anatomy, store)
     optimizer = ParamOptimizer(
-        [ParamSpec(name, tuple(shape), 1e-3, 0.01, AdamWHyper()) for name, shape in anatomy.parameter_shapes().items()],
+        [
+            ParamSpec(name, tuple(shape), LEARNING_RATE, 0.01, AdamWHyper())
+            for name, shape in anatomy.parameter_shapes().items()
+        ],
         seed=0,
         device=CPU,
     )
@@ -43,13 +48,14 @@ def test_adamw_equals_torch(tmp_path: Path) -> None:
                 optimizer.step_param(name, store[name], grad, step=step, factor=1.0)
 
         engine.step(batches, apply, step=step)
-    start = dict(tiny_model("qwen2", tied=True).named_parameters())
     for name, parameter in model.named_parameters():
-        # Relative to the weight. Adam divides by |gradient|: where that is rounding noise only (key biases
-        # nearly cancel), the sign of a step is noise as well, so their bound is relative to the way moved.
-        error = float((store[name] - parameter).norm() / parameter.norm())
-        moved = float((parameter - start[name]).norm() / parameter.norm())
-        assert error <= 1e-6 or ("k_proj.bias" in name and error <= 1e-3 * moved), (name, error, moved)
+        error = store[name] - parameter.detach()
+        if name.endswith("k_proj.bias"):
+            # These gradients cancel to rounding noise, and Adam divides by their size: worst seen 6e-6,
+            # under a hundredth of one step.
+            assert float(error.abs().max()) <= 1e-2 * LEARNING_RATE, name
+        else:
+            assert float(error.norm() / parameter.detach().norm()) <= 1e-6, name  # worst seen 1.7e-7
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16)], ids=str)

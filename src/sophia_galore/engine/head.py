@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.cross_entropy import chunk_logits, chunks, loss_sum, loss_sum_and_grad_
+from sophia_galore.engine.cross_entropy import chunks, loss_sum, loss_sum_and_grad
 from sophia_galore.engine.observe import Observer
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
@@ -57,7 +57,8 @@ class Head:
         normed = self._norm(self._entering, self._norm_weights())
         total = 0.0
         for rows in chunks(len(self._labels), weight.shape[0]):
-            total += float(loss_sum(self._logits(normed[rows], weight), self._labels[rows]))
+            logits = self._logits(normed[rows], weight)
+            total += float(loss_sum(logits, self._labels[rows], self._anatomy.logit_softcap))
         return total
 
     def backward(self) -> tuple[float, list[Tensor], Grads]:
@@ -78,12 +79,12 @@ class Head:
         total = 0.0
         with torch.no_grad():
             for rows in chunks(len(self._labels), weight.shape[0]):
-                logits = self._logits(normed[rows], weight)
-                total += float(loss_sum_and_grad_(logits, self._labels[rows], anatomy.logit_softcap, self._divisor))
-                normed_grad[rows] = logits.to(self._dtype) @ weight
+                loss, logits_grad = self._chunk(rows, normed, weight)
+                total += float(loss)
+                normed_grad[rows] = logits_grad.to(self._dtype) @ weight
                 if weight_grad is not None:
-                    self._add_weight_grad(weight_grad, logits, normed[rows])
-                del logits
+                    self._add_weight_grad(weight_grad, logits_grad, normed[rows])
+                del logits_grad
         normed.backward(normed_grad)
         assert entering.grad is not None  # the norm depends on its input
         in_grads = self._scatter(entering.grad)
@@ -105,10 +106,9 @@ class Head:
         assert self._normed is not None
         weight, grad = self._weight(), self.zero_grad()
         for rows in chunks(len(self._labels), weight.shape[0]):
-            logits = self._logits(self._normed[rows], weight)
-            loss_sum_and_grad_(logits, self._labels[rows], self._anatomy.logit_softcap, self._divisor)
-            self._add_weight_grad(grad, logits, self._normed[rows])
-            del logits
+            _, logits_grad = self._chunk(rows, self._normed, weight)
+            self._add_weight_grad(grad, logits_grad, self._normed[rows])
+            del logits_grad
         return grad
 
     def zero_grad(self) -> Tensor:
@@ -117,11 +117,18 @@ class Head:
         self._observer.tag(grad, "gradients")
         return grad
 
+    def _chunk(self, rows: slice, normed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss and gradient by the logits of some tokens."""
+        logits = self._logits(normed[rows], weight)
+        loss, grad = loss_sum_and_grad(logits, self._labels[rows], self._anatomy.logit_softcap, self._divisor)
+        self._observer.tag(grad, "logits")
+        return loss, grad
+
     def _add_weight_grad(self, grad: Tensor, logits_grad: Tensor, normed: Tensor) -> None:
         grad.addmm_(logits_grad.T, normed.float(), alpha=1 / self._scale)
 
     def _logits(self, normed: Tensor, weight: Tensor) -> Tensor:
-        logits = chunk_logits(normed, weight, self._anatomy.logit_softcap)
+        logits = (normed @ weight.T).float()
         self._observer.tag(logits, "logits")
         return logits
 

@@ -264,11 +264,11 @@ class LayerwiseEngine:
 
 def _fold(sums: Grads, leaves: Grads) -> None:
     """Add the leaves' half-precision gradients to the float32 sums, and drop them."""
-    for key, leaf in leaves.items():
+    for name, leaf in leaves.items():
         if leaf.grad is None:
             continue
-        if key in sums:
-            sums[key].add_(leaf.grad)
+        if name in sums:
+            sums[name].add_(leaf.grad)
         else:
-            sums[key] = leaf.grad.float()
+            sums[name] = leaf.grad.float()
         leaf.grad = None
