@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
@@ -115,11 +116,16 @@ class Terminal(Listener):
 
 def plan_table(plan: RunPlan) -> Table:
     """The routes, summed up by what trains them and why."""
-    table = Table(title=f"{plan.model_name} ({plan.model_source}): what is trained by what", title_justify="left")
-    for column in ("trained by", "why"):
-        table.add_column(column)
-    for column in ("tensors", "parameters", "share", "state", "peak lr"):
-        table.add_column(column, justify="right")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{plan.model_name} ({plan.model_source}): what is trained by what",
+        title_justify="left",
+    )
+    table.add_column("rule", no_wrap=True)
+    table.add_column("because", no_wrap=True)
+    for column in ("tensors", "parameters", "state", "peak lr"):
+        table.add_column(column, justify="right", no_wrap=True)
     groups: dict[tuple[str, str], Counter[str]] = {}
     for route in plan.routes:
         group = groups.setdefault((route.rule, route.why), Counter())
@@ -132,11 +138,14 @@ def plan_table(plan: RunPlan) -> Table:
             rule,
             why,
             str(group["tensors"]),
-            f"{group['parameters']:,}",
-            f"{group['parameters'] / plan.num_parameters:.1%}",
+            _millions(group["parameters"]),
             bytes_in_words(group["bytes"]),
             f"{rates[rule]:.2e}",
         )
     table.add_section()
-    table.add_row("", "all", str(len(plan.routes)), f"{plan.num_parameters:,}", "100%", "", "")
+    table.add_row("all", "100% of the parameters", str(len(plan.routes)), _millions(plan.num_parameters), "", "")
     return table
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"

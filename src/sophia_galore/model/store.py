@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -104,13 +105,27 @@ def load_store(
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ModelError(f"{folder} holds no *.safetensors file.", "Download the model again.")
-    for path in paths:
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     yield path, name, file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"{folder} holds neither model.safetensors nor an index of shards.", "Download the model again."
+        )
+    try:
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}", "Download the model again.") from error

@@ -82,6 +82,7 @@ class RunPlan:
                 "shape": list(route.spec.shape),
                 "format": route.format,
                 "rule": route.rule,
+                "side": route.side,
                 "rank": route.spec.subspace.rank if route.spec.subspace else None,
                 "refresh_offset": route.spec.subspace.offset if route.spec.subspace else None,
                 "learning_rate": route.spec.learning_rate,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sophia_galore.config import RunConfig
 from sophia_galore.numerics.rules import AdamWHyper
-from sophia_galore.numerics.subspace import projection_side
+from sophia_galore.numerics.subspace import Side, projection_side
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 # Peak rates where the user gives none; measured, see bench/results.
@@ -34,6 +34,11 @@ class Route:
     def rule(self) -> str:
         """Name of the rule: "galore" if the gradient is projected, else "adamw"."""
         return "adamw" if self.spec.subspace is None else "galore"
+
+    @property
+    def side(self) -> Side | None:
+        """The side on which the gradient is projected, if it is."""
+        return projection_side((self.spec.shape[0], self.spec.shape[1])) if self.spec.subspace else None
 
     @property
     def num_elements(self) -> int:
@@ -112,10 +117,10 @@ def _why(config: RunConfig, shape: tuple[int, ...]) -> str:
         return "optimizer.type is adamw"
     rank = config.optimizer.galore.rank
     if len(shape) != 2:
-        return "norm or bias: nothing to project"
+        return "norm or bias"
     if min(shape) <= rank:
-        return f"shorter side {min(shape)} <= rank {rank}: a projection would save nothing"
-    return f"projected on the {projection_side((shape[0], shape[1]))}, rank {rank}"
+        return f"a side <= rank {rank}"
+    return f"projected, rank {rank}"
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -100,7 +100,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise _disk_problem(error, final) from error
-    for old in checkpoints(run_folder)[:-keep_last]:
+    others = [path for path in checkpoints(run_folder) if path != final]
+    for old in others[: max(0, len(others) + 1 - keep_last)]:
         shutil.rmtree(old)
     return final
 
@@ -152,7 +153,7 @@ def _verify(folder: Path, others: list[Path]) -> Checkpoint:
             name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "run_config")
         }
         return Checkpoint(folder, int(manifest["step"]), saved["plan"], saved["run_config"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}", _offer(others)) from error
 
 

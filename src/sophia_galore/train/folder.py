@@ -12,6 +12,7 @@ CONFIG = "run_config.yaml"
 ANSWERS = "answers.json"
 MEMORY_REPORT = "memory_report.json"
 TRAINER_STATE = "trainer_state.json"
+MODEL = "model.safetensors"
 
 
 def open_run_folder(folder: Path, *, resume: bool) -> Path | None:

@@ -31,6 +31,9 @@ _PHASE_CATEGORY: dict[str, Category] = {
     "eval": "activations",
 }
 
+# What happens within an optimizer step; loading and evaluation are not a step's memory.
+_STEP_PHASES = ("forward", "head", "backward", "step")
+
 
 def process_bytes() -> int:
     """Resident size of this process, now."""
@@ -159,8 +162,9 @@ class MemoryMonitor(Observer):
 
     def _settle(self) -> None:
         """Credit the peak since the last change of phase to the phase that ends."""
+        categories: dict[str, int] = {}
         if self._cuda:
-            peak, categories = int(torch.cuda.max_memory_allocated(self._device)), {}
+            peak = int(torch.cuda.max_memory_allocated(self._device))
             self._peak_reserved_bytes = max(
                 self._peak_reserved_bytes, int(torch.cuda.max_memory_reserved(self._device))
             )
@@ -173,7 +177,8 @@ class MemoryMonitor(Observer):
             self._phases[phase] = max(self._phases.get(phase, 0), peak)
         if peak > self._peak_bytes:
             self._peak_bytes, self._categories = peak, dict(categories)
-        self._step_peak_bytes = max(self._step_peak_bytes, peak)
+        if self._current and self._current[-1] in _STEP_PHASES:
+            self._step_peak_bytes = max(self._step_peak_bytes, peak)
 
     def _open(self) -> None:
         if self._cuda:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,9 @@ from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.prepare import Prepared, prepare
+from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Args:
-        folder: The run's folder.
-        step: The last step that was done.
-        finished: Whether that was the last one of the plan; otherwise the run was stopped and can go on.
-        saved: The checkpoint to go on from, if the run was stopped.
-        eval_losses: Step and loss of every evaluation, in nats a token.
-        memory: The memory report.
-    """
-
-    folder: Path
-    step: int
-    finished: bool
-    saved: Path | None
-    eval_losses: list[tuple[int, float]]
-    memory: dict[str, Any]
 
 
 def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
@@ -72,6 +51,9 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         RunError: The run failed.
     """
     folder = Path(config.run_folder)
+    if resume and not resume_from and (finished := finished_result(folder, config)):
+        listener.say(f"The run in {folder} is finished: all of its {finished.step} steps are done.")
+        return finished
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,9 +24,12 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         say: Shows a line to the user.
 
     Yields:
-        The request.
+        The request; outside the main thread, where Python allows no handlers, nobody will set it.
     """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in handled}
 

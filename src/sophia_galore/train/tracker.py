@@ -29,26 +29,33 @@ class StorageTracker(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device_type = device.type
-        self._live: dict[int, tuple[weakref.ref[Any], int, Category]] = {}
+        self._live: dict[int, tuple[weakref.ref[Any], int, Category, int]] = {}
+        self._born = 0  # storages taken in so far
+        self._born_at_peak = 0
         self.default: Category = "other"
         self.by_category: Counter[str] = Counter()
         self.allocated_bytes = 0
         self.peak_bytes = 0
-        self.peak_by_category: dict[str, int] = {}
+        self.peak_by_category: Counter[str] = Counter()
 
     def reset_peak(self) -> None:
         """Start a new peak at what is allocated now."""
         self._set_peak()
 
     def tag(self, tensor: Tensor, category: Category) -> None:
-        """Count this tensor's storage under `category` from now on; unknown ones are taken in."""
+        """Count this tensor's storage under `category`, at the peak too; unknown ones are taken in."""
         self._add(tensor, category)
         storage_key = tensor.untyped_storage()._cdata
-        reference, num_bytes, old = self._live.get(storage_key, (None, 0, category))
-        if reference is not None and old != category:
-            self._live[storage_key] = (reference, num_bytes, category)
-            self.by_category[old] -= num_bytes
-            self.by_category[category] += num_bytes
+        if storage_key not in self._live:
+            return  # of another device
+        reference, num_bytes, old, born = self._live[storage_key]
+        if old == category:
+            return
+        self._live[storage_key] = (reference, num_bytes, category, born)
+        self._move(self.by_category, old, category, num_bytes)
+        if born <= self._born_at_peak:
+            # Alive now and there then: a tensor gets its name only after it was made, which may be the peak.
+            self._move(self.peak_by_category, old, category, num_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -65,17 +72,25 @@ class StorageTracker(TorchDispatchMode):
         if storage_key in self._live:
             return
         num_bytes = storage.nbytes()
-        self._live[storage_key] = (weakref.ref(storage, lambda _: self._drop(storage_key)), num_bytes, category)
+        self._born += 1
+        reference = weakref.ref(storage, lambda _: self._drop(storage_key))
+        self._live[storage_key] = (reference, num_bytes, category, self._born)
         self.by_category[category] += num_bytes
         self.allocated_bytes += num_bytes
         if self.allocated_bytes > self.peak_bytes:
             self._set_peak()
 
     def _drop(self, storage_key: int) -> None:
-        _, num_bytes, category = self._live.pop(storage_key)
+        _, num_bytes, category, _ = self._live.pop(storage_key)
         self.by_category[category] -= num_bytes
         self.allocated_bytes -= num_bytes
 
     def _set_peak(self) -> None:
         self.peak_bytes = self.allocated_bytes
-        self.peak_by_category = {key: value for key, value in self.by_category.items() if value}
+        self._born_at_peak = self._born
+        self.peak_by_category = Counter({key: value for key, value in self.by_category.items() if value})
+
+    @staticmethod
+    def _move(counts: Counter[str], old: str, new: str, num_bytes: int) -> None:
+        counts[old] -= num_bytes
+        counts[new] += num_bytes

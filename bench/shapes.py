@@ -1,0 +1,88 @@
+"""Memory and time of a configuration at the shapes of Qwen2-0.5B, with random weights.
+
+    python bench/shapes.py --tokenizer models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi
+
+Writes a model folder with Qwen2-0.5B's shapes and random weights, and examples that are exactly
+`max_length` tokens long, then trains for two steps through the ordinary command, with whatever
+`--config` says. The numbers come from the run's own memory_report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+QWEN2_05B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+
+
+def write_model(folder: Path, tokenizer: str) -> None:
+    """A bf16 model folder with random weights, and somebody's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(0)
+    config = Qwen2Config(**QWEN2_05B, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+def write_data(path: Path, sample: Path, num_examples: int) -> None:
+    """Text examples, each longer than any `max_length` in use, made of the sample data."""
+    answers = [record["output"] for record in json.loads(sample.read_text(encoding="utf-8"))]
+    texts = ["\n".join(answers[start : start + 20]) for start in range(0, 20 * num_examples, 20)]
+    path.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
+
+
+def main() -> None:
+    """Write model and data, train for two steps, print what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/galore_config.yaml")
+    parser.add_argument("--tokenizer", default="models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi")
+    parser.add_argument("--sample", type=Path, default=Path("data/sample_data.json"))
+    parser.add_argument("overrides", nargs="*", help="KEY.PATH=VALUE words for the configuration")
+    arguments = parser.parse_args()
+    from sophia_galore.cli.main import main as command
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        write_model(folder / "model", arguments.tokenizer)
+        write_data(folder / "data.json", arguments.sample, num_examples=24)
+        code = command(
+            [
+                "train",
+                f"--config={arguments.config}",
+                f"model.name={folder / 'model'}",
+                f"data.train={folder / 'data.json'}",
+                "data.max_eval_examples=1",
+                "training.max_steps=2",
+                "training.warmup_steps=0",
+                f"training.output_dir={folder / 'run'}",
+                "checkpoint.save_every_steps=0",
+                *arguments.overrides,
+            ]
+        )
+        if code:
+            sys.exit(code)
+        report = json.loads((folder / "run" / "memory_report.json").read_text(encoding="utf-8"))
+        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        print(json.dumps({"memory": report, "metrics": [json.loads(line) for line in lines]}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Tokens per second and peak resident memory, side by side with the Hugging Face Trainer.
+
+    python bench/speed.py --model models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi
+
+Both sides train all weights of the same model on the same micro-batches (sample data), float32, the
+same threads. The Trainer uses AdamW and gradient checkpointing. Each side runs in a process of its own,
+so that its peak resident size is its own; the sides take turns, and the medians over the turns are
+compared. The first step of every process is left out of the time (for GaLore it makes every basis).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+SIDES = ("trainer-adamw", "ours-adamw", "ours-galore")
+
+
+def load_config_for(arguments: argparse.Namespace, optimizer: str, output: str) -> Any:
+    """The run's configuration, the same but for the optimizer."""
+    from sophia_galore.config import load_config
+
+    return load_config(
+        Path("configs/quickstart.yaml"),
+        [
+            f"model.name={arguments.model}",
+            f"optimizer.type={optimizer}",
+            f"training.batch_size={arguments.batch_size}",
+            f"training.gradient_accumulation_steps={arguments.accumulation}",
+            f"training.max_length={arguments.max_length}",
+            f"training.max_steps={arguments.steps}",
+            f"training.output_dir={output}",
+            "training.warmup_steps=0",
+            "training.sample_questions=[]",
+            "training.device=cpu",
+            "memory.track_steps=0",
+            "checkpoint.save_every_steps=0",
+            "data.eval_fraction=0",
+        ],
+    )
+
+
+def run_ours(arguments: argparse.Namespace, optimizer: str) -> list[tuple[int, float]]:
+    """Tokens and seconds of each step of ours."""
+    import tempfile
+
+    from sophia_galore.train.listener import Listener
+    from sophia_galore.train.run import train
+
+    class Times(Listener):
+        steps: list[tuple[int, float]] = []  # noqa: RUF012
+
+        def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
+            self.steps.append((record["tokens"], record["tokens"] / record["tokens_per_second"]))
+
+    with tempfile.TemporaryDirectory() as folder:
+        listener = Times()
+        train(load_config_for(arguments, optimizer, folder), listener)
+        return listener.steps
+
+
+def run_trainer(arguments: argparse.Namespace) -> list[tuple[int, float]]:
+    """Tokens and seconds of each step of the Trainer, on the very micro-batches that ours takes."""
+    import tempfile
+
+    import torch
+    from torch.utils.data import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    from sophia_galore.data.batches import window
+    from sophia_galore.data.dataset import load_data
+
+    config = load_config_for(arguments, "adamw", "unused")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    data = load_data(config.data, max_length=arguments.max_length, seed=config.training.seed, tokenizer=tokenizer)
+    batches, tokens = [], []
+    for step in range(arguments.steps):
+        chosen = window(
+            data.train,
+            seed=config.training.seed,
+            epoch=0,
+            index=step,
+            batch_size=arguments.batch_size,
+            accumulation=arguments.accumulation,
+            pad_id=tokenizer.pad_token_id,
+        )
+        tokens.append(sum(batch.num_tokens for batch in chosen))
+        for batch in chosen:
+            # The Trainer's model shifts labels itself.
+            labels = torch.full_like(batch.labels, -100)
+            labels[:, 1:] = batch.labels[:, :-1]
+            ones = torch.ones_like(batch.input_ids)
+            mask = ones if batch.attention_mask is None else batch.attention_mask
+            batches.append({"input_ids": batch.input_ids, "attention_mask": mask, "labels": labels})
+
+    class Batches(Dataset):  # type: ignore[type-arg]
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return batches[index]
+
+    class Times(TrainerCallback):
+        marks: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.marks.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.marks[-1] = time.perf_counter() - self.marks[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=arguments.accumulation,
+            max_steps=arguments.steps,
+            learning_rate=2e-4,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            optim="adamw_torch",
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        times = Times()
+        trainer = Trainer(
+            model=model, args=settings, train_dataset=Batches(), data_collator=lambda rows: rows[0], callbacks=[times]
+        )
+        # In the order given: the batches are made already.
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(batches)  # type: ignore[method-assign]
+        trainer.train()
+    return list(zip(tokens, times.marks, strict=True))
+
+
+def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run one side here and now."""
+    from sophia_galore.train.memory import peak_process_bytes
+
+    steps = run_trainer(arguments) if side == "trainer-adamw" else run_ours(arguments, side.removeprefix("ours-"))
+    tokens, seconds = (sum(values) for values in zip(*steps[1:], strict=True))
+    return {"tokens_per_second": tokens / seconds, "peak_process_bytes": float(peak_process_bytes())}
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turns, each in a fresh process."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for turn in range(arguments.turns):
+        for side in SIDES[turn % len(SIDES) :] + SIDES[: turn % len(SIDES)]:
+            done = subprocess.run(
+                [sys.executable, __file__, "--side", side, *sys.argv[1:]], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                sys.exit(f"{side} failed:\n{done.stderr}")
+            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"turn {turn + 1}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)
+    medians = {
+        side: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for side, runs in found.items()
+    }
+    return {"runs": found, "medians": medians}
+
+
+def main() -> None:
+    """Measure, print a table, and write the numbers if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a process; the first is not timed")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, arguments)))
+        return
+    result = compare(arguments)
+    base = result["medians"]["trainer-adamw"]
+    print("| side | tokens/s | ratio | peak resident GiB | ratio |\n|---|---|---|---|---|")
+    for side, one in result["medians"].items():
+        speed, peak = one["tokens_per_second"], one["peak_process_bytes"]
+        print(
+            f"| {side} | {speed:.1f} | {speed / base['tokens_per_second']:.2f} "
+            f"| {peak / 2**30:.2f} | {peak / base['peak_process_bytes']:.2f} |"
+        )
+    if arguments.output:
+        import torch
+        import transformers
+
+        about = {
+            "date": date.today().isoformat(),
+            "command": "python " + " ".join(sys.argv),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {platform.system()}",
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
+        arguments.output.write_text(json.dumps({**about, **result}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

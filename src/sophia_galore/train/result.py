@@ -1,0 +1,61 @@
+"""How a run ended, as an object and as read from its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config import RunConfig, dump_config
+from sophia_galore.train import folder as names
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Args:
+        folder: The run's folder.
+        step: The last step that was done.
+        finished: Whether that was the last one of the plan; otherwise the run was stopped and can go on.
+        saved: The checkpoint to go on from, if the run was stopped.
+        eval_losses: Step and loss of every evaluation, in nats a token.
+        memory: The memory report.
+    """
+
+    folder: Path
+    step: int
+    finished: bool
+    saved: Path | None
+    eval_losses: list[tuple[int, float]]
+    memory: dict[str, Any]
+
+
+def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
+    """The result of a run that was carried out to its end with this very configuration.
+
+    Args:
+        folder: The run's folder.
+        config: What is asked now.
+
+    Returns:
+        The result, or None if the run is not finished or was another one.
+    """
+    try:
+        if (folder / names.CONFIG).read_text(encoding="utf-8") != dump_config(config):
+            return None
+        state = json.loads((folder / names.TRAINER_STATE).read_text(encoding="utf-8"))
+        memory = json.loads((folder / names.MEMORY_REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if state["global_step"] < state["max_steps"] or not (folder / names.MODEL).is_file():
+        return None
+    return RunResult(
+        folder=folder,
+        step=state["global_step"],
+        finished=True,
+        saved=None,
+        eval_losses=[(line["step"], line["eval_loss"]) for line in state["log_history"] if "eval_loss" in line],
+        memory=memory,
+    )

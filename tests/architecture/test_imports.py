@@ -1,0 +1,75 @@
+"""The house: imports go one way, folders have one level, files stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sophia_galore
+
+SOURCE = Path(sophia_galore.__file__).parent
+# Rooms in the order of the river; a room may import from those in earlier groups, and from itself.
+ORDER: list[set[str]] = [
+    {"errors"},
+    {"config"},
+    {"numerics"},
+    {"optim"},
+    {"model", "data"},
+    {"engine"},
+    {"plan"},
+    {"train"},
+    {"cli"},
+]
+ALLOWED = {room: set().union(*ORDER[:place]) | {room} for place, group in enumerate(ORDER) for room in group} | {
+    "report": {"errors", "report"}
+}
+ALLOWED["cli"] |= {"report"}
+FILES = sorted(SOURCE.rglob("*.py"))
+MAX_LINES = 350
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found.add(node.module or "")
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] == "sophia_galore" and len(parts) > 1:
+            assert parts[1] in ALLOWED[room], f"{room} must not import {parts[1]}"
+
+
+def test_numerics_knows_tensors_only() -> None:
+    for path in (SOURCE / "numerics").glob("*.py"):
+        outside = {name.split(".")[0] for name in imported_modules(path)}
+        assert outside <= {"__future__", "torch", "typing", "dataclasses", "hashlib", "sophia_galore", "collections"}
+        assert not any(name.startswith("torch.nn") for name in imported_modules(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_files_are_small_and_one_folder_deep(path: Path) -> None:
+    assert len(path.relative_to(SOURCE).parts) <= 2
+    assert path.stem not in {"utils", "common", "misc", "helpers"}
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_every_room_is_in_the_order() -> None:
+    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert rooms == set(ALLOWED)

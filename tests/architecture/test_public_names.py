@@ -1,0 +1,41 @@
+"""Frozen surfaces: public names and commands. A change here is a change for users; say it in the CHANGELOG."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import typer
+
+import sophia_galore
+from sophia_galore.cli.main import app
+
+
+def test_public_names() -> None:
+    assert sorted(sophia_galore.__all__) == ["__version__"]
+    for name in sophia_galore.__all__:
+        assert hasattr(sophia_galore, name)
+
+
+def test_commands_and_their_options() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    surface = {
+        name: sorted(option for parameter in command.params for option in parameter.opts)
+        for name, command in commands.items()
+    }
+    assert surface == {
+        "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
+        "check": ["--config", "--json", "--optimizer", "-c", "-o", "overrides"],
+        "prepare-data": ["--output"],
+        "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
+        "generate": ["--max-new-tokens", "--seed", "--temperature", "model", "prompt"],
+    }
+
+
+def test_importing_the_package_is_light() -> None:
+    """No side effects at import: neither torch nor transformers is loaded by the package itself."""
+    code = (
+        "import sys, sophia_galore, sophia_galore.errors; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

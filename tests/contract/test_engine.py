@@ -1,0 +1,160 @@
+"""What the layer-wise engine promises for every family of models."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines import load_parts, make_engine
+from sophia_galore.engine import cross_entropy
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.observe import Category, Observer
+from sophia_galore.errors import NonFiniteError, RunError
+from sophia_galore.model.store import WeightStore
+from sophia_galore.train.tracker import StorageTracker
+from tiny import FAMILIES, ragged_batches, tiny_model
+
+TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+
+def engine_for(folder: Path, family: str, tied: bool) -> tuple[LayerwiseEngine, WeightStore]:
+    tiny_model(family, tied=tied).save_pretrained(folder)
+    anatomy, store = load_parts(folder)
+    return make_engine(anatomy, store), store
+
+
+def all_gradients(engine: LayerwiseEngine, batches: list) -> dict[str, Tensor]:  # type: ignore[type-arg]
+    got: dict[str, Tensor] = {}
+    engine.step(batches, lambda grads: got.update(grads), step=1)
+    return got
+
+
+@TIED
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_layer_has_gradients_at_a_time(tmp_path: Path, family: str, tied: bool) -> None:
+    """When a layer's gradients are handed on, no storage of an earlier layer's gradients is alive."""
+    engine, _ = engine_for(tmp_path, family, tied)
+    alive: list[tuple[str, weakref.ref[object]]] = []
+    groups: list[set[str]] = []
+
+    def apply(grads: dict[str, Tensor]) -> None:
+        gc.collect()
+        assert not [name for name, reference in alive if reference() is not None], "gradients of another layer live on"
+        alive.clear()
+        alive.extend((name, weakref.ref(grad.untyped_storage())) for name, grad in grads.items())
+        groups.append({name.rsplit(".", 1)[0].split("self_attn")[0].split("mlp")[0] for name in grads})
+
+    engine.step(ragged_batches(), apply, step=1)
+    assert len(groups) == 3 + 2  # three layers, the head (with its norm), the embedding
+
+
+class _GradientBytes(Observer):
+    """Largest sum of bytes that were gradients at the same time."""
+
+    watches_tensors = True
+
+    def __init__(self, tracker: StorageTracker) -> None:
+        self.tracker, self.peak = tracker, 0
+
+    def tag(self, tensor: Tensor, category: Category) -> None:
+        self.tracker.tag(tensor, category)
+        self.peak = max(self.peak, self.tracker.by_category["gradients"])
+
+
+@TIED
+def test_gradient_storages_never_exceed_one_unit(tmp_path: Path, tied: bool) -> None:
+    """Counted by storages: the sum of live gradients is at most that of the largest layer, head or embedding."""
+    tiny_model("llama", tied=tied).save_pretrained(tmp_path)
+    anatomy, store = load_parts(tmp_path)
+    sizes = {name: 4 * shape.numel() for name, shape in anatomy.parameter_shapes().items()}
+    units = [sum(size for name, size in sizes.items() if name.startswith(f"{layer}.")) for layer in anatomy.layer_names]
+    units += [sizes[anatomy.embed_name], sizes[anatomy.head_name] + sizes["model.norm.weight"]]
+    tracker = StorageTracker(torch.device("cpu"))
+    observer = _GradientBytes(tracker)
+    with tracker:
+        make_engine(anatomy, store, observer=observer).step(ragged_batches(), lambda grads: None, step=1)
+    assert max(units) * 0.9 <= observer.peak <= max(units)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_order_of_micro_batches_does_not_matter(tmp_path: Path, family: str) -> None:
+    engine, _ = engine_for(tmp_path, family, True)
+    one = all_gradients(engine, ragged_batches())
+    other = all_gradients(engine, list(reversed(ragged_batches())))
+    for name, grad in one.items():
+        # Sums of three float32 terms in another order; worst seen 3e-7.
+        assert float((grad - other[name]).norm() / grad.norm()) <= 2e-6, name
+
+
+def test_accumulation_is_exact(tmp_path: Path) -> None:
+    """Micro-batches weigh as much as their counted tokens, not one each: gradients add up by token."""
+    engine, _ = engine_for(tmp_path, "llama", True)
+    batches = ragged_batches()
+    whole = all_gradients(engine, batches)
+    counts = [batch.num_counted for batch in batches]
+    parts = [all_gradients(engine, [batch]) for batch in batches]
+    for name, grad in whole.items():
+        summed = sum(part[name] * count for part, count in zip(parts, counts, strict=True)) / sum(counts)
+        assert float((grad - summed).norm() / grad.norm()) <= 2e-6, name  # as above
+
+
+def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_for(tmp_path, "gemma2", True)
+    whole = all_gradients(engine, ragged_batches())
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 3)
+    chunked = all_gradients(engine, ragged_batches())
+    for name, grad in whole.items():
+        assert float((grad - chunked[name]).norm() / grad.norm()) <= 2e-6, name  # sums in another order
+
+
+def test_logits_never_exist_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_for(tmp_path, "llama", True)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 4)
+    rows: list[int] = []
+    original = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        cross_entropy.functional, "cross_entropy", lambda z, *a, **k: rows.append(len(z)) or original(z, *a, **k)
+    )
+    engine.step(ragged_batches(), lambda grads: None, step=1)
+    engine.evaluate(ragged_batches())
+    assert rows and max(rows) == 4
+
+
+def test_weights_step_while_the_engine_goes_back(tmp_path: Path) -> None:
+    """A layer that was stepped must not change the gradients of the layers below it in the same step."""
+    engine, store = engine_for(tmp_path, "llama", False)
+    untouched = all_gradients(engine, ragged_batches())
+    stepped: dict[str, Tensor] = {}
+
+    def apply(grads: dict[str, Tensor]) -> None:
+        stepped.update({name: grad.clone() for name, grad in grads.items()})
+        for name in grads:
+            store[name].add_(1.0)
+
+    engine.step(ragged_batches(), apply, step=1)
+    assert all(torch.equal(stepped[name], grad) for name, grad in untouched.items())
+
+
+def test_a_bad_loss_stops_before_anything_is_handed_on(tmp_path: Path) -> None:
+    engine, store = engine_for(tmp_path, "llama", True)
+    store["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    handed: list[object] = []
+    with pytest.raises(NonFiniteError, match="at step 5"):
+        engine.step(ragged_batches(), handed.append, step=5)
+    assert not handed
+
+
+def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    anatomy, store = load_parts(tmp_path)
+    mlp = anatomy.layers[1].mlp
+    mlp.forward = lambda hidden: hidden  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.\w+\.weight gets no gradient"):
+        make_engine(anatomy, store).step(ragged_batches(), lambda grads: None, step=1)

@@ -1,0 +1,53 @@
+"""Runs `sophia-galore train ...` and kills its own process at a chosen moment.
+
+    python crash_run.py MOMENT COUNT ARGUMENT...
+
+The process dies by SIGKILL at the COUNT-th time that MOMENT is reached.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sophia_galore.cli.main import main
+from sophia_galore.optim import optimizer
+from sophia_galore.train import checkpoint, metrics
+
+# Where each moment is: the module and the function whose call it is.
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "after a step": (metrics.MetricsLog, "add"),
+    "at a weight": (optimizer, "_move"),
+    "at a refresh": (optimizer, "svd_basis"),
+    "while saving": (checkpoint, "_hash_and_flush"),
+    "before the rename": (os, "replace"),
+    "after the rename": (checkpoint, "checkpoints"),
+}
+
+
+def kill_at(moment: str, count: int) -> None:
+    """Arrange the process's death."""
+    owner, name = MOMENTS[moment]
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] != "never":
+        kill_at(sys.argv[1], int(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))
