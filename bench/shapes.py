@@ -1,6 +1,6 @@
 """Memory and time of a configuration at the shapes of Qwen2-0.5B, with random weights.
 
-    python bench/shapes.py --tokenizer models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi
+    python bench/shapes.py
 
 Writes a model folder with Qwen2-0.5B's shapes and random weights, and examples that are exactly
 `max_length` tokens long, then trains for two steps through the ordinary command, with whatever
@@ -16,6 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sophia_galore.cli.main import main as command
+from sophia_galore.config.schema import ModelConfig
+from sophia_galore.model.source import resolve_model
+
 QWEN2_05B: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -30,7 +34,7 @@ QWEN2_05B: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, tokenizer: str) -> None:
+def write_model(folder: Path, tokenizer: Path) -> None:
     """A bf16 model folder with random weights, and somebody's tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
@@ -53,15 +57,14 @@ def main() -> None:
     """Write model and data, train for two steps, print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/galore_config.yaml")
-    parser.add_argument("--tokenizer", default="models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi")
+    parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--sample", type=Path, default=Path("data/sample_data.json"))
     parser.add_argument("overrides", nargs="*", help="KEY.PATH=VALUE words for the configuration")
     arguments = parser.parse_args()
-    from sophia_galore.cli.main import main as command
-
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        write_model(folder / "model", arguments.tokenizer)
+        tokenizer = resolve_model(ModelConfig(name=arguments.tokenizer), print).folder
+        write_model(folder / "model", tokenizer)
         write_data(folder / "data.json", arguments.sample, num_examples=24)
         code = command(
             [

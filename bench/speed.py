@@ -1,6 +1,6 @@
 """Tokens per second and peak resident memory, side by side with the Hugging Face Trainer.
 
-    python bench/speed.py --model models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi
+    python bench/speed.py
 
 Both sides train all weights of the same model on the same micro-batches (sample data), float32, the
 same threads. The Trainer uses AdamW and gradient checkpointing. Each side runs in a process of its own,
@@ -20,6 +20,9 @@ import time
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+from sophia_galore.config.schema import ModelConfig
+from sophia_galore.model.source import resolve_model
 
 SIDES = ("trainer-adamw", "ours-adamw", "ours-galore")
 
@@ -161,9 +164,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn in range(arguments.turns):
         for side in SIDES[turn % len(SIDES) :] + SIDES[: turn % len(SIDES)]:
-            done = subprocess.run(
-                [sys.executable, __file__, "--side", side, *sys.argv[1:]], capture_output=True, text=True, check=False
-            )
+            words = [*sys.argv[1:], "--side", side, "--model", arguments.model]
+            done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr}")
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -177,7 +179,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, print a table, and write the numbers if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models_cache/HuggingFaceTB--SmolLM2-135M-Instruct.pypi")
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=256)
@@ -189,6 +191,8 @@ def main() -> None:
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments)))
         return
+    # Here once, so that every process finds the same folder.
+    arguments.model = str(resolve_model(ModelConfig(name=arguments.model), print).folder)
     result = compare(arguments)
     base = result["medians"]["trainer-adamw"]
     print("| side | tokens/s | ratio | peak resident GiB | ratio |\n|---|---|---|---|---|")

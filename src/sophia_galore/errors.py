@@ -69,4 +69,4 @@ class RunError(SophiaGaloreError):
 
 
 class NonFiniteError(RunError):
-    """A loss or a gradient became NaN or infinite; the weights were not touched by it."""
+    """A loss or a gradient became NaN or infinite; no weight was changed by it."""

@@ -19,7 +19,7 @@ def check(
     optimizer: OptimizerOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON, a route a parameter.")] = False,
 ) -> None:
-    """Show what `train` would do, without loading a weight or writing a file."""
+    """Show what `train` would do, without loading a weight; only a model that is not here yet is downloaded."""
     asked = read_config(config, optimizer, overrides)
     prepared = prepare(asked, Listener() if as_json else Terminal())
     if as_json:

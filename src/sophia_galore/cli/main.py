@@ -3,6 +3,7 @@
 0  done (also: stopped by the user after saving)
 1  the run failed
 2  something in what the user gave is wrong: one message, cause and remedy
+130  interrupted (Ctrl-C) where there was nothing to save
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from sophia_galore.cli.generate import generate
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError
+
+# What typer makes of Ctrl-C.
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="sophia-galore",
@@ -60,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _resume_as_value([word for word in arguments if word != "--debug"])
     try:
         returned = typer.main.get_command(app).main(arguments, prog_name="sophia-galore", standalone_mode=False)
-        return returned if isinstance(returned, int) else 0
+        code = returned if isinstance(returned, int) else 0
     except Exception as error:
         if debug and not isinstance(error, typer.TyperException):
             raise
         return _explain(error)
-    except KeyboardInterrupt:
+    if code == _INTERRUPTED:
         _complain("Stopped.", "")
-        return 130
+    return code
 
 
 def entry() -> None:
@@ -80,7 +84,9 @@ def _resume_as_value(arguments: list[str]) -> list[str]:
     out: list[str] = []
     for index, word in enumerate(arguments):
         following = arguments[index + 1] if index + 1 < len(arguments) else ""
-        bare = word == "--resume" and (not following or following.startswith("-") or "=" in following)
+        key, equals, _ = following.partition("=")
+        override = bool(equals) and not set(key) & set("/\\")  # a path may hold "=" too
+        bare = word == "--resume" and (not following or following.startswith("-") or override)
         out.append("--resume=latest" if bare else word)
     return out
 

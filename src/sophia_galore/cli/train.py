@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,8 @@ def train(
         terminal.close()
     if not result.finished:
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
-        terminal.say(f"Go on with: sophia-galore train --config {config} --resume" + _words(optimizer, overrides))
+        words = ["--config", str(config), "--resume", *_words(optimizer, overrides)]
+        terminal.say(f"Go on with: sophia-galore train {shlex.join(words)}")
         return
     pictures = [plot_loss(result.folder), plot_memory(result.folder)]
     _compare_answers(terminal, result.folder)
@@ -59,8 +61,8 @@ def train(
     terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
 
 
-def _words(optimizer: str | None, overrides: list[str] | None) -> str:
-    return "".join(f" {word}" for word in ([f"--optimizer {optimizer}"] if optimizer else []) + (overrides or []))
+def _words(optimizer: str | None, overrides: list[str] | None) -> list[str]:
+    return [*(["--optimizer", optimizer] if optimizer else []), *(overrides or [])]
 
 
 def _compare_answers(terminal: Terminal, folder: Path) -> None:

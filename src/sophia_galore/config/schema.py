@@ -159,7 +159,9 @@ class MemoryConfig(Section):
     """The memory monitor."""
 
     track_steps: int = Field(
-        2, ge=0, description="On CPU, follow every tensor storage during so many first steps; 0: resident size only."
+        2,
+        ge=0,
+        description="Follow every tensor storage during so many first steps, to tell what memory is for; 0: off.",
     )
 
 

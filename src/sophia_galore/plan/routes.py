@@ -10,7 +10,7 @@ from sophia_galore.numerics.rules import AdamWHyper
 from sophia_galore.numerics.subspace import Side, projection_side
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
-# Peak rates where the user gives none; measured, see bench/results.
+# Peak rates where the user gives none; README, Measured, has what they reach.
 DEFAULT_LEARNING_RATES: dict[str, float] = {"galore": 1.6e-3, "adamw": 2e-4}
 
 _STATE_ELEMENT_BYTES = 4

@@ -1,9 +1,10 @@
 """The memory monitor: how much, in which phase, and what for.
 
-On CUDA the allocator tells (allocated, reserved). On a CPU there is no such allocator, so a tracker
-follows every tensor storage during loading, the first steps and the first evaluation; after that
-only the resident size of the process is read. On CPU nothing is kept in reserve beyond what is
-allocated, so both numbers are the same there.
+A tracker follows every tensor storage during loading, the first evaluation and the first steps; it
+tells what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all
+the time. On a CPU there is no such allocator: there the tracker's sum is the peak, and after it was
+taken off only the resident size of the process is read. On a CPU nothing is kept in reserve beyond
+what is allocated, so both numbers are the same there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import psutil
 import torch
@@ -51,24 +52,25 @@ def peak_process_bytes() -> int:
 
 
 class MemoryMonitor(Observer):
-    """Follows memory through a run.
+    """Follows memory through a run; a context manager.
 
     Args:
         device: Where the run's tensors live.
-        track_steps: On CPU, steps during which every storage is followed; 0: none.
+        track_steps: Steps during which every storage is followed; 0: none.
     """
 
     def __init__(self, device: torch.device, track_steps: int) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
         self._track_steps = track_steps
-        self._tracker = StorageTracker(device) if not self._cuda and track_steps else None
+        self._tracker = StorageTracker(device) if track_steps else None
         self._entered = False
         self._phases: dict[str, int] = {}
         self._current: list[Phase] = []
         self._peak_bytes = 0
         self._peak_reserved_bytes = 0
         self._categories: dict[str, int] = {}
+        self._tracked_peak_bytes = 0
         self._step_peak_bytes = 0
         self._steps: list[dict[str, int | None]] = []
 
@@ -77,11 +79,15 @@ class MemoryMonitor(Observer):
         """Whether tags are of use at the moment."""
         return self._entered
 
-    def start(self) -> None:
+    def __enter__(self) -> Self:
         """Begin to follow storages, where that is what is done."""
         if self._tracker is not None and not self._entered:
             self._tracker.__enter__()
             self._entered = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """Stop following storages; resident size is still read."""
@@ -139,7 +145,7 @@ class MemoryMonitor(Observer):
         """Everything that was measured, as plain data."""
         self._settle()
         if self._cuda:
-            measured_by = "CUDA allocator"
+            measured_by = "CUDA allocator (categories: storage tracker, loading to the first steps)"
         elif self._tracker is not None:
             measured_by = f"storage tracker (loading, first evaluation, first {self._track_steps} steps)"
         else:
@@ -162,28 +168,29 @@ class MemoryMonitor(Observer):
 
     def _settle(self) -> None:
         """Credit the peak since the last change of phase to the phase that ends."""
-        categories: dict[str, int] = {}
+        tracker = self._tracker if self._entered else None
+        if tracker is not None and tracker.peak_bytes > self._tracked_peak_bytes:
+            self._tracked_peak_bytes, self._categories = tracker.peak_bytes, dict(tracker.peak_by_category)
         if self._cuda:
             peak = int(torch.cuda.max_memory_allocated(self._device))
             self._peak_reserved_bytes = max(
                 self._peak_reserved_bytes, int(torch.cuda.max_memory_reserved(self._device))
             )
-        elif self._entered and self._tracker is not None:
-            peak, categories = self._tracker.peak_bytes, self._tracker.peak_by_category
+        elif tracker is not None:
+            peak = tracker.peak_bytes
         else:
             return
+        self._peak_bytes = max(self._peak_bytes, peak)
         if self._current:
             phase = self._current[-1]
             self._phases[phase] = max(self._phases.get(phase, 0), peak)
-        if peak > self._peak_bytes:
-            self._peak_bytes, self._categories = peak, dict(categories)
-        if self._current and self._current[-1] in _STEP_PHASES:
-            self._step_peak_bytes = max(self._step_peak_bytes, peak)
+            if phase in _STEP_PHASES:
+                self._step_peak_bytes = max(self._step_peak_bytes, peak)
 
     def _open(self) -> None:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._tracker is not None:
+        if self._tracker is not None:
             self._tracker.default = _PHASE_CATEGORY[self._current[-1]] if self._current else "other"
             if self._entered:
                 self._tracker.reset_peak()

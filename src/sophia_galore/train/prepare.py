@@ -11,6 +11,7 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
+from sophia_galore.errors import ConfigError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.source import ResolvedModel, resolve_model
@@ -67,6 +68,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     compute_dtype = choose_compute_dtype(config, device)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
+    if not checkpoint:
+        _refuse_own_folder(config, model)
     model_config = load_model_config(model.folder, trust_remote_code=trust)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
@@ -89,6 +92,16 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     listener.planned(plan)
     listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
     return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, compute_dtype)
+
+
+def _refuse_own_folder(config: RunConfig, model: ResolvedModel) -> None:
+    # The earlier run in the folder would be moved aside before its weights are read.
+    run_folder = Path(config.run_folder).resolve()
+    if run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
+        raise ConfigError(
+            f"The model {model.folder} lies in the folder that this run would write to, {config.run_folder}.",
+            "Choose another training.output_dir.",
+        )
 
 
 def _model_of(checkpoint: Checkpoint) -> ResolvedModel:

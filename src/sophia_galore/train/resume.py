@@ -33,6 +33,16 @@ _FREE = (
     "export.",
     "memory.",
 )
+# Those of them that a plan is made from.
+_DECISIVE = (
+    "data.",
+    "training.epochs",
+    "training.max_steps",
+    "training.learning_rate",
+    "training.device",
+    "training.compute_dtype",
+    "optimizer.",
+)
 # A schedule that does not look at the end of the run lets the end be moved.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -50,7 +60,8 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     """
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
     saved = {key: checkpoint.config.get(key) for key in now}
-    skip = {"notes"} | ({"num_steps"} if config.training.lr_scheduler_type in _ENDLESS else set())
+    # The bytes follow from the routes, which say more.
+    skip = {"notes", "bytes"} | ({"num_steps"} if config.training.lr_scheduler_type in _ENDLESS else set())
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
     saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
     # Through JSON, as the saved side went: tuples became lists.
@@ -60,6 +71,8 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         key = different[0]
         change = "" if key == "plan.routes" else f": {saved.get(key)} then, {now[key]} now"
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        causes = [] if not key.startswith("plan.") else _changed_settings(checkpoint, config)
+        more += f" (changed: {', '.join(causes)})" if causes else ""
         raise CheckpointError(
             f"{checkpoint.folder} was made with another {_in_words(key)}{change}{more}; going on would change numbers.",
             "Resume with the configuration the run was started with (run_config.yaml in its folder), or start anew.",
@@ -69,6 +82,12 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
             f"{checkpoint.folder} is at step {checkpoint.step}, the run would end at {plan.num_steps}.",
             "Raise training.max_steps or training.epochs.",
         )
+
+
+def _changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """The keys that may differ and do, of those that a plan is made from."""
+    now = json.loads(json.dumps(flatten(config)))
+    return [key for key in now if key.startswith(_DECISIVE) and now[key] != checkpoint.config.get(key)]
 
 
 def _in_words(key: str) -> str:

@@ -24,6 +24,7 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.determinism import deterministic
 from sophia_galore.train.folder import open_run_folder
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
@@ -62,25 +63,35 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
     moved = open_run_folder(folder, resume=resume)
     if moved:
         listener.say(f"The earlier run in {folder} was moved to {moved}.")
-    run = _Run(prepared, folder, listener, checkpoint)
-    try:
-        with stop_on_signal(listener.say) as stop:
+    with (
+        deterministic(prepared.device),
+        stop_on_signal(listener.say) as stop,
+        MemoryMonitor(prepared.device, config.memory.track_steps) as monitor,
+    ):
+        run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint)
+        try:
             return run.carry_out(stop)
-    finally:
-        run.close()
+        finally:
+            run.close()
 
 
 class _Run:
     """The live parts of a run, and its loop."""
 
-    def __init__(self, prepared: Prepared, folder: Path, listener: Listener, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: Path,
+        listener: Listener,
+        monitor: MemoryMonitor,
+        checkpoint: Checkpoint | None,
+    ) -> None:
         config, plan = prepared.config, prepared.plan
         self._prepared, self._folder, self._listener = prepared, folder, listener
         self._config, self._plan = config, plan
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
-        self._monitor = MemoryMonitor(prepared.device, config.memory.track_steps)
-        self._monitor.start()
+        self._monitor = monitor
         with self._monitor.phase("load"):
             self._store = self._load_store()
             self._optimizer = ParamOptimizer(
@@ -127,8 +138,7 @@ class _Run:
         return self._result(finished=True)
 
     def close(self) -> None:
-        """Close files and stop watching."""
-        self._monitor.stop()
+        """Close files."""
         self._log.close()
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -216,14 +226,15 @@ class _Run:
         questions = self._config.training.sample_questions
         if not questions:
             return
-        given = answer(
-            self._prepared.anatomy,
-            self._store,
-            self._prepared.tokenizer,
-            questions,
-            max_new_tokens=self._config.training.sample_max_new_tokens,
-            device=self._prepared.device,
-        )
+        with self._monitor.phase("eval"):
+            given = answer(
+                self._prepared.anatomy,
+                self._store,
+                self._prepared.tokenizer,
+                questions,
+                max_new_tokens=self._config.training.sample_max_new_tokens,
+                device=self._prepared.device,
+            )
         path = self._folder / names.ANSWERS
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known[when] = dict(zip(questions, given, strict=True))
