@@ -47,6 +47,7 @@ def load_config_for(arguments: argparse.Namespace, optimizer: str, output: str) 
             "memory.track_steps=0",
             "checkpoint.save_every_steps=0",
             "data.eval_fraction=0",
+            "training.eval_every_steps=0",
         ],
     )
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -98,6 +99,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, typer.TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         _complain(message, "sophia-galore COMMAND --help shows what a command takes.")
+        return 2
+    # safetensors wraps the system's error in its own, so the text is looked at as well.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        _complain(f"The disk is full: {error}", "Free some space; a run that has checkpoints goes on with --resume.")
         return 2
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         _complain(

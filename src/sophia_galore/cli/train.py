@@ -15,6 +15,7 @@ from sophia_galore.cli.sizes import bytes_in_words
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
+from sophia_galore.train.checkpoint import checkpoints
 
 
 def train(
@@ -40,7 +41,10 @@ def train(
         terminal.close()
     if not result.finished:
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
-        words = ["--config", str(config), "--resume", *_words(optimizer, overrides)]
+        # After going back to an older checkpoint, the newest one is not the one that was just made.
+        is_newest = checkpoints(result.folder)[-1:] == [result.saved]
+        resume_word = "--resume" if is_newest else f"--resume={result.saved}"
+        words = ["--config", str(config), resume_word, *_words(optimizer, overrides)]
         terminal.say(f"Go on with: sophia-galore train {shlex.join(words)}")
         return
     pictures = [plot_loss(result.folder), plot_memory(result.folder)]

@@ -50,7 +50,14 @@ def _represent_list(dumper: yaml.SafeDumper, items: list[object]) -> yaml.Node:
     return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=on_one_line)
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Line breaks of any kind as escapes: PyYAML would fold them, and Unicode's own ones would be lost."""
+    one_line = len((text + ".").splitlines()) == 1
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if one_line else '"')
+
+
 CoreDumper.add_representer(list, _represent_list)
+CoreDumper.add_representer(str, _represent_text)
 
 
 def compose(text: str) -> yaml.Node | None:

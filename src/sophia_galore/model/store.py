@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -90,7 +91,8 @@ def load_store(
         # clone: a tensor that is not converted would still be a view of the mapped file.
         converted = tensor.to(device=device, dtype=dtype)
         weights[name] = converted.clone() if converted.data_ptr() == tensor.data_ptr() else converted
-        if not bool(torch.isfinite(weights[name]).all()):
+        # The extremes are NaN if any entry is.
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(weights[name])):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in {dtype}.", "Download the model again."
             )
@@ -108,7 +110,10 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                names = list(file.keys())
+            for name in names:
+                # Opened anew each time: pages of a mapped file stay resident until it is closed.
+                with safe_open(path, framework="pt") as file:
                     yield path, name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error

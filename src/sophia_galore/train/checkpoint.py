@@ -94,15 +94,16 @@ def save_checkpoint(
         _hash_and_flush(manifest)
         _flush_folder(beside)
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, run_folder / f".checkpoint-{step}.replaced.tmp")
         os.replace(beside, final)
         _flush_folder(run_folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise _disk_problem(error, final) from error
     others = [path for path in checkpoints(run_folder) if path != final]
-    for old in others[: max(0, len(others) + 1 - keep_last)]:
-        shutil.rmtree(old)
+    spare = [*others[: max(0, len(others) + 1 - keep_last)], *run_folder.glob(".checkpoint-*.tmp")]
+    for old in spare:
+        shutil.rmtree(old, ignore_errors=True)  # what can't be deleted costs space, not the run
     return final
 
 
@@ -160,7 +161,7 @@ def _verify(folder: Path, others: list[Path]) -> Checkpoint:
 def _offer(others: list[Path]) -> str:
     if not others:
         return "There is no other checkpoint: start without --resume."
-    return f"Go on from the one before: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
+    return f"Go on from another one: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
 
 
 def _hash(path: Path) -> str:

@@ -9,11 +9,9 @@ what is allocated, so both numbers are the same there.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self, get_args
 
 import psutil
@@ -161,10 +159,6 @@ class MemoryMonitor(Observer):
             "categories": {category: self._categories.get(category, 0) for category in get_args(Category)},
             "steps": self._steps,
         }
-
-    def write(self, path: Path) -> None:
-        """Write the report as JSON."""
-        path.write_text(json.dumps(self.report(), indent=2) + "\n", encoding="utf-8")
 
     def _settle(self) -> None:
         """Credit the peak since the last change of phase to the phase that ends."""

@@ -17,6 +17,7 @@ _FREE = (
     "model.source",
     "model.fallback",
     "model.cache_dir",
+    "model.trust_remote_code",
     "data.",
     "training.output_dir",
     "training.epochs",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,6 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
         listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
-    moved = open_run_folder(folder, resume=resume)
-    if moved:
-        listener.say(f"The earlier run in {folder} was moved to {moved}.")
     with (
         deterministic(prepared.device),
         stop_on_signal(listener.say) as stop,
@@ -91,6 +90,7 @@ class _Run:
         self._config, self._plan = config, plan
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
+        self._saved: Path | None = None
         self._monitor = monitor
         with self._monitor.phase("load"):
             self._store = self._load_store()
@@ -113,6 +113,10 @@ class _Run:
         )
         tokenizer = prepared.tokenizer
         self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Only now: what fails until here leaves the folder as it was.
+        moved = open_run_folder(folder, resume=checkpoint is not None)
+        if moved:
+            listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
         self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
 
@@ -138,8 +142,12 @@ class _Run:
         return self._result(finished=True)
 
     def close(self) -> None:
-        """Close files."""
+        """Write what is known at the end, whether the run succeeded or failed, and close the records."""
         self._log.close()
+        # A full disk has been told already by whoever met it first.
+        with contextlib.suppress(OSError):
+            _write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
+            _write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -207,7 +215,7 @@ class _Run:
         return by_steps or 0 < settings.save_every_minutes <= minutes
 
     def _save(self, step: int) -> None:
-        save_checkpoint(
+        self._saved = save_checkpoint(
             self._folder,
             step,
             optimizer_state=self._optimizer.named_state(),
@@ -238,7 +246,7 @@ class _Run:
         path = self._folder / names.ANSWERS
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known[when] = dict(zip(questions, given, strict=True))
-        path.write_text(json.dumps(known, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(path, known)
         self._listener.answered(when, list(zip(questions, given, strict=True)))
 
     def _load_store(self) -> WeightStore:
@@ -253,7 +261,7 @@ class _Run:
         )
 
     def _write_documents(self) -> None:
-        (self._folder / names.PLAN).write_text(json.dumps(self._plan.to_json(), indent=2) + "\n", encoding="utf-8")
+        _write_json(self._folder / names.PLAN, self._plan.to_json())
         (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
@@ -268,7 +276,14 @@ class _Run:
 
     def _write_final_model(self) -> None:
         asked = self._config.export.dtype
-        self._write_model(self._folder, None if asked == "auto" else DTYPES[asked])
+        beside = self._folder / ".model.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        self._write_model(beside, None if asked == "auto" else DTYPES[asked])
+        # The weights last: whoever finds them finds a whole model.
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == names.MODEL):
+            path.replace(self._folder / path.name)
+        beside.rmdir()
 
     def _trainer_state(self) -> dict[str, Any]:
         plan = self._plan
@@ -280,15 +295,11 @@ class _Run:
         )
 
     def _result(self, *, finished: bool) -> RunResult:
-        (self._folder / names.TRAINER_STATE).write_text(
-            json.dumps(self._trainer_state(), indent=2) + "\n", encoding="utf-8"
-        )
-        self._monitor.write(self._folder / names.MEMORY_REPORT)
         return RunResult(
             folder=self._folder,
             step=self._last_step,
             finished=finished,
-            saved=None if finished else checkpoints(self._folder)[-1],
+            saved=None if finished else self._saved,
             eval_losses=[
                 (record["step"], record["eval_loss"]) for record in self._log.records if "eval_loss" in record
             ],
@@ -299,3 +310,7 @@ class _Run:
         saved = checkpoints(self._folder)
         way = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
         return NonFiniteError(error.cause, f"{error.remedy} {way}")
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -105,6 +105,7 @@ def named(name: str) -> RunConfig:
 @example(RunConfig.model_validate({"data": {"eval": "x.json"}}))
 @example(RunConfig.model_validate({"data": {"eval": "x.json", "eval_fraction": 0.0}}))
 @example(RunConfig.model_validate({"training": {"sample_questions": ("1e-3", "yes", "a: b", "# c", "- d", "")}}))
+@example(RunConfig.model_validate({"model": {"name": "a\x85b"}, "data": {"train": "\u2028"}}))
 def test_a_dump_loads_back_to_an_equal_configuration(config: RunConfig) -> None:
     assert through_a_file(dump_config(config)) == config
 

@@ -1,0 +1,67 @@
+"""A model without weights: nothing on the heap but buffers, and clear words for broken folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sophia_galore.errors import ModelError
+from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from tiny import FAMILIES, tiny_model, write_tiny_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_on_meta_and_buffers_are_real(family: str, tied: bool) -> None:
+    model = tiny_model(family, tied=tied)
+    anatomy = build_skeleton(model.config, CPU)
+    assert {parameter.device.type for parameter in anatomy.model.parameters()} == {"meta"}
+    assert anatomy.tied is tied
+    assert {name: each.shape for name, each in model.named_parameters()} == anatomy.parameter_shapes()
+    buffers = dict(anatomy.model.named_buffers())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer), name
+    assert anatomy.model.training
+    assert anatomy.model.config.use_cache is False
+
+
+def test_the_config_of_a_folder(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model", "qwen3")
+    config = load_model_config(folder)
+    assert (config.model_type, config.num_hidden_layers) == ("qwen3", 3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"model_type": "no such model"}', '{"model_type": 3}'],
+)
+def test_a_broken_config_is_said_so(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError) as caught:
+        load_model_config(tmp_path)
+    assert "config.json" in caught.value.cause
+    assert caught.value.remedy
+
+
+def test_an_unsupported_architecture_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+        load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", None])
+def test_a_broken_tokenizer_is_said_so(text: str | None, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    assert load_tokenizer(folder).eos_token == "<|im_end|>"
+    (folder / "tokenizer.json").unlink()
+    if text is not None:
+        (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=r"tokenizer in .* can't be read") as caught:
+        load_tokenizer(folder)
+    assert "tokenizer.json" in caught.value.remedy

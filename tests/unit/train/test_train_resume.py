@@ -1,0 +1,177 @@
+"""What may change between a run and its continuation: nothing that changes a number."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sophia_galore.config import load_config
+from sophia_galore.errors import CheckpointError
+from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint
+from sophia_galore.train.listener import Listener
+from sophia_galore.train.prepare import prepare
+from sophia_galore.train.resume import refuse_difference
+from sophia_galore.train.run import train
+from tiny import write_tiny_data
+from unit.cli.tiny_run import World, make_world, sha256
+
+FIRST = ["checkpoint.save_every_steps=2", "memory.track_steps=0", "training.max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def carry_out(world: World, output: str, *words: str, resume: bool = False) -> str:
+    """A run of three steps that saves after the second; returns the final model's digest."""
+    folder = world.folder / output
+    config = load_config(world.config, [*FIRST, f"training.output_dir={folder}", *words])
+    assert train(config, Listener(), resume=resume).finished
+    return sha256(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saved(world: World) -> dict[str, Checkpoint]:
+    """A checkpoint at step 2 by the run's schedule."""
+    schedules = ("cosine", "constant")
+    for name in schedules:
+        carry_out(world, name, f"training.lr_scheduler_type={name}")
+    return {name: find_checkpoint(world.folder / name, None) for name in schedules}
+
+
+def compare(world: World, checkpoint: Checkpoint, schedule: str, *words: str) -> None:
+    """What a resumed run does before it loads a weight."""
+    config = load_config(world.config, [*FIRST, f"training.lr_scheduler_type={schedule}", *words])
+    refuse_difference(checkpoint, config, prepare(config, Listener(), checkpoint).plan)
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["training.seed=7"], "training.seed: 42 then, 7 now"),
+    (["training.batch_size=4"], "training.batch_size: 2 then, 4 now"),
+    (["training.gradient_accumulation_steps=4"], "training.gradient_accumulation_steps"),
+    (["training.lr_scheduler_type=linear"], "training.lr_scheduler_type: cosine then, linear now"),
+    (["training.warmup_steps=1"], "training.warmup_steps"),
+    (["training.weight_decay=0.1"], "training.weight_decay"),
+    (["training.max_grad_norm=1"], "training.max_grad_norm"),
+    (["training.max_length=63"], "training.max_length"),
+    (["training.learning_rate=0.02"], "learning_rate: 0.01 then, 0.02 now"),
+    (["training.max_steps=4"], "num_steps: 3 then, 4 now"),
+    (["training.max_steps=0"], "num_steps: 3 then, 10 now"),
+    (["training.compute_dtype=bf16"], "compute_dtype: float32 then, bfloat16 now"),
+    (["optimizer.betas=[0.9,0.99]"], "optimizer.betas"),
+    (["optimizer.eps=1e-6"], "optimizer.eps"),
+    (["optimizer.type=adamw"], "optimizer: galore then, adamw now"),
+    (["optimizer.galore.rank=4"], "routing of parameters"),
+    (["optimizer.galore.update_proj_gap=4"], "routing of parameters"),
+    (["optimizer.galore.stagger=false"], "routing of parameters"),
+    (["optimizer.galore.scale=0.5"], "dense_learning_rate"),
+    (["optimizer.galore.dense_learning_rate=0.1"], "dense_learning_rate"),
+    (["model.store=bf16"], "model.store: fp32 then, bf16 now"),
+    (["data.eval_fraction=0.1"], "num_train_examples"),
+    (["data.max_train_examples=17"], "num_train_examples"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), REFUSED, ids=[words[0] for words, _ in REFUSED])
+def test_what_changes_numbers_is_refused_by_name(
+    words: list[str], named: str, world: World, saved: dict[str, Checkpoint]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        compare(world, saved["cosine"], "cosine", *words)
+    assert named in caught.value.cause, caught.value.cause
+    assert str(saved["cosine"].folder) in caught.value.cause
+    key = words[0].partition("=")[0]
+    assert key in caught.value.cause, caught.value.cause
+    assert "run_config.yaml" in caught.value.remedy
+
+
+ALLOWED: list[list[str]] = [
+    [],
+    ["training.output_dir=elsewhere"],
+    ["checkpoint.save_every_steps=1"],
+    ["checkpoint.save_every_minutes=3"],
+    ["checkpoint.keep_last=7"],
+    ["training.logging_steps=5"],
+    ["training.eval_every_steps=1"],
+    ['training.sample_questions=["what"]'],
+    ["training.sample_max_new_tokens=3"],
+    ["memory.track_steps=2"],
+    ["export.dtype=bf16"],
+    ["model.name=some/other"],
+    ["model.cache_dir=elsewhere"],
+    ["data.format=alpaca"],
+    ["training.device=cpu"],
+    ["training.compute_dtype=fp32"],
+    ["training.epochs=9"],  # max_steps decides
+]
+
+
+@pytest.mark.parametrize("words", ALLOWED, ids=[(words or ["nothing"])[0] for words in ALLOWED])
+def test_what_changes_no_number_is_allowed(words: list[str], world: World, saved: dict[str, Checkpoint]) -> None:
+    compare(world, saved["cosine"], "cosine", *words)
+
+
+@pytest.mark.parametrize("words", [["training.max_steps=4"], ["training.max_steps=0"], ["training.max_steps=2"]])
+def test_a_schedule_without_an_end_lets_the_end_be_moved(
+    words: list[str], world: World, saved: dict[str, Checkpoint]
+) -> None:
+    compare(world, saved["constant"], "constant", *words)
+
+
+def test_an_end_before_the_checkpoint_is_refused(world: World, saved: dict[str, Checkpoint]) -> None:
+    with pytest.raises(CheckpointError, match="is at step 2, the run would end at 1") as caught:
+        compare(world, saved["constant"], "constant", "training.max_steps=1")
+    assert "training.max_steps" in caught.value.remedy
+
+
+def test_other_content_under_the_same_name_is_refused(
+    world: World, saved: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    same, other = tmp_path / "same.json", tmp_path / "other.json"
+    shutil.copy(world.data, same)
+    records = json.loads(world.data.read_text())
+    records[0]["output"] += "!"
+    other.write_text(json.dumps(records))
+    compare(world, saved["cosine"], "cosine", f"data.train={same}")
+    with pytest.raises(CheckpointError, match="content of the training or evaluation data"):
+        compare(world, saved["cosine"], "cosine", f"data.train={other}")
+    write_tiny_data(other, num_records=30)
+    with pytest.raises(CheckpointError, match="num_train_examples"):
+        compare(world, saved["cosine"], "cosine", f"data.train={other}")
+
+
+def test_several_differences_are_counted(world: World, saved: dict[str, Checkpoint]) -> None:
+    words = ["training.seed=7", "optimizer.eps=1e-6"]
+    with pytest.raises(CheckpointError, match=r"training.seed: 42 then, 7 now \(and \d more\)"):
+        compare(world, saved["cosine"], "cosine", *words)
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_a_difference(world: World, saved: dict[str, Checkpoint]) -> None:
+    known: dict[str, Any] = dict(saved["cosine"].config)
+    del known["training.seed"]
+    with pytest.raises(CheckpointError, match=r"training\.seed: None then"):
+        compare(world, replace(saved["cosine"], config=known), "cosine")
+
+
+@pytest.mark.usefixtures("saved")
+def test_a_finished_run_can_be_made_longer(world: World) -> None:
+    words = ["training.lr_scheduler_type=constant", "training.max_steps=5"]
+    longer = carry_out(world, "constant", *words, resume=True)
+    assert longer == carry_out(world, "five at once", *words)
+
+
+def test_a_run_goes_on_in_another_place_without_its_model(
+    world: World, saved: dict[str, Checkpoint], tmp_path: Path
+) -> None:
+    """A checkpoint has all that is needed, but the data."""
+    folder = Path(shutil.copytree(saved["cosine"].folder.parent, world.folder / "moved"))
+    expected = sha256(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    words = [f"model.name={tmp_path / 'gone'}", "training.lr_scheduler_type=cosine"]
+    assert carry_out(world, "moved", *words, resume=True) == expected
