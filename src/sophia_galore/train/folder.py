@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sophia_galore.errors import EnvironmentProblem
 
@@ -43,6 +47,28 @@ def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
             f"The output folder {folder} can't be written to: {error.strerror or error}.",
             "Choose another training.output_dir.",
         ) from error
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document as people can read it."""
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:
+    """Let files appear in a folder whole, never half written.
+
+    Args:
+        folder: Where they belong; files of the same names are replaced.
+        write: Writes the files into the folder it is given.
+        last: Name of the file that comes last: whoever finds it finds all of them.
+    """
+    beside = folder / ".files.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    write(beside)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
+        path.replace(folder / path.name)
+    beside.rmdir()
 
 
 def _free_name(folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sophia_galore.optim.schedule import schedule
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.determinism import deterministic
-from sophia_galore.train.folder import open_run_folder
+from sophia_galore.train.folder import open_run_folder, replace_files, write_json
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
@@ -146,8 +145,8 @@ class _Run:
         self._log.close()
         # A full disk has been told already by whoever met it first.
         with contextlib.suppress(OSError):
-            _write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
-            _write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
+            write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
+            write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -246,7 +245,7 @@ class _Run:
         path = self._folder / names.ANSWERS
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known[when] = dict(zip(questions, given, strict=True))
-        _write_json(path, known)
+        write_json(path, known)
         self._listener.answered(when, list(zip(questions, given, strict=True)))
 
     def _load_store(self) -> WeightStore:
@@ -261,7 +260,7 @@ class _Run:
         )
 
     def _write_documents(self) -> None:
-        _write_json(self._folder / names.PLAN, self._plan.to_json())
+        write_json(self._folder / names.PLAN, self._plan.to_json())
         (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
@@ -276,14 +275,8 @@ class _Run:
 
     def _write_final_model(self) -> None:
         asked = self._config.export.dtype
-        beside = self._folder / ".model.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        self._write_model(beside, None if asked == "auto" else DTYPES[asked])
-        # The weights last: whoever finds them finds a whole model.
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == names.MODEL):
-            path.replace(self._folder / path.name)
-        beside.rmdir()
+        dtype = None if asked == "auto" else DTYPES[asked]
+        replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _trainer_state(self) -> dict[str, Any]:
         plan = self._plan
@@ -310,7 +303,3 @@ class _Run:
         saved = checkpoints(self._folder)
         way = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
         return NonFiniteError(error.cause, f"{error.remedy} {way}")
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
