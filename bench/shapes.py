@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.cli.main import main as command
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.model.source import resolve_model
 
@@ -66,22 +66,20 @@ def main() -> None:
         tokenizer = resolve_model(ModelConfig(name=arguments.tokenizer), print).folder
         write_model(folder / "model", tokenizer)
         write_data(folder / "data.json", arguments.sample, num_examples=24)
-        code = command(
-            [
-                "train",
-                f"--config={arguments.config}",
-                f"model.name={folder / 'model'}",
-                f"data.train={folder / 'data.json'}",
-                "data.max_eval_examples=1",
-                "training.max_steps=2",
-                "training.warmup_steps=0",
-                f"training.output_dir={folder / 'run'}",
-                "checkpoint.save_every_steps=0",
-                *arguments.overrides,
-            ]
-        )
-        if code:
-            sys.exit(code)
+        # In a process of its own: making the weights must not count into the run's resident size.
+        command = [sys.executable, "-m", "sophia_galore", "train", "--config", arguments.config]
+        settings = [
+            f"model.name={folder / 'model'}",
+            f"data.train={folder / 'data.json'}",
+            "data.max_eval_examples=1",
+            "training.max_steps=2",
+            "training.warmup_steps=0",
+            f"training.output_dir={folder / 'run'}",
+            "checkpoint.save_every_steps=0",
+        ]
+        done = subprocess.run([*command, *settings, *arguments.overrides], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
         report = json.loads((folder / "run" / "memory_report.json").read_text(encoding="utf-8"))
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         print(json.dumps({"memory": report, "metrics": [json.loads(line) for line in lines]}, indent=2))
