@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,17 @@ def test_fp16_does_not_underflow_where_plain_backward_would(tmp_path: Path) -> N
     for name, parameter in model.named_parameters():
         error = float((got[name] - parameter.grad).norm() / parameter.grad.norm())
         assert error <= HALF_TOLERANCE[torch.float16], name
+
+
+def test_buffers_are_not_rounded_to_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    """Gemma 3 scales embeddings by a buffer; hub checkpoints say bfloat16, in which that number is another."""
+    model = tiny_model("gemma3", hidden_size=72, num_attention_heads=4)  # the root of 72 is no bfloat16
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    expected = autograd_loss(model, ragged_batches())
+    loss, _ = gradients(tmp_path, torch.float32)
+    assert loss == pytest.approx(expected, rel=1e-6)  # float32 sums of some 50 tokens
 
 
 def test_evaluation_is_the_loss_of_the_model(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Sequence
 
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that can't show a character shows "?", instead of ending the run.
+            stream.reconfigure(errors="replace")
     sys.exit(main())
 
 

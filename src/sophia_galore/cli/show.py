@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sophia_galore.cli.sizes import bytes_in_words, time_in_words
+from sophia_galore.config.schema import DataConfig
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.listener import Listener
@@ -30,22 +31,28 @@ class Terminal(Listener):
         self.console = Console(highlight=False, soft_wrap=True)
         self._logging_steps = logging_steps
         self._status: Status | None = None
+        self._on_cpu = True
 
     def say(self, text: str) -> None:
         """A sentence for the user."""
         self.console.print(text, markup=False)
 
-    def data_read(self, source: str, dataset: Dataset) -> None:
+    def data_read(self, asked: DataConfig, dataset: Dataset) -> None:
         """Show what became of the data."""
-        for use, part in (("train", dataset.summary.train), ("eval", dataset.summary.eval)):
+        parts = (
+            ("train", asked.train, dataset.summary.train),
+            ("eval", asked.eval or asked.train, dataset.summary.eval),
+        )
+        for use, source, part in parts:
             if not part.num_records:
                 continue
             self.say(
-                f"{source} ({dataset.format}), {use}: {part.num_examples} of {part.num_records} records, "
+                f"{source}, {use}: {part.num_examples} of {part.num_records} records, "
                 f"{part.num_tokens:,} tokens ({part.num_counted / part.num_tokens:.0%} counted by the loss), "
                 f"longest {part.longest}; {part.num_cut} cut to max_length, "
                 f"{part.num_dropped + part.num_cut_empty} dropped as too long."
             )
+        self.say(f"Format of the training records: {dataset.format}.")
         if dataset.summary.num_shared:
             self.console.print(
                 f"{dataset.summary.num_shared} training records are in the evaluation data too: "
@@ -56,6 +63,7 @@ class Terminal(Listener):
 
     def planned(self, plan: RunPlan) -> None:
         """Show what will be trained by what."""
+        self._on_cpu = plan.device == "cpu"
         self.console.print(plan_table(plan))
         ledger = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.ledger.items() if size)
         self.say(
@@ -82,7 +90,7 @@ class Terminal(Listener):
         line = (
             f"step {record['step']:>{len(str(num_steps))}}/{num_steps}  loss {record['loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:.0f} tokens/s  "
-            f"{bytes_in_words(record['reserved_bytes'] or record['process_bytes'])}  "
+            f"{bytes_in_words(record['process_bytes'] if self._on_cpu else record['reserved_bytes'])}  "
             f"{time_in_words(seconds_left)} left"
         )
         self._clear()

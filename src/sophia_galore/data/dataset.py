@@ -79,6 +79,11 @@ class Dataset:
     summary: DataSummary
     fingerprint: str
 
+    @property
+    def largest_token(self) -> int:
+        """Largest token id that occurs in either part."""
+        return max(int(example.input_ids.max()) for example in [*self.train, *self.eval])
+
 
 def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Reads, converts, splits and tokenises the data of a run.

@@ -24,20 +24,6 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the layer with these arguments.
-
-        Args:
-            layer: A decoder layer.
-            hidden: (B, T, d) hidden states.
-
-        Returns:
-            (B, T, d) hidden states.
-        """
-        out = layer(hidden, *self.args, **self.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
 
 class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:

@@ -34,7 +34,8 @@ def write_model(
     """
     from safetensors.torch import save_file
 
-    tensors = {name: (weight if dtype is None else weight.to(dtype)).contiguous() for name, weight in store.items()}
+    # On the CPU: a second copy of the model would not fit beside the first on a small card.
+    tensors = {name: weight.to("cpu", dtype or weight.dtype).contiguous() for name, weight in store.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     saved = type(config).from_dict(config.to_dict())
     saved.use_cache = True

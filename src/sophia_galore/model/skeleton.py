@@ -78,7 +78,8 @@ def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        # float32, or buffers such as Gemma's embedding scale would be rounded to the checkpoint's dtype.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -49,10 +49,6 @@ class WeightStore:
         """
         return {name: self._weights[name].to(dtype) for name in names}
 
-    def num_bytes(self) -> int:
-        """Bytes that the stored weights take."""
-        return sum(weight.numel() * weight.element_size() for weight in self._weights.values())
-
 
 def load_store(
     folder: Path, shapes: Mapping[str, torch.Size], *, tied_head: str | None, dtype: torch.dtype, device: torch.device

@@ -42,6 +42,8 @@ def choose_device(name: str) -> torch.device:
             f"training.device={name}, but there are only {torch.cuda.device_count()} GPUs.",
             f"Use cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
         )
+    # Questions about "the" GPU, such as which arithmetic it has, are answered for the current one.
+    torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 

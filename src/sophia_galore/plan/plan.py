@@ -84,6 +84,8 @@ class RunPlan:
                 "rule": route.rule,
                 "side": route.side,
                 "rank": route.spec.subspace.rank if route.spec.subspace else None,
+                "update_proj_gap": route.spec.subspace.gap if route.spec.subspace else None,
+                "scale": route.spec.subspace.scale if route.spec.subspace else None,
                 "refresh_offset": route.spec.subspace.offset if route.spec.subspace else None,
                 "learning_rate": route.spec.learning_rate,
                 "weight_decay": route.spec.weight_decay,
@@ -110,7 +112,6 @@ def make_plan(
     model: ResolvedModel,
     model_config: Any,
     shapes: Mapping[str, tuple[int, ...]],
-    vocab_size: int,
     dataset: Dataset,
     device: torch.device,
     compute_dtype: torch.dtype,
@@ -122,7 +123,6 @@ def make_plan(
         model: Where the model is.
         model_config: Its Hugging Face configuration.
         shapes: Name and shape of each parameter.
-        vocab_size: Number of tokens that the tokenizer can produce.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -134,9 +134,9 @@ def make_plan(
         ConfigError: Model, data and configuration do not fit together.
     """
     training = config.training
-    _refuse_misfits(config, model_config, vocab_size)
+    _refuse_misfits(config, model_config, dataset.largest_token)
     steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
-    num_steps = training.max_steps or math.ceil(training.epochs * steps_per_epoch)
+    num_steps = training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
     if training.warmup_steps >= num_steps:
         raise ConfigError(
             f"training.warmup_steps is {training.warmup_steps}, but the run has only {num_steps} steps.",
@@ -161,16 +161,17 @@ def make_plan(
     )
 
 
-def _refuse_misfits(config: RunConfig, model_config: Any, vocab_size: int) -> None:
+def _refuse_misfits(config: RunConfig, model_config: Any, largest_token: int) -> None:
     positions = getattr(model_config, "max_position_embeddings", None)
     if positions is not None and config.training.max_length > positions:
         raise ConfigError(
             f"training.max_length is {config.training.max_length}, but the model knows {positions} positions.",
             f"Use training.max_length={positions} or less.",
         )
-    if vocab_size > model_config.vocab_size:
+    # Not the size of the tokenizer: Gemma 3's has a token for images that its text models lack.
+    if largest_token >= model_config.vocab_size:
         raise ConfigError(
-            f"The tokenizer has {vocab_size} tokens, but the model's embedding only {model_config.vocab_size} rows.",
+            f"The data hold token {largest_token}, but the model's embedding only {model_config.vocab_size} rows.",
             "Use the tokenizer that belongs to the model.",
         )
 

@@ -118,7 +118,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
 
     Args:
         run_folder: The run's folder.
-        asked: The checkpoint that the user named; None: the newest complete one of the run.
+        asked: The checkpoint, or the folder of a run, that the user named; None: the newest of `run_folder`.
 
     Returns:
         The verified checkpoint.
@@ -126,6 +126,8 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
     Raises:
         CheckpointError: There is none, or it is damaged; the previous one is offered.
     """
+    if asked is not None and checkpoints(asked):
+        run_folder, asked = asked, None  # a run's folder means its newest checkpoint
     if asked is not None:
         if not (asked / _MANIFEST).is_file():
             raise CheckpointError(

@@ -13,8 +13,9 @@ import torch
 def deterministic(device: torch.device) -> Iterator[None]:
     """Inside the context torch chooses algorithms that repeat to the bit.
 
-    On a CPU they all do. On CUDA some (the backward of attention, sums by atomic additions) are
-    chosen for speed otherwise; cuBLAS needs a fixed workspace, set before its first use.
+    On a CPU they all do. On CUDA some (sums by atomic additions) are chosen for speed otherwise; cuBLAS
+    needs a fixed workspace, set before its first use. What has no such algorithm is warned of; the backward
+    of attention repeats only where that is an error, which the engine asks for (`layerwise.strictly`).
 
     Args:
         device: Where the arithmetic runs.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,41 @@ TRAINER_STATE = "trainer_state.json"
 MODEL = "model.safetensors"
 
 
-def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
-    """Make the run's folder; an earlier run in it is moved aside, never written over.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside the context no other process trains in this folder; the system ends it with the process.
+
+    Args:
+        folder: The run's folder; it need not exist.
+
+    Raises:
+        EnvironmentProblem: Another process does, or the place can't be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise EnvironmentProblem(
+            f"Another process is training in {folder} at the moment.",
+            "Wait for it, stop it, or choose another training.output_dir.",
+        ) from error
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_run_folder(folder: Path, *, going_on: Path | None) -> Path | None:
+    """Make the run's folder; another run in it is moved aside, never written over.
 
     Args:
         folder: The run's folder.
-        resume: Whether the run in it goes on.
+        going_on: Folder of the run that goes on here; None: a new run.
 
     Returns:
         Where the earlier run was moved to, or None.
@@ -34,19 +64,21 @@ def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
     """
     try:
         moved = None
-        if not resume and (folder / METRICS).exists():
+        elsewhere = going_on is not None and going_on.resolve() != folder.resolve()
+        if (going_on is None or elsewhere) and (folder / METRICS).exists():
             moved = _free_name(folder)
             folder.rename(moved)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        if going_on is not None and elsewhere:
+            for name in (METRICS, ANSWERS):
+                if (going_on / name).exists():
+                    shutil.copyfile(going_on / name, folder / name)
         return moved
     except OSError as error:
-        raise EnvironmentProblem(
-            f"The output folder {folder} can't be written to: {error.strerror or error}.",
-            "Choose another training.output_dir.",
-        ) from error
+        raise _not_writable(folder, error) from error
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -65,10 +97,19 @@ def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> 
     beside = folder / ".files.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    write(beside)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
-        path.replace(folder / path.name)
-    beside.rmdir()
+    try:
+        write(beside)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _not_writable(folder: Path, error: OSError) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"The output folder {folder} can't be written to: {error.strerror or error}.",
+        "Choose another training.output_dir.",
+    )
 
 
 def _free_name(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sophia_galore.config.schema import DataConfig
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
 
@@ -14,8 +15,8 @@ class Listener:
     def say(self, text: str) -> None:
         """A sentence for the user."""
 
-    def data_read(self, source: str, dataset: Dataset) -> None:
-        """The data of a source were read and tokenised."""
+    def data_read(self, asked: DataConfig, dataset: Dataset) -> None:
+        """The data were read and tokenised."""
 
     def planned(self, plan: RunPlan) -> None:
         """The plan is made."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.check import check
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
 from sophia_galore.errors import ConfigError
@@ -64,6 +65,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     Raises:
         UserError: Something in what the user gave does not fit.
     """
+    check(config)
     device = choose_device(config.training.device)
     compute_dtype = choose_compute_dtype(config, device)
     trust = config.model.trust_remote_code
@@ -76,13 +78,12 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     dataset = load_data(
         config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
     )
-    listener.data_read(config.data.train, dataset)
+    listener.data_read(config.data, dataset)
     plan = make_plan(
         config,
         model=model,
         model_config=model_config,
         shapes={name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()},
-        vocab_size=len(tokenizer),
         dataset=dataset,
         device=device,
         compute_dtype=compute_dtype,

@@ -13,7 +13,6 @@ from sophia_galore.train.checkpoint import Checkpoint
 
 # Keys that may differ: they change no number, or the plan that results from them is compared itself.
 _FREE = (
-    "model.name",
     "model.source",
     "model.fallback",
     "model.cache_dir",

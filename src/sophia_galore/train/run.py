@@ -26,7 +26,7 @@ from sophia_galore.optim.schedule import schedule
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.determinism import deterministic
-from sophia_galore.train.folder import open_run_folder, replace_files, write_json
+from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
@@ -62,8 +62,9 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         refuse_difference(checkpoint, config, prepared.plan)
         listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
     with (
+        locked(folder),
         deterministic(prepared.device),
-        stop_on_signal(listener.say) as stop,
+        stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory.track_steps) as monitor,
     ):
         run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint)
@@ -110,10 +111,12 @@ class _Run:
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
-        tokenizer = prepared.tokenizer
-        self._pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Read now: the checkpoint that it comes from may be deleted by a later one.
+        self._generation_config = read_generation_config(prepared.folder)
+        known_ids = (prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id, 0)
+        self._pad_id = next(token for token in known_ids if token is not None)  # masked, so any id will do
         # Only now: what fails until here leaves the folder as it was.
-        moved = open_run_folder(folder, resume=checkpoint is not None)
+        moved = open_run_folder(folder, going_on=checkpoint.folder.parent if checkpoint else None)
         if moved:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
@@ -142,9 +145,9 @@ class _Run:
 
     def close(self) -> None:
         """Write what is known at the end, whether the run succeeded or failed, and close the records."""
-        self._log.close()
         # A full disk has been told already by whoever met it first.
         with contextlib.suppress(OSError):
+            self._log.close()
             write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
             write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
 
@@ -269,7 +272,7 @@ class _Run:
             store=self._store,
             dtype=dtype,
             config=self._prepared.model_config,
-            generation_config=read_generation_config(self._prepared.folder),
+            generation_config=self._generation_config,
             tokenizer=self._prepared.tokenizer,
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,11 +18,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+def stop_on_signal() -> Iterator[StopRequest]:
     """Inside the context the first SIGINT or SIGTERM sets the request, and the second acts as usual.
-
-    Args:
-        say: Shows a line to the user.
 
     Yields:
         The request; outside the main thread, where Python allows no handlers, nobody will set it.
@@ -37,7 +35,8 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         request.requested = True
         for each in handled:
             signal.signal(each, signal.SIG_DFL)
-        say("Stopping: the step is finished and saved first. Once more stops at once, without saving.")
+        # Not by print: a handler may run in the middle of one, which can't be entered twice.
+        os.write(2, b"\nStopping: the step is finished and saved first. Once more stops at once, without saving.\n")
 
     for number in handled:
         signal.signal(number, handle)

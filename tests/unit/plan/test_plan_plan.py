@@ -12,6 +12,7 @@ import torch
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.data.dataset import Dataset, DataSummary, PartSummary
+from sophia_galore.data.example import Example
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.source import ResolvedModel
 from sophia_galore.plan.plan import RunPlan, make_plan
@@ -21,9 +22,9 @@ SHAPES = {"embed.weight": (320, 64), "down.weight": (64, 96), "norm.weight": (64
 NUM_PARAMETERS = 320 * 64 + 64 * 96 + 64
 
 
-def make_dataset(num_train: int, num_eval: int) -> Dataset:
+def make_dataset(num_train: int, num_eval: int, largest_token: int) -> Dataset:
     part = PartSummary(0, 0, 0, 0, 0, 0, 0, 0)
-    examples: list[Any] = [None] * (num_train + num_eval)
+    examples = [Example.of([1, largest_token], [False, True], "x")] * (num_train + num_eval)
     summary = DataSummary(part, part, 0)
     return Dataset(examples[:num_train], examples[num_train:], "alpaca", summary, "f" * 64)
 
@@ -33,7 +34,7 @@ def plan_for(
     *,
     num_train: int = 18,
     num_eval: int = 4,
-    vocab_size: int = 300,
+    largest_token: int = 319,
     used_fallback: bool = False,
     compute_dtype: torch.dtype = torch.float32,
     **model_config: Any,
@@ -44,8 +45,7 @@ def plan_for(
         model=ResolvedModel(Path("/models/m"), "m", "local", used_fallback),
         model_config=SimpleNamespace(**{"max_position_embeddings": 512, "vocab_size": 320, **model_config}),
         shapes=SHAPES,
-        vocab_size=vocab_size,
-        dataset=make_dataset(num_train, num_eval),
+        dataset=make_dataset(num_train, num_eval, largest_token),
         device=CPU,
         compute_dtype=compute_dtype,
     )
@@ -110,7 +110,7 @@ def test_plan_json_says_everything_of_every_parameter() -> None:
     ("values", "more", "cause", "remedy"),
     [
         ({"training": {"max_length": 513}}, {}, "max_length is 513, but the model knows 512", "max_length=512"),
-        ({}, {"vocab_size": 321}, "tokenizer has 321 tokens, but the model's embedding only 320", "tokenizer"),
+        ({}, {"largest_token": 320}, "hold token 320, but the model's embedding only 320 rows", "tokenizer"),
         (
             {"training": {"warmup_steps": 3, "batch_size": 8, "gradient_accumulation_steps": 1}},
             {},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.train import folder as names
-from sophia_galore.train.folder import open_run_folder
+from sophia_galore.train.folder import locked, open_run_folder
 
 
 def earlier_run(folder: Path, text: str) -> None:
@@ -20,7 +22,7 @@ def earlier_run(folder: Path, text: str) -> None:
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    assert open_run_folder(tmp_path / "a" / "b", resume=False) is None
+    assert open_run_folder(tmp_path / "a" / "b", going_on=None) is None
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
@@ -28,7 +30,7 @@ def test_earlier_runs_are_moved_aside_one_after_the_other(tmp_path: Path) -> Non
     folder = tmp_path / "run"
     for number, text in enumerate(("first", "second", "third"), 1):
         earlier_run(folder, text) if number == 1 else (folder / names.METRICS).write_text(text)
-        moved = open_run_folder(folder, resume=False)
+        moved = open_run_folder(folder, going_on=None)
         assert moved == tmp_path / f"run.previous-{number}"
         assert (moved / names.METRICS).read_text() == text
         assert list(folder.iterdir()) == []
@@ -37,22 +39,45 @@ def test_earlier_runs_are_moved_aside_one_after_the_other(tmp_path: Path) -> Non
 
 def test_resuming_leaves_everything_where_it_is(tmp_path: Path) -> None:
     earlier_run(tmp_path / "run", "text")
-    assert open_run_folder(tmp_path / "run", resume=True) is None
+    assert open_run_folder(tmp_path / "run", going_on=tmp_path / "run") is None
     assert (tmp_path / "run" / names.METRICS).read_text() == "text"
     assert not (tmp_path / "run.previous-1").exists()
+
+
+def test_going_on_in_another_folder_takes_the_records_along(tmp_path: Path) -> None:
+    earlier_run(tmp_path / "from", "its records")
+    earlier_run(tmp_path / "run", "another run")
+    assert open_run_folder(tmp_path / "run", going_on=tmp_path / "from") == tmp_path / "run.previous-1"
+    assert (tmp_path / "run" / names.METRICS).read_text() == "its records"
+    assert (tmp_path / "from" / names.METRICS).read_text() == "its records"
+    assert (tmp_path / "run.previous-1" / names.METRICS).read_text() == "another run"
+
+
+def test_two_processes_cant_train_in_one_folder(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+from sophia_galore.train.folder import locked
+with locked(pathlib.Path(sys.argv[1])):
+    pass
+"""
+    other = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with locked(tmp_path / "run"):
+        refused = subprocess.run(other, capture_output=True, text=True, check=False)
+        assert refused.returncode and "Another process is training in" in refused.stderr
+    assert subprocess.run(other, check=False).returncode == 0
 
 
 def test_a_folder_without_a_run_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert open_run_folder(tmp_path / "run", resume=False) is None
+    assert open_run_folder(tmp_path / "run", going_on=None) is None
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(EnvironmentProblem, match=r"output folder .*run can't be written to: .+") as caught:
-        open_run_folder(tmp_path / "run", resume=False)
+        open_run_folder(tmp_path / "run", going_on=None)
     assert "training.output_dir" in caught.value.remedy
     assert (tmp_path / "run").read_text() == "a file"
 
@@ -68,4 +93,4 @@ def test_a_folder_that_cant_be_written_to_is_a_clear_error(
 
     monkeypatch.setattr(Path, method, refuse)
     with pytest.raises(EnvironmentProblem, match="Permission denied"):
-        open_run_folder(tmp_path / "run", resume=False)
+        open_run_folder(tmp_path / "run", going_on=None)
