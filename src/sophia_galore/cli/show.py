@@ -106,11 +106,13 @@ class Terminal(Listener):
         self.console.print(f"eval loss {eval_loss:.4f} after step {step}", style="bold", markup=False)
 
     def answered(self, when: str, answers: list[tuple[str, str]]) -> None:
-        """Show the sample answers."""
+        """Show the first sample answers; those after training are shown beside them at the end."""
         self._clear()
+        if when == "after":
+            return
         for question, given in answers:
-            self.console.print(f"[{when} training] {question}", style="cyan", markup=False)
-            self.console.print(f"  {given}", markup=False)
+            self.console.print(question, style="bold cyan", markup=False)
+            self.console.print(f"  before: {given}", markup=False)
 
     def close(self) -> None:
         """Take the live line away."""
