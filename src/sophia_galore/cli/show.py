@@ -94,10 +94,12 @@ class Terminal(Listener):
             f"{time_in_words(seconds_left)} left"
         )
         self._clear()
-        if record["step"] % self._logging_steps == 0 or record["step"] == num_steps:
+        stays = record["step"] % self._logging_steps == 0 or record["step"] == num_steps
+        if stays:
             self.say(line)
         if self.console.is_terminal and record["step"] < num_steps:
-            self._status = self.console.status(line)
+            running = f"step {record['step'] + 1}/{num_steps} is running, {time_in_words(seconds_left)} left"
+            self._status = self.console.status(running if stays else line)
             self._status.start()
 
     def evaluated(self, step: int, eval_loss: float) -> None:
