@@ -101,6 +101,9 @@ def stream_answer(folder: Path, question: str, *, max_new_tokens: int, temperatu
         seed: Of the draws at temperatures above 0.
     """
     from transformers import AutoModelForCausalLM, TextStreamer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the answer is what is to be seen
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
