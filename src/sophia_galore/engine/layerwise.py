@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall
+from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.observe import Observer
@@ -201,7 +202,7 @@ class LayerwiseEngine:
             with self._dropout_stream(step, index, which):
                 out = self._run(index, leaves, call, entering)
             signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
-            with strictly(self._device):
+            with strictly_repeatable(self._device):
                 out.backward(signal.to(out.dtype))
             del out, signal
             assert entering.grad is not None  # the layer's output depends on its input
@@ -261,27 +262,6 @@ class LayerwiseEngine:
             labels=batch.labels.to(self._device),
             attention_mask=None if mask is None else mask.to(self._device),
         )
-
-
-@contextmanager
-def strictly(device: torch.device) -> Iterator[None]:
-    """Inside the context what can't repeat to the bit is an error, if that was to be avoided at all.
-
-    CUDA's attention takes its repeatable backward only if its other one is forbidden, not if it is
-    warned of.
-
-    Args:
-        device: Where the arithmetic runs.
-    """
-    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _fold(sums: Grads, leaves: Grads) -> None:

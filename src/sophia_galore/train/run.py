@@ -14,6 +14,7 @@ import torch
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
 from sophia_galore.data.batches import eval_batches, window
+from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
 from sophia_galore.engine.head import Grads
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
@@ -25,7 +26,6 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
-from sophia_galore.train.determinism import deterministic
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
@@ -63,7 +63,7 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
     with (
         locked(folder),
-        deterministic(prepared.device),
+        repeatable(prepared.device),
         stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory.track_steps) as monitor,
     ):
