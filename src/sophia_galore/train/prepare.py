@@ -70,8 +70,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     compute_dtype = choose_compute_dtype(config, device)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
-    if not checkpoint:
-        _refuse_own_folder(config, model)
+    _refuse_folder(config, None if checkpoint else model)
     model_config = load_model_config(model.folder, trust_remote_code=trust)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
@@ -95,10 +94,15 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, compute_dtype)
 
 
-def _refuse_own_folder(config: RunConfig, model: ResolvedModel) -> None:
-    # The earlier run in the folder would be moved aside before its weights are read.
-    run_folder = Path(config.run_folder).resolve()
-    if run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
+def _refuse_folder(config: RunConfig, model: ResolvedModel | None) -> None:
+    """Refuse to train where moving an earlier run aside would move what is in use away."""
+    run_folder, here = Path(config.run_folder).resolve(), Path.cwd()
+    if run_folder in (here, *here.parents):
+        raise ConfigError(
+            f"training.output_dir={config.run_folder} is the folder that this command runs in, or one above it.",
+            "Choose a folder of its own for the run, such as outputs/my_run.",
+        )
+    if model is not None and run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
         raise ConfigError(
             f"The model {model.folder} lies in the folder that this run would write to, {config.run_folder}.",
             "Choose another training.output_dir.",

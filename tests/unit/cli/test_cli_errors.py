@@ -189,6 +189,19 @@ def test_a_model_inside_the_folder_that_would_be_moved_aside(world: World, tmp_p
     assert (folder / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_the_folder_that_the_command_runs_in(
+    output: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Moving an earlier run aside would move everything else in it too."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "metrics.jsonl").write_text("earlier\n")
+    monkeypatch.chdir(tmp_path / "here")
+    ended = world.train("unused", f"training.output_dir={output}")
+    assert_explained(ended, 2, f"training.output_dir={output} is the folder", "folder of its own")
+    assert (tmp_path / "here" / "metrics.jsonl").read_text() == "earlier\n"
+
+
 def test_a_folder_that_cant_be_written_to(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ended = world.train(str(tmp_path / "file" / "run"))
