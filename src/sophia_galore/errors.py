@@ -70,3 +70,10 @@ class RunError(SophiaGaloreError):
 
 class NonFiniteError(RunError):
     """A loss or a gradient became NaN or infinite; no weight was changed by it."""
+
+
+def short(error: BaseException) -> str:
+    """The first line of somebody else's error, cut to a length that fits into a sentence of ours."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0].rstrip(".")
+    return line if len(line) <= 200 else line[:197] + "..."

@@ -22,7 +22,7 @@ from sophia_galore.cli.download import download
 from sophia_galore.cli.generate import generate
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.train import train
-from sophia_galore.errors import SophiaGaloreError
+from sophia_galore.errors import SophiaGaloreError, short
 
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
@@ -111,7 +111,7 @@ def _explain(error: Exception) -> int:
         return 2
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
         _complain(
-            f"Out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}",
+            f"Out of memory: {short(error)}",
             "Lower training.batch_size or training.max_length, or use model.store=bf16.",
         )
         return 1

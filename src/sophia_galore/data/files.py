@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.data.record import Record
-from sophia_galore.errors import DataError
+from sophia_galore.errors import DataError, short
 
 
 def read_json(path: Path) -> list[Record]:
@@ -145,7 +145,7 @@ def read_parquet(path: Path) -> list[Record]:
         rows = pq.ParquetFile(path).read().to_pylist()
     except pa.ArrowException as error:
         raise DataError(
-            f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}.", "Write or download it again."
+            f"{path} is not a readable Parquet file: {short(error)}.", "Write or download it again."
         ) from error
     return [Record(row, f"{path}, record {number}") for number, row in enumerate(rows, start=1)]
 

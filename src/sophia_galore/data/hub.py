@@ -11,7 +11,7 @@ from pathlib import PurePath
 from urllib.parse import urlsplit
 
 from sophia_galore.data.record import Record
-from sophia_galore.errors import DataError
+from sophia_galore.errors import DataError, short
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.\[\]%:+-]+)?")
 FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".tsv", ".xlsx", ".zip", ".gz", ".zst", ".arrow", ".md"}
@@ -58,10 +58,9 @@ def read_hub(dataset_id: str) -> list[Record]:
         rows = load_dataset(name, split=split)
         records = [Record(dict(row), f"{dataset_id}, record {number}") for number, row in enumerate(rows, start=1)]
     except Exception as error:  # the client raises anything from KeyError to its own ConnectionErrors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{dataset_id} is no file or folder here, and the dataset {name!r} (split {split!r}) can't be loaded: "
-            f"{reason}",
+            f"{short(error)}",
             "Check the name on the hub; `owner/name:split` chooses a split.",
         ) from error
     if not records:

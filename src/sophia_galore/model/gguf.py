@@ -12,9 +12,8 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import disk_problems
-from sophia_galore.model.reach import short
 
 _MAGIC = b"GGUF"
 

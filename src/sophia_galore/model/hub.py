@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
 from sophia_galore.model.manifest import sha256_of
-from sophia_galore.model.reach import Unreachable, probe_hugging_face, short
+from sophia_galore.model.reach import Unreachable, probe_hugging_face
 
 _LIST_TIMEOUT_S = 15.0
 

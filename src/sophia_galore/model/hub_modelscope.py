@@ -7,9 +7,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import Say, disk_problem
-from sophia_galore.model.reach import Unreachable, probe_modelscope, short
+from sophia_galore.model.reach import Unreachable, probe_modelscope
 
 _INSTALL = "Install it: pip install 'sophia-galore[modelscope]'."
 _PATTERNS = [

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
+from sophia_galore.errors import short
+
 PROBE_TIMEOUT_S = 4.0
 """Total time for name resolution, connection, TLS and the first answer."""
 
@@ -29,13 +31,6 @@ class Unreachable(Exception):
         super().__init__(reason)
         self.reason = reason
         self.remedy = remedy
-
-
-def short(error: BaseException) -> str:
-    """The first line of an error, cut to a length that fits into a sentence."""
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0].rstrip(".")
-    return line if len(line) <= 200 else line[:197] + "..."
 
 
 def probe(ask: Callable[[float], int], timeout_s: float = PROBE_TIMEOUT_S) -> str | None:

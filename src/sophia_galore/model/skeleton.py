@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sophia_galore.errors import ModelError
+from sophia_galore.errors import ModelError, short
 from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
 
 
@@ -29,9 +29,8 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()
         raise ModelError(
-            f"{folder / 'config.json'} can't be read as a model configuration: {reason[0] if reason else error!r}",
+            f"{folder / 'config.json'} can't be read as a model configuration: {short(error)}",
             "Give a folder of a Hugging Face causal language model.",
         ) from error
     check_supported(config)
@@ -56,9 +55,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exceptions for broken files
-        reason = str(error).strip().splitlines()
         raise ModelError(
-            f"The tokenizer in {folder} can't be read: {reason[0] if reason else error!r}",
+            f"The tokenizer in {folder} can't be read: {short(error)}",
             "Put tokenizer.json and tokenizer_config.json of the model beside its config.json.",
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ class RunResult:
     memory: dict[str, Any]
 
 
+def eval_losses(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Step and loss of every evaluation among a run's records."""
+    return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+
+
 def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
     """The result of a run that was carried out to its end with this very configuration.
 
@@ -56,6 +62,6 @@ def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
         step=state["global_step"],
         finished=True,
         saved=None,
-        eval_losses=[(line["step"], line["eval_loss"]) for line in state["log_history"] if "eval_loss" in line],
+        eval_losses=eval_losses(state["log_history"]),
         memory=memory,
     )

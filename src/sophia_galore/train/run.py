@@ -31,7 +31,7 @@ from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.prepare import Prepared, prepare
-from sophia_galore.train.result import RunResult, finished_result
+from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 
@@ -296,9 +296,7 @@ class _Run:
             step=self._last_step,
             finished=finished,
             saved=None if finished else self._saved,
-            eval_losses=[
-                (record["step"], record["eval_loss"]) for record in self._log.records if "eval_loss" in record
-            ],
+            eval_losses=eval_losses(self._log.records),
             memory=self._monitor.report(),
         )
 
