@@ -9,6 +9,7 @@ side as orthonormal columns (GaLore, arXiv 2403.03507, section 3 and algorithm 1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -56,6 +57,23 @@ def svd_basis(grad: Tensor, rank: int) -> Tensor:
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     basis: Tensor = (vectors * largest.sign()).to(torch.float32)
     return basis
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """What a gradient G of shape (m, n) is wanted times, where G itself is not wanted.
+
+    Args:
+        matrix: A. Side right: (n, k), the product is G A, (m, k). Side left: (m, k), the product is A^T G, (k, n).
+        side: The side.
+    """
+
+    matrix: Tensor
+    side: Side
+
+    def of(self, grad: Tensor) -> Tensor:
+        """The product for a gradient that was formed."""
+        return grad @ self.matrix if self.side == "right" else self.matrix.T @ grad
 
 
 def project(grad: Tensor, basis: Tensor) -> Tensor:
