@@ -37,8 +37,7 @@ def loss_sum(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     Returns:
         Scalar.
     """
-    capped = logits if softcap is None else torch.tanh(logits / softcap) * softcap
-    return functional.cross_entropy(capped, labels, reduction="sum")
+    return functional.cross_entropy(_capped(logits, softcap), labels, reduction="sum")
 
 
 def loss_sum_and_grad(logits: Tensor, labels: Tensor, softcap: float | None, divisor: float) -> tuple[Tensor, Tensor]:
@@ -57,3 +56,26 @@ def loss_sum_and_grad(logits: Tensor, labels: Tensor, softcap: float | None, div
         loss = loss_sum(logits.requires_grad_(), labels, softcap)
     (grad,) = torch.autograd.grad(loss, logits, torch.tensor(1 / divisor, dtype=loss.dtype, device=loss.device))
     return loss.detach(), grad
+
+
+def draw_labels(logits: Tensor, softcap: float | None, generator: torch.Generator) -> Tensor:
+    """One label a token from the model's own distribution, softmax(logits).
+
+    Args:
+        logits: (N, V) float32.
+        softcap: As for `loss_sum`.
+        generator: Draws; on the device of `logits`.
+
+    Returns:
+        (N,) int64.
+    """
+    # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
+    # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
+    clocks = torch.empty_like(logits).exponential_(generator=generator)
+    # A clock at exactly 0, once in 2^24 draws in float32, would win however unlikely its label is.
+    clocks.clamp_min_(2.0**-25)
+    return (_capped(logits, softcap).softmax(-1) / clocks).argmax(-1)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -8,13 +8,17 @@
 Gradients add up over the whole effective batch while those of one layer only exist. A tied head and
 embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
 that it need not stay alive while the layers work; that costs computing the chunks' logits once more.
+
+Where a gradient is wanted in a product with a known matrix only, the product is what is handed on, and
+of a linear layer's, the head's or the embedding's weight the gradient itself never exists. The product
+is small: a tied weight's is formed with the head and waits for the embedding's part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,10 +31,12 @@ from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.product import Product, Projectors, whole_gradients
+from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.random import key
+from sophia_galore.numerics.random import generator, key
 
 Apply = Callable[[Grads], None]
 
@@ -45,7 +51,8 @@ class StepResult:
     """What one step found.
 
     Args:
-        loss: Mean cross-entropy over the counted tokens of the effective batch, in nats.
+        loss: Mean cross-entropy over the counted tokens of the effective batch, in nats; of drawn labels, if
+            they were drawn.
         num_tokens: Tokens of the effective batch, padding not included.
         num_counted: Tokens whose loss counts.
     """
@@ -63,7 +70,7 @@ class LayerwiseEngine:
         store: The weights.
         compute_dtype: float32, bfloat16 or float16.
         device: Where the arithmetic runs.
-        seed: The run's seed, for dropout.
+        seed: The run's seed, for dropout and drawn labels.
         observer: Is told phases and what tensors are.
     """
 
@@ -84,14 +91,27 @@ class LayerwiseEngine:
         self._seed = seed
         self._observer = observer or Observer()
 
-    def step(self, batches: Sequence[MicroBatch], apply: Apply, *, step: int) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[MicroBatch],
+        apply: Apply,
+        *,
+        step: int,
+        projector: Projectors = whole_gradients,
+        sampled_labels: bool = False,
+    ) -> StepResult:
         """Forward and backward over an effective batch; each layer's gradients are handed on and dropped.
 
         Args:
             batches: The micro-batches of one optimizer step.
             apply: Called with the finished gradients (name to float32 tensor) of one layer after the other;
                 may change the weights of that layer.
-            step: Number of the optimizer step, for dropout.
+            step: Number of the optimizer step, for dropout and drawn labels.
+            projector: For a weight's name, what its gradient G is wanted times: `apply` gets the product, G A
+                (m, k) or A^T G (k, n), in place of G (m, n). None: `apply` gets G. In half precision A is rounded
+                to it; in fp16 its columns should be of about unit length, or products may leave the range.
+            sampled_labels: Draw the labels of the counted positions from the model's own distribution, as a
+                function of seed and step (`Head`).
 
         Returns:
             Loss and token counts.
@@ -105,7 +125,8 @@ class LayerwiseEngine:
             embedded = embed(anatomy, self._store[anatomy.embed_name], batches, self._dtype)
             inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
         with observer.phase("head"):
-            head = Head(anatomy, self._store, self._dtype, observer, inputs.pop(), batches)
+            sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
+            head = Head(anatomy, self._store, self._dtype, observer, inputs.pop(), batches, projector, sampler)
             loss, hidden_grads, grads = head.backward()
             if not math.isfinite(loss):
                 raise NonFiniteError(
@@ -116,15 +137,12 @@ class LayerwiseEngine:
         for index in reversed(range(len(anatomy.layers))):
             calls = [layer_calls[index] for layer_calls in embedded.calls]
             with observer.phase("backward"):
-                grads, hidden_grads = self._backward_layer(index, inputs.pop(), calls, hidden_grads, step)
+                grads, hidden_grads = self._backward_layer(index, inputs.pop(), calls, hidden_grads, step, projector)
             self._hand_on(apply, grads)
         with observer.phase("backward"):
             rows_grad = embedded.rows_grad(hidden_grads, anatomy.padding_idx)
         with observer.phase("head" if anatomy.tied else "backward"):
-            grad = head.tied_weight_grad() if anatomy.tied else head.zero_grad()
-            grad.index_add_(0, embedded.tokens, rows_grad)
-            grads = {anatomy.embed_name: grad}
-            del grad
+            grads = {anatomy.embed_name: head.embedding_grad(embedded.tokens, rows_grad)}
         self._hand_on(apply, grads)
         return StepResult(loss, sum(batch.num_tokens for batch in batches), sum(batch.num_counted for batch in batches))
 
@@ -169,37 +187,54 @@ class LayerwiseEngine:
         return kept
 
     def _backward_layer(
-        self, index: int, inputs: list[Tensor], calls: list[LayerCall], out_grads: list[Tensor], step: int
+        self,
+        index: int,
+        inputs: list[Tensor],
+        calls: list[LayerCall],
+        out_grads: list[Tensor],
+        step: int,
+        projector: Projectors,
     ) -> tuple[Grads, list[Tensor]]:
         """Recompute one layer for every micro-batch and go back through it.
 
         Returns:
-            The layer's gradients (float32, full names) and, per micro-batch, the gradient by its input.
+            The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
+            input.
         """
         if self._dtype != torch.float16:
-            return self._backward_layer_scaled(index, inputs, calls, out_grads, step, 1.0)
+            return self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, 1.0)
         largest = max(float(grad.abs().amax()) for grad in out_grads)
         scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for _ in range(_FP16_MAX_TRIES):
-            grads, in_grads = self._backward_layer_scaled(index, inputs, calls, out_grads, step, scale)
+            grads, in_grads = self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, scale)
             if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
                 break
             scale /= _FP16_BACKOFF
         return grads, in_grads
 
     def _backward_layer_scaled(
-        self, index: int, inputs: list[Tensor], calls: list[LayerCall], out_grads: list[Tensor], step: int, scale: float
+        self,
+        index: int,
+        inputs: list[Tensor],
+        calls: list[LayerCall],
+        out_grads: list[Tensor],
+        step: int,
+        projector: Projectors,
+        scale: float,
     ) -> tuple[Grads, list[Tensor]]:
         name = self._anatomy.layer_names[index]
         leaves = {key: weight.detach().requires_grad_() for key, weight in self._layer_weights(index).items()}
         if self._observer.watches_tensors:
             for leaf in leaves.values():
                 leaf.register_post_accumulate_grad_hook(self._tag_gradient)
+        products = self._products(name, leaves, projector)
+        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
         sums: Grads = {}
         in_grads: list[Tensor] = []
         for which, call in enumerate(calls):
             entering = inputs[which].requires_grad_()
-            with self._dropout_stream(step, index, which):
+            # A mode costs some microseconds at every operation: only where it has something to do.
+            with self._dropout_stream(step, index, which), linears if products else nullcontext():
                 out = self._run(index, leaves, call, entering)
             signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
             with strictly_repeatable(self._device):
@@ -209,10 +244,12 @@ class LayerwiseEngine:
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
             entering.grad = None
+            _fold_products(products, leaves)
             if self._dtype != torch.float32:
                 _fold(sums, leaves)
         if self._dtype == torch.float32:
             sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+        sums |= {key: product.sum for key, product in products.items() if product.touched}
         without = leaves.keys() - sums.keys()
         if without:
             raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
@@ -220,6 +257,16 @@ class LayerwiseEngine:
             for grad in sums.values():
                 grad.div_(scale)
         return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
+
+    def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
+        """Empty products for those of a layer's weights whose gradient is wanted in one."""
+        products: dict[str, Product] = {}
+        for name, leaf in leaves.items():
+            wanted = projector(f"{layer}.{name}")
+            if wanted is not None:
+                products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
+                self._observer.tag(products[name].sum, "gradients")
+        return products
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
@@ -262,6 +309,15 @@ class LayerwiseEngine:
             labels=batch.labels.to(self._device),
             attention_mask=None if mask is None else mask.to(self._device),
         )
+
+
+def _fold_products(products: dict[str, Product], leaves: Grads) -> None:
+    """Add what a weight got as an ordinary gradient, because a module used it in another way than as linear."""
+    for name, product in products.items():
+        grad = leaves[name].grad
+        if grad is not None:
+            product.add_whole(grad)
+            leaves[name].grad = None
 
 
 def _fold(sums: Grads, leaves: Grads) -> None:
