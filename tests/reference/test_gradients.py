@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from engines import load_parts, make_engine
+from sophia_galore.engine import cross_entropy, layerwise
+from sophia_galore.engine.head import Head
+from sophia_galore.numerics.subspace import Projector, projection_side
 from tiny import FAMILIES, autograd_loss, ragged_batches, tiny_model
 
 # Relative error of a parameter's gradient. Both sides are float32; over 12 seeds the worst seen is 1.2e-7.
@@ -108,3 +112,49 @@ def test_dropout_draws_the_same_in_forward_and_recomputation(tmp_path: Path) -> 
     # Second order in the shift and float32 losses of about 6: worst seen 2e-4 relative.
     assert slope == pytest.approx(float(got[name].norm()), rel=5e-3)
     assert engine.step(ragged_batches(), lambda grads: None, step=8).loss != losses[0]
+
+
+def drawn_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, projectors: dict[str, Projector]
+) -> tuple[float, dict[str, Tensor], Tensor]:
+    """Loss, gradients or products, and labels of a step on drawn labels."""
+    heads: list[Head] = []
+    monkeypatch.setattr(layerwise, "Head", lambda *args: heads.append(Head(*args)) or heads[-1])
+    anatomy, store = load_parts(folder)
+    got: dict[str, Tensor] = {}
+    result = make_engine(anatomy, store).step(
+        ragged_batches(), lambda grads: got.update(grads), step=1, projector=projectors.get, sampled_labels=True
+    )
+    return result.loss, got, heads[0].labels
+
+
+@pytest.mark.parametrize("projected", [False, True], ids=["whole", "projected"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # gemma2 caps its logits
+def test_gradients_of_drawn_labels_equal_autograd(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, projected: bool
+) -> None:
+    """A tied head's second pass over the chunks has the labels that the first one drew."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 8)
+    model = tiny_model(family, tied=tied)
+    model.save_pretrained(tmp_path)
+    projectors = {
+        name: Projector(torch.randn(min(parameter.shape), 8), projection_side(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and projected
+    }
+    loss, got, labels = drawn_step(tmp_path, monkeypatch, projectors)
+    batches = ragged_batches()
+    parts = labels.split([batch.num_counted for batch in batches])
+    drawn = []
+    for batch, part in zip(batches, parts, strict=True):
+        its_labels = batch.labels.clone()
+        its_labels[its_labels != -100] = part
+        assert not torch.equal(its_labels, batch.labels)
+        drawn.append(replace(batch, labels=its_labels))
+    assert autograd_loss(model, drawn) == pytest.approx(loss, rel=1e-6)  # float32 sums of some 50 tokens
+    for name, parameter in model.named_parameters():
+        expected = projectors[name].of(parameter.grad) if name in projectors else parameter.grad
+        error = float((got[name] - expected).norm() / expected.norm())
+        assert error <= 2e-6, name  # chunks are sums in another order; worst seen 3.1e-7
