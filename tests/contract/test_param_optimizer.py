@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engines import CPU
 from sophia_galore.errors import CheckpointError, NonFiniteError
-from sophia_galore.numerics.rules import AdamWHyper
-from sophia_galore.optim import optimizer as module
+from sophia_galore.numerics.rules import Hyper
+from sophia_galore.optim import move as module
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
@@ -34,7 +34,7 @@ def cases() -> Iterator[object]:
             if subspace and (len(shape) == 1 or min(shape) < subspace.rank):
                 continue
             for dtype in FORMATS:
-                spec = ParamSpec("w", shape, 1e-2, 0.1, AdamWHyper(), subspace)
+                spec = ParamSpec("w", shape, 1e-2, 0.1, Hyper(), subspace=subspace)
                 yield pytest.param(spec, dtype, id=f"{name}-{'x'.join(map(str, shape))}-{dtype}")
 
 
@@ -137,7 +137,7 @@ def test_the_seed_matters_to_rounding_alone(spec: ParamSpec, dtype: torch.dtype)
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
 def test_a_state_that_does_not_fit_is_refused_whole(change: str) -> None:
-    spec = ParamSpec("w", (12, 5), 1e-2, 0.0, AdamWHyper(), SUBSPACES["galore"])
+    spec = ParamSpec("w", (12, 5), 1e-2, 0.0, Hyper(), subspace=SUBSPACES["galore"])
     optimizer = make(spec)
     state = {name: torch.ones_like(tensor) for name, tensor in optimizer.named_state().items()}
     if change == "missing":
@@ -154,7 +154,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(change: str) -> None:
 
 
 def test_order_of_parameters_does_not_matter() -> None:
-    specs = [ParamSpec(name, (12, 5), 1e-2, 0.0, AdamWHyper(), SUBSPACES["galore"]) for name in "abc"]
+    specs = [ParamSpec(name, (12, 5), 1e-2, 0.0, Hyper(), subspace=SUBSPACES["galore"]) for name in "abc"]
     results = []
     for order in ("abc", "cab"):
         optimizer = ParamOptimizer(specs, seed=3, device=CPU)

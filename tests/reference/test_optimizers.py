@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines import CPU, load_parts, make_engine
-from sophia_galore.numerics.rules import AdamWHyper
+from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import autograd_loss, ragged_batches, tiny_model
@@ -31,7 +31,7 @@ def test_adamw_equals_torch(tmp_path: Path, family: str, tied: bool) -> None:
     engine = make_engine(anatomy, store)
     optimizer = ParamOptimizer(
         [
-            ParamSpec(name, tuple(shape), LEARNING_RATE, 0.01, AdamWHyper())
+            ParamSpec(name, tuple(shape), LEARNING_RATE, 0.01, Hyper())
             for name, shape in anatomy.parameter_shapes().items()
         ],
         seed=0,
@@ -64,7 +64,9 @@ def test_galore_equals_plain_float64(shape: tuple[int, int], weight_decay: float
     draw = torch.Generator().manual_seed(3)
     weight = torch.randn(shape, generator=draw)
     plain = PlainGaLore(weight, rank=4, gap=7, scale=0.25, lr=1e-2, weight_decay=weight_decay)
-    spec = ParamSpec("w", shape, 1e-2, weight_decay, AdamWHyper(), SubspaceSpec(rank=4, gap=7, offset=0, scale=0.25))
+    spec = ParamSpec(
+        "w", shape, 1e-2, weight_decay, Hyper(), subspace=SubspaceSpec(rank=4, gap=7, offset=0, scale=0.25)
+    )
     optimizer = ParamOptimizer([spec], seed=0, device=CPU)
     for step in range(1, NUM_STEPS + 1):
         # Well separated singular values, or the basis is not defined.

@@ -138,21 +138,20 @@ def plan_table(plan: RunPlan) -> Table:
     table.add_column("because", no_wrap=True)
     for column in ("tensors", "parameters", "state", "peak lr"):
         table.add_column(column, justify="right", no_wrap=True)
-    groups: dict[tuple[str, str], Counter[str]] = {}
+    groups: dict[tuple[str, str, float], Counter[str]] = {}
     for route in plan.routes:
-        group = groups.setdefault((route.rule, route.why), Counter())
+        group = groups.setdefault((route.rule, route.why, route.spec.learning_rate), Counter())
         group["tensors"] += 1
         group["parameters"] += route.num_elements
         group["bytes"] += route.state_bytes + route.projection_bytes
-    rates = {"galore": plan.learning_rate, "adamw": plan.dense_learning_rate}
-    for (rule, why), group in groups.items():
+    for (rule, why, rate), group in groups.items():
         table.add_row(
             rule,
             why,
             str(group["tensors"]),
             _millions(group["parameters"]),
             bytes_in_words(group["bytes"]),
-            f"{rates[rule]:.2e}",
+            f"{rate:.2e}",
         )
     table.add_section()
     table.add_row("all", "100% of the parameters", str(len(plan.routes)), _millions(plan.num_parameters), "", "")

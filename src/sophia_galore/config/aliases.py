@@ -47,6 +47,12 @@ _OPTIMIZERS: dict[object, object] = {
     "galore": "galore",
     "galore_adamw": "galore",
     "galore_adamw_layerwise": "galore",
+    "sophia": "sophia",
+    "apollo": "apollo",
+    "apollo_adamw": "apollo",
+    "apollo_adamw_layerwise": "apollo",
+    "apollo_mini": "apollo_mini",
+    "scale": "scale",
 }
 
 ALIASES: dict[str, Alias] = {

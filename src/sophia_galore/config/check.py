@@ -37,6 +37,16 @@ def _both_eval_sources(config: RunConfig) -> bool:
     return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
 
 
+def _cannot_keep_gradients(config: RunConfig) -> bool:
+    asked = config.training.clip_by == "model" and config.training.max_grad_norm > 0
+    return asked and not keeps_projected_gradients(config)
+
+
+def keeps_projected_gradients(config: RunConfig) -> bool:
+    """Whether a step needs no more of a matrix's gradient than its projection, so that all can be kept for a while."""
+    return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
+
+
 RULES: dict[str, Rule] = {
     "no_gradient_checkpointing": Rule(
         lambda c: not c.training.gradient_checkpointing,
@@ -53,10 +63,37 @@ RULES: dict[str, Rule] = {
         "Set both to false and use model.store: bf16, the smallest store so far.",
     ),
     "betas": Rule(
-        lambda c: not all(0 <= beta < 1 for beta in c.optimizer.betas),
+        lambda c: not all(0 <= beta < 1 for beta in c.optimizer.betas or ()),
         ("optimizer.betas",),
         "optimizer.betas {c.optimizer.betas} must both be at least 0 and below 1: at 1 a moment never learns",
         "Use values such as [0.9, 0.999].",
+    ),
+    "adaptive_random": Rule(
+        lambda c: c.optimizer.galore.adaptive_gap and c.optimizer.galore.subspace == "random",
+        ("optimizer.galore.adaptive_gap", "optimizer.galore.subspace"),
+        "optimizer.galore.adaptive_gap looks at how far a subspace turns, but subspace: random is drawn anew each time",
+        "Set adaptive_gap to false, or take subspace: tracked.",
+    ),
+    "fast_residual": Rule(
+        lambda c: c.optimizer.galore.fast_path == "always" and c.optimizer.galore.residual != "none",
+        ("optimizer.galore.fast_path", "optimizer.galore.residual"),
+        "optimizer.galore.fast_path: always never forms the full gradient, but residual: {c.optimizer.galore.residual} "
+        "is made of it",
+        "Set fast_path to auto, or residual to none.",
+    ),
+    "fast_clipping": Rule(
+        lambda c: c.optimizer.galore.fast_path == "always" and c.training.max_grad_norm > 0,
+        ("optimizer.galore.fast_path", "training.max_grad_norm"),
+        "optimizer.galore.fast_path: always knows the gradient's norm only by an estimate, but training.max_grad_norm: "
+        "{c.training.max_grad_norm:g} clips by the exact one",
+        "Set fast_path to auto (which forms full gradients where clipping asks for it), or max_grad_norm to 0.",
+    ),
+    "clip_by_model": Rule(
+        _cannot_keep_gradients,
+        ("training.clip_by", "optimizer.type", "optimizer.galore.residual"),
+        "training.clip_by: model keeps all gradients until the norm over them is known, which this optimizer would do "
+        "in full size (optimizer.type: {c.optimizer.type}, residual: {c.optimizer.galore.residual})",
+        "Use training.clip_by: layer, or optimizer.type: galore with residual: none: projected gradients are small.",
     ),
     "warmup_fills_the_run": Rule(
         lambda c: 0 < c.training.max_steps <= c.training.warmup_steps,

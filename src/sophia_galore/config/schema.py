@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-OptimizerName = Literal["galore", "adamw"]
+OptimizerName = Literal["galore", "adamw", "sophia", "apollo", "apollo_mini", "scale"]
 StoreFormat = Literal["fp32", "bf16"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 SchedulerName = Literal[
@@ -91,8 +91,11 @@ class TrainingConfig(Section):
     lr_scheduler_type: SchedulerName = Field("cosine", description="Shape of the learning rate over the steps.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of weight matrices (not of norms and biases).")
-    max_grad_norm: float = Field(
-        0.0, ge=0, description="Largest gradient norm of one layer (each layer is clipped by itself); 0: off."
+    max_grad_norm: float = Field(0.0, ge=0, description="Largest gradient norm, of what `clip_by` says; 0: off.")
+    clip_by: Literal["auto", "model", "layer"] = Field(
+        "auto",
+        description="Clip by the norm over the whole model, exactly, or each layer by itself; auto: by model where the "
+        "projected gradients can be kept until the norm is known, else by layer.",
     )
     gradient_checkpointing: bool = Field(
         True, description="Recompute a layer's inside in backward. The layer-wise engine always does; false is refused."
@@ -117,9 +120,47 @@ class GaLoreConfig(Section):
     rank: int = Field(128, ge=1, description="Columns of the basis; matrices with a side <= rank are trained dense.")
     update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of a basis.")
     scale: float = Field(0.25, gt=0, description="Factor on the update that comes back from the subspace.")
+    subspace: Literal["tracked", "svd", "randomized", "random"] = Field(
+        "tracked",
+        description="How a basis is chosen: one power iteration from the last one, singular vectors (as published), "
+        "these from a random sketch, or at random from the seed.",
+    )
+    rule: Literal["adamw", "sophia", "adafactor", "sgd", "muon"] = Field(
+        "adamw", description="What turns the projected gradient into a direction."
+    )
+    residual: Literal["none", "fira"] = Field(
+        "none", description="The gradient outside of the subspace: left out, or scaled like the inside (Fira)."
+    )
+    moment_transport: bool = Field(True, description="Moments move with the basis when it is refreshed.")
     stagger: bool = Field(True, description="Spread the refreshes over the gap, so that no step stalls.")
+    adaptive_gap: bool = Field(False, description="Double the gap of a matrix while its subspace holds still.")
+    projection_bits: Literal[32, 16, 4] = Field(16, description="Format of stored bases: fp32, bf16 or packed int4.")
+    fast_path: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Form the projected gradient directly, never the full one: auto where nothing else is needed; "
+        "the recorded grad_norm is then an estimate.",
+    )
     dense_learning_rate: float | None = Field(
         None, gt=0, description="Rate of what is not projected (norms, biases); null: learning_rate x scale."
+    )
+
+
+class SophiaConfig(Section):
+    """Sophia-G (Liu et al., arXiv 2305.14342), as `optimizer.type: sophia` or `optimizer.galore.rule: sophia`."""
+
+    rho: float = Field(0.04, gt=0, description="Factor on the curvature; smaller: more entries of a step are clipped.")
+    curvature_every: int = Field(10, ge=1, description="Steps between two estimates of the curvature.")
+
+
+class ApolloConfig(Section):
+    """APOLLO and APOLLO-Mini (Zhu et al., arXiv 2412.05270)."""
+
+    rank: int | None = Field(None, ge=1, description="Columns of the random projection; null: 128 (apollo_mini: 1).")
+    update_proj_gap: int = Field(200, ge=1, description="Steps between two random projections.")
+    scale: float | None = Field(
+        None,
+        gt=0,
+        description="Factor on the scaled gradient; null: sqrt(shorter side / rank), as long as AdamW's step.",
     )
 
 
@@ -127,9 +168,17 @@ class OptimizerConfig(Section):
     """Which rule changes the weights."""
 
     type: OptimizerName = Field("galore", description="The rule for weight matrices.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the first and second moment.")
+    state_bits: Literal[32, 16, 8] = Field(
+        32,
+        description="Format of the optimizer's state: fp32, bf16, or blocks of 8-bit codes (small tensors stay fp32).",
+    )
+    betas: tuple[float, float] | None = Field(
+        None, description="Decay of the first and second moment; null: the rule's own, such as [0.9, 0.999] for AdamW."
+    )
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     galore: GaLoreConfig = GaLoreConfig()
+    sophia: SophiaConfig = SophiaConfig()
+    apollo: ApolloConfig = ApolloConfig()
 
 
 class QuantizationConfig(Section):

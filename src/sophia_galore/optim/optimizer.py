@@ -1,27 +1,48 @@
 """One door: `ParamOptimizer.step_param` is the only place where a weight changes.
 
-The layer-wise engine hands it one parameter after the other. It fetches the parameter's state,
-calls the rule, and rounds the updated weight back into its stored format, by blocks of rows, so
-that no second full-size temporary exists.
+The layer-wise engine hands it one parameter after the other; so does the `torch.optim` face, in
+`step()` and in backward. It fetches the parameter's state, takes the parameter's route (dense or
+in a subspace), and the updated weight is rounded back into its stored format.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError, NonFiniteError
 from sophia_galore.numerics.random import generator
-from sophia_galore.numerics.rounding import write_rounded
-from sophia_galore.numerics.rules import State, adamw
-from sophia_galore.numerics.subspace import project, project_back, projection_side, svd_basis
+from sophia_galore.numerics.rules import sophia_curvature
+from sophia_galore.numerics.subspace import Projector, project
+from sophia_galore.optim.dense import dense_step
+from sophia_galore.optim.lowrank import basis_at, lowrank_step, refresh, refresh_is_due, subspace_of
+from sophia_galore.optim.move import row_blocks
 from sophia_galore.optim.spec import ParamSpec
+from sophia_galore.optim.state import ParamState
 
-# Elements of a weight that are worked on at once: 16 MiB of float32.
-_BLOCK_ELEMENTS = 1 << 22
+# Random directions outside of the subspace, by which the norm of what is never formed is estimated.
+_NUM_PROBES = 8
+
+
+@dataclass(eq=False)
+class HeldGrad:
+    """A gradient as far as its step needs it.
+
+    Args:
+        full: G; None where the projected gradient is enough.
+        projected: R; None where the gradient is not projected.
+    """
+
+    full: Tensor | None
+    projected: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """What is held."""
+        return [tensor for tensor in (self.full, self.projected) if tensor is not None]
 
 
 class ParamOptimizer:
@@ -29,22 +50,20 @@ class ParamOptimizer:
 
     Args:
         specs: One a parameter; names must be distinct.
-        seed: The run's seed, for stochastic rounding.
-        device: Where the states live.
+        seed: The run's seed, for random bases and stochastic rounding.
+        device: Where the states live; None: each is made where its parameter is, when it is first needed.
     """
 
-    def __init__(self, specs: Iterable[ParamSpec], *, seed: int, device: torch.device) -> None:
+    def __init__(self, specs: Iterable[ParamSpec], *, seed: int, device: torch.device | None = None) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self._seed = seed
-        self._states: dict[str, State] = {
-            name: {
-                key: torch.zeros(shape, dtype=torch.float32, device=device)
-                for key, shape in spec.state_shapes().items()
-            }
-            for name, spec in self.specs.items()
-        }
+        self._states: dict[str, ParamState] = {}
+        if device is not None:
+            self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
 
-    def step_param(self, name: str, weight: Tensor, grad: Tensor, *, step: int, factor: float) -> None:
+    def step_param(
+        self, name: str, weight: Tensor, grad: Tensor, *, step: int, factor: float, projected: bool = False
+    ) -> None:
         """Move one weight by one step.
 
         Args:
@@ -53,44 +72,136 @@ class ParamOptimizer:
             grad: Gradient over the whole effective batch, float32, the shape of `weight`.
             step: Number of the optimizer step, counted from 1.
             factor: The schedule's value; multiplies the parameter's own learning rate.
+            projected: `grad` is the gradient times `projector(name, step)` instead.
 
         Raises:
             NonFiniteError: The gradient holds a NaN or an infinity; weight and state are untouched.
         """
-        # The extremes are NaN if any entry is, and need no temporary of the gradient's size.
-        if not all(math.isfinite(extreme) for extreme in torch.aminmax(grad)):
-            raise NonFiniteError(
-                f"The gradient of {name} is not finite at step {step}.",
-                "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
-            )
-        spec, state = self.specs[name], self._states[name]
+        self.step_held(name, weight, self.hold(name, grad, step=step, projected=projected), step=step, factor=factor)
+
+    def hold(self, name: str, grad: Tensor, *, step: int, projected: bool = False) -> HeldGrad:
+        """The first half of a step: keep of a gradient what its second half needs. Refreshes the basis if it is due.
+
+        Args:
+            name: The parameter's name.
+            grad: As for `step_param`.
+            step: As for `step_param`.
+            projected: As for `step_param`.
+
+        Returns:
+            What is needed; scaling it scales the gradient.
+
+        Raises:
+            NonFiniteError: As for `step_param`.
+        """
+        _refuse_non_finite(name, grad, step)
+        spec = self.specs[name]
+        if spec.subspace is None:
+            return HeldGrad(grad, None)
+        state = self._state(name, grad.device)
+        if not projected and refresh_is_due(spec, state, step):
+            refresh(spec, state, grad, step, self._seed)
+        low = self._projected(spec, state, grad, step, projected)
+        return HeldGrad(None if spec.subspace.residual == "none" else grad, low)
+
+    def step_held(self, name: str, weight: Tensor, held: HeldGrad, *, step: int, factor: float) -> None:
+        """The second half of a step.
+
+        Args:
+            name: The parameter's name.
+            weight: As for `step_param`.
+            held: From `hold` at the same step; used up.
+            step: As for `step_param`.
+            factor: As for `step_param`.
+        """
+        spec, state = self.specs[name], self._state(name, weight.device)
         rate = spec.learning_rate * factor
         rounding = generator(self._seed, "rounding", name, step, device=weight.device)
-        if spec.subspace is None:
-            for rows in _row_blocks(weight):
-                block = {key: tensor[rows] for key, tensor in state.items()}
-                direction, new = adamw(grad[rows], block, spec.hyper, step)
-                _store_state(block, new)
-                _move(weight[rows], direction, rate, spec.weight_decay, rounding)
-            return
-        if spec.subspace.refreshes_at(step):
-            state["basis"].copy_(svd_basis(grad, spec.subspace.rank))
-        basis, side = state["basis"], projection_side(weight.shape)
-        moments = {key: tensor for key, tensor in state.items() if key != "basis"}
-        direction, new = adamw(project(grad, basis), moments, spec.hyper, step)
-        _store_state(moments, new)
-        direction.mul_(spec.subspace.scale)
-        for rows in _row_blocks(weight):
-            back = (
-                project_back(direction[rows], basis, side)
-                if side == "right"
-                else project_back(direction, basis[rows], side)
+        state_rounding = generator(self._seed, "state rounding", name, step, device=weight.device)
+        if held.projected is None:
+            assert held.full is not None  # a gradient that is not projected is held in full
+            dense_step(
+                spec, state, weight, held.full, step=step, rate=rate, rounding=rounding, state_rounding=state_rounding
             )
-            _move(weight[rows], back, rate, spec.weight_decay, rounding)
+            return
+        lowrank_step(
+            spec,
+            state,
+            weight,
+            held.projected,
+            held.full,
+            basis_at(spec, state, step, self._seed, weight.device),
+            step=step,
+            rate=rate,
+            rounding=rounding,
+            state_rounding=state_rounding,
+        )
+
+    def projector(self, name: str, step: int) -> Projector | None:
+        """What the gradient of a parameter is wanted times at a step, if it is not wanted itself.
+
+        The first columns are the basis. A few more are random directions Z outside of the subspace with
+        E |G Z|^2 = |G (I - P P^T)|^2 (Meyer et al., Hutch++, arXiv 2010.09649), so that the norm of the whole
+        product is an unbiased estimate of the gradient's own norm, squared.
+
+        Args:
+            name: The parameter's name.
+            step: Number of the step, counted from 1.
+
+        Returns:
+            The projector, or None: the full gradient is wanted.
+        """
+        spec = self.specs[name]
+        if spec.subspace is None or not spec.subspace.fast or spec.subspace.residual != "none":
+            return None
+        state = self._states[name]
+        if refresh_is_due(spec, state, step):
+            return None
+        device = next(iter(state.tensors.values())).device
+        basis = basis_at(spec, state, step, self._seed, device)
+        num_probes = min(_NUM_PROBES, basis.shape[0] - basis.shape[1])
+        draw = generator(self._seed, "norm probes", name, step, device=device)
+        probes = torch.randn(basis.shape[0], num_probes, generator=draw, device=device)
+        probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
+        return Projector(torch.cat([basis, probes], 1), spec.side)
+
+    def observe_curvature(
+        self, name: str, grad: Tensor, *, step: int, num_samples: int, projected: bool = False
+    ) -> None:
+        """Take in a gradient whose labels were sampled from the model; no weight moves.
+
+        Rules without a curvature pass over it.
+
+        Args:
+            name: The parameter's name.
+            grad: Gradient of the mean loss over the sampled labels, float32.
+            step: Number of the optimizer step that comes next, counted from 1.
+            num_samples: How many labels the loss was a mean over.
+            projected: `grad` is the gradient times `projector(name, step)` instead.
+
+        Raises:
+            NonFiniteError: As for `step_param`.
+        """
+        spec = self.specs[name]
+        if spec.rule != "sophia":
+            return
+        _refuse_non_finite(name, grad, step)
+        state = self._state(name, grad.device)
+        if spec.subspace is not None:
+            if not projected and step == 1:
+                refresh(spec, state, grad, step, self._seed)  # there is no basis yet
+            grad = self._projected(spec, state, grad, step, projected)
+        first = state.is_empty("curvature")
+        rounding = generator(self._seed, "curvature rounding", name, step, device=grad.device)
+        for rows in row_blocks(grad):
+            before = None if first else state.read("curvature", rows)
+            state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), rounding, rows)
 
     def named_state(self) -> dict[str, Tensor]:
         """All state tensors by "parameter/state" name: the live tensors, not copies."""
-        return {f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.items()}
+        return {
+            f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.tensors.items()
+        }
 
     def load_named_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a saved state, exactly.
@@ -113,25 +224,32 @@ class ParamOptimizer:
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
 
+    def make_state(self, name: str, device: torch.device) -> None:
+        """Make a parameter's state, if it is not there yet.
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Slices over the first dimension, each of at most `_BLOCK_ELEMENTS` elements (but at least one row)."""
-    num_rows = weight.shape[0]
-    step = max(1, _BLOCK_ELEMENTS * num_rows // max(1, weight.numel()))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+        Args:
+            name: The parameter's name.
+            device: Where it shall live.
+        """
+        self._state(name, device)
+
+    def _state(self, name: str, device: torch.device) -> ParamState:
+        if name not in self._states:
+            self._states[name] = ParamState(self.specs[name], device)
+        return self._states[name]
+
+    def _projected(self, spec: ParamSpec, state: ParamState, grad: Tensor, step: int, projected: bool) -> Tensor:
+        """R, from G or from the product with a projector, whose first columns are the basis."""
+        if not projected:
+            return project(grad, basis_at(spec, state, step, self._seed, grad.device))
+        rank = subspace_of(spec).rank
+        return grad[:, :rank].contiguous() if spec.side == "right" else grad[:rank]
 
 
-def _store_state(state: State, new: State) -> None:
-    for key, tensor in new.items():
-        state[key].copy_(tensor)
-
-
-def _move(weight: Tensor, direction: Tensor, rate: float, weight_decay: float, rounding: torch.Generator) -> None:
-    """weight <- round((1 - rate * weight_decay) weight - rate * direction), in place."""
-    values = weight if weight.dtype == torch.float32 else weight.float()
-    if weight_decay:
-        values.mul_(1 - rate * weight_decay)
-    values.sub_(direction, alpha=rate)
-    if values is not weight:
-        write_rounded(weight, values, rounding)
+def _refuse_non_finite(name: str, grad: Tensor, step: int) -> None:
+    # The extremes are NaN if any entry is, and need no temporary of the gradient's size.
+    if not all(math.isfinite(extreme) for extreme in torch.aminmax(grad)):
+        raise NonFiniteError(
+            f"The gradient of {name} is not finite at step {step}.",
+            "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
+        )

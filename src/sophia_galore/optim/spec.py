@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from sophia_galore.numerics.rules import ADAMW_STATE, AdamWHyper
-from sophia_galore.numerics.subspace import basis_shape, projected_shape
+import torch
+
+from sophia_galore.numerics import int4
+from sophia_galore.numerics.bases import BasisKind
+from sophia_galore.numerics.blockwise import num_blocks
+from sophia_galore.numerics.residual import Residual
+from sophia_galore.numerics.rules import RULES, Hyper, Slot
+from sophia_galore.numerics.subspace import Side, basis_shape, projected_shape, projection_side
+
+StateBits = Literal[32, 16, 8]
+ProjectionBits = Literal[32, 16, 4]
+
+STORED_BASES: tuple[BasisKind, ...] = ("svd", "randomized", "tracked")
+"""Bases that are made from gradients and so must be stored; the others are functions of the seed."""
 
 
 @dataclass(frozen=True)
@@ -17,16 +30,45 @@ class SubspaceSpec:
         gap: Steps between two refreshes of the basis.
         offset: Steps by which this parameter's refreshes come early, so that they are spread over the gap.
         scale: Factor on the update that comes back from the subspace (alpha in GaLore, algorithm 1).
+        kind: How the basis is chosen.
+        adaptive: Whether the gap doubles while the subspace holds still.
+        transport: Whether moments move with the basis.
+        projection_bits: Format in which the basis is stored.
+        residual: What is done about the part of the gradient outside of the subspace.
+        growth_limit: Largest growth of the residual's norm (of the update's, for APOLLO) from step to step; 0: any.
+        fast: Whether `ParamOptimizer.projector` asks for products in place of gradients, where that is enough.
     """
 
     rank: int
     gap: int
-    offset: int
-    scale: float
+    offset: int = 0
+    scale: float = 1.0
+    kind: BasisKind = "svd"
+    adaptive: bool = False
+    transport: bool = False
+    projection_bits: ProjectionBits = 32
+    residual: Residual = "none"
+    growth_limit: float = 1.01
+    fast: bool = False
 
     def refreshes_at(self, step: int) -> bool:
-        """Whether the basis is made anew at this step (counted from 1); at the first step it always is."""
-        return step == 1 or (step - 1 + self.offset) % self.gap == 0
+        """Whether the basis is made anew at this step (counted from 1), if the gap is not adaptive.
+
+        At the first step it always is. A tracked basis, which is cheap and begins at random, is also refreshed
+        once in each octave of steps (2-3, 4-7, 8-15, ...) below the gap, early or late in it as `offset` says.
+        """
+        return self.refreshes_early_at(step) or (step - 1 + self.offset) % self.gap == 0
+
+    def refreshes_early_at(self, step: int) -> bool:
+        """Whether the refresh at this step is one of those from before the first gap is over."""
+        if step == 1:
+            return True
+        octave = 1 << (step.bit_length() - 1)
+        return self.kind == "tracked" and step < self.gap and step == octave + self.offset * octave // self.gap
+
+    def period(self, step: int) -> int:
+        """Number of the gap that a step lies in, for bases that are a function of the seed."""
+        return (step - 1 + self.offset) // self.gap
 
 
 @dataclass(frozen=True)
@@ -39,6 +81,8 @@ class ParamSpec:
         learning_rate: Peak rate; the schedule multiplies it.
         weight_decay: Decoupled decay; 0: none.
         hyper: Hyper-parameters of the rule.
+        rule: Name of the rule, in `RULES`.
+        state_bits: Format of the rule's state.
         subspace: How the gradient is projected; None: the rule sees the full gradient.
     """
 
@@ -46,14 +90,67 @@ class ParamSpec:
     shape: tuple[int, ...]
     learning_rate: float
     weight_decay: float
-    hyper: AdamWHyper
+    hyper: Hyper
+    rule: str = "adamw"
+    state_bits: StateBits = 32
     subspace: SubspaceSpec | None = None
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the parameter's state tensors, all float32."""
-        if self.subspace is None:
-            return dict.fromkeys(ADAMW_STATE, self.shape)
-        matrix = (self.shape[0], self.shape[1])
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(ADAMW_STATE, projected_shape(matrix, self.subspace.rank))
-        shapes["basis"] = basis_shape(matrix, self.subspace.rank)
-        return shapes
+    @property
+    def side(self) -> Side:
+        """The side on which a matrix of this shape is projected."""
+        return projection_side((self.shape[0], self.shape[1]))
+
+    def slot_shape(self, slot: Slot) -> tuple[int, ...]:
+        """Shape of the values of a rule's slot."""
+        shape = self.shape
+        if self.subspace is not None:
+            shape = projected_shape((self.shape[0], self.shape[1]), self.subspace.rank)
+        if slot.extent == "full":
+            return shape
+        return (shape[0], 1) if slot.extent == "rows" else (1, shape[1])
+
+    def state_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each state tensor as it is stored, by name.
+
+        A slot in eight bits is two tensors, `NAME.codes` and `NAME.scales`; so is a packed basis.
+        """
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, slot in RULES[self.rule].slots.items():
+            shape = self.slot_shape(slot)
+            # The factors of a factored moment are small already.
+            if self.state_bits == 8 and slot.extent == "full":
+                tensors[f"{name}.codes"] = (shape, torch.uint8)
+                tensors[f"{name}.scales"] = ((num_blocks(_product(shape)),), torch.float32)
+            else:
+                half = self.state_bits == 16 and slot.extent == "full"
+                tensors[name] = (shape, torch.bfloat16 if half else torch.float32)
+        if self.subspace is not None:
+            tensors |= self._subspace_tensors(self.subspace)
+        return tensors
+
+    def _subspace_tensors(self, subspace: SubspaceSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        shape = basis_shape((self.shape[0], self.shape[1]), subspace.rank)
+        if subspace.kind in STORED_BASES:
+            if subspace.projection_bits == 4:
+                tensors["basis.packed"] = ((-(-_product(shape) // 2),), torch.uint8)
+                tensors["basis.scales"] = ((-(-_product(shape) // int4.BLOCK),), torch.bfloat16)
+            else:
+                tensors["basis"] = (shape, torch.bfloat16 if subspace.projection_bits == 16 else torch.float32)
+        if subspace.residual != "none" and subspace.growth_limit:
+            tensors["update_norm"] = ((1,), torch.float32)
+        if subspace.adaptive:
+            tensors["next_refresh"] = ((2,), torch.int64)  # the step, and the gap that led to it
+        return tensors
+
+
+def state_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Bytes of state tensors as given by `ParamSpec.state_tensors`."""
+    return sum(_product(shape) * dtype.itemsize for shape, dtype in tensors.values())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

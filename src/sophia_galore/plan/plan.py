@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.errors import ConfigError
@@ -34,6 +35,8 @@ class RunPlan:
         optimizer: The optimizer's name.
         learning_rate: Peak rate of projected parameters (of all, without projection).
         dense_learning_rate: Peak rate of the others.
+        clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
+        curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
         data_fingerprint: SHA-256 over all token ids and masks.
@@ -51,6 +54,8 @@ class RunPlan:
     optimizer: str
     learning_rate: float
     dense_learning_rate: float
+    clip_by: Literal["nothing", "model", "layer"]
+    curvature_every: int
     num_train_examples: int
     num_eval_examples: int
     data_fingerprint: str
@@ -76,33 +81,13 @@ class RunPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for `plan.json`."""
         plain = {key: value for key, value in vars(self).items() if key not in ("routes", "notes")}
-        routes = [
-            {
-                "name": route.spec.name,
-                "shape": list(route.spec.shape),
-                "format": route.format,
-                "rule": route.rule,
-                "side": route.side,
-                "rank": route.spec.subspace.rank if route.spec.subspace else None,
-                "update_proj_gap": route.spec.subspace.gap if route.spec.subspace else None,
-                "scale": route.spec.subspace.scale if route.spec.subspace else None,
-                "refresh_offset": route.spec.subspace.offset if route.spec.subspace else None,
-                "learning_rate": route.spec.learning_rate,
-                "weight_decay": route.spec.weight_decay,
-                "state_bytes": route.state_bytes,
-                "projection_bytes": route.projection_bytes,
-                "trained": True,
-                "why": route.why,
-            }
-            for route in self.routes
-        ]
         return {
             **plain,
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_parameters,
             "bytes": self.ledger,
             "notes": list(self.notes),
-            "routes": routes,
+            "routes": [route.to_json() for route in self.routes],
         }
 
 
@@ -112,6 +97,7 @@ def make_plan(
     model: ResolvedModel,
     model_config: Any,
     shapes: Mapping[str, tuple[int, ...]],
+    head_name: str,
     dataset: Dataset,
     device: torch.device,
     compute_dtype: torch.dtype,
@@ -123,6 +109,7 @@ def make_plan(
         model: Where the model is.
         model_config: Its Hugging Face configuration.
         shapes: Name and shape of each parameter.
+        head_name: Which of them is the head's weight.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -142,6 +129,8 @@ def make_plan(
             f"training.warmup_steps is {training.warmup_steps}, but the run has only {num_steps} steps.",
             "Lower training.warmup_steps, or train for longer.",
         )
+    routes = make_routes(config, shapes, head_name)
+    clip_by = _clip_by(config)
     return RunPlan(
         model_name=model.name,
         model_folder=str(model.folder),
@@ -151,13 +140,17 @@ def make_plan(
         optimizer=config.optimizer.type,
         learning_rate=peak_learning_rate(config),
         dense_learning_rate=dense_learning_rate(config),
+        clip_by=clip_by,
+        curvature_every=(
+            config.optimizer.sophia.curvature_every if any(route.spec.rule == "sophia" for route in routes) else 0
+        ),
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        routes=make_routes(config, shapes),
-        notes=tuple(_notes(config, model, device, compute_dtype)),
+        routes=routes,
+        notes=tuple(_notes(config, model, device, compute_dtype, clip_by, routes)),
     )
 
 
@@ -176,15 +169,34 @@ def _refuse_misfits(config: RunConfig, model_config: Any, largest_token: int) ->
         )
 
 
-def _notes(config: RunConfig, model: ResolvedModel, device: torch.device, compute_dtype: torch.dtype) -> list[str]:
+def _clip_by(config: RunConfig) -> Literal["nothing", "model", "layer"]:
+    if not config.training.max_grad_norm:
+        return "nothing"
+    if config.training.clip_by == "auto":
+        return "model" if keeps_projected_gradients(config) else "layer"
+    return config.training.clip_by
+
+
+def _notes(
+    config: RunConfig,
+    model: ResolvedModel,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    clip_by: str,
+    routes: tuple[Route, ...],
+) -> list[str]:
     notes: list[str] = []
     if model.used_fallback:
         notes.append(f"No source could be reached for {config.model.name}: {model.name} is trained instead.")
-    if config.training.max_grad_norm:
+    if clip_by == "layer":
         notes.append(
             f"Each layer's gradient is clipped to {config.training.max_grad_norm:g} by itself: "
             "the layers step before the norm over all of them is known."
         )
+    if config.optimizer.galore.fast_path == "always" and not any(
+        route.spec.subspace and route.spec.subspace.fast for route in routes
+    ):
+        notes.append("No matrix is large enough for optimizer.galore.fast_path at this rank: gradients are formed.")
     if device.type == "cpu" and compute_dtype != torch.float32:
         notes.append(f"{compute_dtype} arithmetic is slow on a CPU; training.compute_dtype=fp32 is faster.")
     return notes

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.numerics.rules import AdamWHyper
-from sophia_galore.numerics.subspace import Side, projection_side
-from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
+from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.subspace import Side
+from sophia_galore.optim.spec import ParamSpec, StateBits, SubspaceSpec, state_bytes
 
 # Peak rates where the user gives none; README, Measured, has what they reach.
-DEFAULT_LEARNING_RATES: dict[str, float] = {"galore": 1.6e-3, "adamw": 2e-4}
+DEFAULT_LEARNING_RATES: dict[str, float] = {
+    "galore": 1.6e-3,
+    "adamw": 2e-4,
+    "sophia": 2e-4,
+    "apollo": 2e-4,
+    "apollo_mini": 2e-4,
+    "scale": 1e-3,
+}
+# Where GaLore's rule is another than AdamW.
+_GALORE_LEARNING_RATES: dict[str, float] = {
+    "adamw": DEFAULT_LEARNING_RATES["galore"],
+    "sophia": 1.6e-3,
+    "adafactor": 1.6e-3,
+    "sgd": 4.0,
+    "muon": 1.6e-3,
+}
 
-_STATE_ELEMENT_BYTES = 4
+# First and second decay where the user gives none.
+_BETAS: dict[str, tuple[float, float]] = {
+    "adamw": (0.9, 0.999),
+    "sophia": (0.965, 0.99),
+    "adafactor": (0.9, 0.999),
+    "sgd": (0.9, 0.999),
+    "muon": (0.95, 0.999),
+    "scale": (0.9, 0.999),
+    "scale_momentum": (0.9, 0.999),
+}
+
+_APOLLO_RANKS = {"apollo": 128, "apollo_mini": 1}
+
+# A smaller state saves nothing worth its rounding (bitsandbytes draws the line at the same size).
+_SMALLEST_ROUNDED_STATE = 4096
 
 
 @dataclass(frozen=True)
@@ -23,108 +54,187 @@ class Route:
     Args:
         spec: How it is stepped.
         format: Format in which its weight is stored.
+        rule: What steps it, in words: the optimizer's name if the gradient is projected, else the rule's.
         why: The reason for this route, in words.
     """
 
     spec: ParamSpec
     format: str
+    rule: str
     why: str
-
-    @property
-    def rule(self) -> str:
-        """Name of the rule: "galore" if the gradient is projected, else "adamw"."""
-        return "adamw" if self.spec.subspace is None else "galore"
 
     @property
     def side(self) -> Side | None:
         """The side on which the gradient is projected, if it is."""
-        return projection_side((self.spec.shape[0], self.spec.shape[1])) if self.spec.subspace else None
+        return self.spec.side if self.spec.subspace else None
 
     @property
     def num_elements(self) -> int:
         """Elements of the parameter."""
-        return _product(self.spec.shape)
+        return math.prod(self.spec.shape)
 
     @property
     def projection_bytes(self) -> int:
         """Bytes of its basis."""
-        return _STATE_ELEMENT_BYTES * sum(
-            _product(shape) for name, shape in self.spec.state_shapes().items() if name == "basis"
-        )
+        tensors = self.spec.state_tensors()
+        return state_bytes({name: tensor for name, tensor in tensors.items() if name.startswith("basis")})
 
     @property
     def state_bytes(self) -> int:
         """Bytes of its optimizer state, the basis not included."""
-        return _STATE_ELEMENT_BYTES * sum(
-            _product(shape) for name, shape in self.spec.state_shapes().items() if name != "basis"
-        )
+        return state_bytes(self.spec.state_tensors()) - self.projection_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The route as plain data, for `plan.json`: everything that decides about numbers, and the bytes."""
+        spec = self.spec
+        return {
+            "name": spec.name,
+            "shape": list(spec.shape),
+            "format": self.format,
+            "rule": self.rule,
+            "direction": spec.rule,
+            "side": self.side,
+            "hyper": vars(spec.hyper),
+            "subspace": vars(spec.subspace) if spec.subspace else None,
+            "learning_rate": spec.learning_rate,
+            "weight_decay": spec.weight_decay,
+            "state_bits": spec.state_bits,
+            "state_bytes": self.state_bytes,
+            "projection_bytes": self.projection_bytes,
+            "trained": True,
+            "why": self.why,
+        }
 
 
 def peak_learning_rate(config: RunConfig) -> float:
     """The peak rate that was asked for, or the optimizer's own default."""
-    return config.training.learning_rate or DEFAULT_LEARNING_RATES[config.optimizer.type]
+    if config.training.learning_rate:
+        return config.training.learning_rate
+    if config.optimizer.type == "galore":
+        return _GALORE_LEARNING_RATES[config.optimizer.galore.rule]
+    return DEFAULT_LEARNING_RATES[config.optimizer.type]
 
 
 def dense_learning_rate(config: RunConfig) -> float:
-    """The peak rate of parameters that are not projected."""
-    if config.optimizer.type == "adamw":
-        return peak_learning_rate(config)
+    """The peak rate of parameters that AdamW trains beside the optimizer that was asked for."""
     galore = config.optimizer.galore
-    return galore.dense_learning_rate or peak_learning_rate(config) * galore.scale
+    if config.optimizer.type == "galore":
+        if galore.dense_learning_rate:
+            return galore.dense_learning_rate
+        # The length of SGD's step is the gradient's own: its rate says nothing about AdamW's.
+        return DEFAULT_LEARNING_RATES["adamw"] if galore.rule == "sgd" else peak_learning_rate(config) * galore.scale
+    return DEFAULT_LEARNING_RATES["adamw"] if config.optimizer.type == "scale" else peak_learning_rate(config)
 
 
-def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Route, ...]:
+def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_name: str = "") -> tuple[Route, ...]:
     """Route every parameter.
 
     Args:
         config: What was asked.
         shapes: Name and shape of each parameter, in the model's order.
+        head_name: Which of them is the head's weight (the embedding's, if they are tied).
 
     Returns:
         One route a parameter, in the same order.
     """
-    galore = config.optimizer.galore
-    projected = [
-        name
+    projected = [name for name, shape in shapes.items() if _is_projected(config, tuple(shape))]
+    places = {name: index / len(projected) for index, name in enumerate(projected)}
+    return tuple(
+        _projected_route(config, name, tuple(shape), places[name])
+        if name in places
+        else _dense_route(config, name, tuple(shape), is_head=name == head_name)
         for name, shape in shapes.items()
-        if config.optimizer.type == "galore" and len(shape) == 2 and min(shape) > galore.rank
-    ]
-    # The first refreshes are spread evenly over the gap; at step 1 every basis is made.
-    offsets = {
-        name: index * galore.update_proj_gap // len(projected) if galore.stagger else 0
-        for index, name in enumerate(projected)
-    }
-    hyper = AdamWHyper(*config.optimizer.betas, config.optimizer.eps)
-    routes: list[Route] = []
-    for name, shape in shapes.items():
-        subspace = None
-        if name in offsets:
-            subspace = SubspaceSpec(galore.rank, galore.update_proj_gap, offsets[name], galore.scale)
-        spec = ParamSpec(
-            name=name,
-            shape=tuple(shape),
-            learning_rate=dense_learning_rate(config) if subspace is None else peak_learning_rate(config),
-            weight_decay=config.training.weight_decay if len(shape) > 1 else 0.0,
-            hyper=hyper,
-            subspace=subspace,
-        )
-        routes.append(Route(spec, config.model.store, _why(config, tuple(shape))))
-    return tuple(routes)
+    )
 
 
-def _why(config: RunConfig, shape: tuple[int, ...]) -> str:
-    if config.optimizer.type == "adamw":
-        return "optimizer.type is adamw"
-    rank = config.optimizer.galore.rank
-    if len(shape) != 2:
-        return "norm or bias"
-    if min(shape) <= rank:
-        return f"a side <= rank {rank}"
-    return f"projected, rank {rank}"
+def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: float) -> Route:
+    """The route of a matrix whose gradient is projected; `place` in [0, 1) spreads the refreshes over the gap."""
+    kind, rule = config.optimizer.type, "adamw"
+    if kind == "galore":
+        rule = config.optimizer.galore.rule
+        subspace = _galore_subspace(config, shape, place)
+    else:
+        subspace = _apollo_subspace(config, shape, place)
+    spec = _spec(config, name, shape, rule, peak_learning_rate(config), subspace)
+    return Route(spec, config.model.store, kind, f"projected, rank {subspace.rank}")
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_head: bool) -> Route:
+    """The route of a parameter whose rule sees the full gradient."""
+    kind = config.optimizer.type
+    if kind == "scale" and len(shape) == 2:
+        rule, why = ("scale_momentum", "head, with momentum") if is_head else ("scale", "no state")
+        return Route(_spec(config, name, shape, rule, peak_learning_rate(config)), config.model.store, rule, why)
+    rule = "sophia" if kind == "sophia" else "adamw"
+    if kind in ("adamw", "sophia"):
+        why = f"optimizer.type is {kind}"
+    elif len(shape) != 2:
+        why = "norm or bias"
+    else:
+        why = f"a side <= rank {_rank(config)}"
+    return Route(_spec(config, name, shape, rule, dense_learning_rate(config)), config.model.store, rule, why)
+
+
+def _spec(
+    config: RunConfig,
+    name: str,
+    shape: tuple[int, ...],
+    rule: str,
+    learning_rate: float,
+    subspace: SubspaceSpec | None = None,
+) -> ParamSpec:
+    settings = config.optimizer
+    bits: StateBits = settings.state_bits if math.prod(shape) >= _SMALLEST_ROUNDED_STATE else 32
+    return ParamSpec(
+        name=name,
+        shape=shape,
+        learning_rate=learning_rate,
+        weight_decay=config.training.weight_decay if len(shape) > 1 else 0.0,
+        hyper=Hyper(*(settings.betas or _BETAS[rule]), settings.eps, settings.sophia.rho),
+        rule=rule,
+        state_bits=bits,
+        subspace=subspace,
+    )
+
+
+def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: float) -> SubspaceSpec:
+    galore = config.optimizer.galore
+    # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
+    # the exact norm, which only the gradient has.
+    fast = galore.rank * sum(shape) < math.prod(shape) and not config.training.max_grad_norm
+    return SubspaceSpec(
+        rank=galore.rank,
+        gap=galore.update_proj_gap,
+        offset=int(place * galore.update_proj_gap) if galore.stagger else 0,
+        scale=galore.scale,
+        kind=galore.subspace,
+        adaptive=galore.adaptive_gap,
+        transport=galore.moment_transport,
+        projection_bits=galore.projection_bits,
+        residual=galore.residual,
+        fast=fast and galore.fast_path != "never" and galore.residual == "none",
+    )
+
+
+def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: float) -> SubspaceSpec:
+    apollo, rank = config.optimizer.apollo, _rank(config)
+    return SubspaceSpec(
+        rank=rank,
+        gap=apollo.update_proj_gap,
+        offset=int(place * apollo.update_proj_gap),
+        # A channel's factor is |N| / |R| with sqrt(r) entries of about 1 in |N|, where AdamW's step has sqrt(n).
+        scale=apollo.scale or math.sqrt(min(shape) / rank),
+        kind="gaussian",
+        residual="channel" if config.optimizer.type == "apollo" else "tensor",
+    )
+
+
+def _rank(config: RunConfig) -> int:
+    kind = config.optimizer.type
+    if kind == "galore":
+        return config.optimizer.galore.rank
+    return config.optimizer.apollo.rank or _APOLLO_RANKS[kind]
+
+
+def _is_projected(config: RunConfig, shape: tuple[int, ...]) -> bool:
+    return config.optimizer.type in ("galore", *_APOLLO_RANKS) and len(shape) == 2 and min(shape) > _rank(config)

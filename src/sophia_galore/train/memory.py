@@ -114,7 +114,7 @@ class MemoryMonitor(Observer):
     def tag_state(self, named_state: Iterable[tuple[str, Tensor]]) -> None:
         """Count an optimizer's state tensors as state or as projections."""
         for name, tensor in named_state:
-            self.tag(tensor, "projections" if name.endswith("/basis") else "optimizer state")
+            self.tag(tensor, "projections" if "/basis" in name else "optimizer state")
 
     def end_step(self, step: int) -> dict[str, int | None]:
         """Note a step's peak.

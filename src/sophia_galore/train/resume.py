@@ -26,9 +26,9 @@ _FREE = (
     "training.compute_dtype",
     "training.eval_every_steps",
     "training.logging_steps",
+    "training.clip_by",
     "training.sample_",
-    "optimizer.type",
-    "optimizer.galore.",
+    "optimizer.",
     "checkpoint.",
     "export.",
     "memory.",
@@ -41,6 +41,7 @@ _DECISIVE = (
     "training.learning_rate",
     "training.device",
     "training.compute_dtype",
+    "training.clip_by",
     "optimizer.",
 )
 # A schedule that does not look at the end of the run lets the end be moved.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
-from sophia_galore.engine.head import Grads
-from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import read_generation_config, write_model
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
-from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.train import folder as names
@@ -34,6 +31,7 @@ from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
+from sophia_galore.train.stepper import Stepper
 
 
 def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
@@ -108,6 +106,9 @@ class _Run:
             seed=config.training.seed,
             observer=self._monitor,
         )
+        self._stepper = Stepper(
+            self._engine, self._optimizer, self._store, plan, max_grad_norm=config.training.max_grad_norm
+        )
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
@@ -166,17 +167,8 @@ class _Run:
             pad_id=self._pad_id,
         )
         factor = self._factor(step)
-        norms: list[float] = []
-
-        def apply(grads: Grads) -> None:
-            norm = grad_norm(grads.values())
-            clip_(grads.values(), norm, training.max_grad_norm)
-            norms.append(norm)
-            for name in list(grads):
-                self._optimizer.step_param(name, self._store[name], grads.pop(name), step=step, factor=factor)
-
         try:
-            result: StepResult = self._engine.step(batches, apply, step=step)
+            result, norm = self._stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_way_back(error) from error
         self._last_step = step
@@ -186,7 +178,7 @@ class _Run:
             "epoch": round(step / plan.steps_per_epoch, 6),
             "loss": result.loss,
             "learning_rate": plan.learning_rate * factor,
-            "grad_norm": math.hypot(*norms),
+            "grad_norm": norm,
             "tokens": result.num_tokens,
             "tokens_per_second": round(result.num_tokens / (time.perf_counter() - started_s), 2),
             **memory,

@@ -1,0 +1,203 @@
+"""Which optimizer learns most from the same tokens: eval loss, time a step and state bytes of each, at its best rate.
+
+    python bench/optimizers.py --output bench/results/optimizers.jsonl
+    python bench/optimizers.py --output bench/results/optimizers.jsonl --table
+
+Fine-tunes all weights of SmolLM2-135M on the sample data once for every variant, learning rate and seed
+that `PLAN` lists: the same examples in the same order, the same evaluation examples, the same schedule.
+Each result is a line of the output, written when it is there; what the file holds already is not run again.
+Times a step are medians within a run, on a machine that may do other things too: compare them with care.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+# What differs from the quickstart, by name. Rates are the peak rates of projected matrices.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "adamw": ("optimizer.type=adamw",),
+    "galore": ("optimizer.type=galore",),
+    "galore, fira": ("optimizer.galore.residual=fira",),
+    "galore, no transport": ("optimizer.galore.moment_transport=false",),
+    "galore, svd as published": (
+        "optimizer.galore.subspace=svd",
+        "optimizer.galore.moment_transport=false",
+        "optimizer.galore.projection_bits=32",
+    ),
+    "galore, svd": ("optimizer.galore.subspace=svd",),
+    "galore, randomized": ("optimizer.galore.subspace=randomized",),
+    "galore, random": ("optimizer.galore.subspace=random",),
+    "galore, int4 bases": ("optimizer.galore.projection_bits=4",),
+    "galore, 8-bit state, bf16 weights": ("optimizer.state_bits=8", "model.store=bf16"),
+    "galore, sophia": ("optimizer.galore.rule=sophia",),
+    "galore, adafactor": ("optimizer.galore.rule=adafactor",),
+    "galore, muon": ("optimizer.galore.rule=muon",),
+    "galore, sgd": ("optimizer.galore.rule=sgd",),
+    "sophia": ("optimizer.type=sophia",),
+    "apollo": ("optimizer.type=apollo",),
+    "apollo_mini": ("optimizer.type=apollo_mini",),
+    "scale": ("optimizer.type=scale",),
+}
+
+# Variant, rates, seeds, in the order in which they are run.
+PLAN: list[tuple[str, tuple[float, ...], tuple[int, ...]]] = [
+    ("adamw", (2e-4, 4e-4, 1e-4), (0,)),
+    ("galore", (1.6e-3, 3.2e-3, 0.8e-3), (0,)),
+    ("galore, fira", (1.6e-3, 0.8e-3), (0,)),
+    ("sophia", (2e-4, 1e-4), (0,)),
+    ("galore, sophia", (1.6e-3, 0.8e-3), (0,)),
+    ("apollo", (2e-4, 4e-4), (0,)),
+    ("scale", (2e-3, 1e-2), (0,)),
+]
+
+
+def settings(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> list[str]:
+    """The run's overrides of the quickstart."""
+    return [
+        f"model.name={arguments.model}",
+        *VARIANTS[variant],
+        f"training.learning_rate={rate}",
+        f"training.seed={seed}",
+        f"training.max_steps={arguments.steps}",
+        "training.warmup_steps=3",
+        "training.batch_size=3",
+        "training.gradient_accumulation_steps=2",
+        f"training.max_length={arguments.max_length}",
+        "training.sample_questions=[]",
+        "training.device=cpu",
+        f"data.max_eval_examples={arguments.eval_examples}",
+        # So that the steps include what happens once a gap: a tenth of the quickstart's.
+        "optimizer.galore.update_proj_gap=20",
+        "optimizer.apollo.update_proj_gap=20",
+    ]
+
+
+def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train once; the loop of the ordinary run without its records and checkpoints."""
+    from sophia_galore.config import load_config
+    from sophia_galore.data.batches import eval_batches, window
+    from sophia_galore.engine.layerwise import LayerwiseEngine
+    from sophia_galore.model.store import DTYPES, load_store
+    from sophia_galore.optim.optimizer import ParamOptimizer
+    from sophia_galore.optim.schedule import schedule
+    from sophia_galore.train.listener import Listener
+    from sophia_galore.train.prepare import prepare
+    from sophia_galore.train.stepper import Stepper
+
+    config = load_config(Path("configs/quickstart.yaml"), settings(variant, rate, seed, arguments))
+    prepared = prepare(config, Listener(), None)
+    anatomy, plan = prepared.anatomy, prepared.plan
+    store = load_store(
+        prepared.folder,
+        anatomy.parameter_shapes(),
+        tied_head="lm_head.weight" if anatomy.tied else None,
+        dtype=DTYPES[config.model.store],
+        device=prepared.device,
+    )
+    optimizer = ParamOptimizer((route.spec for route in plan.routes), seed=seed, device=prepared.device)
+    engine = LayerwiseEngine(anatomy, store, compute_dtype=prepared.compute_dtype, device=prepared.device, seed=seed)
+    stepper = Stepper(engine, optimizer, store, plan, max_grad_norm=config.training.max_grad_norm)
+    factor = schedule(config.training.lr_scheduler_type, warmup_steps=3, num_steps=plan.num_steps)
+    pad_id = prepared.tokenizer.pad_token_id
+    losses, seconds, tokens = [], [], 0
+    for step in range(1, plan.num_steps + 1):
+        epoch, index = divmod(step - 1, plan.steps_per_epoch)
+        batches = window(
+            prepared.dataset.train, seed=seed, epoch=epoch, index=index, batch_size=3, accumulation=2, pad_id=pad_id
+        )
+        started = time.perf_counter()
+        found, _ = stepper.take(batches, step=step, factor=factor(step))
+        seconds.append(time.perf_counter() - started)
+        losses.append(round(found.loss, 4))
+        tokens += found.num_tokens
+    summed, counted = engine.evaluate(list(eval_batches(prepared.dataset.eval, batch_size=4, pad_id=pad_id)))
+    return {
+        "variant": variant,
+        "learning_rate": rate,
+        "seed": seed,
+        "eval_loss": summed / counted,
+        "median_step_s": round(statistics.median(seconds), 3),
+        "longest_step_s": round(max(seconds), 3),
+        "state_bytes": plan.ledger["optimizer state"] + plan.ledger["projections"],
+        "tokens": tokens,
+        "train_losses": losses,
+    }
+
+
+def jobs() -> Iterator[tuple[str, float, int]]:
+    """Everything that is to be run."""
+    for variant, rates, seeds in PLAN:
+        for seed in seeds:
+            for rate in rates:
+                yield variant, rate, seed
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Each variant at its best rate (by the mean over the seeds that it was run with at that rate)."""
+    by_rate: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_rate[result["variant"], result["learning_rate"]].append(result)
+    best: dict[str, tuple[float, list[dict[str, Any]]]] = {}
+    for (variant, rate), runs in by_rate.items():
+        # The seeds of the finalists are judged at one rate: the one that was best with the first seed.
+        first = min(run["eval_loss"] for run in runs if run["seed"] == min(run["seed"] for run in runs))
+        if variant not in best or first < min(run["eval_loss"] for run in best[variant][1] if run["seed"] == 0):
+            best[variant] = (rate, runs)
+    lines = [
+        "| variant | best rate (tried) | eval loss, seed 0 | mean of seeds | median step s | longest | state MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for variant, (rate, runs) in sorted(best.items(), key=lambda item: min(run["eval_loss"] for run in item[1][1])):
+        tried = ", ".join(f"{other:g}" for name, other in sorted(by_rate) if name == variant)
+        losses = [run["eval_loss"] for run in runs]
+        zero = next(run["eval_loss"] for run in runs if run["seed"] == 0)
+        spread = f"{statistics.mean(losses):.4f} +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
+        times = [run["median_step_s"] for run in runs], [run["longest_step_s"] for run in runs]
+        lines.append(
+            f"| {variant} | {rate:g} ({tried}) | {zero:.4f} | {spread} | {statistics.median(times[0]):.2f} "
+            f"| {statistics.median(times[1]):.2f} | {runs[0]['state_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--max-length", type=int, default=96)
+    parser.add_argument("--eval-examples", type=int, default=48)
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines; appended to")
+    parser.add_argument("--only", help="run only this variant")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
+    arguments = parser.parse_args()
+    lines = arguments.output.read_text(encoding="utf-8").splitlines() if arguments.output.exists() else []
+    results = [json.loads(line) for line in lines]
+    if arguments.table:
+        print(table(results))
+        return
+    import torch
+
+    done = {(result["variant"], result["learning_rate"], result["seed"]) for result in results}
+    about = {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
+    about |= {"steps": arguments.steps, "max_length": arguments.max_length, "eval_examples": arguments.eval_examples}
+    for variant, rate, seed in jobs():
+        if (variant, rate, seed) in done or arguments.only not in (None, variant):
+            continue
+        result = run(variant, rate, seed, arguments)
+        with arguments.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**result, **about}) + "\n")
+        print(f"{variant}, rate {rate:g}, seed {seed}: {result['eval_loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

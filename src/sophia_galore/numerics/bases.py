@@ -1,0 +1,153 @@
+"""Ways to choose the basis P of a subspace: r orthonormal columns on the shorter side of a gradient.
+
+svd         the leading singular vectors: GaLore's choice, and the reference
+randomized  nearly the same from a random sketch, without a decomposition of the shorter side
+tracked     one power iteration that starts from the last basis: three products and two QRs
+random      no gradient needed, so nothing need be stored: a function of the seed
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sophia_galore.numerics.subspace import projection_side
+
+BasisKind = Literal["svd", "randomized", "tracked", "random", "gaussian"]
+
+# Rows that are turned to float64 at once: bounds the temporary of `_gram` to 32 MiB at 1024 columns.
+_GRAM_ROWS = 4096
+
+# Sketch columns beyond the rank: Halko, Martinsson & Tropp (arXiv 0909.4061, section 4.2) find 5 to 10 enough.
+_OVERSAMPLING = 8
+
+
+def svd_basis(grad: Tensor, rank: int) -> Tensor:
+    """The `rank` leading singular vectors of the shorter side of `grad`.
+
+    They are the leading eigenvectors of G^T G (or G G^T), formed and decomposed in float64: that
+    squares the condition number, so float64 keeps what a float32 SVD would give, at a fraction of its time
+    and without the long side's singular vectors. The sign of each vector is fixed (its largest
+    entry is positive), so that the same gradient gives the same basis.
+
+    Args:
+        grad: (m, n), any float dtype, finite.
+        rank: Number of vectors, at most min(m, n).
+
+    Returns:
+        (min(m, n), rank), float32, orthonormal columns.
+    """
+    # eigh sorts ascending: the last columns are the leading ones.
+    vectors = torch.linalg.eigh(_gram(_tall(grad))).eigenvectors[:, -rank:].flip(1)
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    basis: Tensor = (vectors * largest.sign()).to(torch.float32)
+    return basis
+
+
+def randomized_basis(grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Nearly the leading singular vectors, from a random sketch (Halko et al., arXiv 0909.4061, algorithms 4.4, 5.1).
+
+    Args:
+        grad: (m, n), float32, finite.
+        rank: Number of vectors, at most min(m, n).
+        generator: Draws the sketch; on the device of `grad`.
+
+    Returns:
+        (min(m, n), rank), float32, orthonormal columns.
+    """
+    tall = _tall(grad)
+    short = tall.shape[1]
+    sketch = torch.randn(short, min(short, rank + _OVERSAMPLING), generator=generator, device=grad.device)
+    small = _left_factor(tall, sketch).T @ tall  # (rank + p, short)
+    vectors = torch.linalg.eigh(small @ small.T).eigenvectors[:, -rank:].flip(1)
+    return orthonormal(small.T @ vectors)
+
+
+def tracked_basis(grad: Tensor, basis: Tensor) -> Tensor:
+    """The basis after one step of subspace iteration from where it was (Golub & Van Loan, section 8.2.4).
+
+    U = orth(G P), new P = orth(G^T U); for a wide G the same with G^T.
+
+    Args:
+        grad: (m, n), float32, finite.
+        basis: (min(m, n), r), the basis so far.
+
+    Returns:
+        (min(m, n), r), float32, orthonormal columns.
+    """
+    tall = _tall(grad)
+    return orthonormal(tall.T @ _left_factor(tall, basis))
+
+
+def random_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
+    """A uniformly random subspace.
+
+    Args:
+        short: Rows.
+        rank: Columns, at most `short`.
+        generator: Draws it.
+
+    Returns:
+        (short, rank), float32, orthonormal columns, on the generator's device.
+    """
+    return orthonormal(torch.randn(short, rank, generator=generator, device=generator.device))
+
+
+def gaussian_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
+    """APOLLO's random projection (arXiv 2412.05270, section 4.1): entries of variance 1 / rank, not orthonormal.
+
+    Args:
+        short: Rows.
+        rank: Columns.
+        generator: Draws it.
+
+    Returns:
+        (short, rank), float32, on the generator's device.
+    """
+    return torch.randn(short, rank, generator=generator, device=generator.device).div_(rank**0.5)
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal columns that span those given (and, where these are dependent, something beside).
+
+    Args:
+        columns: (k, r), k >= r, float32.
+
+    Returns:
+        (k, r), float32.
+    """
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def overlap(one: Tensor, other: Tensor) -> Tensor:
+    """How much of one subspace lies in another: the mean squared cosine of their principal angles.
+
+    Args:
+        one: (k, r), orthonormal columns.
+        other: (k, r), orthonormal columns.
+
+    Returns:
+        Scalar: 1 for the same subspace whatever its basis, 0 for orthogonal ones, about r / k for random ones.
+    """
+    return (one.T @ other).square().sum() / one.shape[1]
+
+
+def _left_factor(tall: Tensor, columns: Tensor) -> Tensor:
+    return orthonormal(tall @ columns)
+
+
+def _tall(grad: Tensor) -> Tensor:
+    return grad if projection_side(grad.shape) == "right" else grad.T
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """A^T A of a tall matrix in float64, by blocks of rows, so that no full-size float64 copy exists."""
+    columns = tall.shape[1]
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device=tall.device)
+    for block in tall.split(_GRAM_ROWS):
+        wide = block.to(torch.float64)
+        gram.addmm_(wide.T, wide)
+    return gram

@@ -1,0 +1,49 @@
+"""Moving moments into a new basis.
+
+A moment in the subspace is a statement about the gradient's coordinates by the old basis P. Kept as
+it is while the basis becomes Q, it would be read as a statement about other directions. With the
+change of basis C = P^T Q, coordinates r become r C (side right) or C^T r (side left).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sophia_galore.numerics.subspace import Side
+
+
+def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
+    """A mean of gradients by the new basis (LDAdam, arXiv 2410.16103, section 3.2): M C, or C^T M.
+
+    What the new subspace has beyond the old one starts at 0.
+
+    Args:
+        moment: (m, r) for side right, (r, n) for side left.
+        change: (r, r), C = P_old^T P_new.
+        side: The side of the projection.
+
+    Returns:
+        The shape of `moment`.
+    """
+    return moment @ change if side == "right" else change.T @ moment
+
+
+def move_second_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
+    """A mean of squared gradients by the new basis: coordinates taken as uncorrelated, V (C * C), never below 0.
+
+    To a new direction that the old subspace covers only in part, the rest comes from the mean over the old
+    directions: were it 0, the first steps along that direction would be far too long.
+
+    Args:
+        moment: (m, r) or (1, r) for side right, (r, n) or (r, 1) for side left; not negative.
+        change: (r, r), C = P_old^T P_new.
+        side: The side of the projection.
+
+    Returns:
+        The shape of `moment`, not negative.
+    """
+    squares = change.square()
+    unseen = (1 - squares.sum(0)).clamp_min_(0)
+    if side == "right":
+        return (moment @ squares).addcmul_(moment.mean(1, keepdim=True), unseen.unsqueeze(0))
+    return (squares.T @ moment).addcmul_(unseen.unsqueeze(1), moment.mean(0, keepdim=True))

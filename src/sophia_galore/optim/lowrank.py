@@ -1,0 +1,191 @@
+"""The step of a parameter whose rule sees its gradient in a subspace.
+
+refresh        choose a new basis from the gradient; moments move along
+basis_at       the basis of a step
+lowrank_step   rule in the subspace, back to full size, and what becomes of the rest of the gradient
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sophia_galore.numerics import bases, residual
+from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.rules import RULES
+from sophia_galore.numerics.subspace import project_back
+from sophia_galore.numerics.transport import move_first_moment, move_second_moment
+from sophia_galore.optim.move import move, row_blocks
+from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
+from sophia_galore.optim.state import ParamState
+
+# Mean squared cosine of the principal angles from which on a subspace counts as holding still.
+_STILL = 0.5
+# An adaptive gap grows to this many times the one that was asked for.
+_LARGEST_GROWTH = 16
+
+
+def subspace_of(spec: ParamSpec) -> SubspaceSpec:
+    """The subspace of a parameter that is known to have one."""
+    assert spec.subspace is not None
+    return spec.subspace
+
+
+def refresh_is_due(spec: ParamSpec, state: ParamState, step: int) -> bool:
+    """Whether the basis is made anew at this step.
+
+    Args:
+        spec: The parameter.
+        state: Its state, which knows the next refresh where the gap is adaptive.
+        step: Number of the parameter's step, counted from 1.
+    """
+    subspace = subspace_of(spec)
+    if not subspace.adaptive:
+        return subspace.refreshes_at(step)
+    planned = int(state.tensors["next_refresh"][0])
+    return subspace.refreshes_early_at(step) or (
+        step >= planned if planned else (step - 1 + subspace.offset) % subspace.gap == 0
+    )
+
+
+def basis_at(spec: ParamSpec, state: ParamState, step: int, seed: int, device: torch.device) -> Tensor:
+    """The basis by which the gradient of a step is projected.
+
+    Args:
+        spec: The parameter.
+        state: Its state.
+        step: Number of the parameter's step, counted from 1.
+        seed: The run's seed.
+        device: Where the basis is needed.
+
+    Returns:
+        (min(m, n), r), float32.
+    """
+    subspace = subspace_of(spec)
+    if subspace.kind in STORED_BASES:
+        return state.basis()
+    draw = generator(seed, "basis", spec.name, subspace.period(step), device=device)
+    make = bases.gaussian_basis if subspace.kind == "gaussian" else bases.random_basis
+    return make(min(spec.shape), subspace.rank, draw)
+
+
+def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: int) -> None:
+    """Make the basis anew, and move the moments along.
+
+    Args:
+        spec: The parameter.
+        state: Its state, changed in place.
+        grad: Full gradient over the effective batch, (m, n) float32.
+        step: Number of the parameter's step, counted from 1.
+        seed: The run's seed.
+    """
+    subspace, device = subspace_of(spec), grad.device
+    if subspace.kind not in STORED_BASES:
+        if step > 1 and subspace.transport:
+            old = basis_at(spec, state, step - 1, seed, device)
+            _move_moments(spec, state, old.T @ basis_at(spec, state, step, seed, device), step, seed)
+        return
+    old = state.basis()
+    draw = generator(seed, "basis", spec.name, step, device=device)
+    if subspace.kind == "svd":
+        new = bases.svd_basis(grad, subspace.rank)
+    elif subspace.kind == "randomized":
+        new = bases.randomized_basis(grad, subspace.rank, draw)
+    else:
+        new = bases.tracked_basis(grad, old if old.any() else bases.random_basis(old.shape[0], subspace.rank, draw))
+    state.store_basis(new)
+    change = old.T @ state.basis()
+    if subspace.transport:
+        _move_moments(spec, state, change, step, seed)
+    if subspace.adaptive and not subspace.refreshes_early_at(step):
+        still = float(change.square().sum()) / subspace.rank >= _STILL
+        last_gap = int(state.tensors["next_refresh"][1]) or subspace.gap
+        gap = min(2 * last_gap, _LARGEST_GROWTH * subspace.gap) if still else subspace.gap
+        state.tensors["next_refresh"].copy_(torch.tensor([step + gap, gap]))
+
+
+def lowrank_step(
+    spec: ParamSpec,
+    state: ParamState,
+    weight: Tensor,
+    projected: Tensor,
+    grad: Tensor | None,
+    basis: Tensor,
+    *,
+    step: int,
+    rate: float,
+    rounding: torch.Generator,
+    state_rounding: torch.Generator,
+) -> None:
+    """Move a weight by what its rule makes of the projected gradient.
+
+    Args:
+        spec: The parameter.
+        state: Its state, changed in place.
+        weight: The stored weight, (m, n), changed in place.
+        projected: R = G P, (m, r), or P^T G, (r, n); used up.
+        grad: G, (m, n) float32; None where no residual is wanted.
+        basis: P, (min(m, n), r).
+        step: Number of the parameter's step, counted from 1.
+        rate: Learning rate.
+        rounding: For the weight.
+        state_rounding: For the state.
+    """
+    subspace, side = subspace_of(spec), spec.side
+    direction, scales = _directions(spec, state, projected, step, state_rounding)
+    if scales is not None and grad is not None:
+        if subspace.residual == "fira":
+            norm = residual.residual_norm(grad, projected, basis.T @ basis, scales, side)
+            scales = scales * _limited(subspace, state, norm)
+            # N P^T + s (G - R P^T) = (N - s R) P^T + s G: one product, and no second matrix of full size.
+            direction.addcmul_(scales, projected, value=-1)
+        else:
+            scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
+    del projected
+    for rows in row_blocks(weight):
+        if subspace.residual in ("none", "fira"):
+            low, columns = (direction[rows], basis) if side == "right" else (direction, basis[rows])
+            update = project_back(low, columns, side)
+        else:
+            update = torch.zeros_like(weight[rows], dtype=torch.float32)
+        if scales is not None and grad is not None:
+            update.addcmul_(scales[rows] if scales.shape[0] > 1 else scales, grad[rows])
+        move(weight[rows], update.mul_(subspace.scale), rate, spec.weight_decay, rounding)
+
+
+def _directions(
+    spec: ParamSpec, state: ParamState, projected: Tensor, step: int, state_rounding: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """What the rule makes of R, and the factors by which it scaled the channels, if these are wanted."""
+    rule, subspace = RULES[spec.rule], subspace_of(spec)
+    # Where R itself is not needed any more, N takes its place.
+    direction = projected if subspace.residual == "none" else torch.empty_like(projected)
+    for rows in row_blocks(projected) if rule.elementwise else [slice(None)]:
+        direction[rows], new = rule.update(projected[rows], state.read_all(rows), spec.hyper, step)
+        state.write_all(new, state_rounding, rows)
+    if subspace.residual == "none":
+        return direction, None
+    if subspace.residual == "tensor":
+        before = torch.linalg.vector_norm(projected)
+        return direction, torch.where(before > 0, torch.linalg.vector_norm(direction) / before, 0.0).view(1, 1)
+    return direction, residual.channel_scales(direction, projected, spec.side)
+
+
+def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
+    """The factor of the growth limiter, which remembers the norm."""
+    if not subspace.growth_limit:
+        return torch.ones_like(norm)
+    previous = state.tensors["update_norm"]
+    factor = residual.growth_factor(norm, previous[0], subspace.growth_limit)
+    previous[0] = norm * factor
+    return factor
+
+
+def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int, seed: int) -> None:
+    rounding = generator(seed, "transport", spec.name, step, device=change.device)
+    for name, slot in RULES[spec.rule].slots.items():
+        # A factor along the long side says nothing about directions in the subspace.
+        if slot.extent == ("rows" if spec.side == "right" else "columns"):
+            continue
+        mover = move_first_moment if slot.moment == 1 else move_second_moment
+        state.write(name, mover(state.read(name), change, spec.side), rounding)
