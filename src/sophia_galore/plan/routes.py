@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sophia_galore.config import RunConfig
@@ -95,6 +96,7 @@ class Route:
             "direction": spec.rule,
             "side": self.side,
             "hyper": vars(spec.hyper),
+            "rank": spec.subspace.rank if spec.subspace else None,
             "subspace": vars(spec.subspace) if spec.subspace else None,
             "learning_rate": spec.learning_rate,
             "weight_decay": spec.weight_decay,
@@ -138,7 +140,7 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
         One route a parameter, in the same order.
     """
     projected = [name for name, shape in shapes.items() if _is_projected(config, tuple(shape))]
-    places = {name: index / len(projected) for index, name in enumerate(projected)}
+    places = {name: Fraction(index, len(projected)) for index, name in enumerate(projected)}
     return tuple(
         _projected_route(config, name, tuple(shape), places[name])
         if name in places
@@ -147,7 +149,7 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
     )
 
 
-def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: float) -> Route:
+def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: Fraction) -> Route:
     """The route of a matrix whose gradient is projected; `place` in [0, 1) spreads the refreshes over the gap."""
     kind, rule = config.optimizer.type, "adamw"
     if kind == "galore":
@@ -197,7 +199,7 @@ def _spec(
     )
 
 
-def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: float) -> SubspaceSpec:
+def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction) -> SubspaceSpec:
     galore = config.optimizer.galore
     # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
     # the exact norm, which only the gradient has.
@@ -216,7 +218,7 @@ def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: float) ->
     )
 
 
-def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: float) -> SubspaceSpec:
+def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction) -> SubspaceSpec:
     apollo, rank = config.optimizer.apollo, _rank(config)
     return SubspaceSpec(
         rank=rank,

@@ -24,6 +24,39 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
         (["optimizer.betas=[0.9, 1]"], ["below 1"], ["optimizer.betas=[0, 0.9999]"]),
         (["optimizer.betas=[-0.1, 0.9]"], ["at least 0"], ["optimizer.betas=[0.0, 0.0]"]),
     ],
+    "adaptive_random": [
+        (
+            ["optimizer.galore.adaptive_gap=true", "optimizer.galore.subspace=random"],
+            ["adaptive_gap", "drawn anew"],
+            ["optimizer.galore.adaptive_gap=true", "optimizer.galore.subspace=svd"],
+        )
+    ],
+    "fast_residual": [
+        (
+            ["optimizer.galore.fast_path=always", "optimizer.galore.residual=fira"],
+            ["residual: fira"],
+            ["optimizer.galore.fast_path=auto", "optimizer.galore.residual=fira"],
+        )
+    ],
+    "fast_clipping": [
+        (
+            ["optimizer.galore.fast_path=always", "max_grad_norm=0.5"],
+            ["max_grad_norm: 0.5", "exact"],
+            ["optimizer.galore.fast_path=auto", "max_grad_norm=0.5"],
+        )
+    ],
+    "clip_by_model": [
+        (
+            ["training.clip_by=model", "max_grad_norm=1", "optimizer.type=adamw"],
+            ["optimizer.type: adamw", "norm over them"],
+            ["training.clip_by=model", "max_grad_norm=1", "optimizer.type=galore"],
+        ),
+        (
+            ["training.clip_by=model", "max_grad_norm=1", "optimizer.galore.residual=fira"],
+            ["residual: fira"],
+            ["training.clip_by=layer", "max_grad_norm=1", "optimizer.galore.residual=fira"],
+        ),
+    ],
     "warmup_fills_the_run": [
         (
             ["training.max_steps=5", "training.warmup_steps=5"],

@@ -87,7 +87,7 @@ def test_a_side_no_longer_than_the_rank_is_trained_dense(rank: int, projected: i
 
 @pytest.mark.parametrize("gap", [1, 2, 4, 10, 200])
 def test_refreshes_are_spread_over_the_gap(gap: int) -> None:
-    routes = routes_by_name(make_config(update_proj_gap=gap)).values()
+    routes = routes_by_name(make_config(update_proj_gap=gap, subspace="svd")).values()
     subspaces = [route.spec.subspace for route in routes if route.spec.subspace]
     offsets = [subspace.offset for subspace in subspaces]
     assert len(offsets) == 4
@@ -98,6 +98,16 @@ def test_refreshes_are_spread_over_the_gap(gap: int) -> None:
     assert sum(loads) == 4
     assert max(loads) <= -(-4 // gap)
     assert all(subspace.refreshes_at(1) for subspace in subspaces)
+
+
+def test_early_refreshes_of_tracked_bases_are_spread_too() -> None:
+    """One in each octave of steps below the gap, not all of them at the same step of it."""
+    routes = routes_by_name(make_config(update_proj_gap=64)).values()
+    subspaces = [route.spec.subspace for route in routes if route.spec.subspace]
+    for octave in (2, 4, 8, 16, 32):
+        loads = [sum(subspace.refreshes_early_at(step) for subspace in subspaces) for step in range(octave, 2 * octave)]
+        assert sum(loads) == len(subspaces) and max(loads) <= -(-len(subspaces) // octave)
+    assert not any(subspace.refreshes_early_at(step) for subspace in subspaces for step in range(64, 256))
 
 
 def test_without_staggering_all_are_refreshed_together() -> None:
@@ -154,7 +164,7 @@ def test_the_price_is_what_the_optimizer_takes(drawn: list[tuple[int, ...]], ran
     states = ParamOptimizer((route.spec for route in routes.values()), seed=0, device=torch.device("cpu")).named_state()
     for name, route in routes.items():
         own = {key: tensor for key, tensor in states.items() if key.startswith(f"{name}/")}
-        bases = {key: tensor for key, tensor in own.items() if key.endswith("/basis")}
+        bases = {key: tensor for key, tensor in own.items() if "/basis" in key}
         assert route.projection_bytes == sum(tensor.nbytes for tensor in bases.values())
         assert route.state_bytes == sum(tensor.nbytes for tensor in own.values()) - route.projection_bytes
         if route.rule == "galore":
