@@ -1,11 +1,16 @@
 """Tokens per second and peak resident memory, side by side with the Hugging Face Trainer.
 
     python bench/speed.py
+    python bench/speed.py --shapes --batch-size 1 --accumulation 2 --max-length 512 --steps 3
+
+The second line takes random weights at the shapes of Qwen2-0.5B, and examples of exactly 512 tokens.
 
 Both sides train all weights of the same model on the same micro-batches (sample data), float32, the
 same threads. The Trainer uses AdamW and gradient checkpointing. Each side runs in a process of its own,
 so that its peak resident size is its own; the sides take turns, and the medians over the turns are
-compared. The first step of every process is left out of the time (for GaLore it makes every basis).
+compared. The first step of every process is left out of the time: for GaLore it makes every basis. A
+tracked basis is made again in each octave of steps (2-3, 4-7, ...) until the first gap is over, so that
+a short run has many more refreshes than a long one; "between refreshes" has as many as a long one.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -24,18 +30,29 @@ from typing import Any
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.model.source import resolve_model
 
-SIDES = ("trainer-adamw", "ours-adamw", "ours-galore")
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes import write_data, write_model
+
+SIDES: dict[str, tuple[str, ...]] = {
+    "trainer-adamw": (),
+    "ours-adamw": ("optimizer.type=adamw",),
+    "ours-galore": ("optimizer.type=galore",),
+    "ours-galore, between refreshes": ("optimizer.type=galore", "optimizer.galore.subspace=randomized"),
+    "ours-galore, full gradients": ("optimizer.type=galore", "optimizer.galore.fast_path=never"),
+    "ours-galore, 8-bit state, bf16 weights": ("optimizer.type=galore", "optimizer.state_bits=8", "model.store=bf16"),
+}
 
 
-def load_config_for(arguments: argparse.Namespace, optimizer: str, output: str) -> Any:
-    """The run's configuration, the same but for the optimizer."""
+def load_config_for(arguments: argparse.Namespace, side: str, output: str) -> Any:
+    """The run's configuration, the same but for the optimizer and its formats."""
     from sophia_galore.config import load_config
 
     return load_config(
         Path("configs/quickstart.yaml"),
         [
             f"model.name={arguments.model}",
-            f"optimizer.type={optimizer}",
+            *SIDES[side],
+            *([f"data.train={arguments.data}"] if arguments.data else []),
             f"training.batch_size={arguments.batch_size}",
             f"training.gradient_accumulation_steps={arguments.accumulation}",
             f"training.max_length={arguments.max_length}",
@@ -52,10 +69,8 @@ def load_config_for(arguments: argparse.Namespace, optimizer: str, output: str) 
     )
 
 
-def run_ours(arguments: argparse.Namespace, optimizer: str) -> list[tuple[int, float]]:
+def run_ours(arguments: argparse.Namespace, side: str) -> list[tuple[int, float]]:
     """Tokens and seconds of each step of ours."""
-    import tempfile
-
     from sophia_galore.train.listener import Listener
     from sophia_galore.train.run import train
 
@@ -67,14 +82,12 @@ def run_ours(arguments: argparse.Namespace, optimizer: str) -> list[tuple[int, f
 
     with tempfile.TemporaryDirectory() as folder:
         listener = Times()
-        train(load_config_for(arguments, optimizer, folder), listener)
+        train(load_config_for(arguments, side, folder), listener)
         return listener.steps
 
 
 def run_trainer(arguments: argparse.Namespace) -> list[tuple[int, float]]:
     """Tokens and seconds of each step of the Trainer, on the very micro-batches that ours takes."""
-    import tempfile
-
     import torch
     from torch.utils.data import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -82,7 +95,7 @@ def run_trainer(arguments: argparse.Namespace) -> list[tuple[int, float]]:
     from sophia_galore.data.batches import window
     from sophia_galore.data.dataset import load_data
 
-    config = load_config_for(arguments, "adamw", "unused")
+    config = load_config_for(arguments, "ours-adamw", "unused")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     data = load_data(config.data, max_length=arguments.max_length, seed=config.training.seed, tokenizer=tokenizer)
     batches, tokens = [], []
@@ -155,17 +168,18 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one side here and now."""
     from sophia_galore.train.memory import peak_process_bytes
 
-    steps = run_trainer(arguments) if side == "trainer-adamw" else run_ours(arguments, side.removeprefix("ours-"))
+    steps = run_trainer(arguments) if side == "trainer-adamw" else run_ours(arguments, side)
     tokens, seconds = (sum(values) for values in zip(*steps[1:], strict=True))
     return {"tokens_per_second": tokens / seconds, "peak_process_bytes": float(peak_process_bytes())}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides in turns, each in a fresh process."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    sides = arguments.sides or list(SIDES)[:3]
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for turn in range(arguments.turns):
-        for side in SIDES[turn % len(SIDES) :] + SIDES[: turn % len(SIDES)]:
-            words = [*sys.argv[1:], "--side", side, "--model", arguments.model]
+        for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
+            words = [*sys.argv[1:], "--side", side, "--model", arguments.model, "--data", arguments.data]
             done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr}")
@@ -187,6 +201,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps a process; the first is not timed")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="which sides; by default the first three")
+    parser.add_argument("--shapes", action="store_true", help="random weights at the shapes of Qwen2-0.5B")
+    parser.add_argument("--data", default="", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
@@ -194,7 +211,14 @@ def main() -> None:
         return
     # Here once, so that every process finds the same folder.
     arguments.model = str(resolve_model(ModelConfig(name=arguments.model), print).folder)
-    result = compare(arguments)
+    with tempfile.TemporaryDirectory() as work:
+        if arguments.shapes:
+            folder = Path(work)
+            write_model(folder / "model", Path(arguments.model))
+            num_examples = arguments.steps * arguments.accumulation * arguments.batch_size
+            write_data(folder / "data.json", Path("data/sample_data.json"), num_examples)
+            arguments.model, arguments.data = str(folder / "model"), str(folder / "data.json")
+        result = compare(arguments)
     base = result["medians"]["trainer-adamw"]
     print("| side | tokens/s | ratio | peak resident GiB | ratio |\n|---|---|---|---|---|")
     for side, one in result["medians"].items():

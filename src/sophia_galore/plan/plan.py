@@ -190,8 +190,8 @@ def _notes(
         notes.append(f"No source could be reached for {config.model.name}: {model.name} is trained instead.")
     if clip_by == "model":
         notes.append(
-            f"The gradient over the whole model is clipped to {config.training.max_grad_norm:g}: projected gradients are "
-            "kept until its norm is known, and full gradients are formed to know it exactly."
+            f"The gradient over the whole model is clipped to {config.training.max_grad_norm:g}: projected gradients "
+            "are kept until its norm is known, and full gradients are formed to know it exactly."
         )
     if clip_by == "layer":
         notes.append(
