@@ -170,3 +170,44 @@ def test_the_price_is_what_the_optimizer_takes(drawn: list[tuple[int, ...]], ran
         if route.rule == "galore":
             (basis,) = bases.values()
             assert tuple(basis.shape) == basis_shape((shapes[name][0], shapes[name][1]), rank)
+
+
+QWEN2_05B: dict[str, tuple[int, ...]] = {"embed": (151936, 896), "norm": (896,)}
+for layer in range(24):
+    QWEN2_05B |= {
+        f"{layer}.{name}": shape
+        for name, shape in {
+            "q": (896, 896),
+            "q.bias": (896,),
+            "k": (128, 896),
+            "k.bias": (128,),
+            "v": (128, 896),
+            "v.bias": (128,),
+            "o": (896, 896),
+            "gate": (4864, 896),
+            "up": (4864, 896),
+            "down": (896, 4864),
+            "norm1": (896,),
+            "norm2": (896,),
+        }.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "limit_bytes"),
+    [
+        ({"type": "galore", "state_bits": 8}, 0.20e9),
+        ({"type": "galore", "state_bits": 8, "galore": {"projection_bits": 4}}, 0.165e9),
+        ({"type": "apollo_mini", "state_bits": 8}, 0.0019e9),
+        ({"type": "scale"}, 0.55e9),  # the head's momentum, in float32
+    ],
+)
+def test_the_state_of_half_a_billion_parameters_is_small(optimizer: dict[str, Any], limit_bytes: float) -> None:
+    """Qwen2-0.5B at rank 128, projections and embedding included; AdamW takes 3.95 GB."""
+
+    def state_bytes(config: dict[str, Any]) -> int:
+        routes = make_routes(RunConfig.model_validate({"optimizer": config}), QWEN2_05B, "embed")
+        return sum(route.state_bytes + route.projection_bytes for route in routes)
+
+    assert 0.9 * limit_bytes < state_bytes(optimizer) <= limit_bytes
+    assert state_bytes({"type": "adamw"}) == 8 * 494_032_768
