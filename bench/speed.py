@@ -175,7 +175,8 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides in turns, each in a fresh process."""
-    sides = arguments.sides or list(SIDES)[:3]
+    # The Trainer always: it is what the others are compared with.
+    sides = [side for side in SIDES if side in (arguments.sides or list(SIDES)[:3]) or side == "trainer-adamw"]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for turn in range(arguments.turns):
         for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:

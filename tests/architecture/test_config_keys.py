@@ -16,6 +16,7 @@ KEYS = [
     "data.too_long",
     "data.train",
     "export.dtype",
+    "memory.logits_chunk_mib",
     "memory.track_steps",
     "model.cache_dir",
     "model.fallback",

@@ -109,7 +109,7 @@ def test_accumulation_is_exact(tmp_path: Path) -> None:
 def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_for(tmp_path, "gemma2", True)
     whole = all_gradients(engine, ragged_batches())
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1})
     monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 3)
     chunked = all_gradients(engine, ragged_batches())
     for name, grad in whole.items():
@@ -118,7 +118,7 @@ def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_logits_never_exist_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = engine_for(tmp_path, "llama", True)
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1})
     monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 4)
     rows: list[int] = []
     original = torch.nn.functional.cross_entropy
@@ -165,7 +165,7 @@ def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
 
 def test_drawn_labels_are_a_function_of_seed_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[Head] = []
-    monkeypatch.setattr(layerwise, "Head", lambda *args: heads.append(Head(*args)) or heads[-1])
+    monkeypatch.setattr(layerwise, "Head", lambda *args, **kwargs: heads.append(Head(*args, **kwargs)) or heads[-1])
     tiny_model("llama").save_pretrained(tmp_path)
     anatomy, store = load_parts(tmp_path)
 

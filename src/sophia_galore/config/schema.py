@@ -205,7 +205,14 @@ class ExportConfig(Section):
 
 
 class MemoryConfig(Section):
-    """The memory monitor."""
+    """Memory: what is watched, and what may be traded for speed."""
+
+    logits_chunk_mib: int = Field(
+        0,
+        ge=0,
+        description="MiB of float32 logits at once (about three times that in all); 0: 80 on a CPU, 16 on a GPU. At "
+        "least 32 tokens are taken.",
+    )
 
     track_steps: int = Field(
         2,

@@ -35,6 +35,7 @@ class Head:
         batches: The micro-batches.
         projector: What the gradients of the head's and the embedding's weight are wanted times.
         sampler: Draws the labels; None: they are the data's.
+        chunk_bytes: Bytes of the float32 logits that are worked on at once.
 
     Attributes:
         labels: (N,) int64, the labels of the counted positions, micro-batch after micro-batch; drawn ones are
@@ -51,13 +52,15 @@ class Head:
         batches: Sequence[MicroBatch],
         projector: Projectors = whole_gradients,
         sampler: torch.Generator | None = None,
+        *,
+        chunk_bytes: int,
     ) -> None:
         self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
         self._shapes = [part.shape for part in hidden]
         self._counted = [batch.labels != -100 for batch in batches]
         self.labels = torch.cat([batch.labels[mask] for batch, mask in zip(batches, self._counted, strict=True)])
         self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
-        self._projector, self._sampler = projector, sampler
+        self._projector, self._sampler, self._chunk_bytes = projector, sampler, chunk_bytes
         self._product = self._product_of(anatomy.head_name)
         self._normed: Tensor | None = None
         # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
@@ -69,7 +72,7 @@ class Head:
         weight = self._weight()
         normed = self._norm(self._entering, self._norm_weights())
         total = 0.0
-        for rows in chunks(len(self.labels), weight.shape[0]):
+        for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
             logits = self._logits(normed[rows], weight)
             total += float(loss_sum(logits, self.labels[rows], self._anatomy.logit_softcap))
         return total
@@ -92,7 +95,7 @@ class Head:
         normed_grad = torch.empty_like(normed)
         total = 0.0
         with torch.no_grad():
-            for rows in chunks(len(self.labels), weight.shape[0]):
+            for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
                 loss, logits_grad = self._chunk(rows, normed, weight, self._sampler)
                 total += float(loss)
                 normed_grad[rows] = logits_grad.to(self._dtype) @ weight
@@ -145,7 +148,7 @@ class Head:
         """Gradient of the tied head's weight, (V, d) float32, by the chunks' logits once more."""
         assert self._normed is not None
         weight, grad = self._weight(), self._zero_grad()
-        for rows in chunks(len(self.labels), weight.shape[0]):
+        for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
             _, logits_grad = self._chunk(rows, self._normed, weight)
             self._add_weight_grad(grad, logits_grad, self._normed[rows])
             del logits_grad

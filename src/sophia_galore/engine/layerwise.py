@@ -27,6 +27,7 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
@@ -72,6 +73,7 @@ class LayerwiseEngine:
         device: Where the arithmetic runs.
         seed: The run's seed, for dropout and drawn labels.
         observer: Is told phases and what tensors are.
+        logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class LayerwiseEngine:
         device: torch.device,
         seed: int,
         observer: Observer | None = None,
+        logits_chunk_bytes: int = 0,
     ) -> None:
         self._anatomy = anatomy
         self._store = store
@@ -90,6 +93,7 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
+        self._chunk_bytes = logits_chunk_bytes or default_chunk_bytes(device)
 
     def step(
         self,
@@ -126,7 +130,9 @@ class LayerwiseEngine:
             inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
         with observer.phase("head"):
             sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
-            head = Head(anatomy, self._store, self._dtype, observer, inputs.pop(), batches, projector, sampler)
+            hidden = inputs.pop()
+            head = self._head(hidden, batches, projector, sampler)
+            del hidden
             loss, hidden_grads, grads = head.backward()
             if not math.isfinite(loss):
                 raise NonFiniteError(
@@ -168,10 +174,20 @@ class LayerwiseEngine:
                     weights = self._layer_weights(index)
                     for which, calls in enumerate(embedded.calls):
                         hidden[which] = self._run(index, weights, calls[index], hidden[which])
-                head = Head(anatomy, self._store, self._dtype, self._observer, hidden, batches)
+                head = self._head(hidden, batches)
                 return head.loss_sum(), sum(batch.num_counted for batch in batches)
         finally:
             anatomy.model.train(was_training)
+
+    def _head(
+        self,
+        hidden: list[Tensor],
+        batches: Sequence[MicroBatch],
+        projector: Projectors = whole_gradients,
+        sampler: torch.Generator | None = None,
+    ) -> Head:
+        parts = (self._anatomy, self._store, self._dtype, self._observer)
+        return Head(*parts, hidden, batches, projector, sampler, chunk_bytes=self._chunk_bytes)
 
     @torch.no_grad()
     def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:

@@ -31,7 +31,7 @@ _FREE = (
     "optimizer.",
     "checkpoint.",
     "export.",
-    "memory.",
+    "memory.track_steps",
 )
 # Those of them that a plan is made from.
 _DECISIVE = (

@@ -105,6 +105,7 @@ class _Run:
             device=prepared.device,
             seed=config.training.seed,
             observer=self._monitor,
+            logits_chunk_bytes=config.memory.logits_chunk_mib * 2**20,
         )
         self._stepper = Stepper(
             self._engine, self._optimizer, self._store, plan, max_grad_norm=config.training.max_grad_norm
