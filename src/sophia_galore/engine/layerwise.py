@@ -93,7 +93,7 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
-        self._chunk_bytes = logits_chunk_bytes or default_chunk_bytes(device)
+        self._chunk_bytes = logits_chunk_bytes
 
     def step(
         self,
@@ -187,7 +187,8 @@ class LayerwiseEngine:
         sampler: torch.Generator | None = None,
     ) -> Head:
         parts = (self._anatomy, self._store, self._dtype, self._observer)
-        return Head(*parts, hidden, batches, projector, sampler, chunk_bytes=self._chunk_bytes)
+        chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
+        return Head(*parts, hidden, batches, projector, sampler, chunk_bytes=chunk_bytes)
 
     @torch.no_grad()
     def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:
