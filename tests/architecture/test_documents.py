@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import typer
 
+import sophia_galore
 from sophia_galore.cli.main import app
-from sophia_galore.config import load_config
+from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.aliases import ALIASES
 from sophia_galore.config.dump import config_reference
 from sophia_galore.config.keys import known_keys, sections
 from sophia_galore.model.anatomy import SUPPORTED
-from sophia_galore.plan.routes import DEFAULT_LEARNING_RATES
+from sophia_galore.plan.routes import DEFAULT_LEARNING_RATES, make_routes
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh-CN.md")
@@ -48,6 +53,8 @@ CODE_SPAN = re.compile(r"`([^`\n]+)`")
 DOTTED = re.compile(r"([a-z_]\w*(?:\.[a-z_]\w*)+)(?=$|[:= ])")
 LINK = re.compile(r"\]\(([^)]+)\)")
 OVERRIDE = re.compile(r"([\w.]+)=")
+FAMILY_ROW = re.compile(r"^\| `(\w+)` \|.*?\| ([\d.e-]+)\b[^|]*\| ([\d.]+) MB \| ([\d.]+) MB \|", re.MULTILINE)
+EXAMPLE = re.compile(r"`(\w+\.py)`")
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def test_keys_in_backticks_exist(name: str) -> None:
     assert [line for line in prose(name).splitlines() if line.count("`") % 2] == []
     spans = [found[1] for span in CODE_SPAN.findall(prose(name)) if (found := DOTTED.match(span))]
     for word in spans:
-        if word.rpartition(".")[2] not in FILE_ENDINGS:
+        if word.rpartition(".")[2] not in FILE_ENDINGS and not word.startswith("torch."):
             assert word in known or word == "key.path", f"{name} speaks of {word}"
 
 
@@ -187,8 +194,47 @@ def test_tables_and_numbers_are_those_of_the_code(name: str) -> None:
     text = prose(name)
     for model_type in SUPPORTED:
         assert f"| {model_type} |" in text
-    for rate in DEFAULT_LEARNING_RATES.values():
-        assert f"{rate:.1e}".replace("e-0", "e-").replace(".0e", "e") in text, rate
+    rates = {row[0]: row[1] for row in FAMILY_ROW.findall(text)}
+    assert rates == {
+        kind: f"{rate:.1e}".replace("e-0", "e-").replace(".0e", "e") for kind, rate in DEFAULT_LEARNING_RATES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def qwen2_shapes() -> dict[str, tuple[int, ...]]:
+    """Every parameter of Qwen2-0.5B, without a weight of it."""
+    spec = importlib.util.spec_from_file_location("shapes", ROOT / "bench" / "shapes.py")
+    assert spec is not None and spec.loader is not None
+    shapes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shapes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**shapes.QWEN2_05B))
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_bytes_of_state_are_those_of_the_plan(name: str, qwen2_shapes: dict[str, tuple[int, ...]]) -> None:
+    def megabytes(kind: str, bits: int) -> str:
+        config = RunConfig.model_validate({"optimizer": {"type": kind, "state_bits": bits}})
+        routes = make_routes(config, qwen2_shapes, "model.embed_tokens.weight")
+        size = sum(route.state_bytes + route.projection_bytes for route in routes) / 1e6
+        return f"{size:.0f}" if size >= 10 else f"{size:.1f}"
+
+    found = {row[0]: (row[2], row[3]) for row in FAMILY_ROW.findall(prose(name))}
+    assert found == {kind: (megabytes(kind, 32), megabytes(kind, 8)) for kind in DEFAULT_LEARNING_RATES}
+
+
+def test_python_in_the_readme_imports_what_there_is() -> None:
+    for block in blocks("README.md", "python"):
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and node.module == "sophia_galore":
+                assert {alias.name for alias in node.names} <= set(sophia_galore.__all__)
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_example_is_named(name: str) -> None:
+    (line,) = [part for part in prose(name).split("\n\n") if "`examples`" in part]
+    assert set(EXAMPLE.findall(line)) == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -200,4 +246,4 @@ def test_links_lead_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_nothing_is_left_to_do(name: str) -> None:
-    assert re.findall(r"TODO[-\w]*", read(name)) == []
+    assert re.findall(r"TODO[-\w]*|@@\w+@@", read(name)) == []
