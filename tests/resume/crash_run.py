@@ -22,8 +22,9 @@ from sophia_galore.train import checkpoint, metrics
 # Where each moment is: the module and the function whose call it is.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "after a step": (metrics.MetricsLog, "add"),
-    "at a weight": (optimizer, "_move"),
-    "at a refresh": (optimizer, "svd_basis"),
+    "at a weight": (optimizer.ParamOptimizer, "step_held"),
+    "at a refresh": (optimizer, "refresh"),
+    "at a curvature": (optimizer.ParamOptimizer, "observe_curvature"),
     "while saving": (checkpoint, "_hash_and_flush"),
     "before the rename": (os, "replace"),
     "after the rename": (checkpoint, "checkpoints"),

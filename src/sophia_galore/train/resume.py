@@ -59,6 +59,11 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     Raises:
         CheckpointError: They differ in something that changes numbers, or the checkpoint is past the end.
     """
+    if "clip_by" not in checkpoint.plan:
+        raise CheckpointError(
+            f"{checkpoint.folder} was made by version 0.1, whose optimizers kept another state.",
+            f"Start anew from its weights: model.name={checkpoint.folder}.",
+        )
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
     saved = {key: checkpoint.config.get(key) for key in now}
     # The bytes follow from the routes, which say more.

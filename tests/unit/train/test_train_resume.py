@@ -64,12 +64,22 @@ REFUSED: list[tuple[list[str], str]] = [
     (["training.max_steps=4"], "num_steps: 3 then, 4 now"),
     (["training.max_steps=0"], "num_steps: 3 then, 10 now"),
     (["training.compute_dtype=bf16"], "compute_dtype: float32 then, bfloat16 now"),
-    (["optimizer.betas=[0.9,0.99]"], "optimizer.betas"),
-    (["optimizer.eps=1e-6"], "optimizer.eps"),
+    (["optimizer.betas=[0.9,0.99]"], "routing of parameters"),
+    (["optimizer.eps=1e-6"], "routing of parameters"),
     (["optimizer.type=adamw"], "optimizer: galore then, adamw now"),
     (["optimizer.galore.rank=4"], "routing of parameters"),
     (["optimizer.galore.update_proj_gap=4"], "routing of parameters"),
     (["optimizer.galore.stagger=false"], "routing of parameters"),
+    (["optimizer.galore.subspace=svd"], "routing of parameters"),
+    (["optimizer.galore.rule=muon"], "routing of parameters"),
+    (["optimizer.galore.rule=sophia"], "curvature_every: 0 then, 10 now"),
+    (["optimizer.galore.residual=fira"], "routing of parameters"),
+    (["optimizer.galore.moment_transport=false"], "routing of parameters"),
+    (["optimizer.galore.projection_bits=4"], "routing of parameters"),
+    (["optimizer.galore.adaptive_gap=true"], "routing of parameters"),
+    (["optimizer.galore.fast_path=never"], "routing of parameters"),
+    (["optimizer.state_bits=8"], "routing of parameters"),
+    (["memory.logits_chunk_mib=1"], "memory.logits_chunk_mib"),
     (["optimizer.galore.scale=0.5"], "dense_learning_rate"),
     (["optimizer.galore.dense_learning_rate=0.1"], "dense_learning_rate"),
     (["model.name=some/other"], "model.name"),
@@ -178,6 +188,13 @@ def test_a_run_goes_on_in_another_place_without_its_model(
         assert carry_out(world, "moved", "training.lr_scheduler_type=cosine", resume=True) == expected
     finally:
         (tmp_path / "model").rename(world.model)
+
+
+def test_a_checkpoint_of_version_0_1_says_what_it_is(world: World, saved: dict[str, Checkpoint]) -> None:
+    old = {key: value for key, value in saved["cosine"].plan.items() if key not in ("clip_by", "curvature_every")}
+    with pytest.raises(CheckpointError, match=r"made by version 0\.1") as caught:
+        compare(world, replace(saved["cosine"], plan=old), "cosine")
+    assert f"model.name={saved['cosine'].folder}" in caught.value.remedy
 
 
 def test_hidden_changes_of_the_subspace_are_seen(world: World) -> None:
