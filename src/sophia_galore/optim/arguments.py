@@ -50,7 +50,8 @@ _SWITCH = (lambda value: isinstance(value, bool), "True or False")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
-    "betas": (lambda value: value is None or _is_betas(value), "two numbers that are at least 0 and below 1"),
+    "betas": (_is_betas, "two numbers that are at least 0 and below 1"),
+    "dense_betas": (_is_betas, "two numbers that are at least 0 and below 1"),
     "eps": _ABOVE_0,
     "rho": _ABOVE_0,
     "rank": _COUNT,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
+from sophia_galore.numerics.rules import BETAS
 from sophia_galore.optim.arguments import Group, dense_ratio, param_shape
 from sophia_galore.optim.face import Face
 from sophia_galore.optim.spec import ProjectionBits, StateBits, SubspaceSpec, apollo_scale
@@ -63,7 +64,8 @@ class GaLore(_Projecting):
         adaptive_gap: Whether a matrix's gap doubles while its subspace holds still.
         projection_bits: Format of stored bases: float32, bfloat16 or packed four-bit integers.
         state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
-        betas: Decays of the first and the second moment; None: the rule's own, such as (0.9, 0.999) for AdamW.
+        betas: Decays of the first and the second moment; None: the rule's own, such as (0.9, 0.999) for AdamW,
+            and AdamW's for what is not projected.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of everything but vectors and scalars.
         rho: Sophia's factor on the curvature; smaller: more entries of a step are clipped.
@@ -120,7 +122,10 @@ class GaLore(_Projecting):
         super().__init__(named_parameters, defaults, seed=seed, curvature_every=curvature_every)
 
     def _complete(self, group: Group) -> None:
+        if group["betas"] is None:
+            group["dense_betas"] = BETAS["adamw"]
         group["dense_ratio"] = dense_ratio(group["lr"], group["dense_lr"], group["scale"], group["rule"])
+        super()._complete(group)
 
     def _rule(self, group: Group, is_projected: bool) -> str:
         return group["rule"] if is_projected else "adamw"
@@ -152,7 +157,7 @@ class Apollo(_Projecting):
         mini: Whether one factor scales a whole matrix.
         update_proj_gap: Steps between two random projections.
         scale: Factor on the scaled gradient; None: sqrt(shorter side / rank), as long as AdamW's step.
-        betas: Decays of the first and the second moment; None: (0.9, 0.999).
+        betas: Decays of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay of everything but vectors and scalars.
         state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
@@ -170,7 +175,7 @@ class Apollo(_Projecting):
         mini: bool = False,
         update_proj_gap: int = 200,
         scale: float | None = None,
-        betas: Betas | None = None,
+        betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_bits: StateBits = 32,

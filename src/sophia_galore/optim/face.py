@@ -33,8 +33,10 @@ from sophia_galore.optim.spec import ParamSpec, SubspaceSpec, settled_bits
 if TYPE_CHECKING:
     from sophia_galore.optim.attach import Attachment
 
+# Settings that a group gets from its others.
+_DERIVED = ("dense_ratio", "dense_betas")
 # Settings that may change from step to step; all others decide about states that exist already.
-_LIVE = {"lr", "weight_decay", "betas", "eps", "rho", "dense_ratio"}
+_LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
 _KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_door", "_steps", "_places")
 
 
@@ -55,7 +57,7 @@ class Face(torch.optim.Optimizer):
         self, named_parameters: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
     ) -> None:
         owner = type(self).__name__
-        check_settings(owner, {**defaults, "seed": seed, "curvature_every": curvature_every})
+        check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
         self.seed = seed
         self.curvature_every = curvature_every
         self.num_steps = 0
@@ -82,7 +84,8 @@ class Face(torch.optim.Optimizer):
         check_keys(owner, param_group, self.defaults)
         group = {**self.defaults, **param_group}
         group["params"] = pairs = read_pairs(owner, group["params"])
-        check_settings(owner, group)
+        # None stands for the rule's own betas here, and only here.
+        check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
         self._complete(group)
         refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
         super().add_param_group(group)
@@ -297,6 +300,7 @@ class Face(torch.optim.Optimizer):
 
     def _complete(self, group: Group) -> None:
         """Fill in settings of a group that follow from others."""
+        group["betas"] = group["betas"] or BETAS[self._rule(group, is_projected=True)]
 
     def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
         """Whether the gradients of a parameter are projected."""
@@ -329,7 +333,7 @@ class Face(torch.optim.Optimizer):
             place = self._places.get(name)
             subspace = None if place is None else self._subspace(shape, group, place)
             rule = self._rule(group, is_projected=subspace is not None)
-            beta1, beta2 = group["betas"] or BETAS[rule]
+            beta1, beta2 = group["betas"] if subspace else group.get("dense_betas", group["betas"])
             self._door.specs[name] = ParamSpec(
                 name=name,
                 shape=shape,
@@ -343,4 +347,4 @@ class Face(torch.optim.Optimizer):
 
     def _settings_of(self, group: Group) -> dict[str, Any]:
         """The settings of a group that specs are made of."""
-        return {key: group[key] for key in (*self.defaults, "dense_ratio") if key in group and key != "lr"}
+        return {key: group[key] for key in (*self.defaults, *_DERIVED) if key in group and key != "lr"}

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 _LAST_STEPPED_BY: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_WARNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def note_owner(name: str, param: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -24,7 +25,7 @@ def note_owner(name: str, param: Tensor, optimizer: torch.optim.Optimizer) -> No
     last = _LAST_STEPPED_BY.get(param)
     if last is not None and last() is optimizer:
         return
-    if last is not None and last() is not None:
+    if last is not None and last() is not None and not {optimizer, last()} & set(_WARNED):
         # One that was left behind may merely wait for the collector: schedulers keep their optimizer in a cycle.
         gc.collect()
         if last() is not None:
@@ -33,4 +34,5 @@ def note_owner(name: str, param: Tensor, optimizer: torch.optim.Optimizer) -> No
                 "knows of the other's steps. Use one optimizer, or delete the old one.",
                 stacklevel=4,
             )
+            _WARNED.add(optimizer)
     _LAST_STEPPED_BY[param] = weakref.ref(optimizer)
