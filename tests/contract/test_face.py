@@ -89,20 +89,14 @@ def test_learns_and_continues_from_disk_to_the_bit(
 def test_a_copy_and_a_pickle_go_on_like_the_original(variant: str) -> None:
     net, optimizer = started(variant)
     train(net, optimizer, range(1, 3))
-    ends = []
-    for copied in (copy.deepcopy((net, optimizer)), pickle.loads(pickle.dumps((copy.deepcopy(net), optimizer)))):
-        other, twin = copied
-        # A pickle of its own has parameters of its own.
-        mine = dict(zip(net.state_dict(), twin.named_parameters().values(), strict=True))
-        for param in mine.values():
+    twins = [copy.deepcopy((net, optimizer))[1], pickle.loads(pickle.dumps(optimizer))]
+    for one in (optimizer, *twins):
+        for param in one.named_parameters().values():
             param.grad = torch.ones_like(param)
-        twin.step()
-        ends.append({name: param.detach() for name, param in mine.items()})
-    for param in net.parameters():
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    for end in ends:
-        assert_same(end, weights(net))
+        one.step()
+    for twin in twins:
+        assert_same(twin.named_parameters(), optimizer.named_parameters())
+        assert twin.num_steps == 3
 
 
 def expected_specs(net: nn.Module, kind: str) -> list[ParamSpec]:
@@ -191,16 +185,12 @@ def test_groups_have_settings_of_their_own() -> None:
 
 
 def test_accumulating_two_halves_equals_one_whole() -> None:
+    """To the bit: halves are exact, and two gradients have one sum."""
     (net, optimizer), (twin, other) = started("tracked"), started("tracked")
     for step in range(1, 5):
         ((loss_of(net, step) + loss_of(net, step + 10)) / 2).backward()
         (loss_of(twin, step) / 2).backward()
         (loss_of(twin, step + 10) / 2).backward()
-        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-            if a.grad is not None:
-                # Sums in another order: worst seen 3e-8. The bits of what follows are those of equal gradients.
-                assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-6)
-                b.grad.copy_(a.grad)
         for one in (optimizer, other):
             one.step()
             one.zero_grad()

@@ -66,6 +66,7 @@ def test_settings_that_contradict_each_other() -> None:
     ("make", "message"),
     [
         (lambda: [], "given no parameters"),
+        (lambda: [{"params": []}, {"params": iter(())}], "given no parameters"),
         (lambda: [{"params": [], "rank": 0}], "rank=0"),
         (lambda: make_net().parameters(), r"without names(.|\n)*named_parameters\(\)"),
         (lambda: [{"params": make_net().parameters()}], "without names"),
@@ -90,6 +91,18 @@ def test_settings_that_contradict_each_other() -> None:
 def test_parameters(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         GaLore(make(), lr=1e-3, rank=6)
+
+
+def test_a_later_group() -> None:
+    net = make_net()
+    optimizer = GaLore([{"params": net.fall.named_parameters()}, {"params": []}], lr=1e-3, rank=6)
+    train(net, optimizer, range(1, 3))  # one of several groups may be empty
+    with pytest.raises(ArgumentError, match="two parameters named weight"):
+        optimizer.add_param_group({"params": net.rise.named_parameters()})
+    with pytest.raises(ArgumentError, match="a list as a parameter group"):
+        optimizer.add_param_group([])
+    assert len(optimizer.param_groups) == 2
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_sparse_gradients() -> None:

@@ -38,7 +38,7 @@ def test_galore_equals_the_plain_form(shape: tuple[int, int]) -> None:
         plain.step(weight.grad)
         optimizer.step()
     error = (weight.detach() - plain.weight).norm() / plain.weight.norm()
-    assert float(error) <= 1e-6  # worst seen 2.0e-7
+    assert float(error) <= 1e-6  # worst seen 3.3e-7
 
 
 def test_dense_parameters_equal_torch_adamw() -> None:
@@ -54,7 +54,8 @@ def test_dense_parameters_equal_torch_adamw() -> None:
     train(net, ours, range(1, 21), schedulers[0])
     train(twin, reference, range(1, 21), schedulers[1])
     for (name, one), other in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert float((one - other).norm() / other.norm()) <= 1e-5, name  # worst seen 1.1e-6
+        error = (one - other).detach().norm() / other.detach().norm()
+        assert float(error) <= 1e-6, name  # worst seen 1.9e-7
 
 
 def sampled_grads(net: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -87,5 +88,5 @@ def test_sophia_equals_its_formula() -> None:
             with torch.no_grad():
                 twin.get_parameter(name).sub_(rate * direction)
     for name, param in net.named_parameters():
-        # Where a clipped entry sits on the edge of the clip, rounding moves it by less than a step: worst seen 4e-7.
-        assert torch.allclose(param, twin.get_parameter(name), rtol=0, atol=5e-6), name
+        # worst seen 5.3e-8
+        assert torch.allclose(param, twin.get_parameter(name), rtol=0, atol=2e-7), name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -110,11 +110,16 @@ def read_groups(owner: str, given: Any) -> list[Group]:
     if isinstance(given, (Tensor, torch.nn.Module, Mapping, str)) or not isinstance(given, Iterable):
         raise ArgumentError(f"{owner} was given a {type(given).__name__} in place of named parameters.", _NAMED)
     items = list(given)
-    if not items:
-        raise ArgumentError(f"{owner} was given no parameters.", _NAMED)
+    refuse_nothing(owner, items)
     if all(isinstance(item, dict) for item in items):
         return items
     return [{"params": items}]
+
+
+def refuse_nothing(owner: str, params: Collection[object]) -> None:
+    """Raise `ArgumentError` where there is nothing to train."""
+    if not params:
+        raise ArgumentError(f"{owner} was given no parameters.", _NAMED)
 
 
 def read_pairs(owner: str, given: Any) -> list[tuple[str, Tensor]]:
@@ -154,6 +159,8 @@ def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
     Raises:
         ArgumentError: A setting is not known, or "params" is missing.
     """
+    if not isinstance(group, dict):
+        raise ArgumentError(f"{owner} was given a {type(group).__name__} as a parameter group.", _NAMED)
     settings = sorted(set(known))
     unknown = sorted(map(str, group.keys() - {"params", "param_names"} - set(settings) - _SCHEDULERS_KEYS))
     if unknown or "params" not in group:

@@ -24,6 +24,7 @@ from sophia_galore.optim.arguments import (
     read_groups,
     read_pairs,
     refuse_doubles,
+    refuse_nothing,
 )
 from sophia_galore.optim.gradients import SampledGradients, in_vectors, refuse_non_finite, refuse_untrainable
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -68,6 +69,7 @@ class Face(torch.optim.Optimizer):
         self._steps: dict[str, int] = {}
         self._places: dict[str, float] = {}
         super().__init__([dict(group) for group in read_groups(owner, named_parameters)], defaults)
+        refuse_nothing(owner, self.named_parameters())
         self._door = ParamOptimizer([], seed=seed)
         self._join(self.param_groups)
 
@@ -84,6 +86,7 @@ class Face(torch.optim.Optimizer):
         check_keys(owner, param_group, self.defaults)
         group = {**self.defaults, **param_group}
         group["params"] = pairs = read_pairs(owner, group["params"])
+        group["param_names"] = []  # torch writes them, but not where a group is empty
         # None stands for the rule's own betas here, and only here.
         check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
         self._complete(group)
@@ -119,7 +122,7 @@ class Face(torch.optim.Optimizer):
             self.attachment.end_step()
         else:
             grads = self._gradients()
-            refuse_non_finite([*grads.items(), *self.sampled.sums.items()], self.num_steps + 1)
+            refuse_non_finite(grads.items(), self.num_steps + 1)
             self._take_curvature(grads)
             for group, name, param in self.members():
                 if name in grads:
@@ -184,7 +187,7 @@ class Face(torch.optim.Optimizer):
         saved.check(self, state_dict, self._door.specs, self.defaults.keys() - _LIVE)
         specs = self._door.specs.values()
         self._door, self._steps = saved.restore(state_dict, specs, self.named_parameters(), self.seed)
-        self.sampled.clear()
+        self.sampled = SampledGradients()
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved.settings_of(old))
         self.num_steps = int(state_dict["num_steps"])
@@ -244,11 +247,7 @@ class Face(torch.optim.Optimizer):
             self._settings[index] = settings
 
     def check(self, name: str, param: Tensor) -> None:
-        """Refuse a parameter or a gradient of a kind that can't be stepped.
-
-        Raises:
-            StepError: Saying why.
-        """
+        """Raise `StepError` for a parameter or a gradient of a kind that can't be stepped."""
         refuse_untrainable(name, param, self._door.specs[name].shape)
 
     @torch.no_grad()
@@ -280,8 +279,9 @@ class Face(torch.optim.Optimizer):
     def _take_curvature(self, grads: Mapping[str, Tensor]) -> None:
         """Give the gradients with sampled labels, if there are new ones, to the states."""
         if self.sampled.count:
-            self._observe(self.sampled.means(), self.sampled.count)
-            self.sampled.clear()
+            sampled, count = self.sampled.take()
+            refuse_non_finite(sampled.items(), self.num_steps + 1)
+            self._observe(sampled, count)
         if not self.curvature_seen and any(self._door.specs[name].rule == "sophia" for name in grads):
             raise StepError(
                 "Sophia divides by a curvature, but none was observed before this first step.",
@@ -333,7 +333,7 @@ class Face(torch.optim.Optimizer):
             place = self._places.get(name)
             subspace = None if place is None else self._subspace(shape, group, place)
             rule = self._rule(group, is_projected=subspace is not None)
-            beta1, beta2 = group["betas"] if subspace else group.get("dense_betas", group["betas"])
+            beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]
             self._door.specs[name] = ParamSpec(
                 name=name,
                 shape=shape,

@@ -87,11 +87,8 @@ class SampledGradients:
         self.count += count
         self.num_batches += 1
 
-    def means(self) -> dict[str, Tensor]:
-        """Gradients of the mean loss over all sampled labels; the sums are used up."""
-        return {name: total.div_(self.count) for name, total in self.sums.items()}
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.sums.clear()
-        self.count = self.num_batches = 0
+    def take(self) -> tuple[dict[str, Tensor], int]:
+        """Gradients of the mean loss over all sampled labels, and how many these were; begins anew."""
+        sums, count = self.sums, self.count
+        self.sums, self.count, self.num_batches = {}, 0, 0
+        return {name: total.div_(count) for name, total in sums.items()}, count
