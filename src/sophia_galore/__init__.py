@@ -1,6 +1,31 @@
-"""Sophia&GaLore: full-parameter fine-tuning of language models on small cards."""
+"""Sophia&GaLore: full-parameter fine-tuning of language models on small cards.
+
+`GaLore`, `Sophia` and `Apollo` are `torch.optim` optimizers for training loops of your own; `attach` lets one update
+in backward, and `watch` shows Sophia the curvature. The command line is `sophia-galore`.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sophia_galore.optim.attach import attach
+    from sophia_galore.optim.choices import Apollo, GaLore, Sophia
+    from sophia_galore.optim.watch import watch
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
+
+_HOMES = {"Apollo": "choices", "GaLore": "choices", "Sophia": "choices", "attach": "attach", "watch": "watch"}
+
+
+def __getattr__(name: str) -> object:
+    # Not at the top: these need torch, which takes seconds, and the command line answers without it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.optim.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,8 @@
     │   ├── DataError            a file, a line or a field of the data
     │   ├── ModelError           a model that can't be found, read or understood
     │   ├── CheckpointError      a checkpoint that is missing, damaged or of another run
+    │   ├── ArgumentError        an argument of a call in Python; a ValueError as well
+    │   ├── StepError            a call that can't be done now; a RuntimeError as well
     │   └── EnvironmentProblem   disk, permissions, a device or a package that is not there
     └── RunError                 exit code 1: the run itself failed
         └── NonFiniteError       a loss or a gradient that is NaN or infinite
@@ -58,6 +60,14 @@ class ModelError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another run."""
+
+
+class ArgumentError(UserError, ValueError):
+    """An argument of a call in Python that can't be used; a `ValueError`, since that is what callers expect."""
+
+
+class StepError(UserError, RuntimeError):
+    """An optimizer was called at a moment, or met a parameter or gradient, at which it can't do its work."""
 
 
 class EnvironmentProblem(UserError):

@@ -12,7 +12,7 @@ from sophia_galore.cli.main import app
 
 
 def test_public_names() -> None:
-    assert sorted(sophia_galore.__all__) == ["__version__"]
+    assert sorted(sophia_galore.__all__) == ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
     for name in sophia_galore.__all__:
         assert hasattr(sophia_galore, name)
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sophia_galore.numerics.random import draw_classes
+
 # Bytes of one chunk's float32 logits where the user says nothing; log-probabilities and two gradients of that
 # size come on top. A chunk's products read the whole weight of the head, which on a CPU takes longer than the
 # arithmetic unless there are some 130 tokens in it: at 152k words, 32 tokens a chunk took 1.8 times as long.
@@ -75,12 +77,7 @@ def draw_labels(logits: Tensor, softcap: float | None, generator: torch.Generato
     Returns:
         (N,) int64.
     """
-    # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
-    # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
-    clocks = torch.empty_like(logits).exponential_(generator=generator)
-    # A clock at exactly 0, once in 2^24 draws in float32, would win however unlikely its label is.
-    clocks.clamp_min_(2.0**-25)
-    return (_capped(logits, softcap).softmax(-1) / clocks).argmax(-1)
+    return draw_classes(_capped(logits, softcap), generator)
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:

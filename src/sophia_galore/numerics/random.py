@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def key(seed: int, *purpose: str | int) -> int:
@@ -39,3 +40,21 @@ def generator(seed: int, *purpose: str | int, device: str | torch.device = "cpu"
     made = torch.Generator(device=device)
     made.manual_seed(key(seed, *purpose))
     return made
+
+
+def draw_classes(logits: Tensor, draw: torch.Generator) -> Tensor:
+    """One class a row from softmax(logits).
+
+    Args:
+        logits: (N, V) float32.
+        draw: Where the randomness comes from; on the device of `logits`.
+
+    Returns:
+        (N,) int64.
+    """
+    # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
+    # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
+    clocks = torch.empty_like(logits).exponential_(generator=draw)
+    # A clock at exactly 0, once in 2^24 draws in float32, would win however unlikely its label is.
+    clocks.clamp_min_(2.0**-25)
+    return (logits.softmax(-1) / clocks).argmax(-1)

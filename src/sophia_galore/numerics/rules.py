@@ -251,3 +251,14 @@ RULES: dict[str, Rule] = {
     "scale_momentum": Rule(mean_gradient, {"exp_avg": _FIRST}, column_norm=True),
 }
 """Every rule by its name."""
+
+BETAS: dict[str, tuple[float, float]] = {
+    "adamw": (0.9, 0.999),
+    "sophia": (0.965, 0.99),
+    "adafactor": (0.9, 0.999),
+    "sgd": (0.9, 0.999),
+    "muon": (0.95, 0.999),
+    "scale": (0.9, 0.999),
+    "scale_momentum": (0.9, 0.999),
+}
+"""First and second decay of each rule where the user gives none."""

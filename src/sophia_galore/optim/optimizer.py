@@ -233,6 +233,22 @@ class ParamOptimizer:
         """
         self._state(name, device)
 
+    def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
+        """The live state tensors of a parameter, made on a device or moved there.
+
+        Args:
+            name: The parameter's name.
+            device: Where the parameter is now.
+
+        Returns:
+            The tensors by the state's names; what only the host reads stays on the host.
+        """
+        tensors = self._state(name, device).tensors
+        for key, tensor in tensors.items():
+            if tensor.dtype != torch.int64:
+                tensors[key] = tensor.to(device)
+        return tensors
+
     def _state(self, name: str, device: torch.device) -> ParamState:
         if name not in self._states:
             self._states[name] = ParamState(self.specs[name], device)

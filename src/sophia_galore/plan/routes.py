@@ -9,14 +9,21 @@ from fractions import Fraction
 from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.numerics.subspace import Side
-from sophia_galore.optim.spec import ParamSpec, StateBits, SubspaceSpec, state_bytes
+from sophia_galore.optim.spec import (
+    ADAMW_LEARNING_RATE,
+    ParamSpec,
+    SubspaceSpec,
+    apollo_scale,
+    settled_bits,
+    state_bytes,
+)
 
 # Peak rates where the user gives none; README, Measured, has what they reach.
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 1.6e-3,
-    "adamw": 2e-4,
+    "adamw": ADAMW_LEARNING_RATE,
     "sophia": 2e-4,
     "apollo": 2e-4,
     "apollo_mini": 2e-4,
@@ -31,21 +38,7 @@ _GALORE_LEARNING_RATES: dict[str, float] = {
     "muon": 1.6e-3,
 }
 
-# First and second decay where the user gives none.
-_BETAS: dict[str, tuple[float, float]] = {
-    "adamw": (0.9, 0.999),
-    "sophia": (0.965, 0.99),
-    "adafactor": (0.9, 0.999),
-    "sgd": (0.9, 0.999),
-    "muon": (0.95, 0.999),
-    "scale": (0.9, 0.999),
-    "scale_momentum": (0.9, 0.999),
-}
-
 _APOLLO_RANKS = {"apollo": 128, "apollo_mini": 1}
-
-# A smaller state saves nothing worth its rounding (bitsandbytes draws the line at the same size).
-_SMALLEST_ROUNDED_STATE = 4096
 
 
 @dataclass(frozen=True)
@@ -186,15 +179,14 @@ def _spec(
     subspace: SubspaceSpec | None = None,
 ) -> ParamSpec:
     settings = config.optimizer
-    bits: StateBits = settings.state_bits if math.prod(shape) >= _SMALLEST_ROUNDED_STATE else 32
     return ParamSpec(
         name=name,
         shape=shape,
         learning_rate=learning_rate,
         weight_decay=config.training.weight_decay if len(shape) > 1 else 0.0,
-        hyper=Hyper(*(settings.betas or _BETAS[rule]), settings.eps, settings.sophia.rho),
+        hyper=Hyper(*(settings.betas or BETAS[rule]), settings.eps, settings.sophia.rho),
         rule=rule,
-        state_bits=bits,
+        state_bits=settled_bits(shape, settings.state_bits),
         subspace=subspace,
     )
 
@@ -224,8 +216,7 @@ def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction)
         rank=rank,
         gap=apollo.update_proj_gap,
         offset=int(place * apollo.update_proj_gap),
-        # A channel's factor is |N| / |R| with sqrt(r) entries of about 1 in |N|, where AdamW's step has sqrt(n).
-        scale=apollo.scale or math.sqrt(min(shape) / rank),
+        scale=apollo.scale or apollo_scale(shape, rank),
         kind="gaussian",
         residual="channel" if config.optimizer.type == "apollo" else "tensor",
     )

@@ -1,0 +1,154 @@
+"""Update in backward: each parameter steps, and its gradient goes, the moment the gradient is ready.
+
+So one gradient is alive at a time, in place of all of them. What needs all of them at once can't be had: a norm over
+the model to clip by, gradient accumulation, loss scaling, Sophia's curvature.
+"""
+
+from __future__ import annotations
+
+import weakref
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sophia_galore.errors import ArgumentError, StepError
+from sophia_galore.optim.arguments import Group, check_settings
+from sophia_galore.optim.face import Face
+from sophia_galore.optim.gradients import refuse_non_finite
+from sophia_galore.optim.limits import clip_, grad_norm
+
+_ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Weak references to the attachment that steps a parameter, by parameter."""
+
+
+class Attachment:
+    """An optimizer that steps in backward until `remove` is called, or the `with` block ends.
+
+    Args:
+        optimizer: It.
+        max_grad_norm: Largest norm of one parameter's gradient; 0: any.
+    """
+
+    def __init__(self, optimizer: Face, max_grad_norm: float) -> None:
+        self._optimizer = optimizer
+        self._max_grad_norm = max_grad_norm
+        self._stepped: set[str] = set()
+        self._hooks: list[RemovableHandle] = []
+        for group, name, param in optimizer.members():
+            _ATTACHED[param] = weakref.ref(self)
+            # torch refuses the hook on what needs no gradient; that can't get one either.
+            if param.requires_grad:
+                self._hooks.append(param.register_post_accumulate_grad_hook(partial(self._ready, group, name)))
+        optimizer.attachment = self
+
+    def remove(self) -> None:
+        """Let the optimizer step in `step()` again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for _, _, param in self._optimizer.members():
+            _ATTACHED.pop(param, None)
+        self._optimizer.attachment = None
+
+    def end_step(self) -> None:
+        """What is left of `step()`: the next backward may move parameters again."""
+        self._stepped.clear()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @torch.no_grad()
+    def _ready(self, group: Group, name: str, param: Tensor) -> None:
+        if param.grad is None or not param.numel():
+            return
+        if name in self._stepped:
+            raise StepError(
+                f"{name} got a second gradient before optimizer.step(); the first one was already used and dropped.",
+                "With attach there is one backward a step: set gradient_accumulation_steps to 1. A weight that several "
+                "checkpointed layers share needs use_reentrant=False.",
+            )
+        if not self._stepped:
+            self._optimizer.follow_settings()
+        self._optimizer.check(name, param)
+        refuse_non_finite([(name, param.grad)], self._optimizer.num_steps + 1)
+        grad = param.grad.float()
+        clip_([grad], grad_norm([grad]), self._max_grad_norm)
+        self._optimizer.step_one(group, name, param, grad)
+        param.grad = None
+        self._stepped.add(name)
+
+
+def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_norm: float = 0.0) -> Attachment:
+    """Move the update into backward: each parameter steps, and its gradient is dropped, as soon as it is ready.
+
+    `optimizer.step()` then only ends the step, and must still be called once after each backward, before the
+    scheduler; `zero_grad()` does no harm. In the `Trainer` set `gradient_accumulation_steps=1` and `max_grad_norm=0`
+    (there is nothing left to clip when it comes to clipping). Accumulation is refused at the second backward, before
+    any weight moves twice. Don't scale the loss (`GradScaler`, fp16): use bfloat16. Gradients of other processes
+    are not waited for, so train in one process.
+
+    A gradient that is not finite raises `NonFiniteError` in backward; parameters whose gradients came before it have
+    moved then. Call `optimizer.step()` to end such a step if you want to go on.
+
+    Args:
+        optimizer: A `GaLore` or an `Apollo` over parameters of `model`. Rules with a curvature are refused: it is
+            estimated from the gradients of all parameters, which this is here to avoid.
+        model: The model.
+        max_grad_norm: Scale each parameter's gradient by itself to at most this norm; 0: no limit.
+
+    Returns:
+        A handle: its `remove()`, or the end of a `with` block, brings `step()` back to what it was.
+
+    Raises:
+        ArgumentError: The optimizer is none of ours or a Sophia, is attached already, or does not fit the model; or
+            another one is attached to the model.
+    """
+    if not isinstance(optimizer, Face):
+        raise ArgumentError(
+            f"attach can't move the update of a {type(optimizer).__name__} into backward.",
+            "Give it a sophia_galore.GaLore or Apollo itself, not one that accelerate has wrapped.",
+        )
+    owner = type(optimizer).__name__
+    check_settings("attach", {"max_grad_norm": max_grad_norm})
+    if optimizer.attachment is not None:
+        raise ArgumentError(f"This {owner} is attached already.", "Call remove() on the first handle before.")
+    if optimizer.curved_parameters():
+        raise ArgumentError(
+            f"This {owner} estimates a curvature from gradients of all parameters at once, which attach never has.",
+            "Train with optimizer.step(), or choose a rule without a curvature.",
+        )
+    refuse_strangers(optimizer, model)
+    if any(holder() is not None for param in model.parameters() if (holder := _ATTACHED.get(param))):
+        raise ArgumentError("Another optimizer is attached to this model.", "Call remove() on its handle before.")
+    return Attachment(optimizer, max_grad_norm)
+
+
+def refuse_strangers(optimizer: Face, model: Any) -> None:
+    """Refuse an optimizer whose parameters are not those of a model.
+
+    Args:
+        optimizer: It.
+        model: The model.
+
+    Raises:
+        ArgumentError: Naming the first parameter that the model lacks.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"A {type(model).__name__} was given in place of the model.", "Give the torch.nn.Module.")
+    own = {id(param) for param in model.parameters()}
+    strangers = [name for _, name, param in optimizer.members() if id(param) not in own]
+    if strangers:
+        raise ArgumentError(
+            f"{strangers[0]} (and {len(strangers) - 1} more) of this {type(optimizer).__name__} is not in the model.",
+            "Make the optimizer from this model's named_parameters().",
+        )

@@ -1,0 +1,256 @@
+"""`GaLore`, `Sophia` and `Apollo`: which parameter goes which way, for training loops of your own.
+
+The routes are those of `plan/routes.py`. A matrix with both sides above the rank is projected; what is left (norms,
+biases, smaller matrices) is trained by AdamW. Names are keys and are never looked into.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from sophia_galore.numerics.rules import BETAS
+from sophia_galore.optim.arguments import Group, dense_ratio, param_shape
+from sophia_galore.optim.face import Face
+from sophia_galore.optim.spec import ProjectionBits, StateBits, SubspaceSpec, apollo_scale
+
+Betas = tuple[float, float]
+
+
+class _Projecting(Face):
+    """A face that projects the gradients of large matrices."""
+
+    def __init__(self, named_parameters: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
+        super().__init__(named_parameters, defaults, **more)
+        matrices = [(group, shape) for group, _, param in self.members() if len(shape := param_shape(param)) == 2]
+        if matrices and not any(self._is_projected(shape, group) for group, shape in matrices):
+            warnings.warn(
+                f"{type(self).__name__} projects nothing: each matrix has a side that is not above the rank "
+                f"{defaults['rank']}, so AdamW trains them all. Lower the rank to project them.",
+                stacklevel=3,
+            )
+
+    def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
+        return len(shape) == 2 and min(shape) > group["rank"]
+
+
+class GaLore(_Projecting):
+    """GaLore (Zhao et al., arXiv 2403.03507): full-parameter training with moments in a subspace.
+
+    The gradient of each matrix is projected to `rank` columns, `rule` turns that into a direction, and the weight
+    moves by `lr * scale` times what comes back. The subspace is renewed every `update_proj_gap` steps. Matrices with a
+    side that is not above `rank`, and everything that is no matrix, are trained by AdamW in full size. bfloat16
+    weights are rounded stochastically, so that small updates are not lost.
+
+    Parameters without a gradient at a step are left as they are, as are their states; each counts its own steps.
+    `lr`, `weight_decay`, `betas`, `eps` and `rho` are read from `param_groups` at each step, so schedulers work. A
+    group may have settings of its own, by the names below. A parameter that a second optimizer of these steps as well
+    is warned about once.
+
+    Args:
+        named_parameters: `model.named_parameters()`, or a list of groups: dicts whose "params" are pairs of name and
+            parameter. float32 and bfloat16 are trained; parameters that need no gradient may be of any kind.
+        lr: Learning rate of projected matrices.
+        rank: Columns of the basis.
+        update_proj_gap: Steps between two refreshes of a basis.
+        scale: Factor on the update that comes back from the subspace.
+        rule: What turns a projected gradient into a direction. "sophia" needs `watch` or `observe_curvature`.
+        subspace: How a basis is chosen: one power iteration from the last one, singular vectors (as published), these
+            from a random sketch, or at random from the seed, so that nothing is stored.
+        residual: What is done about the gradient outside of the subspace: nothing, or Fira (arXiv 2410.01623).
+        moment_transport: Whether moments move with the basis when it is refreshed.
+        stagger: Whether refreshes are spread over the gap, so that no step stalls.
+        adaptive_gap: Whether a matrix's gap doubles while its subspace holds still.
+        projection_bits: Format of stored bases: float32, bfloat16 or packed four-bit integers.
+        state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
+        betas: Decays of the first and the second moment; None: the rule's own, such as (0.9, 0.999) for AdamW,
+            and AdamW's for what is not projected.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of everything but vectors and scalars.
+        rho: Sophia's factor on the curvature; smaller: more entries of a step are clipped.
+        dense_lr: Rate of what is not projected; it then follows `lr` in proportion. None: `lr * scale`.
+        curvature_every: Steps between two estimates of the curvature, for the rule "sophia".
+        seed: Everything random is a function of it.
+
+    Raises:
+        ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[Any],
+        lr: float,
+        rank: int = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        rule: Literal["adamw", "sophia", "adafactor", "sgd", "muon"] = "adamw",
+        subspace: Literal["tracked", "svd", "randomized", "random"] = "tracked",
+        residual: Literal["none", "fira"] = "none",
+        moment_transport: bool = True,
+        stagger: bool = True,
+        adaptive_gap: bool = False,
+        projection_bits: ProjectionBits = 16,
+        state_bits: StateBits = 32,
+        betas: Betas | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        rho: float = 0.04,
+        dense_lr: float | None = None,
+        curvature_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "rule": rule,
+            "subspace": subspace,
+            "residual": residual,
+            "moment_transport": moment_transport,
+            "stagger": stagger,
+            "adaptive_gap": adaptive_gap,
+            "projection_bits": projection_bits,
+            "state_bits": state_bits,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rho": rho,
+            "dense_lr": dense_lr,
+        }
+        super().__init__(named_parameters, defaults, seed=seed, curvature_every=curvature_every)
+
+    def _complete(self, group: Group) -> None:
+        if group["betas"] is None:
+            group["dense_betas"] = BETAS["adamw"]
+        group["dense_ratio"] = dense_ratio(group["lr"], group["dense_lr"], group["scale"], group["rule"])
+        super()._complete(group)
+
+    def _rule(self, group: Group, is_projected: bool) -> str:
+        return group["rule"] if is_projected else "adamw"
+
+    def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
+        return SubspaceSpec(
+            rank=group["rank"],
+            gap=group["update_proj_gap"],
+            offset=int(place * group["update_proj_gap"]) if group["stagger"] else 0,
+            scale=group["scale"],
+            kind=group["subspace"],
+            adaptive=group["adaptive_gap"],
+            transport=group["moment_transport"],
+            projection_bits=group["projection_bits"],
+            residual=group["residual"],
+        )
+
+
+class Apollo(_Projecting):
+    """APOLLO and APOLLO-Mini (Zhu et al., arXiv 2412.05270): SGD-like memory, AdamW-like steps.
+
+    AdamW runs on a random projection of the gradient; by how much it scales each channel there (APOLLO) or the
+    whole matrix (Mini), the full gradient is scaled. What is said of parameters and groups at `GaLore` holds here.
+
+    Args:
+        named_parameters: As for `GaLore`.
+        lr: Learning rate.
+        rank: Columns of the random projection; None: 128, or 1 for Mini.
+        mini: Whether one factor scales a whole matrix.
+        update_proj_gap: Steps between two random projections.
+        scale: Factor on the scaled gradient; None: sqrt(shorter side / rank), as long as AdamW's step.
+        betas: Decays of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of everything but vectors and scalars.
+        state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
+        seed: Everything random is a function of it.
+
+    Raises:
+        ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[Any],
+        lr: float,
+        rank: int | None = None,
+        mini: bool = False,
+        update_proj_gap: int = 200,
+        scale: float | None = None,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_bits: StateBits = 32,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rank": (1 if mini else 128) if rank is None else rank,
+            "mini": mini,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "state_bits": state_bits,
+        }
+        super().__init__(named_parameters, defaults, seed=seed)
+
+    def _rule(self, group: Group, is_projected: bool) -> str:
+        return "adamw"
+
+    def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
+        return SubspaceSpec(
+            rank=group["rank"],
+            gap=group["update_proj_gap"],
+            offset=int(place * group["update_proj_gap"]),
+            scale=group["scale"] or apollo_scale(shape, group["rank"]),
+            kind="gaussian",
+            residual="tensor" if group["mini"] else "channel",
+        )
+
+
+class Sophia(Face):
+    """Sophia-G (Liu et al., arXiv 2305.14342): the first moment over a curvature, each entry clipped to 1.
+
+    The curvature is estimated every `curvature_every` steps, and first before the first step, from labels that are
+    sampled from the model itself: call `sophia_galore.watch(optimizer, model)` once, or `observe_curvature` by hand.
+    What is said of parameters and groups at `GaLore` holds here; nothing is projected.
+
+    Args:
+        named_parameters: As for `GaLore`.
+        lr: Learning rate, which is also the largest change of a weight at a step.
+        betas: Decays of the first moment and of the curvature (per estimate).
+        rho: Factor on the curvature (gamma in the paper); smaller: more entries of a step are clipped.
+        eps: Smallest denominator.
+        weight_decay: Decoupled decay of everything but vectors and scalars.
+        state_bits: Format of moment and curvature: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
+        curvature_every: Steps between two estimates of the curvature.
+        seed: Everything random is a function of it.
+
+    Raises:
+        ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[Any],
+        lr: float,
+        betas: Betas = (0.965, 0.99),
+        rho: float = 0.04,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        state_bits: StateBits = 32,
+        curvature_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "state_bits": state_bits,
+        }
+        super().__init__(named_parameters, defaults, seed=seed, curvature_every=curvature_every)
+
+    def _rule(self, group: Group, is_projected: bool) -> str:
+        return "sophia"

@@ -1,0 +1,350 @@
+"""The `torch.optim` face: any training loop hands its gradients to the same one door.
+
+`Face` is a `torch.optim.Optimizer` over named parameters. It keeps `ParamSpec`s in step with the parameter
+groups, looks at all gradients before the first weight moves, and then calls `ParamOptimizer.step_param`, one
+parameter after the other. Which parameter goes which way is said by its subclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sophia_galore.errors import ArgumentError, StepError
+from sophia_galore.numerics.rules import BETAS, Hyper
+from sophia_galore.optim import saved
+from sophia_galore.optim.arguments import (
+    Group,
+    check_keys,
+    check_settings,
+    param_shape,
+    read_groups,
+    read_pairs,
+    refuse_doubles,
+    refuse_nothing,
+)
+from sophia_galore.optim.gradients import SampledGradients, in_vectors, refuse_non_finite, refuse_untrainable
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.owners import note_owner
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec, settled_bits
+
+if TYPE_CHECKING:
+    from sophia_galore.optim.attach import Attachment
+
+# Settings that a group gets from its others.
+_DERIVED = ("dense_ratio", "dense_betas")
+# Settings that may change from step to step; all others decide about states that exist already.
+_LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
+_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_door", "_steps", "_places")
+
+
+class Face(torch.optim.Optimizer):
+    """What all of our `torch.optim` optimizers share.
+
+    Args:
+        named_parameters: Pairs of name and parameter, or groups of them.
+        defaults: Settings of groups that don't say otherwise.
+        seed: For random bases, stochastic rounding and sampled labels.
+        curvature_every: Steps between two estimates of the curvature, for the rule "sophia".
+
+    Raises:
+        ArgumentError: The parameters or a setting can't be used.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
+    ) -> None:
+        owner = type(self).__name__
+        check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
+        self.seed = seed
+        self.curvature_every = curvature_every
+        self.num_steps = 0
+        self.curvature_seen = False
+        self.sampled = SampledGradients()
+        self.attachment: Attachment | None = None
+        self._settings: list[dict[str, Any]] = []
+        self._steps: dict[str, int] = {}
+        self._places: dict[str, float] = {}
+        super().__init__([dict(group) for group in read_groups(owner, named_parameters)], defaults)
+        refuse_nothing(owner, self.named_parameters())
+        self._door = ParamOptimizer([], seed=seed)
+        self._join(self.param_groups)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, such as those of a layer that was frozen so far.
+
+        Args:
+            param_group: "params", pairs of name and parameter, and settings that differ from the defaults.
+
+        Raises:
+            ArgumentError: A parameter or a setting can't be used.
+        """
+        owner = type(self).__name__
+        check_keys(owner, param_group, self.defaults)
+        group = {**self.defaults, **param_group}
+        group["params"] = pairs = read_pairs(owner, group["params"])
+        group["param_names"] = []  # torch writes them, but not where a group is empty
+        # None stands for the rule's own betas here, and only here.
+        check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
+        self._complete(group)
+        refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
+        super().add_param_group(group)
+        # While torch's own constructor runs there are more groups to come.
+        if "_door" in self.__dict__:
+            self._join(self.param_groups[-1:])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter that has a gradient; the others, and their states, stay as they are.
+
+        All gradients are looked at before the first weight moves. While the update is done in backward (`attach`),
+        this only ends the step.
+
+        Args:
+            closure: Computes the loss and its gradients.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            NonFiniteError: A gradient holds a NaN or an infinity; no weight and no state was changed.
+            StepError: A parameter or its gradient can't be stepped; no weight and no state was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.follow_settings()
+        if self.attachment is not None:
+            self.attachment.end_step()
+        else:
+            grads = self._gradients()
+            refuse_non_finite(grads.items(), self.num_steps + 1)
+            self._take_curvature(grads)
+            for group, name, param in self.members():
+                if name in grads:
+                    self.step_one(group, name, param, grads[name])
+        self.num_steps += 1
+        return loss
+
+    def observe_curvature(self, num_samples: int) -> None:
+        """Take the gradients in `.grad` for those of sampled labels, and clear them; no weight moves.
+
+        The manual form of `watch`: draw labels from the model's own softmax, call backward on the mean
+        cross-entropy with them, then this, then go on with the step as usual.
+
+        Args:
+            num_samples: How many labels the loss was a mean over.
+
+        Raises:
+            ArgumentError: `num_samples` is no number of labels.
+            NonFiniteError: A gradient holds a NaN or an infinity; no state was changed.
+            StepError: There is no gradient, or one that can't be used.
+        """
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ArgumentError(f"observe_curvature got num_samples={num_samples!r}.", "Give the number of labels.")
+        self.follow_settings()
+        wanted = self.curved_parameters()
+        grads = {name: grad for name, grad in self._gradients().items() if name in wanted}
+        if not grads:
+            raise StepError(
+                "No parameter with the rule 'sophia' has a gradient to take the curvature from.",
+                "Call backward on the loss with sampled labels before.",
+            )
+        refuse_non_finite(grads.items(), self.num_steps + 1)
+        self._observe(grads, num_samples)
+        self.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, as tensors, numbers, strings, lists and dicts, by name.
+
+        Returns:
+            What `torch.save` and `torch.load(weights_only=True)` bring back exactly. Tensors are not copies.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state = saved.to_dict(self, self._door, self._steps)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state exactly; rates and decays become those that were saved, as in torch.
+
+        Args:
+            state_dict: From `state_dict` of an optimizer with the same names, shapes and settings.
+
+        Raises:
+            CheckpointError: It does not fit; nothing was changed.
+        """
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved.check(self, state_dict, self._door.specs, self.defaults.keys() - _LIVE)
+        specs = self._door.specs.values()
+        self._door, self._steps = saved.restore(state_dict, specs, self.named_parameters(), self.seed)
+        self.sampled = SampledGradients()
+        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved.settings_of(old))
+        self.num_steps = int(state_dict["num_steps"])
+        self.curvature_seen = bool(state_dict["curvature_seen"])
+        self.follow_settings()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles are made of: neither hooks nor an attachment."""
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT_BY_COPIES}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy."""
+        super().__setstate__(state)
+        self.sampled, self.attachment = SampledGradients(), None
+        self._settings = [self._settings_of(group) for group in self.param_groups]
+
+    def curvature_is_due(self) -> bool:
+        """Whether the step to come is one that the curvature is estimated for."""
+        return self.num_steps % self.curvature_every == 0
+
+    def curved_parameters(self) -> dict[str, Tensor]:
+        """Parameters whose rule has a curvature, by name."""
+        specs = self._door.specs
+        return {name: param for _, name, param in self.members() if specs[name].rule == "sophia"}
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The parameters by name."""
+        return {name: param for _, name, param in self.members()}
+
+    def members(self) -> Iterator[tuple[Group, str, Tensor]]:
+        """Each parameter with its group and its name."""
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                yield group, name, param
+
+    def follow_settings(self) -> None:
+        """Let the specs follow what schedulers and users wrote into the parameter groups.
+
+        Raises:
+            ArgumentError: What was written makes no sense.
+            StepError: A setting was changed that existing states were made by.
+        """
+        for index, group in enumerate(self.param_groups):
+            settings, old = self._settings_of(group), self._settings[index]
+            if settings == old:
+                continue
+            check_settings(type(self).__name__, settings)
+            fixed = sorted(key for key in settings if settings[key] != old[key] and key not in _LIVE)
+            if fixed:
+                raise StepError(
+                    f"{fixed[0]} of a parameter group was changed from {old[fixed[0]]!r} to {settings[fixed[0]]!r}.",
+                    f"Only {', '.join(sorted(_LIVE))} may change; make a new optimizer for anything else.",
+                )
+            self._route(group)
+            self._settings[index] = settings
+
+    def check(self, name: str, param: Tensor) -> None:
+        """Raise `StepError` for a parameter or a gradient of a kind that can't be stepped."""
+        refuse_untrainable(name, param, self._door.specs[name].shape)
+
+    @torch.no_grad()
+    def step_one(self, group: Group, name: str, param: Tensor, grad: Tensor) -> None:
+        """Move one parameter.
+
+        Args:
+            group: Its group.
+            name: Its name.
+            param: It.
+            grad: Its gradient, known to be dense and finite.
+        """
+        note_owner(name, param, self)
+        self._door.place_state(name, param.device)
+        step = self._steps.get(name, 0) + 1
+        weight, full = in_vectors(param.detach()), in_vectors(grad.float())
+        self._door.step_param(name, weight, full, step=step, factor=float(group["lr"]))
+        self._steps[name] = step
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """The gradients there are, by name; what has no elements has nothing to learn."""
+        grads = {}
+        for name, param in self.named_parameters().items():
+            if param.grad is not None and param.numel():
+                self.check(name, param)
+                grads[name] = param.grad
+        return grads
+
+    def _take_curvature(self, grads: Mapping[str, Tensor]) -> None:
+        """Give the gradients with sampled labels, if there are new ones, to the states."""
+        if self.sampled.count:
+            sampled, count = self.sampled.take()
+            refuse_non_finite(sampled.items(), self.num_steps + 1)
+            self._observe(sampled, count)
+        if not self.curvature_seen and any(self._door.specs[name].rule == "sophia" for name in grads):
+            raise StepError(
+                "Sophia divides by a curvature, but none was observed before this first step.",
+                "Call sophia_galore.watch(optimizer, model) before training, or optimizer.observe_curvature(...) after "
+                "a backward on labels that were sampled from the model.",
+            )
+
+    @torch.no_grad()
+    def _observe(self, grads: Mapping[str, Tensor], num_samples: int) -> None:
+        params = self.named_parameters()
+        for name, grad in grads.items():
+            self._door.place_state(name, params[name].device)
+            step = self._steps.get(name, 0) + 1
+            self._door.observe_curvature(name, in_vectors(grad.float()), step=step, num_samples=num_samples)
+        self.curvature_seen = True
+
+    def _complete(self, group: Group) -> None:
+        """Fill in settings of a group that follow from others."""
+        group["betas"] = group["betas"] or BETAS[self._rule(group, is_projected=True)]
+
+    def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
+        """Whether the gradients of a parameter are projected."""
+        return False
+
+    def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
+        """How they are; `place` in [0, 1) spreads the refreshes over the gap."""
+        raise NotImplementedError
+
+    def _rule(self, group: Group, is_projected: bool) -> str:
+        """What turns a gradient into a direction."""
+        raise NotImplementedError
+
+    def _join(self, groups: list[Group]) -> None:
+        """Route the parameters of new groups; their refreshes are spread over the gap."""
+        matrices = [
+            name
+            for group in groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+            if self._is_projected(param_shape(param), group)
+        ]
+        self._places |= {name: index / len(matrices) for index, name in enumerate(matrices)}
+        for group in groups:
+            self._route(group)
+            self._settings.append(self._settings_of(group))
+
+    def _route(self, group: Group) -> None:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            shape = param_shape(param)
+            place = self._places.get(name)
+            subspace = None if place is None else self._subspace(shape, group, place)
+            rule = self._rule(group, is_projected=subspace is not None)
+            beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]
+            self._door.specs[name] = ParamSpec(
+                name=name,
+                shape=shape,
+                learning_rate=1.0 if subspace else group.get("dense_ratio", 1.0),
+                weight_decay=group["weight_decay"] if len(shape) > 1 else 0.0,
+                hyper=Hyper(beta1, beta2, group["eps"], group.get("rho", Hyper.rho)),
+                rule=rule,
+                state_bits=settled_bits(shape, group["state_bits"]),
+                subspace=subspace,
+            )
+
+    def _settings_of(self, group: Group) -> dict[str, Any]:
+        """The settings of a group that specs are made of."""
+        return {key: group[key] for key in (*self.defaults, *_DERIVED) if key in group and key != "lr"}

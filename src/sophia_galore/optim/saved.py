@@ -1,0 +1,143 @@
+"""The `state_dict` of the face: by name, exact in every dtype, of nothing but plain values and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sophia_galore.errors import CheckpointError
+from sophia_galore.optim.arguments import Group, param_shape
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.spec import ParamSpec
+
+if TYPE_CHECKING:
+    from sophia_galore.optim.face import Face
+
+_FORMAT = 1
+_KEYS = {"format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "state", "shapes"}
+# Which parameters a group has is checked, never taken over.
+_MEMBERS = {"params", "param_names"}
+
+
+def to_dict(optimizer: Face, door: ParamOptimizer, steps: Mapping[str, int]) -> dict[str, Any]:
+    """What an optimizer knows.
+
+    Args:
+        optimizer: It.
+        door: Its states.
+        steps: Steps of each parameter so far.
+
+    Returns:
+        Tensors, numbers, strings, lists and dicts; the tensors are the live ones.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    for full_name, tensor in door.named_state().items():
+        name, _, key = full_name.rpartition("/")
+        entry = state.setdefault(name, {"step": steps.get(name, 0), "tensors": {}})
+        entry["tensors"][key] = tensor
+    return {
+        "format": _FORMAT,
+        "optimizer": type(optimizer).__name__,
+        "seed": optimizer.seed,
+        "curvature_every": optimizer.curvature_every,
+        "curvature_seen": optimizer.curvature_seen,
+        "num_steps": optimizer.num_steps,
+        "state": state,
+        "shapes": {name: list(param_shape(param)) for name, param in optimizer.named_parameters().items()},
+        "param_groups": [_plain(group) for group in optimizer.param_groups],
+    }
+
+
+def settings_of(saved_group: Mapping[str, Any]) -> Group:
+    """The settings of a saved group, as a live group has them."""
+    settings = {key: value for key, value in saved_group.items() if key not in _MEMBERS}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def check(
+    optimizer: Face, state_dict: Mapping[str, Any], specs: Mapping[str, ParamSpec], fixed_settings: Iterable[str]
+) -> None:
+    """Refuse a saved state that does not fit, in whole.
+
+    Args:
+        optimizer: Who shall take it over.
+        state_dict: As given by `to_dict`.
+        specs: The optimizer's parameters.
+        fixed_settings: Names of the settings that have to be equal.
+
+    Raises:
+        CheckpointError: Naming the first difference.
+    """
+    owner = type(optimizer).__name__
+    if state_dict.get("format") != _FORMAT or not state_dict.keys() >= _KEYS or "param_groups" not in state_dict:
+        raise CheckpointError(
+            f"This is no state_dict of a {owner} of sophia_galore.",
+            "Load what state_dict() of the same optimizer gave; other optimizers' moments can't be taken over.",
+        )
+    for key, own in (
+        ("optimizer", owner),
+        ("seed", optimizer.seed),
+        ("curvature_every", optimizer.curvature_every),
+        ("number of groups", len(optimizer.param_groups)),
+    ):
+        saved = len(state_dict["param_groups"]) if key == "number of groups" else state_dict[key]
+        _refuse_difference(key, saved, own)
+    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        # Their order counts too: it is what spreads the refreshes over the gap.
+        for saved_name, name in zip_longest(saved_group.get("param_names", []), group["param_names"]):
+            _refuse_difference("the name of a parameter", saved_name, name)
+        for key in sorted(fixed_settings):
+            _refuse_difference(key, saved_group.get(key), group[key])
+    for name, spec in specs.items():
+        _refuse_difference(f"the shape of {name}", list(state_dict["shapes"].get(name, [])), list(spec.shape))
+    for name, entry in state_dict["state"].items():
+        wanted = specs[name].state_tensors() if name in specs else {}
+        found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in entry["tensors"].items()}
+        odd = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+        if odd:
+            _refuse_difference(f"the state {odd[0]} of {name}", found.get(odd[0]), wanted.get(odd[0]))
+
+
+def restore(
+    state_dict: Mapping[str, Any], specs: Iterable[ParamSpec], params: Mapping[str, Tensor], seed: int
+) -> tuple[ParamOptimizer, dict[str, int]]:
+    """States as they were saved, on the devices on which the parameters are now.
+
+    Args:
+        state_dict: One that `check` found to fit.
+        specs: The parameters.
+        params: The parameters themselves, by name.
+        seed: The optimizer's.
+
+    Returns:
+        The states, which share no memory with what was saved, and the steps of each parameter so far.
+    """
+    door = ParamOptimizer(specs, seed=seed)
+    for name, entry in state_dict["state"].items():
+        own = door.place_state(name, params[name].device)
+        for key, tensor in entry["tensors"].items():
+            own[key].copy_(tensor)
+    return door, {name: int(entry["step"]) for name, entry in state_dict["state"].items()}
+
+
+def _refuse_difference(what: str, saved: object, own: object) -> None:
+    if saved != own:
+        raise CheckpointError(
+            f"The saved optimizer state does not fit: {what} was {saved!r} and is {own!r}.",
+            "Make the optimizer with the model and the settings that the state was saved with.",
+        )
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    """A group without its parameters, tuples as lists and a rate in a tensor as a number."""
+    plain: dict[str, Any] = {"params": list(range(len(group["params"])))}
+    for key, value in group.items():
+        if key == "params":
+            continue
+        if isinstance(value, Tensor):
+            value = value.item()
+        plain[key] = list(value) if isinstance(value, tuple) else value
+    return plain

@@ -1,0 +1,176 @@
+"""What the `torch.optim` optimizers refuse, and what they say then."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sophia_galore
+from faces import assert_same, loss_of, make_net, train, weights
+from sophia_galore import Apollo, GaLore, Sophia
+from sophia_galore.errors import ArgumentError, CheckpointError, StepError, UserError
+
+
+def named() -> list[tuple[str, torch.Tensor]]:
+    return list(make_net().named_parameters())
+
+
+SETTINGS: list[tuple[type, dict[str, Any]]] = [
+    *[(GaLore, {"lr": bad}) for bad in (-1e-3, math.nan, math.inf, "1e-3", None, True)],
+    *[(GaLore, {"rank": bad}) for bad in (0, -1, 1.5, "8", True, None)],
+    *[(GaLore, {"update_proj_gap": bad}) for bad in (0, 2.0)],
+    *[(GaLore, {"scale": bad}) for bad in (0, -0.25, math.nan)],
+    *[(GaLore, {"betas": bad}) for bad in ((0.9,), (0.9, 1.0), (-0.1, 0.9), 0.9, (0.9, "x"))],
+    *[(GaLore, {"rule": bad}) for bad in ("adam", None, 1)],
+    *[(GaLore, {"subspace": bad}) for bad in ("SVD", "gaussian")],
+    *[(GaLore, {"residual": bad}) for bad in ("channel", True, None)],
+    *[(GaLore, {"projection_bits": bad}) for bad in (8, "16", None)],
+    *[(GaLore, {"state_bits": bad}) for bad in (4, 0)],
+    *[(GaLore, {flag: 1}) for flag in ("moment_transport", "stagger", "adaptive_gap")],
+    (GaLore, {"eps": 0.0}),
+    (GaLore, {"weight_decay": -0.1}),
+    (GaLore, {"rho": 0.0}),
+    (GaLore, {"dense_lr": 0.0}),
+    (GaLore, {"curvature_every": 0}),
+    (GaLore, {"seed": -1}),
+    (Apollo, {"rank": 0}),
+    (Apollo, {"mini": 1}),
+    (Apollo, {"scale": 0.0}),
+    (Sophia, {"betas": (0.9, 1.0)}),
+    (Sophia, {"rho": -0.04}),
+    (Sophia, {"state_bits": 4}),
+]
+
+
+@pytest.mark.parametrize(("kind", "setting"), SETTINGS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_settings(kind: Callable[..., Any], setting: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(setting))}=") as caught:
+        kind(named(), **{"lr": 1e-3, **setting})
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, UserError)
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(ArgumentError, match="adaptive_gap looks at"):
+        GaLore(named(), lr=1e-3, adaptive_gap=True, subspace="random")
+    with pytest.raises(ArgumentError, match="in proportion to lr=0"):
+        GaLore(named(), lr=0.0, dense_lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: [], "given no parameters"),
+        (lambda: [{"params": []}, {"params": iter(())}], "given no parameters"),
+        (lambda: [{"params": [], "rank": 0}], "rank=0"),
+        (lambda: make_net().parameters(), r"without names(.|\n)*named_parameters\(\)"),
+        (lambda: [{"params": make_net().parameters()}], "without names"),
+        (lambda: [{"params": nn.Parameter(torch.ones(2))}], "without names"),
+        (make_net, "a Net in place"),
+        (lambda: dict(named()), "a dict in place"),
+        (lambda: nn.Parameter(torch.ones(2)), "a Parameter in place"),
+        (lambda: 3, "an? int in place"),
+        (lambda: [("w", 3)], "w is not a parameter"),
+        (lambda: [("w", nn.Parameter(torch.ones(2)) * 2)], "w is not a parameter"),
+        (lambda: ["w"], "a str in place of a named parameter"),
+        (lambda: [named()[0], {"params": []}], "a dict in place of a named parameter"),
+        (lambda: [{"rank": 3}], "no 'params'"),
+        (lambda: [{"params": named(), "weigth_decay": 0.1}], "unknown setting 'weigth_decay'"),
+        (lambda: [("w", nn.Parameter(torch.ones(2))), ("w", nn.Parameter(torch.ones(2)))], "two parameters named w"),
+        (lambda: [("v", p := nn.Parameter(torch.ones(2))), ("w", p)], "the same parameter twice, as v and as w"),
+        (lambda: [{"params": (n := named())}, {"params": n}], "two parameters named"),
+        (lambda: make_net(torch.float16).named_parameters(), "temperature is stored in float16, whose steps would"),
+        (lambda: make_net(torch.float64).named_parameters(), "temperature is stored in float64; only"),
+    ],
+)
+def test_parameters(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        GaLore(make(), lr=1e-3, rank=6)
+
+
+def test_a_later_group() -> None:
+    net = make_net()
+    optimizer = GaLore([{"params": net.fall.named_parameters()}, {"params": []}], lr=1e-3, rank=6)
+    train(net, optimizer, range(1, 3))  # one of several groups may be empty
+    with pytest.raises(ArgumentError, match="two parameters named weight"):
+        optimizer.add_param_group({"params": net.rise.named_parameters()})
+    with pytest.raises(ArgumentError, match="a list as a parameter group"):
+        optimizer.add_param_group([])
+    assert len(optimizer.param_groups) == 2
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_sparse_gradients() -> None:
+    net = nn.Embedding(50, 20, sparse=True)
+    optimizer = GaLore(net.named_parameters(), lr=1e-3, rank=6)
+    net(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(StepError, match=r"The gradient of weight is sparse(.|\n)*sparse=False"):
+        optimizer.step()
+
+
+def test_a_parameter_that_became_another_kind() -> None:
+    net = make_net()
+    optimizer = GaLore(net.named_parameters(), lr=1e-3, rank=6)
+    net.half()
+    net.rise.weight.grad = torch.ones_like(net.rise.weight)
+    with pytest.raises(StepError, match=r"rise\.weight is stored in float16"):
+        optimizer.step()
+    net.float()
+    net.rise.weight.grad = None
+    net.rise.weight.data = torch.ones(3, 3)
+    net.rise.weight.grad = torch.ones(3, 3)
+    with pytest.raises(StepError, match=r"rise\.weight has the shape \(3, 3\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [Sophia, lambda p, lr: GaLore(p, lr=lr, rank=6, rule="sophia")], ids=["all", "low"])
+def test_sophia_without_a_curvature(make: Callable[..., Any]) -> None:
+    net = make_net()
+    optimizer = make(net.named_parameters(), lr=1e-3)
+    before = weights(net)
+    loss_of(net, 1).backward()
+    with pytest.raises(StepError, match=r"before this first step\.\n.*watch\(optimizer, model\)"):
+        optimizer.step()
+    assert_same(weights(net), before)
+
+
+def test_states_that_do_not_fit() -> None:
+    net = make_net()
+    optimizer = GaLore(net.named_parameters(), lr=1e-2, rank=6, state_bits=8)
+    train(net, optimizer, range(1, 3))
+    good = optimizer.state_dict()
+
+    def refused(change: Callable[[dict[str, Any]], Any], message: str) -> None:
+        bad = copy.deepcopy(good)
+        change(bad)
+        with pytest.raises(CheckpointError, match=message):
+            optimizer.load_state_dict(bad)
+        for name, entry in optimizer.state_dict()["state"].items():
+            assert_same(entry["tensors"], good["state"][name]["tensors"])
+
+    state = {"s": lambda d: d["state"]["rise.weight"]["tensors"]}
+    group = {"g": lambda d: d["param_groups"][0]}
+    refused(lambda d: d.pop("format"), "no state_dict of a GaLore of sophia_galore")
+    refused(lambda d: d.update(optimizer="Apollo"), "optimizer was 'Apollo' and is 'GaLore'")
+    refused(lambda d: d.update(seed=1), "seed was 1 and is 0")
+    refused(lambda d: d["param_groups"].append({}), "number of groups was 2 and is 1")
+    refused(lambda d: group["g"](d).update(rank=7), "rank was 7 and is 6")
+    refused(lambda d: group["g"](d).update(subspace="svd"), "subspace was 'svd'")
+    refused(lambda d: group["g"](d)["param_names"].reverse(), "the name of a parameter was 'idle'|was 'head.bias'")
+    refused(lambda d: d["shapes"].update({"rise.weight": [80, 65]}), r"shape of rise\.weight was \[80, 65\]")
+    refused(lambda d: state["s"](d).pop("basis"), r"state basis of rise\.weight was None")
+    refused(lambda d: state["s"](d).update(basis=torch.ones(2, 2)), r"state basis of rise\.weight was \(\(2, 2\)")
+    refused(lambda d: d["state"].update(x={"step": 1, "tensors": {"y": torch.ones(1)}}), "state y of x")
+    with pytest.raises(CheckpointError, match="no state_dict"):
+        optimizer.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
+
+
+def test_lazy_names_and_unknown_ones() -> None:
+    assert set(sophia_galore.__all__) <= set(dir(sophia_galore))
+    with pytest.raises(AttributeError, match="no attribute 'GaLoer'"):
+        _ = sophia_galore.GaLoer

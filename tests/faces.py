@@ -1,0 +1,71 @@
+"""A small network with every kind of parameter, and loops that train it by an optimizer of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NUM_CLASSES = 8
+
+
+class Net(nn.Module):
+    """Two matrices that are projected, a small one, a convolution, vectors, a scalar, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise = nn.Linear(64, 80)
+        self.fall = nn.Linear(80, 64, bias=False)
+        self.norm = nn.LayerNorm(64)
+        self.conv = nn.Conv1d(1, 2, 3, padding=1)
+        self.head = nn.Linear(128, NUM_CLASSES)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.idle = nn.Parameter(torch.ones(70, 70))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.fall(torch.tanh(self.rise(x))))
+        x = self.conv(x[:, None]).flatten(1)
+        return self.head(x) * self.temperature
+
+
+def make_net(dtype: torch.dtype = torch.float32) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def make_batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 64, generator=draw)
+    return x.to(dtype), (x[:, :NUM_CLASSES].argmax(1))
+
+
+def loss_of(net: nn.Module, step: int) -> Tensor:
+    x, y = make_batch(step, next(net.parameters()).dtype)
+    return nn.functional.cross_entropy(net(x).float(), y)
+
+
+def train(net: nn.Module, optimizer: Any, steps: range, scheduler: Any = None) -> list[float]:
+    """The plain loop; the losses before each step."""
+    losses = []
+    for step in steps:
+        loss = loss_of(net, step)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def weights(net: nn.Module) -> dict[str, Tensor]:
+    return {name: param.detach().clone() for name, param in net.named_parameters()}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
