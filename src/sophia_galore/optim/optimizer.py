@@ -190,7 +190,8 @@ class ParamOptimizer:
         if spec.subspace is not None:
             if not projected and step == 1:
                 refresh(spec, state, grad, step, self._seed)  # there is no basis yet
-            grad = self._projected(spec, state, grad, step, projected)
+            # Where the basis is drawn anew at this step, the state is still in the last one until `hold` moves it.
+            grad = self._projected(spec, state, grad, max(1, step - 1), projected)
         first = state.is_empty("curvature")
         rounding = generator(self._seed, "curvature rounding", name, step, device=grad.device)
         for rows in row_blocks(grad):
