@@ -132,7 +132,8 @@ def main_product() -> Iterator[Case]:
 @cache
 def all_cases() -> tuple[Case, ...]:
     """`main_product`, with one word of each other table dealt to each."""
-    mains = list(main_product()) + [case for case in main_product() if case.kind == "dense"] * 5
+    # Without a subspace there are so few that each is dealt several hands.
+    mains = list(main_product()) + [case for case in main_product() if case.kind == "dense"] * 11
     random.Random(0).shuffle(mains)  # or words would meet in step
     hands = cycle([dict(zip(_DEALT, words, strict=True)) for words in product(*(TABLES[name] for name in _DEALT))])
     cases: dict[Case, None] = {}
