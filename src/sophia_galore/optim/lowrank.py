@@ -140,7 +140,6 @@ def lowrank_step(
             direction.addcmul_(scales, projected, value=-1)
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
-    del projected
     for rows in row_blocks(weight):
         if subspace.residual in ("none", "fira"):
             low, columns = (direction[rows], basis) if side == "right" else (direction, basis[rows])
