@@ -144,7 +144,10 @@ def adafactor(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tens
     squares = grad.square().add_(hyper.eps**2)
     row_sq = torch.lerp(squares.mean(1, keepdim=True), state["row_sq"], decay)
     column_sq = torch.lerp(squares.mean(0, keepdim=True), state["column_sq"], decay)
-    update = grad * (row_sq / row_sq.mean()).rsqrt() * column_sq.rsqrt()
+    # Where eps^2 is too small for float32, a row or column of zeros would be 0 / 0.
+    tiny = torch.finfo(row_sq.dtype).tiny
+    relative = (row_sq / row_sq.mean().clamp_min(tiny)).clamp_min_(tiny)
+    update = grad * relative.rsqrt() * column_sq.clamp_min(tiny).rsqrt()
     update.div_(update.square().mean().sqrt().clamp_min(1.0))
     exp_avg = torch.lerp(state["exp_avg"], update, 1 - hyper.beta1)
     direction = exp_avg / (1 - hyper.beta1**step)

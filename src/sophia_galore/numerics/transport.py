@@ -7,9 +7,27 @@ change of basis C = P^T Q, coordinates r become r C (side right) or C^T r (side 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sophia_galore.numerics.subspace import Side
+
+
+def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
+    """C with P C = Q, as nearly as can be: P^T Q for an orthonormal P.
+
+    A basis that was rounded for storage is only nearly orthonormal. With four bits, diag(P^T P) is about 1.01 to
+    1.03, and P^T Q would make moments grow at every refresh, though the subspace held still; (P^T P)^-1 P^T Q does not.
+
+    Args:
+        old: P, (k, r), float32, columns independent, or all zero: there was no basis.
+        new: Q, (k, r), float32.
+
+    Returns:
+        (r, r), float32; zero where P is.
+    """
+    inverse: Tensor = torch.linalg.pinv(old.T @ old, hermitian=True)
+    return inverse @ (old.T @ new)
 
 
 def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
@@ -19,7 +37,7 @@ def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
 
     Args:
         moment: (m, r) for side right, (r, n) for side left.
-        change: (r, r), C = P_old^T P_new.
+        change: (r, r), C from `change_of_basis`.
         side: The side of the projection.
 
     Returns:
@@ -36,7 +54,7 @@ def move_second_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
 
     Args:
         moment: (m, r) or (1, r) for side right, (r, n) or (r, 1) for side left; not negative.
-        change: (r, r), C = P_old^T P_new.
+        change: (r, r), C from `change_of_basis`.
         side: The side of the projection.
 
     Returns:

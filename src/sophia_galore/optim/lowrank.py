@@ -14,7 +14,7 @@ from sophia_galore.numerics import bases, residual
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import project_back
-from sophia_galore.numerics.transport import move_first_moment, move_second_moment
+from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
 from sophia_galore.optim.move import move, row_blocks
 from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
@@ -83,9 +83,9 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: i
     if subspace.kind not in STORED_BASES:
         if step > 1 and subspace.transport:
             old = basis_at(spec, state, step - 1, seed, device)
-            _move_moments(spec, state, old.T @ basis_at(spec, state, step, seed, device), step, seed)
+            _move_moments(spec, state, change_of_basis(old, basis_at(spec, state, step, seed, device)), step, seed)
         return
-    old = state.basis()
+    old = state.basis().clone()  # in an fp32 format it is the stored tensor itself, which the new one overwrites
     draw = generator(seed, "basis", spec.name, step, device=device)
     if subspace.kind == "svd":
         new = bases.svd_basis(grad, subspace.rank)
@@ -94,11 +94,10 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: i
     else:
         new = bases.tracked_basis(grad, old if old.any() else bases.random_basis(old.shape[0], subspace.rank, draw))
     state.store_basis(new)
-    change = old.T @ state.basis()
     if subspace.transport:
-        _move_moments(spec, state, change, step, seed)
+        _move_moments(spec, state, change_of_basis(old, state.basis()), step, seed)
     if subspace.adaptive and not subspace.refreshes_early_at(step):
-        still = float(change.square().sum()) / subspace.rank >= _STILL
+        still = float(bases.overlap(old, state.basis())) >= _STILL
         last_gap = int(state.tensors["next_refresh"][1]) or subspace.gap
         gap = min(2 * last_gap, _LARGEST_GROWTH * subspace.gap) if still else subspace.gap
         state.tensors["next_refresh"].copy_(torch.tensor([step + gap, gap]))
@@ -141,7 +140,6 @@ def lowrank_step(
             direction.addcmul_(scales, projected, value=-1)
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
-    del projected
     for rows in row_blocks(weight):
         if subspace.residual in ("none", "fira"):
             low, columns = (direction[rows], basis) if side == "right" else (direction, basis[rows])
@@ -183,9 +181,16 @@ def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
 
 def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int, seed: int) -> None:
     rounding = generator(seed, "transport", spec.name, step, device=change.device)
-    for name, slot in RULES[spec.rule].slots.items():
-        # A factor along the long side says nothing about directions in the subspace.
-        if slot.extent == ("rows" if spec.side == "right" else "columns"):
+    slots = RULES[spec.rule].slots
+    # A factor along the long side says nothing about directions in the subspace.
+    along = [name for name, slot in slots.items() if slot.extent == ("rows" if spec.side == "right" else "columns")]
+    for name, slot in slots.items():
+        if name in along:
             continue
-        mover = move_first_moment if slot.moment == 1 else move_second_moment
-        state.write(name, mover(state.read(name), change, spec.side), rounding)
+        before = state.read(name)
+        after = (move_first_moment if slot.moment == 1 else move_second_moment)(before, change, spec.side)
+        if slot.extent != "full":
+            # Both factors have the mean of the whole moment, which changed.
+            for other in along:
+                state.tensors[other].mul_(torch.where(before.mean() > 0, after.mean() / before.mean(), 1.0))
+        state.write(name, after, rounding)

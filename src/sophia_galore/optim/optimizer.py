@@ -142,7 +142,8 @@ class ParamOptimizer:
 
         The first columns are the basis. A few more are random directions Z outside of the subspace with
         E |G Z|^2 = |G (I - P P^T)|^2 (Meyer et al., Hutch++, arXiv 2010.09649), so that the norm of the whole
-        product is an unbiased estimate of the gradient's own norm, squared.
+        product is an unbiased estimate of the gradient's own norm, squared; with a basis in four bits, which is only
+        nearly orthonormal, of up to a few percent more.
 
         Args:
             name: The parameter's name.
@@ -154,8 +155,8 @@ class ParamOptimizer:
         spec = self.specs[name]
         if spec.subspace is None or not spec.subspace.fast or spec.subspace.residual != "none":
             return None
-        state = self._states[name]
-        if refresh_is_due(spec, state, step):
+        state = self._states.get(name)
+        if state is None or refresh_is_due(spec, state, step):
             return None
         device = next(iter(state.tensors.values())).device
         basis = basis_at(spec, state, step, self._seed, device)
@@ -190,7 +191,8 @@ class ParamOptimizer:
         if spec.subspace is not None:
             if not projected and step == 1:
                 refresh(spec, state, grad, step, self._seed)  # there is no basis yet
-            grad = self._projected(spec, state, grad, step, projected)
+            # Where the basis is drawn anew at this step, the state is still in the last one until `hold` moves it.
+            grad = self._projected(spec, state, grad, max(1, step - 1), projected)
         first = state.is_empty("curvature")
         rounding = generator(self._seed, "curvature rounding", name, step, device=grad.device)
         for rows in row_blocks(grad):

@@ -11,7 +11,6 @@ from transformers import get_scheduler
 from sophia_galore.config.schema import SchedulerName
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.schedule import schedule
-from sophia_galore.optim.spec import SubspaceSpec
 
 
 def test_norm_and_clipping_equal_torch() -> None:
@@ -56,11 +55,3 @@ def test_the_schedule_is_a_function_of_the_step() -> None:
     factor = schedule("cosine", warmup_steps=2, num_steps=10)
     forward = [factor(step) for step in range(1, 11)]
     assert [factor(step) for step in range(10, 0, -1)] == forward[::-1]
-
-
-@pytest.mark.parametrize(
-    ("gap", "offset", "expected"), [(4, 0, [1, 5, 9]), (4, 1, [1, 4, 8, 12]), (1, 0, list(range(1, 13)))]
-)
-def test_refresh_steps(gap: int, offset: int, expected: list[int]) -> None:
-    spec = SubspaceSpec(rank=1, gap=gap, offset=offset, scale=1.0)
-    assert [step for step in range(1, 13) if spec.refreshes_at(step)] == expected
