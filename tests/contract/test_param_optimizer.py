@@ -74,7 +74,7 @@ def test_rate_0_moves_nothing(case: Case) -> None:
     assert torch.equal(weight, start(case))
 
 
-@every_case
+@every_third
 def test_goes_downhill(case: Case) -> None:
     """On |w|^2 / 2, whose gradient is w itself, every rule comes nearer to the bottom."""
     weight, optimizer = start(case), make(case.spec(weight_decay=0.0))
