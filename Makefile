@@ -13,8 +13,8 @@ test: install lint
 	$(BIN)/python -m pytest -n 2
 
 lint: install
-	$(BIN)/ruff check src tests bench
-	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench examples
+	$(BIN)/ruff format --check src tests bench examples
 	$(BIN)/mypy
 
 install: $(VENV)/.installed

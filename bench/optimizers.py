@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 PLAN: list[tuple[str, tuple[float, ...], tuple[int, ...]]] = [
     ("adamw", (2e-4, 4e-4, 1e-4), (0,)),
     ("galore", (1.6e-3, 3.2e-3, 0.8e-3), (0,)),
-    ("galore, fira", (1.6e-3, 0.8e-3), (0,)),
+    ("galore, fira", (1.6e-3,), (0,)),
     ("adamw", (2e-4,), (1, 2)),
     ("galore", (1.6e-3,), (1, 2)),
     ("galore, 8-bit state, bf16 weights", (1.6e-3,), (0, 1, 2)),
@@ -99,21 +99,17 @@ def settings(variant: str, rate: float, seed: int, arguments: argparse.Namespace
     ]
 
 
-def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train once; the loop of the ordinary run without its records and checkpoints."""
-    from sophia_galore.config import load_config
-    from sophia_galore.data.batches import eval_batches, window
+def assemble(config: Any) -> tuple[Any, Any, Any]:
+    """The live parts of a run: what was prepared, the engine, and the stepper."""
     from sophia_galore.engine.layerwise import LayerwiseEngine
     from sophia_galore.model.store import DTYPES, load_store
     from sophia_galore.optim.optimizer import ParamOptimizer
-    from sophia_galore.optim.schedule import schedule
     from sophia_galore.train.listener import Listener
     from sophia_galore.train.prepare import prepare
     from sophia_galore.train.stepper import Stepper
 
-    config = load_config(Path("configs/quickstart.yaml"), settings(variant, rate, seed, arguments))
     prepared = prepare(config, Listener(), None)
-    anatomy, plan = prepared.anatomy, prepared.plan
+    anatomy, seed = prepared.anatomy, config.training.seed
     store = load_store(
         prepared.folder,
         anatomy.parameter_shapes(),
@@ -121,9 +117,21 @@ def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> 
         dtype=DTYPES[config.model.store],
         device=prepared.device,
     )
-    optimizer = ParamOptimizer((route.spec for route in plan.routes), seed=seed, device=prepared.device)
+    optimizer = ParamOptimizer((route.spec for route in prepared.plan.routes), seed=seed, device=prepared.device)
     engine = LayerwiseEngine(anatomy, store, compute_dtype=prepared.compute_dtype, device=prepared.device, seed=seed)
-    stepper = Stepper(engine, optimizer, store, plan, max_grad_norm=config.training.max_grad_norm)
+    stepper = Stepper(engine, optimizer, store, prepared.plan, max_grad_norm=config.training.max_grad_norm)
+    return prepared, engine, stepper
+
+
+def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train once; the loop of the ordinary run without its records and checkpoints."""
+    from sophia_galore.config import load_config
+    from sophia_galore.data.batches import eval_batches, window
+    from sophia_galore.optim.schedule import schedule
+
+    config = load_config(Path("configs/quickstart.yaml"), settings(variant, rate, seed, arguments))
+    prepared, engine, stepper = assemble(config)
+    plan = prepared.plan
     factor = schedule(config.training.lr_scheduler_type, warmup_steps=3, num_steps=plan.num_steps)
     pad_id = prepared.tokenizer.pad_token_id
     losses, seconds, tokens = [], [], 0

@@ -234,7 +234,7 @@ def test_python_in_the_readme_imports_what_there_is() -> None:
 @pytest.mark.parametrize("name", READMES)
 def test_every_example_is_named(name: str) -> None:
     (line,) = [part for part in prose(name).split("\n\n") if "`examples`" in part]
-    assert set(EXAMPLE.findall(line)) == {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert set(EXAMPLE.findall(line)) == {path.name for path in (ROOT / "examples").glob("*.py")} - {"small.py"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
