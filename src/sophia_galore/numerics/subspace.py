@@ -61,17 +61,3 @@ def project(grad: Tensor, basis: Tensor) -> Tensor:
         (m, r) or (r, n), float32.
     """
     return grad @ basis if projection_side(grad.shape) == "right" else basis.T @ grad
-
-
-def project_back(projected: Tensor, basis: Tensor, side: Side) -> Tensor:
-    """The full-size matrix R P^T (side right) or P R (side left).
-
-    Args:
-        projected: (m, r) or (r, n).
-        basis: (min(m, n), r).
-        side: The side of the projection.
-
-    Returns:
-        (m, n), the dtype of the arguments.
-    """
-    return projected @ basis.T if side == "right" else basis @ projected

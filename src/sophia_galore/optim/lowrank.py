@@ -13,9 +13,8 @@ from torch import Tensor
 from sophia_galore.numerics import bases, residual
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
-from sophia_galore.numerics.subspace import project_back
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
-from sophia_galore.optim.move import move, row_blocks
+from sophia_galore.optim.move import opened, row_blocks, store
 from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
 
@@ -140,15 +139,17 @@ def lowrank_step(
             direction.addcmul_(scales, projected, value=-1)
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
+    length = -rate * subspace.scale
     for rows in row_blocks(weight):
+        stored = weight[rows]
+        values = opened(stored, rate, spec.weight_decay)
+        # Added in place: the update of full size is never formed.
         if subspace.residual in ("none", "fira"):
-            low, columns = (direction[rows], basis) if side == "right" else (direction, basis[rows])
-            update = project_back(low, columns, side)
-        else:
-            update = torch.zeros_like(weight[rows], dtype=torch.float32)
+            left, right = (direction[rows], basis.T) if side == "right" else (basis[rows], direction)
+            values.addmm_(left, right, alpha=length)
         if scales is not None and grad is not None:
-            update.addcmul_(scales[rows] if scales.shape[0] > 1 else scales, grad[rows])
-        move(weight[rows], update.mul_(subspace.scale), rate, spec.weight_decay, rounding)
+            values.addcmul_(scales[rows] if scales.shape[0] > 1 else scales, grad[rows], value=length)
+        store(stored, values, rounding)
 
 
 def _directions(

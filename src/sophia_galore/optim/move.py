@@ -26,6 +26,33 @@ def row_blocks(tensor: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
+def opened(weight: Tensor, rate: float, weight_decay: float) -> Tensor:
+    """Rows of a weight in float32, decayed: (1 - rate * weight_decay) weight. To be changed, then `store`d.
+
+    Args:
+        weight: Rows of the stored weight, float32 or bfloat16.
+        rate: Learning rate.
+        weight_decay: Decoupled decay.
+
+    Returns:
+        float32; in a float32 format the stored rows themselves.
+    """
+    values = weight if weight.dtype == torch.float32 else weight.float()
+    return values.mul_(1 - rate * weight_decay) if weight_decay else values
+
+
+def store(weight: Tensor, values: Tensor, rounding: torch.Generator) -> None:
+    """Write back what `opened` gave, rounded without bias where the format is narrower than float32.
+
+    Args:
+        weight: Rows of the stored weight, changed in place.
+        values: float32, of the same shape.
+        rounding: Where the bits of the rounding come from.
+    """
+    if values is not weight:
+        write_rounded(weight, values, rounding)
+
+
 def move(weight: Tensor, direction: Tensor, rate: float, weight_decay: float, rounding: torch.Generator) -> None:
     """weight <- round((1 - rate * weight_decay) weight - rate * direction), in place.
 
@@ -36,9 +63,4 @@ def move(weight: Tensor, direction: Tensor, rate: float, weight_decay: float, ro
         weight_decay: Decoupled decay.
         rounding: Where the bits of the rounding come from.
     """
-    values = weight if weight.dtype == torch.float32 else weight.float()
-    if weight_decay:
-        values.mul_(1 - rate * weight_decay)
-    values.sub_(direction, alpha=rate)
-    if values is not weight:
-        write_rounded(weight, values, rounding)
+    store(weight, opened(weight, rate, weight_decay).sub_(direction, alpha=rate), rounding)

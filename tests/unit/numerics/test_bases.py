@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from algebra import project_back
 from sophia_galore.numerics import bases
 from sophia_galore.numerics.bases import (
     gaussian_basis,
@@ -20,7 +21,7 @@ from sophia_galore.numerics.bases import (
     svd_basis,
     tracked_basis,
 )
-from sophia_galore.numerics.subspace import basis_shape, project, project_back, projection_side
+from sophia_galore.numerics.subspace import basis_shape, project, projection_side
 
 SHAPES = [(40, 12), (12, 40), (20, 20), (5000, 6), (1, 7), (7, 1)]
 

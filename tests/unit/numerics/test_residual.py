@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from algebra import project_back
 from sophia_galore.numerics.bases import random_basis
 from sophia_galore.numerics.int4 import pack, unpack
 from sophia_galore.numerics.residual import channel_scales, growth_factor, residual_norm, scaled_norm
-from sophia_galore.numerics.subspace import Side, project, project_back
+from sophia_galore.numerics.subspace import Side, project
 
 SIDES: list[tuple[Side, tuple[int, int]]] = [("right", (30, 12)), ("left", (12, 30)), ("right", (12, 12))]
 all_sides = pytest.mark.parametrize(("side", "shape"), SIDES)

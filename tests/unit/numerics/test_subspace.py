@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from algebra import project_back
 from sophia_galore.numerics.bases import random_basis
 from sophia_galore.numerics.subspace import (
     Projector,
     basis_shape,
     project,
-    project_back,
     projected_shape,
     projection_side,
 )

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from algebra import project_back
 from sophia_galore.numerics.bases import random_basis
 from sophia_galore.numerics.int4 import pack, unpack
-from sophia_galore.numerics.subspace import Side, project_back, projected_shape
+from sophia_galore.numerics.subspace import Side, projected_shape
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
 
 SIDES: list[tuple[Side, tuple[int, int]]] = [("right", (30, 12)), ("left", (12, 30))]
