@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import sophia_galore
 
 NUM_CLASSES = 8
 
@@ -69,3 +72,37 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype, name
         assert torch.equal(tensor, other[name]), name
+
+
+RULES = ["adamw", "sophia", "adafactor", "sgd", "muon"]
+Make = Callable[..., Any]
+
+
+def galore(**settings: Any) -> Make:
+    return lambda net, **more: sophia_galore.GaLore(
+        net.named_parameters(), **{"lr": 1e-2, "rank": 6, "update_proj_gap": 3, **settings, **more}
+    )
+
+
+def apollo(**settings: Any) -> Make:
+    return lambda net, **more: sophia_galore.Apollo(
+        net.named_parameters(), **{"lr": 1e-2, "rank": 6, "update_proj_gap": 3, **settings, **more}
+    )
+
+
+def sophia(**settings: Any) -> Make:
+    return lambda net, **more: sophia_galore.Sophia(net.named_parameters(), **{"lr": 1e-3, **settings, **more})
+
+
+VARIANTS: dict[str, Make] = {
+    "svd": galore(subspace="svd", projection_bits=32, moment_transport=False),
+    "tracked": galore(),
+    "randomized-4-bit": galore(subspace="randomized", projection_bits=4),
+    "random": galore(subspace="random"),
+    "fira": galore(residual="fira"),
+    "adaptive": galore(adaptive_gap=True, stagger=False),
+    **{f"rule-{rule}": galore(rule=rule) for rule in RULES[1:]},
+    "apollo": apollo(),
+    "apollo-mini": apollo(rank=None, mini=True),
+    "sophia": sophia(),
+}

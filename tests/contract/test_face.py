@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,44 +13,12 @@ import torch
 from torch import nn
 
 import sophia_galore
-from faces import assert_same, loss_of, make_net, train, weights
+from faces import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
 from sophia_galore.errors import NonFiniteError, StepError
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec, apollo_scale
 
-RULES = ["adamw", "sophia", "adafactor", "sgd", "muon"]
-Make = Callable[..., Any]
-
-
-def galore(**settings: Any) -> Make:
-    return lambda net, **more: sophia_galore.GaLore(
-        net.named_parameters(), **{"lr": 1e-2, "rank": 6, "update_proj_gap": 3, **settings, **more}
-    )
-
-
-def apollo(**settings: Any) -> Make:
-    return lambda net, **more: sophia_galore.Apollo(
-        net.named_parameters(), **{"lr": 1e-2, "rank": 6, "update_proj_gap": 3, **settings, **more}
-    )
-
-
-def sophia(**settings: Any) -> Make:
-    return lambda net, **more: sophia_galore.Sophia(net.named_parameters(), **{"lr": 1e-3, **settings, **more})
-
-
-VARIANTS: dict[str, Make] = {
-    "svd": galore(subspace="svd", projection_bits=32, moment_transport=False),
-    "tracked": galore(),
-    "randomized-4-bit": galore(subspace="randomized", projection_bits=4),
-    "random": galore(subspace="random"),
-    "fira": galore(residual="fira"),
-    "adaptive": galore(adaptive_gap=True, stagger=False),
-    **{f"rule-{rule}": galore(rule=rule) for rule in RULES[1:]},
-    "apollo": apollo(),
-    "apollo-mini": apollo(rank=None, mini=True),
-    "sophia": sophia(),
-}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 formats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -332,3 +299,37 @@ def test_all_matrices_dense_is_said_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VARIANTS["tracked"](net)
+
+
+def test_a_group_that_joined_later_keeps_its_place_in_the_gap() -> None:
+    """Refreshes are spread by the order of joining, which a new optimizer over all groups at once can't know."""
+
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        named = list(net.named_parameters())
+        return [{"params": [pair for pair in named if ("fall" in pair[0]) == late]} for late in (False, True)]
+
+    net = make_net()
+    first, late = groups(net)
+    optimizer = sophia_galore.GaLore([first], lr=1e-2, rank=6, update_proj_gap=10)
+    optimizer.add_param_group(late)
+    train(net, optimizer, range(1, 9))
+    other = make_net()
+    other.load_state_dict(net.state_dict())
+    fresh = sophia_galore.GaLore(groups(other), lr=1e-2, rank=6, update_proj_gap=10)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, range(9, 20))
+    train(other, fresh, range(9, 20))
+    assert_same(weights(net), weights(other))
+
+
+@pytest.mark.parametrize("large", [1e16, 3e38])
+def test_a_gradient_whose_squares_leave_float32_is_refused(large: float) -> None:
+    for variant in VARIANTS:
+        net, optimizer = started(variant)
+        train(net, optimizer, range(1, 3))
+        before = {name: weight.clone() for name, weight in weights(net).items()}
+        loss_of(net, 3).backward()
+        net.fall.weight.grad[0, 0] = large
+        with pytest.raises(NonFiniteError, match=r"fall\.weight"):
+            optimizer.step()
+        assert_same(before, weights(net))

@@ -109,10 +109,12 @@ def _explain(error: Exception) -> int:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         _complain(f"The disk is full: {error}", "Free some space; a run that has checkpoints goes on with --resume.")
         return 2
-    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+    # On a CPU torch says the second.
+    no_memory = any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+    if no_memory or isinstance(error, MemoryError):
         _complain(
             f"Out of memory: {short(error)}",
-            "Lower training.batch_size or training.max_length, or use model.store=bf16.",
+            "Lower training.batch_size or training.max_length, or use model.store=bf16 or optimizer.state_bits=8.",
         )
         return 1
     _complain(f"{type(error).__name__}: {error}", "This should not happen. --debug shows where it did.")

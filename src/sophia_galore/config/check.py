@@ -37,6 +37,11 @@ def _both_eval_sources(config: RunConfig) -> bool:
     return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
 
 
+def _is_galore(config: RunConfig) -> bool:
+    # What the galore section says is of no effect otherwise, so that `--optimizer adamw` works on the same file.
+    return config.optimizer.type == "galore"
+
+
 def _cannot_keep_gradients(config: RunConfig) -> bool:
     asked = config.training.clip_by == "model" and config.training.max_grad_norm > 0
     return asked and not keeps_projected_gradients(config)
@@ -69,24 +74,30 @@ RULES: dict[str, Rule] = {
         "Use values such as [0.9, 0.999].",
     ),
     "adaptive_random": Rule(
-        lambda c: c.optimizer.galore.adaptive_gap and c.optimizer.galore.subspace == "random",
+        lambda c: _is_galore(c) and c.optimizer.galore.adaptive_gap and c.optimizer.galore.subspace == "random",
         ("optimizer.galore.adaptive_gap", "optimizer.galore.subspace"),
         "optimizer.galore.adaptive_gap looks at how far a subspace turns, but subspace: random is drawn anew each time",
         "Set adaptive_gap to false, or take subspace: tracked.",
     ),
     "fast_residual": Rule(
-        lambda c: c.optimizer.galore.fast_path == "always" and c.optimizer.galore.residual != "none",
+        lambda c: _is_galore(c) and c.optimizer.galore.fast_path == "always" and c.optimizer.galore.residual != "none",
         ("optimizer.galore.fast_path", "optimizer.galore.residual"),
         "optimizer.galore.fast_path: always never forms the full gradient, but residual: {c.optimizer.galore.residual} "
         "is made of it",
         "Set fast_path to auto, or residual to none.",
     ),
     "fast_clipping": Rule(
-        lambda c: c.optimizer.galore.fast_path == "always" and c.training.max_grad_norm > 0,
+        lambda c: _is_galore(c) and c.optimizer.galore.fast_path == "always" and c.training.max_grad_norm > 0,
         ("optimizer.galore.fast_path", "training.max_grad_norm"),
         "optimizer.galore.fast_path: always knows the gradient's norm only by an estimate, but training.max_grad_norm: "
         "{c.training.max_grad_norm:g} clips by the exact one",
         "Set fast_path to auto (which forms full gradients where clipping asks for it), or max_grad_norm to 0.",
+    ),
+    "clip_by_nothing": Rule(
+        lambda c: c.training.clip_by != "auto" and not c.training.max_grad_norm,
+        ("training.clip_by", "training.max_grad_norm"),
+        "training.clip_by: {c.training.clip_by} says what training.max_grad_norm limits, but that is 0, which is off",
+        "Set training.max_grad_norm, such as 1.0, or leave out training.clip_by.",
     ),
     "clip_by_model": Rule(
         _cannot_keep_gradients,

@@ -86,12 +86,16 @@ class TrainingConfig(Section):
     batch_size: int = Field(1, ge=1, description="Examples in a micro-batch.")
     gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in an optimizer step.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."
+        None, gt=0, le=1e9, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."
     )
     lr_scheduler_type: SchedulerName = Field("cosine", description="Shape of the learning rate over the steps.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of weight matrices (not of norms and biases).")
-    max_grad_norm: float = Field(0.0, ge=0, description="Largest gradient norm, of what `clip_by` says; 0: off.")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e9, description="Decoupled decay of weight matrices (not of norms and biases)."
+    )
+    max_grad_norm: float = Field(
+        0.0, ge=0, le=1e9, description="Largest gradient norm, of what `clip_by` says; 0: off."
+    )
     clip_by: Literal["auto", "model", "layer"] = Field(
         "auto",
         description="Clip by the norm over the whole model, exactly, or each layer by itself; auto: by model where the "
@@ -117,9 +121,11 @@ class TrainingConfig(Section):
 class GaLoreConfig(Section):
     """Gradient low-rank projection (Zhao et al., arXiv 2403.03507)."""
 
-    rank: int = Field(128, ge=1, description="Columns of the basis; matrices with a side <= rank are trained dense.")
-    update_proj_gap: int = Field(200, ge=1, description="Steps between two refreshes of a basis.")
-    scale: float = Field(0.25, gt=0, description="Factor on the update that comes back from the subspace.")
+    rank: int = Field(
+        128, ge=1, le=10**9, description="Columns of the basis; matrices with a side <= rank are trained dense."
+    )
+    update_proj_gap: int = Field(200, ge=1, le=10**9, description="Steps between two refreshes of a basis.")
+    scale: float = Field(0.25, gt=0, le=1e9, description="Factor on the update that comes back from the subspace.")
     subspace: Literal["tracked", "svd", "randomized", "random"] = Field(
         "tracked",
         description="How a basis is chosen: one power iteration from the last one, singular vectors (as published), "
@@ -141,22 +147,29 @@ class GaLoreConfig(Section):
         "the recorded grad_norm is then an estimate.",
     )
     dense_learning_rate: float | None = Field(
-        None, gt=0, description="Rate of what is not projected (norms, biases); null: learning_rate x scale."
+        None,
+        gt=0,
+        le=1e9,
+        description="Rate of what is not projected (norms, biases); null: learning_rate x scale (rule sgd: 2e-4).",
     )
 
 
 class SophiaConfig(Section):
     """Sophia-G (Liu et al., arXiv 2305.14342), as `optimizer.type: sophia` or `optimizer.galore.rule: sophia`."""
 
-    rho: float = Field(0.04, gt=0, description="Factor on the curvature; smaller: more entries of a step are clipped.")
+    rho: float = Field(
+        0.04, gt=0, le=1e9, description="Factor on the curvature; smaller: more entries of a step are clipped."
+    )
     curvature_every: int = Field(10, ge=1, description="Steps between two estimates of the curvature.")
 
 
 class ApolloConfig(Section):
     """APOLLO and APOLLO-Mini (Zhu et al., arXiv 2412.05270)."""
 
-    rank: int | None = Field(None, ge=1, description="Columns of the random projection; null: 128 (apollo_mini: 1).")
-    update_proj_gap: int = Field(200, ge=1, description="Steps between two random projections.")
+    rank: int | None = Field(
+        None, ge=1, le=10**9, description="Columns of the random projection; null: 128 (apollo_mini: 1)."
+    )
+    update_proj_gap: int = Field(200, ge=1, le=10**9, description="Steps between two random projections.")
     scale: float | None = Field(
         None,
         gt=0,
@@ -175,7 +188,7 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] | None = Field(
         None, description="Decay of the first and second moment; null: the rule's own, such as [0.9, 0.999] for AdamW."
     )
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    eps: float = Field(1e-8, ge=1e-30, le=1e9, description="Added to the root of the second moment.")
     galore: GaLoreConfig = GaLoreConfig()
     sophia: SophiaConfig = SophiaConfig()
     apollo: ApolloConfig = ApolloConfig()

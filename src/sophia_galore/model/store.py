@@ -37,6 +37,14 @@ class WeightStore:
         """Names of the weights below a module, in the model's order."""
         return [name for name in self._weights if name.startswith(f"{prefix}.")]
 
+    def first_non_finite(self) -> str | None:
+        """The first weight that holds a NaN or an infinity; None: there is none."""
+        for name, weight in self._weights.items():
+            # The extremes are NaN if any entry is.
+            if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
+                return name
+        return None
+
     def materialise(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights in compute precision; where the store has that precision already, no copy is made.
 

@@ -42,9 +42,11 @@ def _one_of(*values: object) -> tuple[Callable[[Any], bool], str]:
     return (lambda given: given in values and not isinstance(given, bool)), f"one of {', '.join(map(repr, values))}"
 
 
-_AT_LEAST_0 = (lambda value: _is_real(value) and value >= 0, "a finite number that is at least 0")
-_ABOVE_0 = (lambda value: _is_real(value) and value > 0, "a finite number above 0")
-_COUNT = (lambda value: _is_whole(value) and value >= 1, "a whole number that is at least 1")
+# Beyond these a step leaves float32, or an index its type.
+_LARGEST, _MOST, _SMALLEST_EPS = 1e9, 10**9, 1e-30
+_AT_LEAST_0 = (lambda value: _is_real(value) and 0 <= value <= _LARGEST, "a number from 0 to 1e9")
+_ABOVE_0 = (lambda value: _is_real(value) and 0 < value <= _LARGEST, "a number above 0, at most 1e9")
+_COUNT = (lambda value: _is_whole(value) and 1 <= value <= _MOST, "a whole number from 1 to 1e9")
 _SWITCH = (lambda value: isinstance(value, bool), "True or False")
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -52,7 +54,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": _AT_LEAST_0,
     "betas": (_is_betas, "two numbers that are at least 0 and below 1"),
     "dense_betas": (_is_betas, "two numbers that are at least 0 and below 1"),
-    "eps": _ABOVE_0,
+    "eps": (lambda value: _is_real(value) and _SMALLEST_EPS <= value <= _LARGEST, "a number from 1e-30 to 1e9"),
     "rho": _ABOVE_0,
     "rank": _COUNT,
     "update_proj_gap": _COUNT,
@@ -69,6 +71,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dense_lr": (lambda value: value is None or _ABOVE_0[0](value), _ABOVE_0[1]),
     "dense_ratio": _ABOVE_0,
     "curvature_every": _COUNT,
+    "num_samples": _COUNT,
     "seed": (lambda value: _is_whole(value) and 0 <= value < 2**63, "a whole number in [0, 2**63)"),
     "max_grad_norm": _AT_LEAST_0,
 }
@@ -85,7 +88,9 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
         ArgumentError: Naming the first one.
     """
     for key, (is_right, wanted) in _CHECKS.items():
-        if key in settings and not is_right(settings[key]):
+        # Only Apollo has a scale of its own to put in the place of none.
+        missing = key == "scale" and settings.get(key, 1) is None and owner != "Apollo"
+        if missing or (key in settings and not is_right(settings[key])):
             raise ArgumentError(f"{owner} got {key}={settings[key]!r}.", f"Give {key} as {wanted}.")
     if settings.get("adaptive_gap") and settings.get("subspace") == "random":
         raise ArgumentError(

@@ -56,7 +56,17 @@ class Attachment:
         self._optimizer.attachment = None
 
     def end_step(self) -> None:
-        """What is left of `step()`: the next backward may move parameters again."""
+        """What is left of `step()`: the next backward may move parameters again.
+
+        Raises:
+            StepError: A parameter has a gradient, but was not there, or was frozen, when this was attached.
+        """
+        for _, name, param in self._optimizer.members():
+            if param.grad is not None and name not in self._stepped and param.numel():
+                raise StepError(
+                    f"{name} has a gradient that nothing used: it was frozen, or not there, when attach was called.",
+                    "Call remove() on the handle and attach again after parameters were added or unfrozen.",
+                )
         self._stepped.clear()
 
     def __enter__(self) -> Attachment:

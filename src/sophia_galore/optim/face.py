@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sophia_galore.errors import ArgumentError, StepError
+from sophia_galore.errors import StepError
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.optim import saved
 from sophia_galore.optim.arguments import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _DERIVED = ("dense_ratio", "dense_betas")
 # Settings that may change from step to step; all others decide about states that exist already.
 _LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
-_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_door", "_steps", "_places")
+_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_door", "_steps", "places")
 
 
 class Face(torch.optim.Optimizer):
@@ -67,7 +67,7 @@ class Face(torch.optim.Optimizer):
         self.attachment: Attachment | None = None
         self._settings: list[dict[str, Any]] = []
         self._steps: dict[str, int] = {}
-        self._places: dict[str, float] = {}
+        self.places: dict[str, float] = {}
         super().__init__([dict(group) for group in read_groups(owner, named_parameters)], defaults)
         refuse_nothing(owner, self.named_parameters())
         self._door = ParamOptimizer([], seed=seed)
@@ -92,8 +92,7 @@ class Face(torch.optim.Optimizer):
         self._complete(group)
         refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
         super().add_param_group(group)
-        # While torch's own constructor runs there are more groups to come.
-        if "_door" in self.__dict__:
+        if "_door" in self.__dict__:  # else torch's constructor runs, and there are more groups to come
             self._join(self.param_groups[-1:])
 
     @torch.no_grad()
@@ -144,8 +143,7 @@ class Face(torch.optim.Optimizer):
             NonFiniteError: A gradient holds a NaN or an infinity; no state was changed.
             StepError: There is no gradient, or one that can't be used.
         """
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ArgumentError(f"observe_curvature got num_samples={num_samples!r}.", "Give the number of labels.")
+        check_settings("observe_curvature", {"num_samples": num_samples})
         self.follow_settings()
         wanted = self.curved_parameters()
         grads = {name: grad for name, grad in self._gradients().items() if name in wanted}
@@ -185,8 +183,10 @@ class Face(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved.check(self, state_dict, self._door.specs, self.defaults.keys() - _LIVE)
-        specs = self._door.specs.values()
-        self._door, self._steps = saved.restore(state_dict, specs, self.named_parameters(), self.seed)
+        self.places = dict(state_dict["places"])  # what joined later has another one than at once
+        for group in self.param_groups:
+            self._route(group)
+        self._door, self._steps = saved.restore(state_dict, self._door.specs, self.named_parameters(), self.seed)
         self.sampled = SampledGradients()
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved.settings_of(old))
@@ -277,7 +277,7 @@ class Face(torch.optim.Optimizer):
         return grads
 
     def _take_curvature(self, grads: Mapping[str, Tensor]) -> None:
-        """Give the gradients with sampled labels, if there are new ones, to the states."""
+        """Give new gradients with sampled labels to the states."""
         if self.sampled.count:
             sampled, count = self.sampled.take()
             refuse_non_finite(sampled.items(), self.num_steps + 1)
@@ -322,7 +322,7 @@ class Face(torch.optim.Optimizer):
             for name, param in zip(group["param_names"], group["params"], strict=True)
             if self._is_projected(param_shape(param), group)
         ]
-        self._places |= {name: index / len(matrices) for index, name in enumerate(matrices)}
+        self.places |= {name: index / len(matrices) for index, name in enumerate(matrices)}
         for group in groups:
             self._route(group)
             self._settings.append(self._settings_of(group))
@@ -330,7 +330,7 @@ class Face(torch.optim.Optimizer):
     def _route(self, group: Group) -> None:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             shape = param_shape(param)
-            place = self._places.get(name)
+            place = self.places.get(name)
             subspace = None if place is None else self._subspace(shape, group, place)
             rule = self._rule(group, is_projected=subspace is not None)
             beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]

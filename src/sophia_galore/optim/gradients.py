@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sophia_galore.errors import NonFiniteError, StepError
 from sophia_galore.optim.arguments import TRAINABLE_DTYPES, param_shape, untrainable
+from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 
 
 def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None:
@@ -44,14 +45,13 @@ def refuse_non_finite(grads: Iterable[tuple[str, Tensor]], step: int) -> None:
         NonFiniteError: Naming the first parameter that has one.
     """
     looked_at = list(grads)
-    # The extremes are NaN if any entry is, and need no temporary of the gradient's size.
-    flags = [torch.stack(torch.aminmax(grad)).isfinite().all() for _, grad in looked_at]
+    flags = [is_usable(grad) for _, grad in looked_at]
     # One answer for all, since for each the host would wait for the device.
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     for (name, _), is_finite in zip(looked_at, finite, strict=True):
         if not is_finite:
             raise NonFiniteError(
-                f"The gradient of {name} is not finite at step {step}.",
+                f"The gradient of {name} is not finite at step {step} (or above {LARGEST_GRAD:g}).",
                 "Lower the learning rate, or compute in float32 or bfloat16; with fp16, use a GradScaler.",
             )
 

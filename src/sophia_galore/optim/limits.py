@@ -7,6 +7,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+LARGEST_GRAD = 1e15
+"""Gradients with larger entries are refused like infinite ones: sums of their squares leave float32."""
+
+
+def is_usable(grad: Tensor) -> Tensor:
+    """Whether all entries of a gradient are finite and not absurdly large.
+
+    Args:
+        grad: Any shape, with an element.
+
+    Returns:
+        Scalar, bool. The extremes are NaN if any entry is, and need no temporary of the gradient's size.
+    """
+    return (torch.stack(torch.aminmax(grad)).abs() <= LARGEST_GRAD).all()
+
 
 def grad_norm(grads: Iterable[Tensor]) -> float:
     """The Euclidean norm of several gradients taken as one vector.

@@ -93,7 +93,8 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: i
     else:
         new = bases.tracked_basis(grad, old if old.any() else bases.random_basis(old.shape[0], subspace.rank, draw))
     state.store_basis(new)
-    if subspace.transport:
+    # At the first step the only moment is a curvature by the basis that its own gradient gave.
+    if subspace.transport or step == 1:
         _move_moments(spec, state, change_of_basis(old, state.basis()), step, seed)
     if subspace.adaptive and not subspace.refreshes_early_at(step):
         still = float(bases.overlap(old, state.basis())) >= _STILL

@@ -7,7 +7,6 @@ in a subspace), and the updated weight is rounded back into its stored format.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import sophia_curvature
 from sophia_galore.numerics.subspace import Projector, project
 from sophia_galore.optim.dense import dense_step
+from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.lowrank import basis_at, lowrank_step, refresh, refresh_is_due, subspace_of
 from sophia_galore.optim.move import row_blocks
 from sophia_galore.optim.spec import ParamSpec
@@ -226,15 +226,6 @@ class ParamOptimizer:
         for key, tensor in own.items():
             tensor.copy_(tensors[key])
 
-    def make_state(self, name: str, device: torch.device) -> None:
-        """Make a parameter's state, if it is not there yet.
-
-        Args:
-            name: The parameter's name.
-            device: Where it shall live.
-        """
-        self._state(name, device)
-
     def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """The live state tensors of a parameter, made on a device or moved there.
 
@@ -265,9 +256,8 @@ class ParamOptimizer:
 
 
 def _refuse_non_finite(name: str, grad: Tensor, step: int) -> None:
-    # The extremes are NaN if any entry is, and need no temporary of the gradient's size.
-    if not all(math.isfinite(extreme) for extreme in torch.aminmax(grad)):
+    if not is_usable(grad):
         raise NonFiniteError(
-            f"The gradient of {name} is not finite at step {step}.",
+            f"The gradient of {name} is not finite at step {step} (or above {LARGEST_GRAD:g}).",
             "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
         )

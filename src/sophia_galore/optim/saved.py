@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sophia_galore.optim.face import Face
 
 _FORMAT = 1
-_KEYS = {"format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "state", "shapes"}
+_KEYS = {"format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "places", "state", "shapes"}
 # Which parameters a group has is checked, never taken over.
 _MEMBERS = {"params", "param_names"}
 
@@ -45,6 +45,7 @@ def to_dict(optimizer: Face, door: ParamOptimizer, steps: Mapping[str, int]) -> 
         "curvature_every": optimizer.curvature_every,
         "curvature_seen": optimizer.curvature_seen,
         "num_steps": optimizer.num_steps,
+        "places": dict(optimizer.places),
         "state": state,
         "shapes": {name: list(param_shape(param)) for name, param in optimizer.named_parameters().items()},
         "param_groups": [_plain(group) for group in optimizer.param_groups],
@@ -102,20 +103,20 @@ def check(
 
 
 def restore(
-    state_dict: Mapping[str, Any], specs: Iterable[ParamSpec], params: Mapping[str, Tensor], seed: int
+    state_dict: Mapping[str, Any], specs: Mapping[str, ParamSpec], params: Mapping[str, Tensor], seed: int
 ) -> tuple[ParamOptimizer, dict[str, int]]:
     """States as they were saved, on the devices on which the parameters are now.
 
     Args:
         state_dict: One that `check` found to fit.
-        specs: The parameters.
+        specs: The parameters, by name.
         params: The parameters themselves, by name.
         seed: The optimizer's.
 
     Returns:
         The states, which share no memory with what was saved, and the steps of each parameter so far.
     """
-    door = ParamOptimizer(specs, seed=seed)
+    door = ParamOptimizer(specs.values(), seed=seed)
     for name, entry in state_dict["state"].items():
         own = door.place_state(name, params[name].device)
         for key, tensor in entry["tensors"].items():

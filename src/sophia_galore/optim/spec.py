@@ -132,11 +132,16 @@ class ParamSpec:
         """The side on which a matrix of this shape is projected."""
         return projection_side((self.shape[0], self.shape[1]))
 
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Shape of what a step needs of the gradient, where no residual is wanted."""
+        if self.subspace is None:
+            return self.shape
+        return projected_shape((self.shape[0], self.shape[1]), self.subspace.rank)
+
     def slot_shape(self, slot: Slot) -> tuple[int, ...]:
         """Shape of the values of a rule's slot."""
-        shape = self.shape
-        if self.subspace is not None:
-            shape = projected_shape((self.shape[0], self.shape[1]), self.subspace.rank)
+        shape = self.held_shape
         if slot.extent == "full":
             return shape
         return (shape[0], 1) if slot.extent == "rows" else (1, shape[1])
@@ -152,7 +157,7 @@ class ParamSpec:
             # The factors of a factored moment are small already.
             if self.state_bits == 8 and slot.extent == "full":
                 tensors[f"{name}.codes"] = (shape, torch.uint8)
-                tensors[f"{name}.scales"] = ((num_blocks(_product(shape)),), torch.float32)
+                tensors[f"{name}.scales"] = ((num_blocks(math.prod(shape)),), torch.float32)
             else:
                 half = self.state_bits == 16 and slot.extent == "full"
                 tensors[name] = (shape, torch.bfloat16 if half else torch.float32)
@@ -165,8 +170,8 @@ class ParamSpec:
         shape = basis_shape((self.shape[0], self.shape[1]), subspace.rank)
         if subspace.kind in STORED_BASES:
             if subspace.projection_bits == 4:
-                tensors["basis.packed"] = ((-(-_product(shape) // 2),), torch.uint8)
-                tensors["basis.scales"] = ((-(-_product(shape) // int4.BLOCK),), torch.bfloat16)
+                tensors["basis.packed"] = ((-(-math.prod(shape) // 2),), torch.uint8)
+                tensors["basis.scales"] = ((-(-math.prod(shape) // int4.BLOCK),), torch.bfloat16)
             else:
                 tensors["basis"] = (shape, torch.bfloat16 if subspace.projection_bits == 16 else torch.float32)
         if subspace.residual != "none" and subspace.growth_limit:
@@ -178,11 +183,4 @@ class ParamSpec:
 
 def state_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     """Bytes of state tensors as given by `ParamSpec.state_tensors`."""
-    return sum(_product(shape) * dtype.itemsize for shape, dtype in tensors.values())
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())

@@ -21,6 +21,9 @@ from sophia_galore.model.source import ResolvedModel
 from sophia_galore.model.store import DTYPES
 from sophia_galore.plan.routes import Route, dense_learning_rate, make_routes, peak_learning_rate
 
+# Clipping by the model keeps what steps need of the gradients; beyond this share it would be the gradients themselves.
+_LARGEST_KEPT_SHARE = 0.5
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -130,7 +133,7 @@ def make_plan(
             "Lower training.warmup_steps, or train for longer.",
         )
     routes = make_routes(config, shapes, head_name)
-    clip_by = _clip_by(config)
+    clip_by = _clip_by(config, routes)
     return RunPlan(
         model_name=model.name,
         model_folder=str(model.folder),
@@ -169,12 +172,23 @@ def _refuse_misfits(config: RunConfig, model_config: Any, largest_token: int) ->
         )
 
 
-def _clip_by(config: RunConfig) -> Literal["nothing", "model", "layer"]:
+def _clip_by(config: RunConfig, routes: tuple[Route, ...]) -> Literal["nothing", "model", "layer"]:
+    """What to clip by; by the model where what has to be kept until its norm is known is small."""
     if not config.training.max_grad_norm:
         return "nothing"
+    if config.training.clip_by == "layer" or not keeps_projected_gradients(config):
+        return "layer"
+    kept = sum(math.prod(route.spec.held_shape) for route in routes)
+    total = sum(route.num_elements for route in routes)
+    if kept <= _LARGEST_KEPT_SHARE * total:
+        return "model"
     if config.training.clip_by == "auto":
-        return "model" if keeps_projected_gradients(config) else "layer"
-    return config.training.clip_by
+        return "layer"
+    raise ConfigError(
+        f"training.clip_by: model would keep {kept / total:.0%} of all gradients until their norm is known: at rank "
+        f"{config.optimizer.galore.rank} too few of them are projected.",
+        "Lower optimizer.galore.rank, or use training.clip_by=layer.",
+    )
 
 
 def _notes(

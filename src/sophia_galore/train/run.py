@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,9 @@ class _Run:
         together = training.gradient_accumulation_steps
         parts = [self._engine.evaluate(batches[start : start + together]) for start in range(0, len(batches), together)]
         eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+        if not math.isfinite(eval_loss):
+            cause = f"The evaluation loss is {eval_loss} after step {step}."
+            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
         epoch = round(step / self._plan.steps_per_epoch, 6)
         self._log.add({"step": step, "epoch": epoch, "eval_loss": eval_loss})
         self._listener.evaluated(step, eval_loss)
@@ -210,6 +214,7 @@ class _Run:
         return by_steps or 0 < settings.save_every_minutes <= minutes
 
     def _save(self, step: int) -> None:
+        self._refuse_broken_weights()
         self._saved = save_checkpoint(
             self._folder,
             step,
@@ -270,6 +275,7 @@ class _Run:
         )
 
     def _write_final_model(self) -> None:
+        self._refuse_broken_weights()
         asked = self._config.export.dtype
         dtype = None if asked == "auto" else DTYPES[asked]
         replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
@@ -292,6 +298,13 @@ class _Run:
             eval_losses=eval_losses(self._log.records),
             memory=self._monitor.report(),
         )
+
+    def _refuse_broken_weights(self) -> None:
+        """What is written must be a model that can be used; the step that broke it would show only in the next one."""
+        broken = self._store.first_non_finite()
+        if broken is not None:
+            cause = f"{broken} holds values that are not finite after step {self._last_step}."
+            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
 
     def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
         saved = checkpoints(self._folder)

@@ -62,7 +62,8 @@ class Stepper:
 
         def apply(grads: Grads) -> None:
             norms.append(grad_norm(grads.values()))
-            if self._plan.clip_by == "layer":
+            # Where it is not finite, `hold` names the gradient that is to blame.
+            if self._plan.clip_by == "layer" and math.isfinite(norms[-1]):
                 clip_(grads.values(), norms[-1], self._max_grad_norm)
             for name in list(grads):
                 kept = self._optimizer.hold(name, grads.pop(name), step=step, projected=name in self._projected)

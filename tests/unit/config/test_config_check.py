@@ -45,6 +45,13 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["optimizer.galore.fast_path=auto", "max_grad_norm=0.5"],
         )
     ],
+    "clip_by_nothing": [
+        (
+            ["training.clip_by=layer"],
+            ["clip_by: layer", "0, which is off"],
+            ["training.clip_by=layer", "max_grad_norm=1"],
+        ),
+    ],
     "clip_by_model": [
         (
             ["training.clip_by=model", "max_grad_norm=1", "optimizer.type=adamw"],
@@ -128,6 +135,7 @@ def test_a_configuration_built_in_python_is_held_to_the_same_rules() -> None:
 
 
 ALLOWED = [
+    ["optim=adamw", "optimizer.galore.residual=fira", "optimizer.galore.fast_path=always"],
     ["optim=adamw", "optimizer.galore.rank=4"],
     ["training.max_steps=5", "training.epochs=3"],
     ["data.eval_fraction=0"],

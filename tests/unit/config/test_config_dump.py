@@ -24,6 +24,7 @@ from sophia_galore.config.schema import OptimizerConfig
 NARROWED: dict[str, st.SearchStrategy[Any]] = {
     "training.gradient_checkpointing": st.just(True),
     "training.warmup_steps": st.integers(0, 3),
+    "training.clip_by": st.just("auto"),
     "training.learning_rate": st.none() | st.floats(1e-12, 10),
     "optimizer.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
     "quantization.enabled": st.just(False),
@@ -44,11 +45,11 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if annotation is bool:
         return st.booleans()
     if annotation is int:
-        top = limits["lt"] - 1 if "lt" in limits else None
+        top = limits["lt"] - 1 if "lt" in limits else limits.get("le")
         return st.integers(limits.get("ge", 0), top)
     if annotation is float:
-        low, high = limits.get("ge", limits.get("gt", 0)), limits.get("lt")
-        return st.floats(low, high, exclude_min="gt" in limits, exclude_max=high is not None, allow_infinity=False)
+        low, high = limits.get("ge", limits.get("gt", 0)), limits.get("lt", limits.get("le"))
+        return st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_infinity=False)
     assert annotation is str, annotation
     return st.text(min_size=limits.get("min_length", 0))
 

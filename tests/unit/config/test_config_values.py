@@ -36,7 +36,7 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("training.max_steps", "010", ['got "010"']),
     ("training.max_steps", "[1]", ["whole number", "[1]"]),
     ("training.max_steps", "null", ["whole number", "got null"]),
-    ("training.learning_rate", "true", ["number above 0, or null", "got true"]),
+    ("training.learning_rate", "true", ["number above 0", "or null", "got true"]),
     ("training.learning_rate", ".inf", ["finite"]),
     ("training.learning_rate", "1" + "0" * 400, ["finite", "..."]),
     ("training.weight_decay", ".nan", ["finite"]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sophia_galore
-from faces import assert_same, loss_of, make_net, train, weights
+from faces import VARIANTS, assert_same, loss_of, make_net, train, weights
 from sophia_galore.errors import ArgumentError, NonFiniteError, StepError
 from tiny import tiny_model
 
@@ -197,3 +197,30 @@ def test_nothing_is_kept_alive() -> None:
     del net, optimizer, handle
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "sophia" not in name])
+@pytest.mark.parametrize("state_bits", [32, 16, 8])
+def test_every_variant_steps_in_backward_as_in_step(variant: str, state_bits: int) -> None:
+    plain, attached = make_net(torch.bfloat16), make_net(torch.bfloat16)
+    train(plain, VARIANTS[variant](plain, state_bits=state_bits), range(1, 6))
+    optimizer = VARIANTS[variant](attached, state_bits=state_bits)
+    with sophia_galore.attach(optimizer, attached):
+        train(attached, optimizer, range(1, 6))
+    assert_same(weights(plain), weights(attached))
+
+
+def test_a_parameter_that_was_frozen_when_attached_is_named() -> None:
+    net = make_net()
+    net.rise.weight.requires_grad_(False)
+    optimizer = sophia_galore.GaLore(net.named_parameters(), lr=1e-2, rank=6)
+    handle = sophia_galore.attach(optimizer, net)
+    train(net, optimizer, range(1, 2))
+    net.rise.weight.requires_grad_(True)
+    loss_of(net, 2).backward()
+    with pytest.raises(StepError, match=r"rise\.weight has a gradient that nothing used"):
+        optimizer.step()
+    handle.remove()
+    sophia_galore.attach(optimizer, net)
+    optimizer.zero_grad()
+    train(net, optimizer, range(3, 5))

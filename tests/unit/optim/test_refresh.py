@@ -146,3 +146,19 @@ def test_adaptive_gaps_survive_a_reload() -> None:
 def test_an_offset_moves_adaptive_gaps_too() -> None:
     spec = ParamSpec("w", (50, 40), 1e-3, 0.0, Hyper(), subspace=SubspaceSpec(rank=2, gap=8, offset=3, adaptive=True))
     assert refresh_log(spec, turning(40, set())) == [6, 22]
+
+
+def test_the_first_curvature_follows_the_first_basis() -> None:
+    """It comes before the first gradient, by a basis of its own; without transport it would stay there for good."""
+    spec = ParamSpec(
+        "w", (24, 10), 1e-2, 0.0, Hyper(), rule="sophia", subspace=SubspaceSpec(rank=10, gap=50, transport=False)
+    )
+    door = ParamOptimizer([spec], seed=0, device=CPU)
+    sampled, grad = (torch.randn(24, 10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    door.observe_curvature("w", sampled, step=1, num_samples=1)
+    before = door.named_state()["w/curvature"].clone()
+    door.step_param("w", torch.zeros(24, 10), grad, step=1, factor=0.0)
+    after = door.named_state()["w/curvature"]
+    assert not torch.equal(before, after)
+    # At full rank nothing lies outside: each row keeps its sum. A float32 product; worst seen 2e-6.
+    assert torch.allclose(before.sum(1), after.sum(1), rtol=1e-5)

@@ -118,8 +118,14 @@ def test_plan_json_says_everything_of_every_parameter() -> None:
             "warmup_steps is 3, but the run has only 3 steps",
             "Lower training.warmup_steps",
         ),
+        (
+            {"training": {"max_grad_norm": 1, "clip_by": "model"}, "optimizer": {"galore": {"rank": 64}}},
+            {},
+            "would keep 100% of all gradients",
+            "Lower optimizer.galore.rank",
+        ),
     ],
-    ids=["positions", "vocabulary", "warm-up"],
+    ids=["positions", "vocabulary", "warm-up", "clipping"],
 )
 def test_what_does_not_fit_is_refused(values: dict[str, Any], more: dict[str, Any], cause: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -150,6 +156,8 @@ def test_what_just_fits_is_accepted(values: dict[str, Any], more: dict[str, Any]
         ({"training": {"max_grad_norm": 0.5, "clip_by": "layer"}}, {}, ["clipped to 0.5 by itself"]),
         ({"training": {"max_grad_norm": 0.5}, "optimizer": {"type": "adamw"}}, {}, ["clipped to 0.5 by itself"]),
         ({"optimizer": {"galore": {"rank": 60, "fast_path": "always"}}}, {}, ["No matrix is large enough"]),
+        # Nothing is projected: kept until the norm is known, gradients would be kept in full size.
+        ({"training": {"max_grad_norm": 0.5}, "optimizer": {"galore": {"rank": 64}}}, {}, ["clipped to 0.5 by itself"]),
         ({}, {"compute_dtype": torch.bfloat16}, ["bfloat16 arithmetic is slow on a CPU"]),
         ({}, {"used_fallback": True}, ["No source could be reached for smollm2-135m: m is trained instead"]),
         (
