@@ -7,7 +7,7 @@ Fine-tunes all weights of SmolLM2-135M on the sample data once for every variant
 that `PLAN` lists. For one seed the examples, their order, the held-out examples and the schedule are the same;
 another seed holds out others, so variants are compared seed by seed.
 Each result is a line of the output, written when it is there; what the file holds already is not run again.
-Times a step are medians within a run, on a machine that may do other things too: compare them with care.
+Times a step are medians within a run; where the machine does other things too, compare them with care.
 """
 
 from __future__ import annotations
@@ -177,31 +177,26 @@ def jobs() -> Iterator[tuple[str, float, int]]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Each variant at its best rate (by the mean over the seeds that it was run with at that rate)."""
-    by_rate: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    """Each variant at the rate that was best with seed 0; times are those of its least disturbed run."""
+    runs: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
-        by_rate[result["variant"], result["learning_rate"]].append(result)
-    best: dict[str, tuple[float, list[dict[str, Any]]]] = {}
-    for (variant, rate), runs in by_rate.items():
-        # The seeds of the finalists are judged at one rate: the one that was best with the first seed.
-        first = min(run["eval_loss"] for run in runs if run["seed"] == min(run["seed"] for run in runs))
-        if variant not in best or first < min(run["eval_loss"] for run in best[variant][1] if run["seed"] == 0):
-            best[variant] = (rate, runs)
+        runs[result["variant"]][result["learning_rate"]].append(result)
+    rows = []
+    for variant, by_rate in runs.items():
+        zero = {rate: one["eval_loss"] for rate, some in by_rate.items() for one in some if one["seed"] == 0}
+        best = min(zero, key=lambda rate: zero[rate])
+        losses = [one["eval_loss"] for one in by_rate[best]]
+        mean = f"{statistics.mean(losses):.4f}" if len(losses) > 1 else "-"
+        fastest = min(one["median_step_s"] for some in by_rate.values() for one in some)
+        tried = ", ".join(f"{rate:g}" for rate in sorted(by_rate))
+        state_mb = by_rate[best][0]["state_bytes"] / 1e6
+        cells = (variant, f"{best:g}", tried, f"{zero[best]:.4f}", mean, f"{fastest:.1f}", f"{state_mb:.0f}")
+        rows.append((zero[best], "| " + " | ".join(cells) + " |"))
     lines = [
-        "| variant | best rate (tried) | eval loss, seed 0 | mean of seeds | median step s | longest | state MB |",
+        "| variant | best rate | rates tried | eval loss, seed 0 | mean of 3 seeds | median step s | state MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for variant, (rate, runs) in sorted(best.items(), key=lambda item: min(run["eval_loss"] for run in item[1][1])):
-        tried = ", ".join(f"{other:g}" for name, other in sorted(by_rate) if name == variant)
-        losses = [run["eval_loss"] for run in runs]
-        zero = next(run["eval_loss"] for run in runs if run["seed"] == 0)
-        spread = f"{statistics.mean(losses):.4f} +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else "-"
-        times = [run["median_step_s"] for run in runs], [run["longest_step_s"] for run in runs]
-        lines.append(
-            f"| {variant} | {rate:g} ({tried}) | {zero:.4f} | {spread} | {statistics.median(times[0]):.2f} "
-            f"| {statistics.median(times[1]):.2f} | {runs[0]['state_bytes'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+    return "\n".join(lines + [line for _, line in sorted(rows)])
 
 
 def main() -> None:
