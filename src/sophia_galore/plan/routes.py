@@ -24,15 +24,15 @@ from sophia_galore.optim.spec import (
 DEFAULT_LEARNING_RATES: dict[str, float] = {
     "galore": 1.6e-3,
     "adamw": ADAMW_LEARNING_RATE,
-    "sophia": 2e-4,
+    "sophia": 5e-5,
     "apollo": 2e-4,
     "apollo_mini": 2e-4,
-    "scale": 1e-3,
+    "scale": 1e-2,
 }
 # Where GaLore's rule is another than AdamW.
 _GALORE_LEARNING_RATES: dict[str, float] = {
     "adamw": DEFAULT_LEARNING_RATES["galore"],
-    "sophia": 1.6e-3,
+    "sophia": 4e-4,
     "adafactor": 1.6e-3,
     "sgd": 4.0,
     "muon": 1.6e-3,
