@@ -39,10 +39,13 @@ class PlainProjected:
         assert isinstance(self.rule, Sophia)
         self.rule.observe(self._turned(grad) @ basis.double(), num_samples)
 
-    def turn_to(self, basis: Tensor) -> None:
-        """A new basis Q: moments move along if that is wanted (LDAdam, arXiv 2410.16103, section 3.2)."""
+    def turn_to(self, basis: Tensor, *, first: bool = False) -> None:
+        """A new basis Q: moments move along if that is wanted (LDAdam, arXiv 2410.16103, section 3.2).
+
+        At the first step a curvature always does: the basis that it was seen by was never used for anything else.
+        """
         new, old = basis.double(), self.basis
-        if old is not None and self.subspace.transport and not torch.equal(old, new):
+        if old is not None and (self.subspace.transport or first) and not torch.equal(old, new):
             change = torch.linalg.lstsq(old, new).solution  # P^T Q for an orthonormal P
             for name in self.rule.first:
                 setattr(self.rule, name, getattr(self.rule, name) @ change)
@@ -65,7 +68,7 @@ class PlainProjected:
 
     def step(self, grad: Tensor, basis: Tensor, t: int) -> None:
         """One step in the subspace of `basis`."""
-        self.turn_to(basis)
+        self.turn_to(basis, first=t == 1)
         assert self.basis is not None
         g, p = self._turned(grad), self.basis
         r = g @ p

@@ -225,7 +225,7 @@ def test_a_loss_that_explodes_ends_the_run_and_names_the_way_back(
     folder = tmp_path / "run"
     ended = world.train(
         str(folder),
-        "training.learning_rate=1e30",
+        "training.learning_rate=1e9",
         "--optimizer",
         "adamw",
         f"checkpoint.save_every_steps={save_every_steps}",
