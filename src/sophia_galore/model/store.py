@@ -40,8 +40,7 @@ class WeightStore:
     def first_non_finite(self) -> str | None:
         """The first weight that holds a NaN or an infinity; None: there is none."""
         for name, weight in self._weights.items():
-            # The extremes are NaN if any entry is.
-            if not all(math.isfinite(extreme) for extreme in torch.aminmax(weight)):
+            if not _is_finite(weight):
                 return name
         return None
 
@@ -95,8 +94,7 @@ def load_store(
         # clone: a tensor that is not converted would still be a view of the mapped file.
         converted = tensor.to(device=device, dtype=dtype)
         weights[name] = converted.clone() if converted.data_ptr() == tensor.data_ptr() else converted
-        # The extremes are NaN if any entry is.
-        if not all(math.isfinite(extreme) for extreme in torch.aminmax(weights[name])):
+        if not _is_finite(weights[name]):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in {dtype}.", "Download the model again."
             )
@@ -106,6 +104,11 @@ def load_store(
             f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", "Download the model again."
         )
     return WeightStore({name: weights[name] for name in shapes})
+
+
+def _is_finite(weight: Tensor) -> bool:
+    # The extremes are NaN if any entry is.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(weight))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:

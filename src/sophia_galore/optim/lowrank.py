@@ -39,12 +39,9 @@ def refresh_is_due(spec: ParamSpec, state: ParamState, step: int) -> bool:
         step: Number of the parameter's step, counted from 1.
     """
     subspace = subspace_of(spec)
-    if not subspace.adaptive:
-        return subspace.refreshes_at(step)
-    planned = int(state.tensors["next_refresh"][0])
-    return subspace.refreshes_early_at(step) or (
-        step >= planned if planned else (step - 1 + subspace.offset) % subspace.gap == 0
-    )
+    planned = int(state.tensors["next_refresh"][0]) if subspace.adaptive else 0
+    # Until an adaptive gap has planned its first refresh, the fixed gap says when that is.
+    return subspace.refreshes_early_at(step) or step >= planned if planned else subspace.refreshes_at(step)
 
 
 def basis_at(spec: ParamSpec, state: ParamState, step: int, seed: int, device: torch.device) -> Tensor:
