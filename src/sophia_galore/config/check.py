@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from sophia_galore.config.problems import Problem, raise_problems
-from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.schema import QuantizationConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class Rule:
     remedy: str
 
 
+# Options of native eight-bit weights alone.
+_NATIVE_KEYS = ("block_size", "skip", "rounding", "fold")
+
+
 def _both_eval_sources(config: RunConfig) -> bool:
     # The default share is no wish of the user's: only one that was written down contradicts.
     given = config.data.model_fields_set
@@ -47,6 +51,22 @@ def _cannot_keep_gradients(config: RunConfig) -> bool:
     return asked and not keeps_projected_gradients(config)
 
 
+def _folds_late(config: RunConfig) -> bool:
+    quantization = config.quantization
+    return quantization.int8 and quantization.backend == "native" and quantization.fold == "refresh"
+
+
+def _stays_in_subspace(config: RunConfig) -> bool:
+    return keeps_projected_gradients(config) and config.optimizer.galore.subspace != "random"
+
+
+def _native_options(config: RunConfig) -> str:
+    """Those options of native eight-bit weights that are not at their defaults, in words."""
+    given = {key: getattr(config.quantization, key) for key in _NATIVE_KEYS}
+    default = QuantizationConfig()
+    return ", ".join(f"quantization.{key}" for key, value in given.items() if value != getattr(default, key))
+
+
 def keeps_projected_gradients(config: RunConfig) -> bool:
     """Whether a step needs no more of a matrix's gradient than its projection, so that all can be kept for a while."""
     return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
@@ -60,12 +80,26 @@ RULES: dict[str, Rule] = {
         "backward, which is what keeps one layer's graph in memory at a time",
         "Remove it or set it to true; keeping the graphs is planned for a later version.",
     ),
-    "int8_weights": Rule(
-        lambda c: c.quantization.enabled or c.quantization.load_in_8bit,
+    "int8_on_and_off": Rule(
+        lambda c: c.quantization.int8 and False in (c.quantization.enabled, c.quantization.load_in_8bit),
         ("quantization.enabled", "quantization.load_in_8bit"),
-        "int8 weights are not in this version (quantization.enabled: {c.quantization.enabled}, "
-        "quantization.load_in_8bit: {c.quantization.load_in_8bit})",
-        "Set both to false and use model.store: bf16, the smallest store so far.",
+        "quantization.enabled: {c.quantization.enabled} and quantization.load_in_8bit: {c.quantization.load_in_8bit} "
+        "mean the same, eight-bit weights, and contradict each other",
+        "Set both to true or both to false, or leave one of them out.",
+    ),
+    "fold_refresh": Rule(
+        lambda c: _folds_late(c) and not _stays_in_subspace(c),
+        ("quantization.fold", "optimizer.type", "optimizer.galore.residual", "optimizer.galore.subspace"),
+        "quantization.fold: refresh keeps updates in a stored subspace until the next refresh, which optimizer.type: "
+        "{c.optimizer.type} (residual: {c.optimizer.galore.residual}, subspace: {c.optimizer.galore.subspace}) has not",
+        "Use quantization.fold: step, or optimizer.type: galore with residual: none and subspace: tracked.",
+    ),
+    "native_only": Rule(
+        lambda c: c.quantization.int8 and c.quantization.backend != "native" and _native_options(c) != "",
+        ("quantization.backend", *(f"quantization.{key}" for key in _NATIVE_KEYS)),
+        "quantization.backend: bitsandbytes holds its weights in a format of its own, frozen, so {native_options} "
+        "would do nothing",
+        "Leave that out, or use quantization.backend: native.",
     ),
     "betas": Rule(
         lambda c: not all(0 <= beta < 1 for beta in c.optimizer.betas or ()),
@@ -162,4 +196,6 @@ def check(config: RunConfig) -> None:
 
 def _filled(text: str, config: RunConfig) -> str:
     # Truth values appear as YAML spells them.
-    return text.format(c=config).replace("True", "true").replace("False", "false")
+    return (
+        text.format(c=config, native_options=_native_options(config)).replace("True", "true").replace("False", "false")
+    )

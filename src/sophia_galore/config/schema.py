@@ -45,7 +45,9 @@ class ModelConfig(Section):
         None, description="Model to take, said aloud, if no source can be reached for `name`; null: stop instead."
     )
     cache_dir: str = Field("models_cache", description="Folder in which models are kept.")
-    store: StoreFormat = Field("fp32", description="Format in which weights live between uses.")
+    store: StoreFormat = Field(
+        "fp32", description="Format in which weights live between uses, where quantization does not say int8."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
 
 
@@ -195,10 +197,39 @@ class OptimizerConfig(Section):
 
 
 class QuantizationConfig(Section):
-    """Eight-bit weights."""
+    """Eight-bit weights: native ones, which train, or those of bitsandbytes, which are frozen."""
 
-    enabled: bool = Field(False, description="Store weights in int8.")
-    load_in_8bit: bool = Field(False, description="Read the model into int8 while loading.")
+    enabled: bool | None = Field(
+        None, description="Eight-bit weights. It and load_in_8bit mean the same; null: as the other one."
+    )
+    load_in_8bit: bool | None = Field(None, description="As `enabled`; null: as that.")
+    backend: Literal["native", "bitsandbytes"] = Field(
+        "native",
+        description="native: all weight matrices in int8, all trained. bitsandbytes: the layers' matrices in "
+        "Linear8bitLt, frozen; the rest is trained by AdamW.",
+    )
+    block_size: int = Field(
+        128, ge=0, le=2**20, description="Neighbouring weights of a row that share a scale; 0: the whole row."
+    )
+    skip: tuple[str, ...] = Field(
+        (),
+        description="Names of weights that stay in model.store; * stands for anything. A pattern must match a weight.",
+    )
+    rounding: Literal["stochastic", "nearest"] = Field(
+        "stochastic",
+        description="How a step is rounded to int8: at random with the right mean, or to nearest, which loses small "
+        "steps (to see how much).",
+    )
+    fold: Literal["step", "refresh"] = Field(
+        "step",
+        description="When updates go into int8: at every step, or when the basis is refreshed, with the sum of the "
+        "updates kept in the subspace in bf16 until then.",
+    )
+
+    @property
+    def int8(self) -> bool:
+        """Whether weights are held in eight bits."""
+        return bool(self.enabled or self.load_in_8bit)
 
 
 class CheckpointConfig(Section):
@@ -213,7 +244,7 @@ class ExportConfig(Section):
     """The final model."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="Precision of the final model.safetensors; auto: the store's."
+        "auto", description="Precision of the final model.safetensors; auto: the store's, bf16 for int8."
     )
 
 

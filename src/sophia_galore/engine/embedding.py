@@ -12,6 +12,7 @@ from torch.func import functional_call
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall, capture_calls
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Embedded:
         return total
 
 
-def embed(anatomy: Anatomy, weight: Tensor, batches: Sequence[MicroBatch], dtype: torch.dtype) -> Embedded:
+def embed(anatomy: Anatomy, store: WeightStore, batches: Sequence[MicroBatch], dtype: torch.dtype) -> Embedded:
     """Look up the tokens of an effective batch, and learn how the layers are called.
 
     Args:
         anatomy: The model.
-        weight: (V, d) stored embedding.
-        batches: Micro-batches on the device of `weight`.
+        store: The weights.
+        batches: Micro-batches on the device of the weights.
         dtype: Compute precision.
 
     Returns:
@@ -64,7 +65,7 @@ def embed(anatomy: Anatomy, weight: Tensor, batches: Sequence[MicroBatch], dtype
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True
     )
-    rows = weight[tokens].to(dtype).requires_grad_(torch.is_grad_enabled())
+    rows = store.rows(anatomy.embed_name, tokens, dtype).requires_grad_(torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
     for batch, places_flat in zip(batches, places.split([b.input_ids.numel() for b in batches]), strict=True):

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.model.store import WeightStore
+from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from sophia_galore.model.store import INT8_FILE, WeightStore, open_store
+from sophia_galore.numerics.int8 import Packed
 
 
 def answer(
@@ -25,6 +27,8 @@ def answer(
     device: torch.device,
 ) -> list[str]:
     """Answer questions greedily, in the store's own precision, so that no second copy of the weights is made.
+
+    Weights in eight bits are decoded one at a time.
 
     Args:
         anatomy: The model's parts; parameters on the meta device, before and after.
@@ -70,52 +74,97 @@ def prompt_tokens(tokenizer: Any, question: str) -> torch.Tensor:
 
 @contextmanager
 def _whole(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
-    """The model with the stored weights in their places, without copying them."""
-    places = [
-        (module, name, parameter)
-        for module in anatomy.model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-    ]
+    """The model with the stored weights in their places; those that must be decoded are there while they work only."""
     names = {id(parameter): name for name, parameter in anatomy.model.named_parameters()}
-    whole = {id(meta): nn.Parameter(store[names[id(meta)]], requires_grad=False) for _, _, meta in places}
+    places = [
+        (module, key, parameter)
+        for module in anatomy.model.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in names
+    ]
+    dtype = store.plain_dtype()
+    hooks: list[RemovableHandle] = []
+    whole: dict[int, nn.Parameter] = {}
+    for module, key, meta in places:
+        stored = store[names[id(meta)]]
+        if isinstance(stored, Tensor):
+            value = stored
+        else:
+            # It says shape, precision and device, which the model is asked for, and takes no memory.
+            value = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
+            hooks += _decode_while_working(module, key, stored, dtype)
+        whole.setdefault(id(meta), nn.Parameter(value, requires_grad=False))
     was_training = anatomy.model.training
     try:
-        for module, name, meta in places:
-            setattr(module, name, whole[id(meta)])
+        for module, key, meta in places:
+            setattr(module, key, whole[id(meta)])
         anatomy.model.eval()
         yield anatomy.model
     finally:
-        for module, name, meta in places:
-            setattr(module, name, meta)
+        for hook in hooks:
+            hook.remove()
+        for module, key, meta in places:
+            setattr(module, key, meta)
         anatomy.model.train(was_training)
+
+
+def _decode_while_working(module: nn.Module, key: str, stored: Packed, dtype: torch.dtype) -> list[RemovableHandle]:
+    """Hooks that put a module's decoded weight in its place before its forward, and take it away after."""
+    placeholder: list[Any] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        placeholder.append(getattr(module, key))
+        if isinstance(module, nn.Embedding):  # of which a few rows will do
+            tokens, places = torch.unique(args[0], return_inverse=True)
+            setattr(module, key, nn.Parameter(stored[tokens].dequantise(dtype), requires_grad=False))
+            return (places, *args[1:])
+        setattr(module, key, nn.Parameter(stored.dequantise(dtype), requires_grad=False))
+        return args
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        setattr(module, key, placeholder.pop())
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def stream_answer(folder: Path, question: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Print the answer of a model folder token by token.
 
     Args:
-        folder: An ordinary Hugging Face model folder.
+        folder: A model folder.
         question: What to ask.
         max_new_tokens: Longest answer in tokens.
         temperature: 0: always the likeliest token.
         seed: Of the draws at temperatures above 0.
     """
-    from transformers import AutoModelForCausalLM, TextStreamer
+    from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the answer is what is to be seen
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     prompt = prompt_tokens(tokenizer, question).to(device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        **sampling,
-    )
+    with _loaded(folder, device) as model:
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+
+
+@contextmanager
+def _loaded(folder: Path, device: torch.device) -> Iterator[Any]:
+    """The model of a folder; one in eight bits stays so."""
+    from transformers import AutoModelForCausalLM
+
+    if (folder / INT8_FILE).is_file():
+        with _whole(build_skeleton(load_model_config(folder), device), open_store(folder, device)) as model:
+            yield model
+    else:
+        yield AutoModelForCausalLM.from_pretrained(folder).to(device).eval()

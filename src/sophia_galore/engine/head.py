@@ -166,7 +166,8 @@ class Head:
 
     def _zero_grad(self) -> Tensor:
         """Zeros for the gradient of the head or the embedding, (V, d) float32."""
-        grad = torch.zeros_like(self._store[self._anatomy.embed_name], dtype=torch.float32)
+        weight = self._store[self._anatomy.embed_name]
+        grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         self._observer.tag(grad, "gradients")
         return grad
 

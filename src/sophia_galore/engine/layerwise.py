@@ -126,7 +126,7 @@ class LayerwiseEngine:
         anatomy, observer = self._anatomy, self._observer
         batches = [self._to_device(batch) for batch in batches]
         with observer.phase("forward"):
-            embedded = embed(anatomy, self._store[anatomy.embed_name], batches, self._dtype)
+            embedded = embed(anatomy, self._store, batches, self._dtype)
             inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
         with observer.phase("head"):
             sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
@@ -168,7 +168,7 @@ class LayerwiseEngine:
         anatomy.model.eval()
         try:
             with self._observer.phase("eval"):
-                embedded = embed(anatomy, self._store[anatomy.embed_name], batches, self._dtype)
+                embedded = embed(anatomy, self._store, batches, self._dtype)
                 hidden = list(embedded.hidden)
                 for index in range(len(anatomy.layers)):
                     weights = self._layer_weights(index)

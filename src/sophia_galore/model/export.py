@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sophia_galore.model.store import WeightStore
+from sophia_galore.model.store import WeightStore, save_weights
+from sophia_galore.numerics.int8 import Stored, materialise
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -22,25 +24,29 @@ def read_generation_config(folder: Path) -> Any:
 def write_model(
     folder: Path, *, store: WeightStore, dtype: torch.dtype | None, config: Any, generation_config: Any, tokenizer: Any
 ) -> None:
-    """Write `model.safetensors`, `config.json`, `generation_config.json` and the tokenizer.
+    """Write the weights, `config.json`, `generation_config.json` and the tokenizer.
 
     Args:
         folder: An existing folder.
         store: The weights.
-        dtype: Precision of the file; None: exactly as stored.
+        dtype: Precision of the file, an ordinary one then; None: exactly as stored, in eight bits too.
         config: The model's Hugging Face configuration.
         generation_config: Its generation settings, or None.
         tokenizer: Its tokenizer.
     """
-    from safetensors.torch import save_file
-
-    # On the CPU: a second copy of the model would not fit beside the first on a small card.
-    tensors = {name: weight.to("cpu", dtype or weight.dtype).contiguous() for name, weight in store.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
+    weights = {name: _exported(weight, dtype) for name, weight in store.items()}
+    save_weights(folder, weights)
     saved = type(config).from_dict(config.to_dict())
     saved.use_cache = True
-    saved.dtype = _DTYPE_NAMES[next(iter(tensors.values())).dtype]
+    saved.dtype = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))]
     saved.save_pretrained(folder)
     if generation_config is not None:
         generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _exported(weight: Stored, dtype: torch.dtype | None) -> Stored:
+    if dtype is not None:
+        return materialise(weight, dtype).to("cpu")
+    return weight.to("cpu") if isinstance(weight, Tensor) else weight

@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import ModelError
+from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
+
+INT8_FILE = "model.int8.safetensors"
+"""Where a folder's weights are if some of them are in eight bits."""
+
+_SCALES = ".scales"
+_BLOCK_SIZE = "block_size"
+_INT8 = Int8Format()
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class WeightStore:
-    """Named weights in one format on one device.
+    """Named weights on one device, each in its own format.
 
     Args:
-        weights: Name to tensor, all of the store's dtype; taken over, not copied.
+        weights: Name to stored weight; taken over, not copied.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Stored]) -> None:
         self._weights = dict(weights)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Stored:
         """The stored weight itself: whoever changes it changes the model."""
         return self._weights[name]
 
-    def items(self) -> Iterable[tuple[str, Tensor]]:
+    def __setitem__(self, name: str, weight: Stored) -> None:
+        """Put another stored weight in a known one's place."""
+        if name not in self._weights:
+            raise KeyError(name)
+        self._weights[name] = weight
+
+    def items(self) -> Iterable[tuple[str, Stored]]:
         """Names and stored weights, in the model's order."""
         return self._weights.items()
 
@@ -37,12 +51,22 @@ class WeightStore:
         """Names of the weights below a module, in the model's order."""
         return [name for name in self._weights if name.startswith(f"{prefix}.")]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the store consists of, as a file keeps them: `name`, and `name.scales` beside codes."""
+        return {key: tensor for name, weight in self._weights.items() for key, tensor in _parts(name, weight)}
+
     def first_non_finite(self) -> str | None:
         """The first weight that holds a NaN or an infinity; None: there is none."""
-        for name, weight in self._weights.items():
-            if not _is_finite(weight):
-                return name
-        return None
+        return next((name for name, weight in self._weights.items() if not _is_finite(name, weight)), None)
+
+    def plain_dtype(self) -> torch.dtype:
+        """Precision of the weights that need no decoding; every store has some."""
+        return next(weight.dtype for weight in self._weights.values() if isinstance(weight, Tensor))
+
+    def is_ready(self, name: str, dtype: torch.dtype) -> bool:
+        """Whether a weight is stored as it is computed with, so that materialising it costs nothing."""
+        weight = self._weights[name]
+        return isinstance(weight, Tensor) and weight.dtype == dtype
 
     def materialise(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights in compute precision; where the store has that precision already, no copy is made.
@@ -54,15 +78,36 @@ class WeightStore:
         Returns:
             Name to tensor. Read only: may share memory with the store.
         """
-        return {name: self._weights[name].to(dtype) for name in names}
+        return {name: materialise(self._weights[name], dtype) for name in names}
+
+    def rows(self, name: str, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """Some rows of a weight in compute precision.
+
+        Args:
+            name: Which weight.
+            rows: A slice, or (k,) int64 row numbers.
+            dtype: Compute precision.
+
+        Returns:
+            (k, n). Read only: may share memory with the store.
+        """
+        return materialise(self._weights[name][rows], dtype)
 
 
 def load_store(
-    folder: Path, shapes: Mapping[str, torch.Size], *, tied_head: str | None, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    *,
+    tied_head: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: Collection[str] = (),
+    form: Int8Format = _INT8,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
-    Each tensor is converted as it is read, so that the model never exists twice.
+    Each tensor is converted as it is read, so that the model never exists twice. What is in eight bits already, in
+    the same format, is taken as it is.
 
     Args:
         folder: The model's folder.
@@ -70,6 +115,8 @@ def load_store(
         tied_head: Name under which a file may hold a second copy of the tied embedding; it is left out.
         dtype: The store's dtype.
         device: Where the store lives.
+        int8: Names of the weights that are held in eight bits instead.
+        form: In which format these are.
 
     Returns:
         The store.
@@ -77,8 +124,8 @@ def load_store(
     Raises:
         ModelError: A tensor is missing, unknown, of another shape or not finite, or a file is damaged.
     """
-    weights: dict[str, Tensor] = {}
-    for path, name, tensor in _tensors(folder):
+    weights: dict[str, Stored] = {}
+    for path, name, weight in read_weights(folder):
         if name == tied_head or name.endswith("rotary_emb.inv_freq"):
             continue
         if name not in shapes:
@@ -86,17 +133,16 @@ def load_store(
                 f"{path} holds {name}, which this architecture does not have.",
                 "config.json and the weights must belong to the same model.",
             )
-        if tensor.shape != shapes[name]:
+        if weight.shape != shapes[name]:
             raise ModelError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(shapes[name])}.",
+                f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tuple(shapes[name])}.",
                 "config.json and the weights must belong to the same model.",
             )
-        # clone: a tensor that is not converted would still be a view of the mapped file.
-        converted = tensor.to(device=device, dtype=dtype)
-        weights[name] = converted.clone() if converted.data_ptr() == tensor.data_ptr() else converted
-        if not _is_finite(weights[name]):
+        target = form if name in int8 else dtype
+        weights[name] = convert(weight, target, device)
+        if not _is_finite(name, weights[name]):
             raise ModelError(
-                f"{path}: {name} holds values that are not finite in {dtype}.", "Download the model again."
+                f"{path}: {name} holds values that are not finite in {target}.", "Download the model again."
             )
     missing = [name for name in shapes if name not in weights]
     if missing:
@@ -106,30 +152,114 @@ def load_store(
     return WeightStore({name: weights[name] for name in shapes})
 
 
-def _is_finite(weight: Tensor) -> bool:
-    # The extremes are NaN if any entry is.
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(weight))
+def open_store(folder: Path, device: torch.device) -> WeightStore:
+    """Read a model folder into a store, each weight in the format in which the folder has it.
+
+    Args:
+        folder: The model's folder.
+        device: Where the store lives.
+
+    Raises:
+        ModelError: As for `read_weights`.
+    """
+    weights: dict[str, Stored] = {}
+    for _, name, weight in read_weights(folder):
+        own = weight.form if isinstance(weight, Int8Tensor) else weight.dtype
+        weights[name] = convert(weight, own, device)
+    return WeightStore(weights)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.device) -> Stored:
+    """A weight in another format, or a copy in the same one; eight bits are rounded to nearest.
+
+    Args:
+        weight: As it was read.
+        target: The format.
+        device: Where the result lives.
+    """
+    if isinstance(target, Int8Format):
+        if isinstance(weight, Int8Tensor) and weight.form.block == target.block:
+            return Int8Tensor(weight.codes.to(device, copy=True), weight.scales.to(device, copy=True), target)
+        return quantise(materialise(weight, torch.float32), target, device)
+    # A copy: a tensor that is not converted would still be a view of the mapped file.
+    return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
+
+
+def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]]:
+    """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
+
+    Raises:
+        ModelError: A file is missing or damaged, or codes and scales do not belong together.
+    """
     from safetensors import SafetensorError, safe_open
 
     for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
+                names, metadata = list(file.keys()), file.metadata() or {}
+            form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
             for name in names:
+                if form and name.endswith(_SCALES):
+                    continue
                 # Opened anew each time: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file:
-                    yield path, name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype != torch.int8:
+                        yield path, name, tensor
+                        continue
+                    if form is None or name + _SCALES not in names:
+                        raise ModelError(
+                            f"{path}: {name} is in eight bits, but its scales are not there.",
+                            "Download the model again.",
+                        )
+                    weight = Int8Tensor(tensor, file.get_tensor(name + _SCALES), form)
+                if problem := weight.problem():
+                    raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
+                yield path, name, weight
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
+
+
+def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
+    """Write weights into a folder, as `read_weights` reads them.
+
+    Where one is in eight bits, the file has another name, so that programs that know nothing of codes and scales
+    find no weights rather than wrong ones.
+
+    Args:
+        folder: An existing folder.
+        weights: Name to weight; each is brought to the CPU, one copy if it is elsewhere.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {
+        key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
+    }
+    packed = next((weight for weight in weights.values() if isinstance(weight, Int8Tensor)), None)
+    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(packed.form.block)} if packed else {})
+    save_file(tensors, folder / (INT8_FILE if packed else "model.safetensors"), metadata=metadata)
+
+
+def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
+    """The tensors that a stored weight consists of, by the names that a file gives them."""
+    if isinstance(weight, Tensor):
+        return [(name, weight)]
+    if isinstance(weight, Int8Tensor):
+        return [(name, weight.codes), (name + _SCALES, weight.scales)]
+    raise TypeError(f"no file holds a {type(weight).__name__}")
+
+
+def _is_finite(name: str, weight: Stored) -> bool:
+    # The extremes are NaN if any entry is. Codes always are finite; their scales may not be.
+    floats = [tensor for _, tensor in _parts(name, weight) if tensor.is_floating_point()]
+    return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    for name in ("model.safetensors", INT8_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise ModelError(

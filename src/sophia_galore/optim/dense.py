@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.int8 import Stored
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.move import move, row_blocks
 from sophia_galore.optim.spec import ParamSpec
@@ -14,7 +15,7 @@ from sophia_galore.optim.state import ParamState
 def dense_step(
     spec: ParamSpec,
     state: ParamState,
-    weight: Tensor,
+    weight: Stored,
     grad: Tensor,
     *,
     step: int,

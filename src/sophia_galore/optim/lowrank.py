@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics import bases, residual
+from sophia_galore.numerics.int8 import Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
@@ -103,7 +104,7 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: i
 def lowrank_step(
     spec: ParamSpec,
     state: ParamState,
-    weight: Tensor,
+    weight: Stored,
     projected: Tensor,
     grad: Tensor | None,
     basis: Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.int8 import Stored, materialise
 from sophia_galore.numerics.rounding import write_rounded
 from sophia_galore.optim.state import ROW_ALIGNMENT
 
@@ -14,7 +15,7 @@ from sophia_galore.optim.state import ROW_ALIGNMENT
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def row_blocks(tensor: Tensor) -> Iterator[slice]:
+def row_blocks(tensor: Stored) -> Iterator[slice]:
     """Slices over the first dimension, each of about `_BLOCK_ELEMENTS` elements at most.
 
     They begin at multiples of `ROW_ALIGNMENT`, so the smallest one has that many rows.
@@ -26,38 +27,41 @@ def row_blocks(tensor: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def opened(weight: Tensor, rate: float, weight_decay: float) -> Tensor:
+def opened(weight: Stored, rate: float, weight_decay: float) -> Tensor:
     """Rows of a weight in float32, decayed: (1 - rate * weight_decay) weight. To be changed, then `store`d.
 
     Args:
-        weight: Rows of the stored weight, float32 or bfloat16.
+        weight: Rows of the stored weight.
         rate: Learning rate.
         weight_decay: Decoupled decay.
 
     Returns:
         float32; in a float32 format the stored rows themselves.
     """
-    values = weight if weight.dtype == torch.float32 else weight.float()
+    values = materialise(weight, torch.float32)
     return values.mul_(1 - rate * weight_decay) if weight_decay else values
 
 
-def store(weight: Tensor, values: Tensor, rounding: torch.Generator) -> None:
+def store(weight: Stored, values: Tensor, rounding: torch.Generator) -> None:
     """Write back what `opened` gave, rounded without bias where the format is narrower than float32.
 
     Args:
         weight: Rows of the stored weight, changed in place.
-        values: float32, of the same shape.
+        values: float32, of the same shape; used up.
         rounding: Where the bits of the rounding come from.
     """
-    if values is not weight:
-        write_rounded(weight, values, rounding)
+    if isinstance(weight, Tensor):
+        if values is not weight:
+            write_rounded(weight, values, rounding)
+    else:
+        weight.write(values, rounding)
 
 
-def move(weight: Tensor, direction: Tensor, rate: float, weight_decay: float, rounding: torch.Generator) -> None:
+def move(weight: Stored, direction: Tensor, rate: float, weight_decay: float, rounding: torch.Generator) -> None:
     """weight <- round((1 - rate * weight_decay) weight - rate * direction), in place.
 
     Args:
-        weight: Rows of the stored weight, float32 or bfloat16.
+        weight: Rows of the stored weight.
         direction: float32, of the same shape.
         rate: Learning rate.
         weight_decay: Decoupled decay.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError, NonFiniteError
+from sophia_galore.numerics.int8 import Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import sophia_curvature
 from sophia_galore.numerics.subspace import Projector, project
@@ -62,13 +63,13 @@ class ParamOptimizer:
             self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
 
     def step_param(
-        self, name: str, weight: Tensor, grad: Tensor, *, step: int, factor: float, projected: bool = False
+        self, name: str, weight: Stored, grad: Tensor, *, step: int, factor: float, projected: bool = False
     ) -> None:
         """Move one weight by one step.
 
         Args:
             name: The parameter's name.
-            weight: The stored weight, float32 or bfloat16, changed in place.
+            weight: The stored weight, in any format, changed in place.
             grad: Gradient over the whole effective batch, float32, the shape of `weight`.
             step: Number of the optimizer step, counted from 1.
             factor: The schedule's value; multiplies the parameter's own learning rate.
@@ -104,7 +105,7 @@ class ParamOptimizer:
         low = self._projected(spec, state, grad, step, projected)
         return HeldGrad(None if spec.subspace.residual == "none" else grad, low)
 
-    def step_held(self, name: str, weight: Tensor, held: HeldGrad, *, step: int, factor: float) -> None:
+    def step_held(self, name: str, weight: Stored, held: HeldGrad, *, step: int, factor: float) -> None:
         """The second half of a step.
 
         Args:

@@ -18,7 +18,6 @@ from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.source import ResolvedModel
-from sophia_galore.model.store import DTYPES
 from sophia_galore.plan.routes import Route, dense_learning_rate, make_routes, peak_learning_rate
 
 # Clipping by the model keeps what steps need of the gradients; beyond this share it would be the gradients themselves.
@@ -76,7 +75,7 @@ class RunPlan:
     def ledger(self) -> dict[str, int]:
         """Bytes that stay for the whole run, by category."""
         return {
-            "weights": sum(route.num_elements * DTYPES[route.format].itemsize for route in self.routes),
+            "weights": sum(route.weight_bytes for route in self.routes),
             "optimizer state": sum(route.state_bytes for route in self.routes),
             "projections": sum(route.projection_bytes for route in self.routes),
         }

@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.schema import QuantizationConfig
+from sophia_galore.errors import ConfigError
+from sophia_galore.model.store import DTYPES
+from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.numerics.subspace import Side
 from sophia_galore.optim.spec import (
@@ -47,13 +52,15 @@ class Route:
 
     Args:
         spec: How it is stepped.
-        format: Format in which its weight is stored.
+        format: Format in which its weight is stored: "fp32", "bf16" or "int8".
+        weight_bytes: Bytes of the stored weight.
         rule: What steps it, in words: the optimizer's name if the gradient is projected, else the rule's.
         why: The reason for this route, in words.
     """
 
     spec: ParamSpec
     format: str
+    weight_bytes: int
     rule: str
     why: str
 
@@ -85,6 +92,7 @@ class Route:
             "name": spec.name,
             "shape": list(spec.shape),
             "format": self.format,
+            "weight_bytes": self.weight_bytes,
             "rule": self.rule,
             "direction": spec.rule,
             "side": self.side,
@@ -131,7 +139,16 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
 
     Returns:
         One route a parameter, in the same order.
+
+    Raises:
+        ConfigError: A pattern of quantization.skip matches no weight.
     """
+    for skip in config.quantization.skip if config.quantization.int8 else ():
+        if not any(fnmatchcase(name, skip) for name in shapes):
+            raise ConfigError(
+                f"quantization.skip: {skip!r} matches no weight of this model.",
+                f"Weights have names such as {next(iter(shapes))}; * stands for anything.",
+            )
     projected = [name for name, shape in shapes.items() if _is_projected(config, tuple(shape))]
     places = {name: Fraction(index, len(projected)) for index, name in enumerate(projected)}
     return tuple(
@@ -140,6 +157,19 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
         else _dense_route(config, name, tuple(shape), is_head=name == head_name)
         for name, shape in shapes.items()
     )
+
+
+def int8_format(config: QuantizationConfig) -> Int8Format:
+    """How weights that are held in eight bits are held."""
+    return Int8Format(config.block_size, config.rounding == "stochastic")
+
+
+def _held(config: RunConfig, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+    """The format of a stored weight, and its bytes."""
+    quantization = config.quantization
+    if quantization.int8 and len(shape) == 2 and not any(fnmatchcase(name, skip) for skip in quantization.skip):
+        return "int8", int8_format(quantization).num_bytes((shape[0], shape[1]))
+    return config.model.store, math.prod(shape) * DTYPES[config.model.store].itemsize
 
 
 def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: Fraction) -> Route:
@@ -151,7 +181,7 @@ def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place
     else:
         subspace = _apollo_subspace(config, shape, place)
     spec = _spec(config, name, shape, rule, peak_learning_rate(config), subspace)
-    return Route(spec, config.model.store, kind, f"projected, rank {subspace.rank}")
+    return Route(spec, *_held(config, name, shape), kind, f"projected, rank {subspace.rank}")
 
 
 def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_head: bool) -> Route:
@@ -159,7 +189,8 @@ def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_hea
     kind = config.optimizer.type
     if kind == "scale" and len(shape) == 2:
         rule, why = ("scale_momentum", "head, with momentum") if is_head else ("scale", "no state")
-        return Route(_spec(config, name, shape, rule, peak_learning_rate(config)), config.model.store, rule, why)
+        spec = _spec(config, name, shape, rule, peak_learning_rate(config))
+        return Route(spec, *_held(config, name, shape), rule, why)
     rule = "sophia" if kind == "sophia" else "adamw"
     if kind in ("adamw", "sophia"):
         why = f"optimizer.type is {kind}"
@@ -167,7 +198,7 @@ def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_hea
         why = "norm or bias"
     else:
         why = f"a side <= rank {_rank(config)}"
-    return Route(_spec(config, name, shape, rule, dense_learning_rate(config)), config.model.store, rule, why)
+    return Route(_spec(config, name, shape, rule, dense_learning_rate(config)), *_held(config, name, shape), rule, why)
 
 
 def _spec(

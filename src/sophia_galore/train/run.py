@@ -22,6 +22,7 @@ from sophia_galore.model.export import read_generation_config, write_model
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
+from sophia_galore.plan.routes import int8_format
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
@@ -258,6 +259,8 @@ class _Run:
             tied_head="lm_head.weight" if prepared.anatomy.tied else None,
             dtype=DTYPES[self._config.model.store],
             device=prepared.device,
+            int8=[route.spec.name for route in prepared.plan.routes if route.format == "int8"],
+            form=int8_format(self._config.quantization),
         )
 
     def _write_documents(self) -> None:
@@ -277,7 +280,7 @@ class _Run:
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
         asked = self._config.export.dtype
-        dtype = None if asked == "auto" else DTYPES[asked]
+        dtype = DTYPES[asked] if asked != "auto" else torch.bfloat16 if self._config.quantization.int8 else None
         replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _trainer_state(self) -> dict[str, Any]:

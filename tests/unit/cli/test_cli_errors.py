@@ -67,7 +67,14 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "unreadable value": (["training.seed=[1"], ["training.seed=[1"]),
     "no value": (["training.seed="], ["no value"]),
     "false checkpointing": (["training.gradient_checkpointing=false"], ["gradient_checkpointing"]),
-    "int8": (["quantization.enabled=true"], ["quantization.enabled", "bf16"]),
+    "int8 on and off": (
+        ["quantization.enabled=true", "quantization.load_in_8bit=false"],
+        ["quantization.load_in_8bit", "contradict"],
+    ),
+    "a pattern that matches nothing": (
+        ["quantization.enabled=true", "quantization.skip=[lm_haed*]"],
+        ["lm_haed*", "matches no weight"],
+    ),
     "warm-up fills max_steps": (["training.max_steps=4", "training.warmup_steps=4"], ["training.warmup_steps"]),
     "warm-up fills the epochs": (["training.warmup_steps=10"], ["training.warmup_steps", "only 10 steps"]),
     "longer than the positions": (["training.max_length=129"], ["128 positions", "training.max_length=128"]),

@@ -16,9 +16,42 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
     "no_gradient_checkpointing": [
         (["gradient_checkpointing=false"], ["recompute", "later version"], ["gradient_checkpointing=true"])
     ],
-    "int8_weights": [
-        (["quantization.enabled=true"], ["int8", "enabled: true", "model.store: bf16"], ["quantization.enabled=false"]),
-        (["load_in_8bit=true"], ["int8", "load_in_8bit: true"], ["load_in_8bit=false"]),
+    "int8_on_and_off": [
+        (
+            ["quantization.enabled=true", "load_in_8bit=false"],
+            ["enabled: true", "load_in_8bit: false", "contradict"],
+            ["quantization.enabled=true", "load_in_8bit=true"],
+        ),
+        (["quantization.enabled=false", "load_in_8bit=true"], ["enabled: false"], ["load_in_8bit=true"]),
+    ],
+    "fold_refresh": [
+        (
+            ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.type=adamw"],
+            ["fold: refresh", "optimizer.type: adamw"],
+            ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.type=galore"],
+        ),
+        (
+            ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.galore.residual=fira"],
+            ["residual: fira"],
+            ["quantization.fold=refresh", "optimizer.galore.residual=fira"],
+        ),
+        (
+            ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.galore.subspace=random"],
+            ["subspace: random"],
+            ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.galore.subspace=svd"],
+        ),
+    ],
+    "native_only": [
+        (
+            ["load_in_8bit=true", "quantization.backend=bitsandbytes", "quantization.block_size=64"],
+            ["quantization.block_size", "would do nothing"],
+            ["load_in_8bit=true", "quantization.backend=bitsandbytes"],
+        ),
+        (
+            ["load_in_8bit=true", "quantization.backend=bitsandbytes", "quantization.rounding=nearest"],
+            ["quantization.rounding"],
+            ["quantization.backend=bitsandbytes", "quantization.rounding=nearest"],
+        ),
     ],
     "betas": [
         (["optimizer.betas=[0.9, 1]"], ["below 1"], ["optimizer.betas=[0, 0.9999]"]),
@@ -121,16 +154,16 @@ def test_the_line_is_named(tmp_path: Path) -> None:
 
 
 def test_several_contradictions_are_one_message() -> None:
-    words = ["quantization.enabled=true", "gradient_checkpointing=false"]
+    words = ["training.clip_by=layer", "gradient_checkpointing=false"]
     with pytest.raises(ConfigError, match="2 problems"):
         load_config(None, words)
 
 
 def test_a_configuration_built_in_python_is_held_to_the_same_rules() -> None:
     check(RunConfig())
-    config = RunConfig.model_validate({"quantization": {"enabled": True}})
+    config = RunConfig.model_validate({"training": {"clip_by": "layer"}})
     assert len(contradictions(config)) == 1
-    with pytest.raises(ConfigError, match="int8"):
+    with pytest.raises(ConfigError, match="clip_by"):
         check(config)
 
 

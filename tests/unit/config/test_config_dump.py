@@ -27,8 +27,8 @@ NARROWED: dict[str, st.SearchStrategy[Any]] = {
     "training.clip_by": st.just("auto"),
     "training.learning_rate": st.none() | st.floats(1e-12, 10),
     "optimizer.betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
-    "quantization.enabled": st.just(False),
-    "quantization.load_in_8bit": st.just(False),
+    "quantization.enabled": st.sampled_from([None, False]),
+    "quantization.load_in_8bit": st.sampled_from([None, False]),
 }
 
 

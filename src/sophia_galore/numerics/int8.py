@@ -1,0 +1,224 @@
+"""Weights in eight bits that can be trained: symmetric codes, and a scale for each block of a row.
+
+    w = code * scale        code an integer in [-127, 127], scale a bfloat16 >= 0
+
+A code has 7 bits and a scale 8, so the product is exact in float32: a weight that did not move is written
+back as the code that it was, and nothing else about a value is lost but by the rounding to codes. That
+rounding is stochastic, E[code] = w / scale: at fine-tuning rates a step moves most weights by a fraction of a
+code, which rounding to nearest would lose each time.
+
+A write keeps a block's scale as long as the block fits it and fills more than half of it. A new scale at every
+write would be of no use to what lies between the codes of the old one: in a random walk of 200 steps of 0.01
+standard deviations of the weights, rounding the whole block each time ends 1.9 times as far off. For the same
+reason a new scale leaves some room above the largest weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LARGEST_CODE = 127
+# Room above the largest weight of a block whose scale is made anew: its code is 125, and may grow by two.
+_ROOM = 1 + 1 / 64
+# The noise of rounding stays this far from 0 and 1, so that a sum with the largest code does not round up to the
+# next one: what is a code already stays it.
+_MARGIN = 2.0**-17
+# Blocks of weights below this (some 1e-34) count as zero: their quotients would leave float32.
+_SMALLEST_SCALE = 2.0**-110
+
+
+class Packed(Protocol):
+    """A stored weight in a format that has to be decoded; its rows can be had one by one."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n), as the model has it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def numel(self) -> int:
+        """m * n."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Packed:
+        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """The values, (m, n), in some precision."""
+
+    def write(self, values: Tensor, rounding: torch.Generator) -> None:
+        """Store new values, rounded into the format.
+
+        Args:
+            values: (m, n) float32; used up.
+            rounding: Where the bits of the rounding come from.
+        """
+
+
+Stored = Tensor | Packed
+"""A weight as it is between uses: a tensor in its own precision, or something that has to be decoded."""
+
+
+@dataclass(frozen=True)
+class Int8Format:
+    """How a weight matrix is held in eight bits.
+
+    Args:
+        block: Neighbouring elements of a row that share a scale; 0: all of the row.
+        stochastic: Whether a write rounds at random with the right mean; else to nearest, which loses small steps.
+    """
+
+    block: int = 128
+    stochastic: bool = True
+
+    def num_scales(self, num_columns: int) -> int:
+        """Scales of a row of so many elements; the last block may be shorter."""
+        return -(-num_columns // self.block) if self.block else 1
+
+    def num_bytes(self, shape: tuple[int, int] | torch.Size) -> int:
+        """Bytes of a matrix (m, n), its scales included."""
+        return shape[0] * (shape[1] + 2 * self.num_scales(shape[1]))
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Tensor(Packed):
+    """A matrix in eight bits.
+
+    Args:
+        codes: (m, n) int8, from -127 to 127.
+        scales: (m, `form.num_scales(n)`) bfloat16, not negative.
+        form: How they belong together.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    form: Int8Format
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n)."""
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
+
+    def numel(self) -> int:
+        """m * n."""
+        return self.codes.numel()
+
+    def __getitem__(self, rows: slice | Tensor) -> Int8Tensor:
+        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
+        return Int8Tensor(self.codes[rows], self.scales[rows], self.form)
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """code * scale: exact in float32, one rounding elsewhere; no temporary but in float16.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+
+        Returns:
+            (m, n), a new tensor.
+        """
+        if dtype == torch.float16:  # where a scale may be below the smallest number
+            return self.dequantise(torch.float32).to(dtype)
+        values = self.codes.to(dtype)
+        for block, which in _blocks(values, self.form):
+            block.mul_(self.scales[:, which, None].to(dtype))
+        return values
+
+    @torch.no_grad()
+    def write(self, values: Tensor, rounding: torch.Generator | None) -> None:
+        """Store new values; a block's scale changes if the block outgrew it, or shrank below half of it.
+
+        Args:
+            values: (m, n) float32; used up.
+            rounding: Where the bits of the rounding come from. None: to nearest.
+        """
+        for (block, which), (codes, _) in zip(_blocks(values, self.form), _blocks(self.codes, self.form), strict=True):
+            old = self.scales[:, which].float()
+            extent = torch.maximum(block.amax(2), block.amin(2).neg_())
+            before = codes.amax(2).maximum(codes.amin(2).neg_()) * old
+            fits = (extent <= LARGEST_CODE * old) & ((2 * extent >= LARGEST_CODE * old) | (extent >= before))
+            scales = torch.where(fits, old, _scales(extent))
+            self.scales[:, which] = scales.to(torch.bfloat16)
+            # Where the scale is zero all codes are: any divisor does that leaves no NaN.
+            block.div_(scales.masked_fill(scales == 0, torch.inf)[..., None])
+            if rounding is not None and self.form.stochastic:
+                noise = torch.empty(block.shape, dtype=torch.float32, device=block.device)
+                block.add_(noise.uniform_(_MARGIN, 1 - _MARGIN, generator=rounding)).floor_()
+            else:
+                block.round_()
+            codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
+
+    def problem(self) -> str | None:
+        """What is wrong with codes and scales, in words that follow a name; None: nothing."""
+        if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
+            return f"holds {self.codes.dtype} codes and {self.scales.dtype} scales instead of int8 and bfloat16"
+        expected = (*self.codes.shape[:-1], self.form.num_scales(self.codes.shape[-1]))
+        if self.codes.ndim != 2 or tuple(self.scales.shape) != expected:
+            return f"holds scales of shape {tuple(self.scales.shape)}, its codes want {expected}"
+        if int(self.codes.amin()) < -LARGEST_CODE:
+            return "holds the code -128, which no weight is written as"
+        if not bool(torch.isfinite(self.scales).all()) or bool((self.scales < 0).any()):
+            return "holds scales that are not finite, or negative"
+        return None
+
+
+def quantise(values: Tensor, form: Int8Format, device: torch.device | None = None) -> Int8Tensor:
+    """A matrix in eight bits, rounded to nearest.
+
+    Args:
+        values: (m, n), any float dtype, finite.
+        form: The format.
+        device: Where the result lives; None: where the values are.
+
+    Returns:
+        The matrix; the largest code of a block is 125.
+    """
+    rows, columns = values.shape
+    place = device or values.device
+    made = Int8Tensor(
+        torch.zeros(rows, columns, dtype=torch.int8, device=place),
+        torch.zeros(rows, form.num_scales(columns), dtype=torch.bfloat16, device=place),
+        form,
+    )
+    # By parts, so that no float32 copy of the whole exists.
+    size = max(1, (1 << 22) // columns)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        made[part].write(values[part].to(place, torch.float32, copy=True), None)
+    return made
+
+
+def materialise(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """A stored weight in some precision; where it has that already, no copy is made."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
+
+
+def _scales(extent: Tensor) -> Tensor:
+    """Scales for blocks of some largest magnitude: float32 numbers that bfloat16 holds exactly, rounded up."""
+    wanted = extent * (_ROOM / LARGEST_CODE)
+    low = (1 << 16) - 1
+    rounded = wanted.view(torch.int32).add(low).bitwise_and_(~low).view(torch.float32)
+    # Rounding up must not reach infinity; there the room above the largest weight is given up.
+    rounded = rounded.clamp_(max=torch.finfo(torch.bfloat16).max)
+    return rounded.masked_fill_(rounded < _SMALLEST_SCALE, 0)
+
+
+def _blocks(matrix: Tensor, form: Int8Format) -> Iterator[tuple[Tensor, slice]]:
+    """Views (m, k, block) of a matrix's whole blocks and (m, 1, rest) of its last ones, each with its scales' place."""
+    columns = matrix.shape[-1]
+    size = form.block or columns
+    whole = columns // size
+    if whole:
+        yield matrix[:, : whole * size].unflatten(1, (whole, size)), slice(0, whole)
+    if whole * size < columns:
+        yield matrix[:, whole * size :].unsqueeze(1), slice(whole, whole + 1)
