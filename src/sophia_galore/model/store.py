@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import ModelError
+from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
 
 INT8_FILE = "model.int8.safetensors"
 """Where a folder's weights are if some of them are in eight bits."""
 
 _SCALES = ".scales"
+# What else may stand behind a name: the low-rank remainder of a weight whose last updates are not in its codes yet.
+_ENDINGS = (_SCALES, ".left", ".right", ".shrink")
 _BLOCK_SIZE = "block_size"
 _INT8 = Int8Format()
 
@@ -103,6 +106,7 @@ def load_store(
     device: torch.device,
     int8: Collection[str] = (),
     form: Int8Format = _INT8,
+    without_remainders: bool = False,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
@@ -117,6 +121,8 @@ def load_store(
         device: Where the store lives.
         int8: Names of the weights that are held in eight bits instead.
         form: In which format these are.
+        without_remainders: Leave out updates that are not in the codes yet: a run that goes on has them among its
+            optimizer's state.
 
     Returns:
         The store.
@@ -139,6 +145,8 @@ def load_store(
                 "config.json and the weights must belong to the same model.",
             )
         target = form if name in int8 else dtype
+        if without_remainders and isinstance(weight, FoldedTensor):
+            weight = weight.base
         weights[name] = convert(weight, target, device)
         if not _is_finite(name, weights[name]):
             raise ModelError(
@@ -164,8 +172,7 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
     """
     weights: dict[str, Stored] = {}
     for _, name, weight in read_weights(folder):
-        own = weight.form if isinstance(weight, Int8Tensor) else weight.dtype
-        weights[name] = convert(weight, own, device)
+        weights[name] = convert(weight, weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8, device)
     return WeightStore(weights)
 
 
@@ -185,7 +192,7 @@ def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.devi
     return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]]:
+def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
     """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
 
     Raises:
@@ -199,25 +206,28 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]
                 names, metadata = list(file.keys()), file.metadata() or {}
             form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
             for name in names:
-                if form and name.endswith(_SCALES):
+                if form and name.endswith(_ENDINGS):
                     continue
                 # Opened anew each time: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype != torch.int8:
-                        yield path, name, tensor
-                        continue
-                    if form is None or name + _SCALES not in names:
-                        raise ModelError(
-                            f"{path}: {name} is in eight bits, but its scales are not there.",
-                            "Download the model again.",
-                        )
-                    weight = Int8Tensor(tensor, file.get_tensor(name + _SCALES), form)
-                if problem := weight.problem():
-                    raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
-                yield path, name, weight
+                    parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS) if name + end in names}
+                yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
+
+
+def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Stored:
+    """A weight from its tensors in a file, by what stands behind its name there."""
+    if parts[""].dtype != torch.int8:
+        return parts[""]
+    if form is None or _SCALES not in parts:
+        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
+    base = Int8Tensor(parts[""], parts[_SCALES], form)
+    if problem := base.problem():
+        raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
+    if len(parts) < 1 + len(_ENDINGS):
+        return base
+    return FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
 
 
 def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
@@ -235,18 +245,23 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     tensors = {
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }
-    packed = next((weight for weight in weights.values() if isinstance(weight, Int8Tensor)), None)
-    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(packed.form.block)} if packed else {})
-    save_file(tensors, folder / (INT8_FILE if packed else "model.safetensors"), metadata=metadata)
+    forms = [form for weight in weights.values() if (form := _form(weight))]
+    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(forms[0].block)} if forms else {})
+    save_file(tensors, folder / (INT8_FILE if forms else "model.safetensors"), metadata=metadata)
+
+
+def _form(weight: Stored) -> Int8Format | None:
+    """The format of a weight in eight bits; None: it is in another one."""
+    if isinstance(weight, FoldedTensor):
+        return weight.base.form
+    return weight.form if isinstance(weight, Int8Tensor) else None
 
 
 def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
     """The tensors that a stored weight consists of, by the names that a file gives them."""
     if isinstance(weight, Tensor):
         return [(name, weight)]
-    if isinstance(weight, Int8Tensor):
-        return [(name, weight.codes), (name + _SCALES, weight.scales)]
-    raise TypeError(f"no file holds a {type(weight).__name__}")
+    return [(name + ending, tensor) for ending, tensor in weight.tensors().items()]
 
 
 def _is_finite(name: str, weight: Stored) -> bool:

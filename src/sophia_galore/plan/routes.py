@@ -177,7 +177,7 @@ def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place
     kind, rule = config.optimizer.type, "adamw"
     if kind == "galore":
         rule = config.optimizer.galore.rule
-        subspace = _galore_subspace(config, shape, place)
+        subspace = _galore_subspace(config, shape, place, _held(config, name, shape)[0])
     else:
         subspace = _apollo_subspace(config, shape, place)
     spec = _spec(config, name, shape, rule, peak_learning_rate(config), subspace)
@@ -222,7 +222,7 @@ def _spec(
     )
 
 
-def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction) -> SubspaceSpec:
+def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction, held: str) -> SubspaceSpec:
     galore = config.optimizer.galore
     # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
     # the exact norm, which only the gradient has.
@@ -238,6 +238,7 @@ def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction)
         projection_bits=galore.projection_bits,
         residual=galore.residual,
         fast=fast and galore.fast_path != "never" and galore.residual == "none",
+        folds_late=held == "int8" and config.quantization.fold == "refresh",
     )
 
 

@@ -93,7 +93,7 @@ class _Run:
         self._saved: Path | None = None
         self._monitor = monitor
         with self._monitor.phase("load"):
-            self._store = self._load_store()
+            self._store = self._load_store(going_on=checkpoint is not None)
             self._optimizer = ParamOptimizer(
                 (route.spec for route in plan.routes), seed=config.training.seed, device=prepared.device
             )
@@ -250,7 +250,7 @@ class _Run:
         write_json(path, known)
         self._listener.answered(when, list(zip(questions, given, strict=True)))
 
-    def _load_store(self) -> WeightStore:
+    def _load_store(self, *, going_on: bool) -> WeightStore:
         prepared = self._prepared
         self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         return load_store(
@@ -261,6 +261,7 @@ class _Run:
             device=prepared.device,
             int8=[route.spec.name for route in prepared.plan.routes if route.format == "int8"],
             form=int8_format(self._config.quantization),
+            without_remainders=going_on,
         )
 
     def _write_documents(self) -> None:
