@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -65,6 +66,7 @@ class Terminal(Listener):
         """Show what will be trained by what."""
         self._on_cpu = plan.device == "cpu"
         self.console.print(plan_table(plan))
+        self.console.print(trained_share(plan))
         ledger = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.ledger.items() if size)
         self.say(
             f"{plan.num_steps} steps on {plan.num_train_examples} examples "
@@ -136,26 +138,37 @@ def plan_table(plan: RunPlan) -> Table:
     )
     table.add_column("rule", no_wrap=True)
     table.add_column("because", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
     for column in ("tensors", "parameters", "state", "peak lr"):
         table.add_column(column, justify="right", no_wrap=True)
-    groups: dict[tuple[str, str, float], Counter[str]] = {}
+    groups: dict[tuple[str, str, str, float], Counter[str]] = {}
     for route in plan.routes:
-        group = groups.setdefault((route.rule, route.why, route.spec.learning_rate), Counter())
+        group = groups.setdefault(
+            (route.rule, route.why, route.format, route.spec.learning_rate if route.spec else 0.0), Counter()
+        )
         group["tensors"] += 1
         group["parameters"] += route.num_elements
         group["bytes"] += route.state_bytes + route.projection_bytes
-    for (rule, why, rate), group in groups.items():
+    for (rule, why, form, rate), group in groups.items():
         table.add_row(
             rule,
             why,
+            form,
             str(group["tensors"]),
             _millions(group["parameters"]),
             bytes_in_words(group["bytes"]),
-            f"{rate:.2e}",
+            f"{rate:.2e}" if rate else "",
         )
     table.add_section()
-    table.add_row("all", "100% of the parameters", str(len(plan.routes)), _millions(plan.num_parameters), "", "")
+    table.add_row("all", "", "", str(len(plan.routes)), _millions(plan.num_parameters), "", "")
     return table
+
+
+def trained_share(plan: RunPlan) -> Text:
+    """How much of the model is trained; red where that is not all of it."""
+    # Rounded down: what is not trained must not be rounded away.
+    percent = math.floor(1000 * plan.trained_fraction) / 10
+    return Text(f"{percent:g}% of the parameters are trained", style="" if percent == 100 else "bold red")
 
 
 def _millions(count: int) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.source import ResolvedModel
-from sophia_galore.plan.routes import Route, dense_learning_rate, make_routes, peak_learning_rate
+from sophia_galore.plan.route import Route
+from sophia_galore.plan.routes import dense_learning_rate, make_routes, peak_learning_rate, settled_optimizer
 
 # Clipping by the model keeps what steps need of the gradients; beyond this share it would be the gradients themselves.
 _LARGEST_KEPT_SHARE = 0.5
@@ -72,6 +73,16 @@ class RunPlan:
         return sum(route.num_elements for route in self.routes)
 
     @property
+    def num_trained_parameters(self) -> int:
+        """Elements of those that are trained."""
+        return sum(route.num_elements for route in self.routes if route.trained)
+
+    @property
+    def trained_fraction(self) -> float:
+        """Share of the elements that are trained, from 0 to 1."""
+        return self.num_trained_parameters / self.num_parameters
+
+    @property
     def ledger(self) -> dict[str, int]:
         """Bytes that stay for the whole run, by category."""
         return {
@@ -86,7 +97,8 @@ class RunPlan:
         return {
             **plain,
             "num_parameters": self.num_parameters,
-            "num_trained_parameters": self.num_parameters,
+            "num_trained_parameters": self.num_trained_parameters,
+            "trained_fraction": self.trained_fraction,
             "bytes": self.ledger,
             "notes": list(self.notes),
             "routes": [route.to_json() for route in self.routes],
@@ -100,6 +112,7 @@ def make_plan(
     model_config: Any,
     shapes: Mapping[str, tuple[int, ...]],
     head_name: str,
+    linears: Collection[str] = (),
     dataset: Dataset,
     device: torch.device,
     compute_dtype: torch.dtype,
@@ -112,6 +125,7 @@ def make_plan(
         model_config: Its Hugging Face configuration.
         shapes: Name and shape of each parameter.
         head_name: Which of them is the head's weight.
+        linears: Which of them are the weights of the layers' linear maps.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -131,7 +145,7 @@ def make_plan(
             f"training.warmup_steps is {training.warmup_steps}, but the run has only {num_steps} steps.",
             "Lower training.warmup_steps, or train for longer.",
         )
-    routes = make_routes(config, shapes, head_name)
+    routes = make_routes(config, shapes, head_name, linears)
     clip_by = _clip_by(config, routes)
     return RunPlan(
         model_name=model.name,
@@ -139,12 +153,14 @@ def make_plan(
         model_source=model.source,
         device=str(device),
         compute_dtype=str(compute_dtype).removeprefix("torch."),
-        optimizer=config.optimizer.type,
+        optimizer=settled_optimizer(config),
         learning_rate=peak_learning_rate(config),
         dense_learning_rate=dense_learning_rate(config),
         clip_by=clip_by,
         curvature_every=(
-            config.optimizer.sophia.curvature_every if any(route.spec.rule == "sophia" for route in routes) else 0
+            config.optimizer.sophia.curvature_every
+            if any(route.spec and route.spec.rule == "sophia" for route in routes)
+            else 0
         ),
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
@@ -177,8 +193,10 @@ def _clip_by(config: RunConfig, routes: tuple[Route, ...]) -> Literal["nothing",
         return "nothing"
     if config.training.clip_by == "layer" or not keeps_projected_gradients(config):
         return "layer"
-    kept = sum(math.prod(route.spec.held_shape) for route in routes)
-    total = sum(route.num_elements for route in routes)
+    # Frozen parameters have no gradient.
+    specs = [route.spec for route in routes if route.spec]
+    kept = sum(math.prod(spec.held_shape) for spec in specs)
+    total = sum(math.prod(spec.shape) for spec in specs)
     if kept <= _LARGEST_KEPT_SHARE * total:
         return "model"
     if config.training.clip_by == "auto":
@@ -212,7 +230,7 @@ def _notes(
             "the layers step before the norm over all of them is known."
         )
     if config.optimizer.galore.fast_path == "always" and not any(
-        route.spec.subspace and route.spec.subspace.fast for route in routes
+        route.spec and route.spec.subspace and route.spec.subspace.fast for route in routes
     ):
         notes.append("No matrix is large enough for optimizer.galore.fast_path at this rank: gradients are formed.")
     if device.type == "cpu" and compute_dtype != torch.float32:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.schema import QuantizationConfig
+from sophia_galore.config.schema import OptimizerName, QuantizationConfig
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.store import DTYPES
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper
-from sophia_galore.numerics.subspace import Side
 from sophia_galore.optim.spec import (
     ADAMW_LEARNING_RATE,
     ParamSpec,
     SubspaceSpec,
     apollo_scale,
     settled_bits,
-    state_bytes,
 )
+from sophia_galore.plan.route import FROZEN, Format, Route
 
 # Peak rates where the user gives none; README, Measured, has what they reach.
 DEFAULT_LEARNING_RATES: dict[str, float] = {
@@ -46,96 +43,48 @@ _GALORE_LEARNING_RATES: dict[str, float] = {
 _APOLLO_RANKS = {"apollo": 128, "apollo_mini": 1}
 
 
-@dataclass(frozen=True)
-class Route:
-    """What happens to one parameter.
+def freezes_layers(config: RunConfig) -> bool:
+    """Whether the matrices of the layers are held in bitsandbytes' eight bits, which can't be written to."""
+    return config.quantization.int8 and config.quantization.backend == "bitsandbytes"
 
-    Args:
-        spec: How it is stepped.
-        format: Format in which its weight is stored: "fp32", "bf16" or "int8".
-        weight_bytes: Bytes of the stored weight.
-        rule: What steps it, in words: the optimizer's name if the gradient is projected, else the rule's.
-        why: The reason for this route, in words.
-    """
 
-    spec: ParamSpec
-    format: str
-    weight_bytes: int
-    rule: str
-    why: str
-
-    @property
-    def side(self) -> Side | None:
-        """The side on which the gradient is projected, if it is."""
-        return self.spec.side if self.spec.subspace else None
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the parameter."""
-        return math.prod(self.spec.shape)
-
-    @property
-    def projection_bytes(self) -> int:
-        """Bytes of its basis."""
-        tensors = self.spec.state_tensors()
-        return state_bytes({name: tensor for name, tensor in tensors.items() if name.startswith("basis")})
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of its optimizer state, the basis not included."""
-        return state_bytes(self.spec.state_tensors()) - self.projection_bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """The route as plain data, for `plan.json`: everything that decides about numbers, and the bytes."""
-        spec = self.spec
-        return {
-            "name": spec.name,
-            "shape": list(spec.shape),
-            "format": self.format,
-            "weight_bytes": self.weight_bytes,
-            "rule": self.rule,
-            "direction": spec.rule,
-            "side": self.side,
-            "hyper": vars(spec.hyper),
-            "rank": spec.subspace.rank if spec.subspace else None,
-            "subspace": vars(spec.subspace) if spec.subspace else None,
-            "learning_rate": spec.learning_rate,
-            "weight_decay": spec.weight_decay,
-            "state_bits": spec.state_bits,
-            "state_bytes": self.state_bytes,
-            "projection_bytes": self.projection_bytes,
-            "trained": True,
-            "why": self.why,
-        }
+def settled_optimizer(config: RunConfig) -> OptimizerName:
+    """The optimizer that was asked for, or AdamW where the matrices that others are for are frozen."""
+    return "adamw" if freezes_layers(config) else config.optimizer.type
 
 
 def peak_learning_rate(config: RunConfig) -> float:
     """The peak rate that was asked for, or the optimizer's own default."""
     if config.training.learning_rate:
         return config.training.learning_rate
-    if config.optimizer.type == "galore":
-        return _GALORE_LEARNING_RATES[config.optimizer.galore.rule]
-    return DEFAULT_LEARNING_RATES[config.optimizer.type]
+    kind = settled_optimizer(config)
+    return _GALORE_LEARNING_RATES[config.optimizer.galore.rule] if kind == "galore" else DEFAULT_LEARNING_RATES[kind]
 
 
 def dense_learning_rate(config: RunConfig) -> float:
     """The peak rate of parameters that AdamW trains beside the optimizer that was asked for."""
-    galore = config.optimizer.galore
-    if config.optimizer.type == "galore":
+    galore, kind = config.optimizer.galore, settled_optimizer(config)
+    if kind == "galore":
         if galore.dense_learning_rate:
             return galore.dense_learning_rate
         # The length of SGD's step is the gradient's own: its rate says nothing about AdamW's.
         return DEFAULT_LEARNING_RATES["adamw"] if galore.rule == "sgd" else peak_learning_rate(config) * galore.scale
-    return DEFAULT_LEARNING_RATES["adamw"] if config.optimizer.type == "scale" else peak_learning_rate(config)
+    return DEFAULT_LEARNING_RATES["adamw"] if kind == "scale" else peak_learning_rate(config)
 
 
-def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_name: str = "") -> tuple[Route, ...]:
+def make_routes(
+    config: RunConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    head_name: str = "",
+    linears: Collection[str] = (),
+) -> tuple[Route, ...]:
     """Route every parameter.
 
     Args:
         config: What was asked.
         shapes: Name and shape of each parameter, in the model's order.
         head_name: Which of them is the head's weight (the embedding's, if they are tied).
+        linears: Which of them are the weights of the layers' linear maps.
 
     Returns:
         One route a parameter, in the same order.
@@ -143,6 +92,7 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
     Raises:
         ConfigError: A pattern of quantization.skip matches no weight.
     """
+    frozen = linears if freezes_layers(config) else ()
     for skip in config.quantization.skip if config.quantization.int8 else ():
         if not any(fnmatchcase(name, skip) for name in shapes):
             raise ConfigError(
@@ -152,7 +102,9 @@ def make_routes(config: RunConfig, shapes: Mapping[str, tuple[int, ...]], head_n
     projected = [name for name, shape in shapes.items() if _is_projected(config, tuple(shape))]
     places = {name: Fraction(index, len(projected)) for index, name in enumerate(projected)}
     return tuple(
-        _projected_route(config, name, tuple(shape), places[name])
+        _frozen_route(name, tuple(shape))
+        if name in frozen
+        else _projected_route(config, name, tuple(shape), places[name])
         if name in places
         else _dense_route(config, name, tuple(shape), is_head=name == head_name)
         for name, shape in shapes.items()
@@ -164,41 +116,51 @@ def int8_format(config: QuantizationConfig) -> Int8Format:
     return Int8Format(config.block_size, config.rounding == "stochastic")
 
 
-def _held(config: RunConfig, name: str, shape: tuple[int, ...]) -> tuple[str, int]:
+def _held(config: RunConfig, name: str, shape: tuple[int, ...]) -> tuple[Format, int]:
     """The format of a stored weight, and its bytes."""
     quantization = config.quantization
-    if quantization.int8 and len(shape) == 2 and not any(fnmatchcase(name, skip) for skip in quantization.skip):
+    native = quantization.int8 and quantization.backend == "native"
+    if native and len(shape) == 2 and not any(fnmatchcase(name, skip) for skip in quantization.skip):
         return "int8", int8_format(quantization).num_bytes((shape[0], shape[1]))
     return config.model.store, math.prod(shape) * DTYPES[config.model.store].itemsize
 
 
+def _frozen_route(name: str, shape: tuple[int, ...]) -> Route:
+    """The route of a matrix (m, n) that bitsandbytes holds: a byte a weight, and a float32 scale a row."""
+    num_bytes = math.prod(shape) + 4 * shape[0]
+    return Route(name, shape, None, "bnb8", num_bytes, FROZEN, "held in eight bits by bitsandbytes")
+
+
 def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: Fraction) -> Route:
     """The route of a matrix whose gradient is projected; `place` in [0, 1) spreads the refreshes over the gap."""
-    kind, rule = config.optimizer.type, "adamw"
+    kind, rule = settled_optimizer(config), "adamw"
     if kind == "galore":
         rule = config.optimizer.galore.rule
         subspace = _galore_subspace(config, shape, place)
     else:
         subspace = _apollo_subspace(config, shape, place)
     spec = _spec(config, name, shape, rule, peak_learning_rate(config), subspace)
-    return Route(spec, *_held(config, name, shape), kind, f"projected, rank {subspace.rank}")
+    return Route(name, shape, spec, *_held(config, name, shape), kind, f"projected, rank {subspace.rank}")
 
 
 def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_head: bool) -> Route:
     """The route of a parameter whose rule sees the full gradient."""
-    kind = config.optimizer.type
+    kind = settled_optimizer(config)
     if kind == "scale" and len(shape) == 2:
         rule, why = ("scale_momentum", "head, with momentum") if is_head else ("scale", "no state")
         spec = _spec(config, name, shape, rule, peak_learning_rate(config))
-        return Route(spec, *_held(config, name, shape), rule, why)
+        return Route(name, shape, spec, *_held(config, name, shape), rule, why)
     rule = "sophia" if kind == "sophia" else "adamw"
-    if kind in ("adamw", "sophia"):
+    if kind != config.optimizer.type:
+        why = f"what {config.optimizer.type} would project is frozen"
+    elif kind in ("adamw", "sophia"):
         why = f"optimizer.type is {kind}"
     elif len(shape) != 2:
         why = "norm or bias"
     else:
         why = f"a side <= rank {_rank(config)}"
-    return Route(_spec(config, name, shape, rule, dense_learning_rate(config)), *_held(config, name, shape), rule, why)
+    spec = _spec(config, name, shape, rule, dense_learning_rate(config))
+    return Route(name, shape, spec, *_held(config, name, shape), rule, why)
 
 
 def _spec(
@@ -261,4 +223,4 @@ def _rank(config: RunConfig) -> int:
 
 
 def _is_projected(config: RunConfig, shape: tuple[int, ...]) -> bool:
-    return config.optimizer.type in ("galore", *_APOLLO_RANKS) and len(shape) == 2 and min(shape) > _rank(config)
+    return settled_optimizer(config) in ("galore", *_APOLLO_RANKS) and len(shape) == 2 and min(shape) > _rank(config)

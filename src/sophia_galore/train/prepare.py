@@ -84,6 +84,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         model_config=model_config,
         shapes={name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()},
         head_name=anatomy.head_name,
+        linears=anatomy.linear_names(),
         dataset=dataset,
         device=device,
         compute_dtype=compute_dtype,

@@ -66,8 +66,10 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         )
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
     saved = {key: checkpoint.config.get(key) for key in now}
-    # The bytes follow from the routes, which say more.
-    skip = {"notes", "bytes"} | ({"num_steps"} if config.training.lr_scheduler_type in _ENDLESS else set())
+    # What follows from the routes, which say more.
+    skip = {"notes", "bytes", "num_trained_parameters", "trained_fraction"}
+    if config.training.lr_scheduler_type in _ENDLESS:
+        skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
     saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
     # Through JSON, as the saved side went: tuples became lists.
