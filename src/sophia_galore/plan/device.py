@@ -6,7 +6,10 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.model.store import DTYPES
+from sophia_galore.plan.ask import ask_device
+from sophia_galore.plan.facts import Facts
+from sophia_galore.plan.rules import RULES, compute_dtype
+from sophia_galore.plan.verdicts import decide
 
 
 def choose_device(name: str) -> torch.device:
@@ -63,14 +66,6 @@ def choose_compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype
     Raises:
         EnvironmentProblem: bf16 was asked of a GPU that only emulates it.
     """
-    real_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = config.training.compute_dtype
-    if asked == "bf16" and device.type == "cuda" and not real_bf16:
-        raise EnvironmentProblem(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic.", "Use training.compute_dtype=auto."
-        )
-    if asked != "auto":
-        return DTYPES[asked]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if real_bf16 else torch.float16
+    facts = Facts(config, device=ask_device(device))
+    decide(RULES, facts)
+    return compute_dtype(facts)

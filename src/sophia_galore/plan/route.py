@@ -27,7 +27,9 @@ class Route:
         format: Format in which its weight is stored.
         weight_bytes: Bytes of the stored weight.
         rule: What steps it, in words: the optimizer's name if the gradient is projected, else the rule's.
-        why: The reason for this route, in words.
+        reason: Why, in words.
+        remarks: What else there is to say about it, in words.
+        because: Names of the rows of `parameters.py` that say so.
     """
 
     name: str
@@ -36,7 +38,14 @@ class Route:
     format: Format
     weight_bytes: int
     rule: str
-    why: str
+    reason: str
+    remarks: tuple[str, ...] = ()
+    because: tuple[str, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """Reason and remarks."""
+        return "; ".join((self.reason, *self.remarks))
 
     @property
     def trained(self) -> bool:
@@ -88,4 +97,5 @@ class Route:
             "projection_bytes": self.projection_bytes,
             "trained": self.trained,
             "why": self.why,
+            "because": list(self.because),
         }

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from fnmatch import fnmatchcase
 from fractions import Fraction
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.schema import OptimizerName, QuantizationConfig
-from sophia_galore.errors import ConfigError
+from sophia_galore.config.schema import QuantizationConfig
 from sophia_galore.model.store import DTYPES
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper
-from sophia_galore.optim.spec import (
-    ADAMW_LEARNING_RATE,
-    ParamSpec,
-    SubspaceSpec,
-    apollo_scale,
-    settled_bits,
-)
+from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, apollo_scale, settled_bits
+from sophia_galore.plan.facts import Facts, Param
+from sophia_galore.plan.parameters import PROJECTED, Routing, is_skipped, rank, route_of
 from sophia_galore.plan.route import FROZEN, Format, Route
+from sophia_galore.plan.rules import RULES, optimizer
+from sophia_galore.plan.verdicts import decide
 
 # Peak rates where the user gives none; README, Measured, has what they reach.
 DEFAULT_LEARNING_RATES: dict[str, float] = {
@@ -40,30 +36,18 @@ _GALORE_LEARNING_RATES: dict[str, float] = {
     "muon": 1.6e-3,
 }
 
-_APOLLO_RANKS = {"apollo": 128, "apollo_mini": 1}
-
-
-def freezes_layers(config: RunConfig) -> bool:
-    """Whether the matrices of the layers are held in bitsandbytes' eight bits, which can't be written to."""
-    return config.quantization.int8 and config.quantization.backend == "bitsandbytes"
-
-
-def settled_optimizer(config: RunConfig) -> OptimizerName:
-    """The optimizer that was asked for, or AdamW where the matrices that others are for are frozen."""
-    return "adamw" if freezes_layers(config) else config.optimizer.type
-
 
 def peak_learning_rate(config: RunConfig) -> float:
     """The peak rate that was asked for, or the optimizer's own default."""
     if config.training.learning_rate:
         return config.training.learning_rate
-    kind = settled_optimizer(config)
+    kind = optimizer(Facts(config))
     return _GALORE_LEARNING_RATES[config.optimizer.galore.rule] if kind == "galore" else DEFAULT_LEARNING_RATES[kind]
 
 
 def dense_learning_rate(config: RunConfig) -> float:
     """The peak rate of parameters that AdamW trains beside the optimizer that was asked for."""
-    galore, kind = config.optimizer.galore, settled_optimizer(config)
+    galore, kind = config.optimizer.galore, optimizer(Facts(config))
     if kind == "galore":
         if galore.dense_learning_rate:
             return galore.dense_learning_rate
@@ -78,7 +62,7 @@ def make_routes(
     head_name: str = "",
     linears: Collection[str] = (),
 ) -> tuple[Route, ...]:
-    """Route every parameter.
+    """Route parameters of which little more than the shape is known.
 
     Args:
         config: What was asked.
@@ -92,23 +76,32 @@ def make_routes(
     Raises:
         ConfigError: A pattern of quantization.skip matches no weight.
     """
-    frozen = linears if freezes_layers(config) else ()
-    for skip in config.quantization.skip if config.quantization.int8 else ():
-        if not any(fnmatchcase(name, skip) for name in shapes):
-            raise ConfigError(
-                f"quantization.skip: {skip!r} matches no weight of this model.",
-                f"Weights have names such as {next(iter(shapes))}; * stands for anything.",
-            )
-    projected = [name for name, shape in shapes.items() if _is_projected(config, tuple(shape))]
-    places = {name: Fraction(index, len(projected)) for index, name in enumerate(projected)}
-    return tuple(
-        _frozen_route(name, tuple(shape))
-        if name in frozen
-        else _projected_route(config, name, tuple(shape), places[name])
-        if name in places
-        else _dense_route(config, name, tuple(shape), is_head=name == head_name)
+    params = tuple(
+        Param(name, tuple(shape), is_head=name == head_name, is_linear=name in linears)
         for name, shape in shapes.items()
     )
+    facts = Facts(config, parameters=params)
+    decide(RULES, facts)
+    return route_all(facts)
+
+
+def route_all(facts: Facts) -> tuple[Route, ...]:
+    """Route every parameter, as the table of `parameters.py` says.
+
+    Args:
+        facts: What is known of the run, its parameters above all.
+
+    Returns:
+        One route a parameter, in the same order.
+    """
+    routings = [route_of(facts, param) for param in facts.parameters]
+    num_projected = sum(routing.rule == PROJECTED for routing in routings)
+    routes: list[Route] = []
+    place = 0
+    for param, routing in zip(facts.parameters, routings, strict=True):
+        routes.append(_route(facts, param, routing, Fraction(place, max(1, num_projected))))
+        place += routing.rule == PROJECTED
+    return tuple(routes)
 
 
 def int8_format(config: QuantizationConfig) -> Int8Format:
@@ -116,81 +109,59 @@ def int8_format(config: QuantizationConfig) -> Int8Format:
     return Int8Format(config.block_size, config.rounding == "stochastic")
 
 
-def _held(config: RunConfig, name: str, shape: tuple[int, ...]) -> tuple[Format, int]:
+def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Route:
+    """The route of one parameter; `place` in [0, 1) spreads refreshes of bases over the gap."""
+    config, kind = facts.config, optimizer(facts)
+    spec: ParamSpec | None
+    if routing.rule == FROZEN:
+        spec, rule = None, FROZEN
+    elif routing.rule == PROJECTED:
+        is_galore = kind == "galore"
+        subspace = (_galore_subspace if is_galore else _apollo_subspace)(config, param.shape, place, rank(facts))
+        inner = config.optimizer.galore.rule if is_galore else "adamw"
+        spec, rule = _spec(config, param, inner, peak_learning_rate(config), subspace), kind
+    else:
+        # SCALE's own rules step with its rate; AdamW and Sophia, where they are all there is, with theirs.
+        rate = peak_learning_rate(config) if routing.rule.startswith("scale") else dense_learning_rate(config)
+        spec, rule = _spec(config, param, routing.rule, rate), routing.rule
+    form, num_bytes = _held(facts, param, frozen=spec is None)
+    return Route(param.name, param.shape, spec, form, num_bytes, rule, routing.reason, routing.remarks, routing.keys)
+
+
+def _held(facts: Facts, param: Param, *, frozen: bool) -> tuple[Format, int]:
     """The format of a stored weight, and its bytes."""
-    quantization = config.quantization
-    native = quantization.int8 and quantization.backend == "native"
-    if native and len(shape) == 2 and not any(fnmatchcase(name, skip) for skip in quantization.skip):
-        return "int8", int8_format(quantization).num_bytes((shape[0], shape[1]))
-    return config.model.store, math.prod(shape) * DTYPES[config.model.store].itemsize
-
-
-def _frozen_route(name: str, shape: tuple[int, ...]) -> Route:
-    """The route of a matrix (m, n) that bitsandbytes holds: a byte a weight, and a float32 scale a row."""
-    num_bytes = math.prod(shape) + 4 * shape[0]
-    return Route(name, shape, None, "bnb8", num_bytes, FROZEN, "held in eight bits by bitsandbytes")
-
-
-def _projected_route(config: RunConfig, name: str, shape: tuple[int, ...], place: Fraction) -> Route:
-    """The route of a matrix whose gradient is projected; `place` in [0, 1) spreads the refreshes over the gap."""
-    kind, rule = settled_optimizer(config), "adamw"
-    if kind == "galore":
-        rule = config.optimizer.galore.rule
-        subspace = _galore_subspace(config, shape, place)
-    else:
-        subspace = _apollo_subspace(config, shape, place)
-    spec = _spec(config, name, shape, rule, peak_learning_rate(config), subspace)
-    return Route(name, shape, spec, *_held(config, name, shape), kind, f"projected, rank {subspace.rank}")
-
-
-def _dense_route(config: RunConfig, name: str, shape: tuple[int, ...], *, is_head: bool) -> Route:
-    """The route of a parameter whose rule sees the full gradient."""
-    kind = settled_optimizer(config)
-    if kind == "scale" and len(shape) == 2:
-        rule, why = ("scale_momentum", "head, with momentum") if is_head else ("scale", "no state")
-        spec = _spec(config, name, shape, rule, peak_learning_rate(config))
-        return Route(name, shape, spec, *_held(config, name, shape), rule, why)
-    rule = "sophia" if kind == "sophia" else "adamw"
-    if kind != config.optimizer.type:
-        why = f"what {config.optimizer.type} would project is frozen"
-    elif kind in ("adamw", "sophia"):
-        why = f"optimizer.type is {kind}"
-    elif len(shape) != 2:
-        why = "norm or bias"
-    else:
-        why = f"a side <= rank {_rank(config)}"
-    spec = _spec(config, name, shape, rule, dense_learning_rate(config))
-    return Route(name, shape, spec, *_held(config, name, shape), rule, why)
+    if frozen:
+        # A byte a weight, and a float32 scale a row.
+        return "bnb8", param.num_elements + 4 * param.shape[0]
+    if facts.has_native_int8 and param.is_matrix and not is_skipped(facts, param):
+        return "int8", int8_format(facts.config.quantization).num_bytes((param.shape[0], param.shape[1]))
+    store = facts.config.model.store
+    return store, param.num_elements * DTYPES[store].itemsize
 
 
 def _spec(
-    config: RunConfig,
-    name: str,
-    shape: tuple[int, ...],
-    rule: str,
-    learning_rate: float,
-    subspace: SubspaceSpec | None = None,
+    config: RunConfig, param: Param, rule: str, learning_rate: float, subspace: SubspaceSpec | None = None
 ) -> ParamSpec:
     settings = config.optimizer
     return ParamSpec(
-        name=name,
-        shape=shape,
+        name=param.name,
+        shape=param.shape,
         learning_rate=learning_rate,
-        weight_decay=config.training.weight_decay if len(shape) > 1 else 0.0,
+        weight_decay=config.training.weight_decay if len(param.shape) > 1 else 0.0,
         hyper=Hyper(*(settings.betas or BETAS[rule]), settings.eps, settings.sophia.rho),
         rule=rule,
-        state_bits=settled_bits(shape, settings.state_bits),
+        state_bits=settled_bits(param.shape, settings.state_bits),
         subspace=subspace,
     )
 
 
-def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction) -> SubspaceSpec:
+def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction, rank: int) -> SubspaceSpec:
     galore = config.optimizer.galore
     # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
     # the exact norm, which only the gradient has.
-    fast = galore.rank * sum(shape) < math.prod(shape) and not config.training.max_grad_norm
+    fast = rank * sum(shape) < math.prod(shape) and not config.training.max_grad_norm
     return SubspaceSpec(
-        rank=galore.rank,
+        rank=rank,
         gap=galore.update_proj_gap,
         offset=int(place * galore.update_proj_gap) if galore.stagger else 0,
         scale=galore.scale,
@@ -203,8 +174,8 @@ def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction)
     )
 
 
-def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction) -> SubspaceSpec:
-    apollo, rank = config.optimizer.apollo, _rank(config)
+def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction, rank: int) -> SubspaceSpec:
+    apollo = config.optimizer.apollo
     return SubspaceSpec(
         rank=rank,
         gap=apollo.update_proj_gap,
@@ -213,14 +184,3 @@ def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction)
         kind="gaussian",
         residual="channel" if config.optimizer.type == "apollo" else "tensor",
     )
-
-
-def _rank(config: RunConfig) -> int:
-    kind = config.optimizer.type
-    if kind == "galore":
-        return config.optimizer.galore.rank
-    return config.optimizer.apollo.rank or _APOLLO_RANKS[kind]
-
-
-def _is_projected(config: RunConfig, shape: tuple[int, ...]) -> bool:
-    return settled_optimizer(config) in ("galore", *_APOLLO_RANKS) and len(shape) == 2 and min(shape) > _rank(config)

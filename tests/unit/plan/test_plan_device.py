@@ -23,6 +23,7 @@ def act_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, real_bf16: bool = T
     monkeypatch.setattr(torch.cuda, "current_device", lambda: min(1, count - 1))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if real_bf16 else (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
 
 
