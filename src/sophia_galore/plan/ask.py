@@ -118,10 +118,12 @@ def largest_token(tokenizer: Any) -> int:
 
 def _experts(model_config: Any) -> tuple[str, int] | None:
     for section in (model_config, *(getattr(model_config, key, None) for key in _SECTIONS)):
+        # Some answer to another's key as well; the one that config.json has is to be named.
+        others = getattr(section, "attribute_map", {})
         for key in _EXPERT_KEYS:
             value = getattr(section, key, None)
             # Dense models of families that have both kinds say 0 or 1.
-            if isinstance(value, int) and value > 1:
+            if key not in others and isinstance(value, int) and value > 1:
                 return key, value
     return None
 
