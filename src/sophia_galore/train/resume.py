@@ -65,7 +65,9 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
             f"{checkpoint.folder} was made by version 0.1, whose optimizers kept another state.",
             f"Start anew from its weights: model.name={checkpoint.folder}.",
         )
-    now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
+    # Where no weight is in eight bits now, the routes tell whether one was; how it would have been is of no effect.
+    free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
+    now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "num_trained_parameters", "trained_fraction"}
