@@ -1,15 +1,10 @@
-"""Where the arithmetic runs, and in which precision."""
+"""Where the arithmetic runs. In which precision, `rules.py` says."""
 
 from __future__ import annotations
 
 import torch
 
-from sophia_galore.config import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.ask import ask_device
-from sophia_galore.plan.facts import Facts
-from sophia_galore.plan.rules import RULES, compute_dtype
-from sophia_galore.plan.verdicts import decide
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,24 +43,3 @@ def choose_device(name: str) -> torch.device:
     # Questions about "the" GPU, such as which arithmetic it has, are answered for the current one.
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def choose_compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The precision that the user asked for, or the one that the device is good at.
-
-    float32 on CPU; bfloat16 on GPUs that have it in hardware (PyTorch emulates it on older ones);
-    float16, with scaled gradients, on the others.
-
-    Args:
-        config: What was asked.
-        device: Where the arithmetic runs.
-
-    Returns:
-        The dtype.
-
-    Raises:
-        EnvironmentProblem: bf16 was asked of a GPU that only emulates it.
-    """
-    facts = Facts(config, device=ask_device(device))
-    decide(RULES, facts)
-    return compute_dtype(facts)

@@ -23,7 +23,10 @@ PROJECTING: tuple[OptimizerName, ...] = ("galore", "apollo", "apollo_mini")
 
 
 def compute_dtype(facts: Facts) -> torch.dtype:
-    """The precision of the arithmetic: as asked, or the one that the device is good at."""
+    """The precision of the arithmetic: as asked, or the one that the device is good at.
+
+    float32 on a CPU; bfloat16 on GPUs that have it in hardware; float16, with scaled gradients, on the others.
+    """
     asked = facts.config.training.compute_dtype
     if asked == "auto":
         return DTYPES[settled(RULES, "compute_dtype", facts) or ("fp32" if facts.device.is_cpu else "bf16")]
@@ -77,7 +80,7 @@ _MACHINE: tuple[Rule, ...] = (
         lambda f: compute_dtype(f) == torch.float16,
         Use(),
         "In fp16 arithmetic small gradients would be lost and large ones overflow: what flows back is scaled, each "
-        "layer by a factor of its own, and weights, gradients and state are kept in wider formats.",
+        "layer by a factor of its own, and nothing is stored in fp16.",
     ),
     Rule(
         "slow_on_cpu",
@@ -133,6 +136,7 @@ _MODEL: tuple[Rule, ...] = (
         "training.max_length is {f.config.training.max_length}, but the model knows {f.model.positions} positions.",
         "Use training.max_length={f.model.positions} or less.",
     ),
+    # A parameter that no output depends on is not seen here: the engine finds it in the first backward, and names it.
     Rule(
         "no_gradient",
         lambda f: f.without_gradient != "",
