@@ -95,7 +95,7 @@ class _Run:
         with self._monitor.phase("load"):
             self._store = self._load_store(going_on=checkpoint is not None)
             self._optimizer = ParamOptimizer(
-                (route.spec for route in plan.routes), seed=config.training.seed, device=prepared.device
+                (route.spec for route in plan.routes if route.spec), seed=config.training.seed, device=prepared.device
             )
             if checkpoint:
                 self._optimizer.load_named_state(checkpoint.optimizer_state())
@@ -259,7 +259,7 @@ class _Run:
             tied_head="lm_head.weight" if prepared.anatomy.tied else None,
             dtype=DTYPES[self._config.model.store],
             device=prepared.device,
-            int8=[route.spec.name for route in prepared.plan.routes if route.format == "int8"],
+            int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
             form=int8_format(self._config.quantization),
             without_remainders=going_on,
         )
