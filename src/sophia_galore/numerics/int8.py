@@ -60,6 +60,9 @@ class Packed(Protocol):
             rounding: Where the bits of the rounding come from.
         """
 
+    def problem(self) -> str | None:
+        """What is wrong with what it consists of, in words that follow a name; None: nothing."""
+
 
 Stored = Tensor | Packed
 """A weight as it is between uses: a tensor in its own precision, or something that has to be decoded."""
