@@ -110,7 +110,12 @@ def save_checkpoint(
 def checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run_folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if (path / _MANIFEST).is_file()]
+    return [path for _, path in sorted(found) if is_checkpoint(path)]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint."""
+    return (folder / _MANIFEST).is_file()
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
@@ -129,7 +134,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
     if asked is not None and checkpoints(asked):
         run_folder, asked = asked, None  # a run's folder means its newest checkpoint
     if asked is not None:
-        if not (asked / _MANIFEST).is_file():
+        if not is_checkpoint(asked):
             raise CheckpointError(
                 f"{asked} is not a complete checkpoint: it holds no {_MANIFEST}.",
                 _offer(checkpoints(asked.parent) if asked.parent.is_dir() else []),

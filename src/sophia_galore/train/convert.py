@@ -1,23 +1,35 @@
-"""A model folder or a checkpoint in another format of the weights."""
+"""A model folder or a checkpoint in another format of the weights.
+
+Of a checkpoint everything else stays: the optimizer's state does not depend on how weights are stored. So the
+result is a checkpoint again, and a run goes on from it if its configuration asks for that format.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.store import DTYPES
 from sophia_galore.numerics.int8 import Int8Format
+from sophia_galore.train import folder as names
+from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
 
 Target = Literal["int8", "bf16", "fp32", "fp16"]
+# Formats in which a run can keep its weights; fp16 is one for the final model only.
+_STORES = ("int8", "bf16", "fp32")
+# State that belongs to updates which are not in the codes yet; a conversion puts them there.
+_REMAINDER = ("remainder", "shrink")
 
 
 def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -> str:
-    """Write the model of a folder in another format.
+    """Write what a folder holds with its weights in another format.
 
     Args:
         source: A whole model folder, a run's folder or a checkpoint.
@@ -26,27 +38,118 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         block_size: Weights of a row that share a scale in int8; 0: the whole row.
 
     Returns:
-        What was written, in a sentence.
+        What was written, in a sentence or two.
 
     Raises:
         EnvironmentProblem: The output exists already, or can't be written.
         ModelError: The source is no whole model.
+        CheckpointError: The source is a damaged checkpoint.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
-    target: torch.dtype | Int8Format = Int8Format(block_size) if to == "int8" else DTYPES[to]
+    checkpoint = find_checkpoint(source.parent, source) if is_checkpoint(source) else None
+    resumable = checkpoint is not None and to in _STORES and all(route["trained"] for route in _routes(checkpoint))
+    form = Int8Format(block_size)
     beside = output.with_name(f".{output.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        convert_model(source, beside, target)
+        made = beside
+        if checkpoint is not None and resumable:
+            made = _convert_checkpoint(checkpoint, beside, to, form)
+        else:
+            convert_model(source, beside, form if to == "int8" else DTYPES[to])
         if output.exists():
             output.rmdir()
-        beside.rename(output)
+        made.rename(output)
     except OSError as error:
         raise EnvironmentProblem(
             f"{output} could not be written: {error.strerror or error}.", "Free some space, or name another folder."
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return f"{source} in {to}: {output}"
+    if not resumable or checkpoint is None:
+        return f"{output}: the model of {source} in {to}."
+    settings = _settings(to, form, str(checkpoint.config["model.store"]))
+    words = " ".join(f"{key}={'null' if value is None else value}" for key, value in settings.items()).lower()
+    return (
+        f"{output}: {source} in {to}, a model folder and a checkpoint.\n"
+        f"Go on from it with the run's configuration and: --resume={output} {words}"
+    )
+
+
+def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format) -> Path:
+    """Write the checkpoint below a folder; returns where it is."""
+
+    def write_model(beside: Path) -> None:
+        convert_model(checkpoint.folder, beside, form if to == "int8" else DTYPES[to])
+
+    state = {
+        name: tensor
+        for name, tensor in checkpoint.optimizer_state().items()
+        if name.rpartition("/")[2] not in _REMAINDER
+    }
+    trainer_state = json.loads((checkpoint.folder / names.TRAINER_STATE).read_text(encoding="utf-8"))
+    return save_checkpoint(
+        folder,
+        checkpoint.step,
+        optimizer_state=state,
+        write_model=write_model,
+        documents={
+            names.PLAN: _converted_plan(checkpoint, to, form),
+            "run_config.json": checkpoint.config | _settings(to, form, str(checkpoint.config["model.store"])),
+            names.TRAINER_STATE: trainer_state,
+        },
+        keep_last=1,
+    )
+
+
+def _converted_plan(checkpoint: Checkpoint, to: Target, form: Int8Format) -> dict[str, Any]:
+    """The plan, as it would have been had the run been asked for this format."""
+    routes: list[dict[str, Any]] = []
+    for route in _routes(checkpoint):
+        shape = tuple(route["shape"])
+        held = to if to != "int8" or len(shape) == 2 else str(checkpoint.config["model.store"])
+        size = form.num_bytes((shape[0], shape[1])) if held == "int8" else _plain_bytes(shape, held)
+        subspace = route["subspace"] and route["subspace"] | {"folds_late": False}
+        late = bool(route["subspace"] and route["subspace"]["folds_late"])
+        kept = route["state_bytes"] - (_remainder_bytes(route) if late else 0)
+        routes.append(route | {"format": held, "weight_bytes": size, "subspace": subspace, "state_bytes": kept})
+    sizes = {"weights": "weight_bytes", "optimizer state": "state_bytes", "projections": "projection_bytes"}
+    totals = {category: sum(route[key] for route in routes) for category, key in sizes.items()}
+    return checkpoint.plan | {"routes": routes, "bytes": totals}
+
+
+def _settings(to: Target, form: Int8Format, store: str) -> dict[str, Any]:
+    """The keys of a configuration that ask for a format."""
+    if to != "int8":
+        return {"model.store": to, "quantization.enabled": False, "quantization.load_in_8bit": False}
+    return {
+        "model.store": store,
+        "quantization.enabled": True,
+        "quantization.load_in_8bit": True,
+        "quantization.backend": "native",
+        "quantization.block_size": form.block,
+        "quantization.skip": [],
+        "quantization.rounding": "stochastic",
+        "quantization.fold": "step",
+    }
+
+
+def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    routes = checkpoint.plan.get("routes")
+    if not isinstance(routes, list) or not all("trained" in route and "weight_bytes" in route for route in routes):
+        raise CheckpointError(
+            f"{checkpoint.folder} was made by an earlier version.", "Copy its model files into a folder of their own."
+        )
+    return routes
+
+
+def _plain_bytes(shape: tuple[int, ...], held: str) -> int:
+    return math.prod(shape) * DTYPES[held].itemsize
+
+
+def _remainder_bytes(route: dict[str, Any]) -> int:
+    """Of the sum of updates in bfloat16, and its float32 factor."""
+    long = max(route["shape"])
+    return 2 * long * int(route["rank"]) + 4

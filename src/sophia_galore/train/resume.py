@@ -127,11 +127,17 @@ def _way_to_convert(checkpoint: Checkpoint, now: Mapping[str, Any], saved: Mappi
     then, wanted = ([route["format"] for route in side["plan.routes"]] for side in (saved, now))
     if then == wanted:
         return ""
-    # What bitsandbytes holds is read from a folder of plain weights.
-    form = now["model.store"] if "bnb8" in wanted else "int8" if "int8" in wanted else now["model.store"]
+    if "bnb8" in then or "bnb8" in wanted:
+        # What bitsandbytes holds is read from a folder of plain weights, and has no state to take along.
+        form = now["model.store"] if "int8" not in wanted else "int8"
+        return (
+            f" To train on in the other format, from step 0: sophia-galore export {checkpoint.folder} --to {form} "
+            "--output FOLDER, then train with model.name=FOLDER."
+        )
+    form = "int8" if "int8" in wanted else now["model.store"]
     return (
-        f" To train on in the other format, from step 0: sophia-galore export {checkpoint.folder} --to {form} "
-        "--output FOLDER, then train with model.name=FOLDER."
+        f" To go on in the other format: sophia-galore export {checkpoint.folder} --to {form} --output FOLDER, "
+        "then --resume=FOLDER."
     )
 
 
