@@ -6,17 +6,21 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import ModelError
+from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
+from sophia_galore.numerics.row_int8 import RowInt8
 
 INT8_FILE = "model.int8.safetensors"
 """Where a folder's weights are if some of them are in eight bits."""
 
 _SCALES = ".scales"
+_ABSMAX = ".scb"
 _BLOCK_SIZE = "block_size"
 _INT8 = Int8Format()
 
@@ -48,11 +52,18 @@ class WeightStore:
         return self._weights.items()
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the weights below a module, in the model's order."""
-        return [name for name in self._weights if name.startswith(f"{prefix}.")]
+        """Names of the weights that a module below this prefix has to be given, in the model's order.
+
+        Those that modules hold themselves, frozen, are left out.
+        """
+        return [
+            name
+            for name, weight in self._weights.items()
+            if name.startswith(f"{prefix}.") and not isinstance(weight, Frozen8bit)
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the store consists of, as a file keeps them: `name`, and `name.scales` beside codes."""
+        """The tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
         return {key: tensor for name, weight in self._weights.items() for key, tensor in _parts(name, weight)}
 
     def first_non_finite(self) -> str | None:
@@ -103,6 +114,7 @@ def load_store(
     device: torch.device,
     int8: Collection[str] = (),
     form: Int8Format = _INT8,
+    frozen: Freezer | None = None,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
@@ -117,6 +129,7 @@ def load_store(
         device: Where the store lives.
         int8: Names of the weights that are held in eight bits instead.
         form: In which format these are.
+        frozen: What puts weights into bitsandbytes' modules, and which; those are neither in `dtype` nor in `form`.
 
     Returns:
         The store.
@@ -138,12 +151,16 @@ def load_store(
                 f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tuple(shapes[name])}.",
                 "config.json and the weights must belong to the same model.",
             )
-        target = form if name in int8 else dtype
-        weights[name] = convert(weight, target, device)
-        if not _is_finite(name, weights[name]):
+        freezes = frozen is not None and name in frozen.names
+        target = QUANTISED_FROM if freezes else form if name in int8 else dtype
+        made: Stored = weight
+        if not (freezes and isinstance(weight, RowInt8)):
+            made = convert(weight, target, torch.device("cpu") if freezes else device)
+        if not _is_finite(name, made):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in {target}.", "Download the model again."
             )
+        weights[name] = frozen.freeze(name, made) if frozen and freezes else made
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ModelError(
@@ -155,6 +172,8 @@ def load_store(
 def open_store(folder: Path, device: torch.device) -> WeightStore:
     """Read a model folder into a store, each weight in the format in which the folder has it.
 
+    Needs no bitsandbytes: what it has frozen is read as plain codes and scales.
+
     Args:
         folder: The model's folder.
         device: Where the store lives.
@@ -164,8 +183,10 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
     """
     weights: dict[str, Stored] = {}
     for _, name, weight in read_weights(folder):
-        own = weight.form if isinstance(weight, Int8Tensor) else weight.dtype
-        weights[name] = convert(weight, own, device)
+        if isinstance(weight, RowInt8):
+            weights[name] = weight.copied_to(device)
+        else:
+            weights[name] = convert(weight, weight.form if isinstance(weight, Int8Tensor) else weight.dtype, device)
     return WeightStore(weights)
 
 
@@ -185,7 +206,7 @@ def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.devi
     return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]]:
+def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor | RowInt8]]:
     """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
 
     Raises:
@@ -199,7 +220,7 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]
                 names, metadata = list(file.keys()), file.metadata() or {}
             form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
             for name in names:
-                if form and name.endswith(_SCALES):
+                if _is_beside_codes(name, names, form):
                     continue
                 # Opened anew each time: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file:
@@ -207,17 +228,34 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor]
                     if tensor.dtype != torch.int8:
                         yield path, name, tensor
                         continue
-                    if form is None or name + _SCALES not in names:
-                        raise ModelError(
-                            f"{path}: {name} is in eight bits, but its scales are not there.",
-                            "Download the model again.",
-                        )
-                    weight = Int8Tensor(tensor, file.get_tensor(name + _SCALES), form)
+                    weight = _with_codes(tensor, name, file, names, form)
+                if weight is None:
+                    raise ModelError(
+                        f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again."
+                    )
                 if problem := weight.problem():
                     raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
                 yield path, name, weight
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
+
+
+def _is_beside_codes(name: str, names: Collection[str], form: Int8Format | None) -> bool:
+    """Whether a tensor of a file holds the scales of another one of its tensors."""
+    if name.endswith(_ABSMAX):
+        return name.removesuffix(_ABSMAX) in names
+    return form is not None and name.endswith(_SCALES)
+
+
+def _with_codes(
+    codes: Tensor, name: str, file: Any, names: Collection[str], form: Int8Format | None
+) -> Int8Tensor | RowInt8 | None:
+    """Codes with the scales that the file has for them; None: it has none."""
+    if name + _ABSMAX in names:
+        return RowInt8(codes, file.get_tensor(name + _ABSMAX))
+    if form is not None and name + _SCALES in names:
+        return Int8Tensor(codes, file.get_tensor(name + _SCALES), form)
+    return None
 
 
 def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
@@ -235,9 +273,10 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     tensors = {
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }
-    packed = next((weight for weight in weights.values() if isinstance(weight, Int8Tensor)), None)
-    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(packed.form.block)} if packed else {})
-    save_file(tensors, folder / (INT8_FILE if packed else "model.safetensors"), metadata=metadata)
+    form = next((weight.form for weight in weights.values() if isinstance(weight, Int8Tensor)), None)
+    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(form.block)} if form else {})
+    is_plain = all(isinstance(weight, Tensor) for weight in weights.values())
+    save_file(tensors, folder / ("model.safetensors" if is_plain else INT8_FILE), metadata=metadata)
 
 
 def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
@@ -246,6 +285,10 @@ def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
         return [(name, weight)]
     if isinstance(weight, Int8Tensor):
         return [(name, weight.codes), (name + _SCALES, weight.scales)]
+    if isinstance(weight, Frozen8bit):
+        weight = weight.held()
+    if isinstance(weight, RowInt8):
+        return [(name, weight.codes), (name + _ABSMAX, weight.absmax)]
     raise TypeError(f"no file holds a {type(weight).__name__}")
 
 
