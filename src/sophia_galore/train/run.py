@@ -19,6 +19,7 @@ from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import read_generation_config, write_model
+from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
@@ -252,6 +253,7 @@ class _Run:
 
     def _load_store(self) -> WeightStore:
         prepared = self._prepared
+        frozen = [route.spec.name for route in prepared.plan.routes if route.format == "bnb8"]
         self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         return load_store(
             prepared.folder,
@@ -261,6 +263,7 @@ class _Run:
             device=prepared.device,
             int8=[route.spec.name for route in prepared.plan.routes if route.format == "int8"],
             form=int8_format(self._config.quantization),
+            frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
         )
 
     def _write_documents(self) -> None:
