@@ -190,7 +190,7 @@ class Freezer:
                 "Use quantization.backend: native for this model.",
             )
         self.names = frozenset(names)
-        self._model, self._device = anatomy.model, device
+        self._model, self._device, self._version = anatomy.model, device, facts.version
         self._nn: Any = importlib.import_module("bitsandbytes.nn")
 
     def freeze(self, name: str, weight: Stored) -> Frozen8bit:
@@ -203,6 +203,9 @@ class Freezer:
 
         Returns:
             The module's weight.
+
+        Raises:
+            RunError: The module is not as it should be, so this version of bitsandbytes works in another way.
         """
         place = name.removesuffix(".weight")
         parent_name, _, key = place.rpartition(".")
@@ -218,8 +221,14 @@ class Freezer:
         module.weight = self._parameter(weight)
         module.bias = linear.bias
         module.train(linear.training)
+        made = Frozen8bit(module)
+        if problem := made.problem():
+            raise RunError(
+                f"bitsandbytes {self._version} was given {name}, which now {problem}.",
+                "Take the version of bitsandbytes that constraints.txt names, or quantization.backend: native.",
+            )
         setattr(self._model.get_submodule(parent_name), key, module)
-        return Frozen8bit(module)
+        return made
 
     def _parameter(self, weight: Stored) -> Any:
         settings = {"requires_grad": False, "has_fp16_weights": False}

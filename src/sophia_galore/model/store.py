@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia_galore.errors import ModelError
+from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
 from sophia_galore.numerics.row_int8 import RowInt8
@@ -267,9 +267,15 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     Args:
         folder: An existing folder.
         weights: Name to weight; each is brought to the CPU, one copy if it is elsewhere.
+
+    Raises:
+        RunError: A weight that a module of bitsandbytes holds is not as it was made; nothing is written.
     """
     from safetensors.torch import save_file
 
+    for name, weight in weights.items():
+        if isinstance(weight, Frozen8bit) and (problem := weight.problem()):
+            raise RunError(f"{name} {problem}, so it is not saved.")
     tensors = {
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }

@@ -255,6 +255,22 @@ def test_a_broken_state_is_told(damage: Callable[[Any], None], cause: str, worke
     assert cause in str(weight.problem())
 
 
+def test_what_is_broken_is_neither_made_nor_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    _, store, _ = load_frozen_parts(folder)
+    broken: Any = store[Q]
+    broken.held().absmax[1] = torch.nan
+    (tmp_path / "target").mkdir()
+    with pytest.raises(RunError, match=rf"{Q} holds scales that are not finite, or negative, so it is not saved"):
+        save_weights(tmp_path / "target", dict(store.items()))
+    assert not any((tmp_path / "target").iterdir())
+    assert store.first_non_finite() == Q
+    # As another version might do it.
+    monkeypatch.setattr("bitsandbytes.functional.int8_vectorwise_quant", lambda B: (B.char(), B[:, 0], None))
+    with pytest.raises(RunError, match=r"bitsandbytes .* was given .*\.weight, which now holds .*float16 scales"):
+        load_frozen_parts(folder)
+
+
 def test_lost_codes_are_told() -> None:
     module, weight = module_for(16, 8)
     module.weight.CB = None
