@@ -25,7 +25,7 @@ def test_commands_and_their_options() -> None:
     }
     assert surface == {
         "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
-        "check": ["--config", "--json", "--optimizer", "-c", "-o", "overrides"],
+        "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "generate": ["--max-new-tokens", "--seed", "--temperature", "model", "prompt"],

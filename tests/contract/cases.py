@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import cycle, product
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -33,7 +33,8 @@ TABLES: dict[str, tuple[Any, ...]] = {
     "projection_bits": get_args(ProjectionBits),
     "adaptive": (False, True),
     "state_bits": get_args(StateBits),
-    "dtype": (torch.float32, torch.bfloat16),
+    # and in eight bits, written at each step or when the basis is refreshed
+    "dtype": (torch.float32, torch.bfloat16, torch.int8, "folded"),
     # right, left, square, and a vector; the first two have odd numbers of elements or several blocks of states
     "shape": ((51, 5), (6, 48), (7, 7), (9,)),
 }
@@ -51,13 +52,13 @@ class Case:
     projection_bits: ProjectionBits = 32
     adaptive: bool = False
     state_bits: StateBits = 32
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | Literal["folded"] = torch.float32
     shape: tuple[int, ...] = (51, 5)
 
     def __str__(self) -> str:
         flags = [name for name in ("transport", "adaptive") if getattr(self, name)]
         bits = f"P{self.projection_bits}-S{self.state_bits}"
-        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}.get(self.dtype, "folded")
         return "-".join([self.rule, self.kind, self.residual, *flags, bits, dtype, "x".join(map(str, self.shape))])
 
     def spec(self, name: str = "w", *, gap: int = 3, offset: int = 1, **more: Any) -> ParamSpec:
@@ -74,6 +75,7 @@ class Case:
                 transport=self.transport,
                 projection_bits=self.projection_bits,
                 residual=self.residual,
+                folds_late=self.dtype == "folded",
             )
         settings: dict[str, Any] = {"weight_decay": 0.1, "learning_rate": RATES.get(self.rule, 1e-2), "hyper": HYPER}
         return ParamSpec(
@@ -84,7 +86,10 @@ class Case:
     def draws(self) -> bool:
         """Whether anything in its steps is drawn at random."""
         rounds_state = self.state_bits < 32 and any(slot.extent == "full" for slot in RULES[self.rule].slots.values())
-        return self.dtype != torch.float32 or rounds_state or self.kind not in ("dense", "svd")
+        # SGD's direction is the gradient itself, so a factor between the two is 1 in any subspace.
+        subspace_matters = self.rule != "sgd" or self.residual not in ("channel", "tensor")
+        drawn = self.kind not in ("dense", "svd") and subspace_matters
+        return self.dtype != torch.float32 or rounds_state or drawn
 
 
 # What can't be combined, and why.
@@ -113,6 +118,14 @@ MEANINGLESS: tuple[tuple[str, Callable[[Case], bool]], ...] = (
         "a vector has neither rows nor columns",
         lambda c: len(c.shape) == 1 and (c.kind != "dense" or c.rule not in ("adamw", "sophia", "sgd")),
     ),
+    (
+        "a vector has no rows to share scales in",
+        lambda c: len(c.shape) == 1 and c.dtype in (torch.int8, "folded"),
+    ),
+    (
+        "updates are summed up in a stored basis, and only if they all lie in it",
+        lambda c: c.dtype == "folded" and (c.kind not in STORED_BASES or c.residual != "none"),
+    ),
 )
 
 
@@ -135,7 +148,9 @@ def all_cases() -> tuple[Case, ...]:
     # Without a subspace there are so few that each is dealt several hands.
     mains = list(main_product()) + [case for case in main_product() if case.kind == "dense"] * 11
     random.Random(0).shuffle(mains)  # or words would meet in step
-    hands = cycle([dict(zip(_DEALT, words, strict=True)) for words in product(*(TABLES[name] for name in _DEALT))])
+    dealt = [dict(zip(_DEALT, words, strict=True)) for words in product(*(TABLES[name] for name in _DEALT))]
+    random.Random(2).shuffle(dealt)  # a hand that is often refused must not always be followed by the same one
+    hands = cycle(dealt)
     cases: dict[Case, None] = {}
     for index, main in enumerate(mains):
         plain = {field.name: getattr(main, field.name) for field in fields(Case)}

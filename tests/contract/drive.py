@@ -9,11 +9,14 @@ from torch import Tensor
 
 from contract.cases import Case
 from engines import CPU
+from sophia_galore.numerics.int8 import Int8Format, Stored, materialise, quantise
 from sophia_galore.numerics.random import generator
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 
 NUM_SAMPLES = 5
+# Neither divides the columns of the cases nor is divided by them.
+INT8_BLOCK = 4
 
 
 def make(spec: ParamSpec, seed: int = 0) -> ParamOptimizer:
@@ -21,9 +24,18 @@ def make(spec: ParamSpec, seed: int = 0) -> ParamOptimizer:
     return ParamOptimizer([spec], seed=seed, device=CPU)
 
 
-def start(case: Case) -> Tensor:
+def start(case: Case) -> Stored:
     """A weight to begin with."""
-    return torch.randn(case.shape, generator=generator(1, "weight")).to(case.dtype)
+    weight = torch.randn(case.shape, generator=generator(1, "weight"))
+    if case.dtype in (torch.int8, "folded"):
+        return quantise(weight, Int8Format(INT8_BLOCK))
+    assert isinstance(case.dtype, torch.dtype)
+    return weight.to(case.dtype)
+
+
+def values(weight: Stored) -> Tensor:
+    """A copy of what a stored weight stands for, in float32."""
+    return materialise(weight, torch.float32).clone()
 
 
 def gradient(spec: ParamSpec, step: int) -> Tensor:
@@ -31,7 +43,7 @@ def gradient(spec: ParamSpec, step: int) -> Tensor:
     return torch.randn(spec.shape, generator=generator(1, "gradient", step))
 
 
-def one_step(optimizer: ParamOptimizer, name: str, weight: Tensor, step: int) -> None:
+def one_step(optimizer: ParamOptimizer, name: str, weight: Stored, step: int) -> None:
     """A step of one parameter; at every other one it has a look at the curvature first."""
     spec = optimizer.specs[name]
     if step % 2:
@@ -40,9 +52,10 @@ def one_step(optimizer: ParamOptimizer, name: str, weight: Tensor, step: int) ->
     optimizer.step_param(name, weight, gradient(spec, step), step=step, factor=1.0)
 
 
-def go(optimizer: ParamOptimizer, weight: Tensor, steps: Iterable[int]) -> Tensor:
+def go(optimizer: ParamOptimizer, weight: Stored, steps: Iterable[int]) -> Stored:
     """Steps of the only parameter."""
     (name,) = optimizer.specs
+    weight = optimizer.adopt(name, weight)
     for step in steps:
         one_step(optimizer, name, weight, step)
     return weight

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contract.cases import MEANINGLESS, TABLES, Case, all_cases, is_meaningful, main_product, pairs_of
-from contract.drive import copies, go, gradient, make, one_step, same, start
+from contract.drive import copies, go, gradient, make, one_step, same, start, values
 from engines import CPU
 from sophia_galore.errors import CheckpointError, NonFiniteError
 from sophia_galore.numerics.rules import RULES
@@ -56,32 +56,35 @@ def test_every_reason_rules_something_out() -> None:
 @every_case
 def test_zero_gradient_moves_nothing_but_decay(case: Case) -> None:
     zeros = torch.zeros(case.shape)
-    weight, optimizer = start(case), make(case.spec(weight_decay=0.0))
+    optimizer = make(case.spec(weight_decay=0.0))
+    weight = optimizer.adopt("w", start(case))
     for step in range(1, NUM_STEPS):
         optimizer.step_param("w", weight, zeros.clone(), step=step, factor=1.0)
-    assert torch.equal(weight, start(case))
-    decayed = start(case).float()
+    assert torch.equal(values(weight), values(start(case)))
+    decayed = values(start(case))
     spec = case.spec()
     make(spec).step_param("w", decayed, zeros.clone(), step=1, factor=1.0)
-    assert torch.equal(decayed, start(case).float() * (1 - spec.learning_rate * spec.weight_decay))
+    assert torch.equal(decayed, values(start(case)) * (1 - spec.learning_rate * spec.weight_decay))
 
 
 @every_third
 def test_rate_0_moves_nothing(case: Case) -> None:
-    weight, optimizer = start(case), make(case.spec())
+    optimizer = make(case.spec())
+    weight = optimizer.adopt("w", start(case))
     for step in range(1, NUM_STEPS):
         optimizer.step_param("w", weight, gradient(optimizer.specs["w"], step), step=step, factor=0.0)
-    assert torch.equal(weight, start(case))
+    assert torch.equal(values(weight), values(start(case)))
 
 
 @every_third
 def test_goes_downhill(case: Case) -> None:
     """On |w|^2 / 2, whose gradient is w itself, every rule comes nearer to the bottom."""
-    weight, optimizer = start(case), make(case.spec(weight_decay=0.0))
-    before = float(weight.float().norm())
+    optimizer = make(case.spec(weight_decay=0.0))
+    weight = optimizer.adopt("w", start(case))
+    before = float(values(weight).norm())
     for step in range(1, 21):
-        optimizer.step_param("w", weight, weight.float().clone(), step=step, factor=1.0)
-    after = float(weight.float().norm())
+        optimizer.step_param("w", weight, values(weight), step=step, factor=1.0)
+    after = float(values(weight).norm())
     assert after < 0.99 * before  # worst seen 0.982 (AdamW in a random subspace), most far below
 
 
@@ -95,7 +98,7 @@ def test_state_goes_to_disk_and_back_to_the_bit(case: Case, tmp_path: Path) -> N
     save_file(first.named_state(), tmp_path / "state.safetensors")
     second.load_named_state(load_file(tmp_path / "state.safetensors"))
     assert same(second.named_state(), first.named_state())
-    assert torch.equal(go(second, weight, range(NUM_STEPS, 2 * NUM_STEPS)), whole)
+    assert torch.equal(values(go(second, weight, range(NUM_STEPS, 2 * NUM_STEPS))), values(whole))
     assert same(second.named_state(), straight.named_state())
 
 
@@ -105,7 +108,7 @@ def test_a_bad_gradient_touches_neither_weight_nor_state(case: Case) -> None:
     spec = case.spec()
     optimizer = make(spec)
     weight = go(optimizer, start(case), range(1, 3))
-    kept, state = weight.clone(), copies(optimizer)
+    kept, state = values(weight), copies(optimizer)
     for bad, step in itertools.product((float("nan"), float("inf"), float("-inf")), (3, 4)):
         broken = gradient(spec, step)
         broken.view(-1)[-1] = bad
@@ -114,7 +117,7 @@ def test_a_bad_gradient_touches_neither_weight_nor_state(case: Case) -> None:
         if case.rule == "sophia":
             with pytest.raises(NonFiniteError, match=f"w is not finite at step {step}"):
                 optimizer.observe_curvature("w", broken, step=step, num_samples=2)
-    assert torch.equal(weight, kept)
+    assert torch.equal(values(weight), kept)
     assert same(optimizer.named_state(), state)
 
 
@@ -128,7 +131,9 @@ def test_what_a_state_is_made_of(case: Case) -> None:
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in optimizer.named_state().items()} == declared
     stored = {name for name in declared if name.startswith("w/basis")}
     assert bool(stored) == (case.kind in ("svd", "randomized", "tracked"))
-    kept = {name: tensor for name, tensor in optimizer.named_state().items() if name != "w/next_refresh"}
+    # What was just folded in leaves nothing.
+    empty = ("w/next_refresh", "w/remainder")
+    kept = {name: tensor for name, tensor in optimizer.named_state().items() if name not in empty}
     assert all(tensor.any() for tensor in kept.values())
     floats = [tensor for tensor in kept.values() if tensor.is_floating_point()]
     assert all(tensor.isfinite().all() for tensor in floats)
@@ -136,7 +141,7 @@ def test_what_a_state_is_made_of(case: Case) -> None:
 
 @every_third
 def test_the_seed_matters_only_where_something_is_drawn(case: Case) -> None:
-    one, other = (go(make(case.spec(), seed), start(case), range(1, 2 * NUM_STEPS)) for seed in (0, 1))
+    one, other = (values(go(make(case.spec(), seed), start(case), range(1, 2 * NUM_STEPS))) for seed in (0, 1))
     if case.kind != "randomized" or not case.draws:
         assert torch.equal(one, other) == (not case.draws)
     elif case.dtype == torch.float32 and case.state_bits == 32:
@@ -152,7 +157,8 @@ def test_what_was_there_is_not_changed(case: Case) -> None:
     weight, grad = start(case), gradient(specs[0], 1)
     optimizer.step_param("w", weight, grad, step=1, factor=1.0)
     assert torch.equal(grad, gradient(specs[0], 1))
-    assert not any(tensor.any() for name, tensor in optimizer.named_state().items() if name.startswith("v/"))
+    others = {name: tensor for name, tensor in optimizer.named_state().items() if name.startswith("v/")}
+    assert not any(tensor.any() for name, tensor in others.items() if name != "v/shrink")  # which begins with 1
 
 
 @every_third
@@ -161,11 +167,11 @@ def test_order_of_parameters_does_not_matter(case: Case) -> None:
     results = []
     for order in ("abc", "cab"):
         optimizer = ParamOptimizer(specs, seed=3, device=CPU)
-        weights = {name: start(case) for name in "abc"}
+        weights = {name: optimizer.adopt(name, start(case)) for name in "abc"}
         for step in range(1, NUM_STEPS):
             for name in order:
                 one_step(optimizer, name, weights[name], step)
-        results.append((weights, copies(optimizer)))
+        results.append(({name: values(weight) for name, weight in weights.items()}, copies(optimizer)))
     assert same(results[0][0], results[1][0])
     assert same(results[0][1], results[1][1])
     # Same start and gradients, but every parameter draws for itself.
@@ -178,7 +184,7 @@ def test_two_halves_are_one_step(case: Case) -> None:
     """`hold` and `step_held` with other parameters' in between; gradients may be scaled there."""
     spec = case.spec()
     whole, halves = make(spec), make(spec)
-    one, other = start(case), start(case)
+    one, other = whole.adopt("w", start(case)), halves.adopt("w", start(case))
     for step in range(1, NUM_STEPS):
         whole.step_param("w", one, 0.5 * gradient(spec, step), step=step, factor=1.0)
         held = halves.hold("w", gradient(spec, step), step=step)
@@ -186,10 +192,13 @@ def test_two_halves_are_one_step(case: Case) -> None:
             tensor.mul_(0.5)
         halves.step_held("w", other, held, step=step, factor=1.0)
     if case.kind in ("dense", "random", "gaussian"):
-        assert torch.equal(one, other)  # half of a float32 is exact
+        assert torch.equal(values(one), values(other))  # half of a float32 is exact
     else:
-        # Eigenvectors and QR factors of G and of G / 2 differ by roundings.
-        assert torch.allclose(one.float(), other.float(), rtol=2**-7, atol=1e-5)
+        # Eigenvectors and QR factors of G and of G / 2 differ by roundings, by which a code may become its neighbour:
+        # these are at most 3.5 / 125 apart, for the largest weight in any of the cases.
+        assert torch.allclose(
+            values(one), values(other), rtol=2**-7, atol=0.03 if case.dtype in (torch.int8, "folded") else 1e-5
+        )
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape", "dtype"])
@@ -218,7 +227,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(change: str, case: Case, nam
         state[key] = state[key].to(torch.float64)
     with pytest.raises(CheckpointError, match=rf"[wv]/{name}"):
         optimizer.load_named_state(state)
-    assert all(not tensor.any() for tensor in optimizer.named_state().values())
+    assert all(not tensor.any() for name, tensor in optimizer.named_state().items() if name != "w/shrink")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -18,11 +18,15 @@ def check(
     config: ConfigOption = DEFAULT_CONFIG,
     optimizer: OptimizerOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole plan as JSON, a route a parameter.")] = False,
+    parameters: Annotated[bool, typer.Option("--parameters", help="Print a row for each parameter as well.")] = False,
 ) -> None:
     """Show what `train` would do, without loading a weight; only a model that is not here yet is downloaded."""
     asked = read_config(config, optimizer, overrides)
-    prepared = prepare(asked, Listener() if as_json else Terminal())
     if as_json:
-        print(json.dumps(prepared.plan.to_json(), indent=2))
-    else:
-        print("Nothing speaks against this run.")
+        print(json.dumps(prepare(asked, Listener()).plan.to_json(), indent=2))
+        return
+    terminal = Terminal()
+    plan = prepare(asked, terminal).plan
+    if parameters:
+        terminal.routed(plan)
+    print("Nothing speaks against this run.")

@@ -19,6 +19,7 @@ from rich.console import Console
 from sophia_galore import __version__
 from sophia_galore.cli.check import check
 from sophia_galore.cli.download import download
+from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.train import train
@@ -39,6 +40,7 @@ app.command("check")(check)
 app.command("prepare-data")(prepare_data)
 app.command("download")(download)
 app.command("generate")(generate)
+app.command("export")(export)
 
 
 def _version(asked: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
 from sophia_galore.cli.sizes import bytes_in_words, time_in_words
+from sophia_galore.cli.tables import parameter_table, plan_table, remarks, trained_share, verdict_line
 from sophia_galore.config.schema import DataConfig
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
@@ -65,14 +63,24 @@ class Terminal(Listener):
         """Show what will be trained by what."""
         self._on_cpu = plan.device == "cpu"
         self.console.print(plan_table(plan))
+        if said := remarks(plan):
+            self.say(f"Also: {said}.")
+        self.console.print(trained_share(plan))
         ledger = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.ledger.items() if size)
         self.say(
             f"{plan.num_steps} steps on {plan.num_train_examples} examples "
             f"({plan.steps_per_epoch} steps an epoch), {plan.num_eval_examples} held out; "
             f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {ledger}."
         )
-        for note in plan.notes:
-            self.console.print(note, style="bold yellow", markup=False)
+        for verdict in plan.verdicts:
+            self.console.print(verdict_line(verdict))
+
+    def routed(self, plan: RunPlan) -> None:
+        """Show every parameter."""
+        table = parameter_table(plan)
+        # A row that is too long for the screen goes on in the next line: nothing of it is left out.
+        width = self.console.measure(table, options=self.console.options.update(width=10_000)).maximum
+        Console(highlight=False, soft_wrap=True, width=max(width, self.console.width)).print(table)
 
     def examples(self, rendered: list[list[tuple[str, bool]]]) -> None:
         """Show training examples; what the loss counts stands out."""
@@ -124,39 +132,3 @@ class Terminal(Listener):
         if self._status is not None:
             self._status.stop()
             self._status = None
-
-
-def plan_table(plan: RunPlan) -> Table:
-    """The routes, summed up by what trains them and why."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{plan.model_name} ({plan.model_source}): what is trained by what",
-        title_justify="left",
-    )
-    table.add_column("rule", no_wrap=True)
-    table.add_column("because", no_wrap=True)
-    for column in ("tensors", "parameters", "state", "peak lr"):
-        table.add_column(column, justify="right", no_wrap=True)
-    groups: dict[tuple[str, str, float], Counter[str]] = {}
-    for route in plan.routes:
-        group = groups.setdefault((route.rule, route.why, route.spec.learning_rate), Counter())
-        group["tensors"] += 1
-        group["parameters"] += route.num_elements
-        group["bytes"] += route.state_bytes + route.projection_bytes
-    for (rule, why, rate), group in groups.items():
-        table.add_row(
-            rule,
-            why,
-            str(group["tensors"]),
-            _millions(group["parameters"]),
-            bytes_in_words(group["bytes"]),
-            f"{rate:.2e}",
-        )
-    table.add_section()
-    table.add_row("all", "100% of the parameters", str(len(plan.routes)), _millions(plan.num_parameters), "", "")
-    return table
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from sophia_galore.errors import ConfigError
+from sophia_galore.errors import ConfigError, UserError
 
 SHOWN = 5
 """Problems spelled out in one message; more than these are rarely read."""
@@ -40,24 +40,31 @@ class Problem:
         return int(digits) if digits.isdigit() else inf
 
 
-def raise_problems(problems: Sequence[Problem]) -> None:
+def raise_problems(
+    problems: Sequence[Problem], *, where: str = "in the configuration", error: type[UserError] = ConfigError
+) -> None:
     """Does nothing without problems, else raises one error that names them.
 
+    Args:
+        problems: What is wrong.
+        where: Where, in words that follow "2 problems".
+        error: What to raise.
+
     Raises:
-        ConfigError: With all problems, at most `SHOWN` of them spelled out.
+        UserError: As asked, with all problems, at most `SHOWN` of them spelled out.
     """
     if not problems:
         return
     if len(problems) == 1:
-        raise ConfigError(problems[0].sentence(), problems[0].remedy)
-    lines = [f"{len(problems)} problems in the configuration:"]
+        raise error(problems[0].sentence(), problems[0].remedy)
+    lines = [f"{len(problems)} problems {where}:"]
     for problem in sorted(problems, key=Problem.line)[:SHOWN]:
         lines.append(f"- {problem.sentence()}")
         if problem.remedy:
             lines.append(f"  {problem.remedy}")
     if len(problems) > SHOWN:
         lines.append(f"- and {len(problems) - SHOWN} more")
-    raise ConfigError("\n".join(lines), "Correct these and start again; nothing was changed.")
+    raise error("\n".join(lines), "Correct these and start again; nothing was changed.")
 
 
 def show(value: object) -> str:

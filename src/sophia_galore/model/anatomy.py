@@ -69,6 +69,15 @@ class Anatomy:
         """Name and shape of each parameter once; a tied head is not listed beside the embedding."""
         return {name: parameter.shape for name, parameter in self.model.named_parameters()}
 
+    def linear_names(self) -> list[str]:
+        """Names of the weights of the layers' linear maps, in the model's order."""
+        return [
+            f"{prefix}.{name}.weight"
+            for prefix, layer in zip(self.layer_names, self.layers, strict=True)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+
 
 def check_supported(config: Any) -> None:
     """Refuse a model whose anatomy is not known.

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sophia_galore.model.store import WeightStore, save_weights
-from sophia_galore.numerics.int8 import Stored, materialise
+from sophia_galore.model.skeleton import load_model_config, load_tokenizer
+from sophia_galore.model.store import WeightStore, convert, read_weights, save_weights
+from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -50,3 +51,29 @@ def _exported(weight: Stored, dtype: torch.dtype | None) -> Stored:
     if dtype is not None:
         return materialise(weight, dtype).to("cpu")
     return weight.to("cpu") if isinstance(weight, Tensor) else weight
+
+
+def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) -> None:
+    """Write a model folder's weights in another format, with everything else that makes it a model.
+
+    Args:
+        source: A model folder, a run's folder or a checkpoint.
+        folder: An existing, empty folder.
+        target: What weights become; matrices only, if it is eight bits: other weights stay as they are.
+
+    Raises:
+        ModelError: The source is not a whole model of a supported architecture.
+    """
+    cpu = torch.device("cpu")
+    weights: dict[str, Stored] = {}
+    for _, name, weight in read_weights(source):
+        stays = isinstance(target, Int8Format) and len(weight.shape) != 2
+        weights[name] = weight if stays else convert(weight, target, cpu)
+    write_model(
+        folder,
+        store=WeightStore(weights),
+        dtype=None,
+        config=load_model_config(source),
+        generation_config=read_generation_config(source),
+        tokenizer=load_tokenizer(source),
+    )

@@ -78,20 +78,6 @@ def bitsandbytes_facts(device_type: str) -> BitsandbytesFacts:
     return BitsandbytesFacts(True, version, problem)
 
 
-def freezable(anatomy: Anatomy) -> list[str]:
-    """Names of the weights that can be frozen: those of the linear layers inside the decoder layers.
-
-    Args:
-        anatomy: The model's parts, none of them frozen yet.
-    """
-    return [
-        f"{prefix}.{name}.weight"
-        for prefix, layer in zip(anatomy.layer_names, anatomy.layers, strict=True)
-        for name, module in layer.named_modules()
-        if type(module) is nn.Linear  # what a class of the model's own does is not known
-    ]
-
-
 class Frozen8bit(Packed):
     """The weight of one `Linear8bitLt`.
 
@@ -143,6 +129,10 @@ class Frozen8bit(Packed):
             raise RunError(f"A Linear8bitLt of shape {tuple(self.shape)} {self.problem()}.")
         return RowInt8(codes, absmax)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales, as a file keeps them."""
+        return self.held().tensors()
+
     def problem(self) -> str | None:
         """What is wrong inside the module, in words that follow a name; None: nothing."""
         codes, absmax = self._pair()
@@ -169,12 +159,12 @@ class Freezer:
 
     Args:
         anatomy: The model's parts; changed in place.
-        names: Names of the weights to freeze, from `freezable`.
+        names: Names of the weights to freeze, of those that `anatomy.linear_names` gives.
         device: Where the frozen weights live.
 
     Raises:
         EnvironmentProblem: bitsandbytes is missing, or does not work on the device.
-        ModelError: A name is not that of a linear layer's weight inside a decoder layer.
+        ModelError: A name is not that of a plain linear layer's weight inside a decoder layer.
     """
 
     def __init__(self, anatomy: Anatomy, names: Collection[str], device: torch.device) -> None:
@@ -183,10 +173,13 @@ class Freezer:
             way = "Run python -m bitsandbytes to see what it lacks, or take quantization.backend: native."
             cause = f"quantization.backend: bitsandbytes can't be used here: {facts.problem}."
             raise EnvironmentProblem(cause, way if facts.version else INSTALL)
-        unknown = sorted(set(names) - set(freezable(anatomy)))
-        if unknown:
+        linears = set(anatomy.linear_names())
+        for name in names:
+            # What a model's own kind of linear layer does beside the product is not known, and would be lost.
+            if name in linears and type(anatomy.model.get_submodule(name.removesuffix(".weight"))) is nn.Linear:
+                continue
             raise ModelError(
-                f"bitsandbytes can't hold {unknown[0]}: it is not the weight of a linear layer in a decoder layer.",
+                f"bitsandbytes can't hold {name}: it is not the weight of a plain linear layer in a decoder layer.",
                 "Use quantization.backend: native for this model.",
             )
         self.names = frozenset(names)

@@ -12,7 +12,7 @@ from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
 
 
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Read a model folder's `config.json`.
+    """Read the `config.json` of a model that is to be run.
 
     Args:
         folder: The model's folder.
@@ -24,17 +24,33 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It can't be read, or the architecture is not supported.
     """
+    config = read_model_config(folder, trust_remote_code=trust_remote_code)
+    check_supported(config)
+    return config
+
+
+def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Read a model folder's `config.json`, of any architecture that transformers knows.
+
+    Args:
+        folder: The model's folder.
+        trust_remote_code: Run Python code that the folder brings along.
+
+    Returns:
+        The Hugging Face configuration.
+
+    Raises:
+        ModelError: It can't be read.
+    """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / 'config.json'} can't be read as a model configuration: {short(error)}",
             "Give a folder of a Hugging Face causal language model.",
         ) from error
-    check_supported(config)
-    return config
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -6,21 +6,22 @@ import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
+from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
-from sophia_galore.numerics.row_int8 import RowInt8
+from sophia_galore.numerics.row_int8 import ABSMAX, RowInt8
 
 INT8_FILE = "model.int8.safetensors"
 """Where a folder's weights are if some of them are in eight bits."""
 
 _SCALES = ".scales"
-_ABSMAX = ".scb"
+# What else may stand behind a name: the low-rank remainder of a weight whose last updates are not in its codes yet.
+_ENDINGS = (_SCALES, ".left", ".right", ".shrink")
 _BLOCK_SIZE = "block_size"
 _INT8 = Int8Format()
 
@@ -114,6 +115,7 @@ def load_store(
     device: torch.device,
     int8: Collection[str] = (),
     form: Int8Format = _INT8,
+    without_remainders: bool = False,
     frozen: Freezer | None = None,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
@@ -129,6 +131,8 @@ def load_store(
         device: Where the store lives.
         int8: Names of the weights that are held in eight bits instead.
         form: In which format these are.
+        without_remainders: Leave out updates that are not in the codes yet: a run that goes on has them among its
+            optimizer's state.
         frozen: What puts weights into bitsandbytes' modules, and which; those are neither in `dtype` nor in `form`.
 
     Returns:
@@ -153,14 +157,15 @@ def load_store(
             )
         freezes = frozen is not None and name in frozen.names
         target = QUANTISED_FROM if freezes else form if name in int8 else dtype
-        made: Stored = weight
+        if without_remainders and isinstance(weight, FoldedTensor):
+            weight = weight.base
         if not (freezes and isinstance(weight, RowInt8)):
-            made = convert(weight, target, torch.device("cpu") if freezes else device)
-        if not _is_finite(name, made):
+            weight = convert(weight, target, torch.device("cpu") if freezes else device)
+        if not _is_finite(name, weight):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in {target}.", "Download the model again."
             )
-        weights[name] = frozen.freeze(name, made) if frozen and freezes else made
+        weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ModelError(
@@ -186,7 +191,8 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
         if isinstance(weight, RowInt8):
             weights[name] = weight.copied_to(device)
         else:
-            weights[name] = convert(weight, weight.form if isinstance(weight, Int8Tensor) else weight.dtype, device)
+            own = weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8
+            weights[name] = convert(weight, own, device)
     return WeightStore(weights)
 
 
@@ -206,7 +212,7 @@ def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.devi
     return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor | RowInt8]]:
+def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
     """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
 
     Raises:
@@ -220,42 +226,32 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Tensor | Int8Tensor 
                 names, metadata = list(file.keys()), file.metadata() or {}
             form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
             for name in names:
-                if _is_beside_codes(name, names, form):
+                if (form and name.endswith(_ENDINGS)) or (name.endswith(ABSMAX) and name.removesuffix(ABSMAX) in names):
                     continue
                 # Opened anew each time: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype != torch.int8:
-                        yield path, name, tensor
-                        continue
-                    weight = _with_codes(tensor, name, file, names, form)
-                if weight is None:
-                    raise ModelError(
-                        f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again."
-                    )
-                if problem := weight.problem():
-                    raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
-                yield path, name, weight
+                    parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
+                yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
 
 
-def _is_beside_codes(name: str, names: Collection[str], form: Int8Format | None) -> bool:
-    """Whether a tensor of a file holds the scales of another one of its tensors."""
-    if name.endswith(_ABSMAX):
-        return name.removesuffix(_ABSMAX) in names
-    return form is not None and name.endswith(_SCALES)
-
-
-def _with_codes(
-    codes: Tensor, name: str, file: Any, names: Collection[str], form: Int8Format | None
-) -> Int8Tensor | RowInt8 | None:
-    """Codes with the scales that the file has for them; None: it has none."""
-    if name + _ABSMAX in names:
-        return RowInt8(codes, file.get_tensor(name + _ABSMAX))
-    if form is not None and name + _SCALES in names:
-        return Int8Tensor(codes, file.get_tensor(name + _SCALES), form)
-    return None
+def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Stored:
+    """A weight from its tensors in a file, by what stands behind its name there."""
+    if parts[""].dtype != torch.int8:
+        return parts[""]
+    base: Int8Tensor | RowInt8
+    if ABSMAX in parts:
+        base = RowInt8(parts[""], parts[ABSMAX])
+    elif form is not None and _SCALES in parts:
+        base = Int8Tensor(parts[""], parts[_SCALES], form)
+    else:
+        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
+    if problem := base.problem():
+        raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
+    if isinstance(base, RowInt8) or len(parts) < 1 + len(_ENDINGS):
+        return base
+    return FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
 
 
 def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
@@ -279,23 +275,24 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     tensors = {
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }
-    form = next((weight.form for weight in weights.values() if isinstance(weight, Int8Tensor)), None)
-    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(form.block)} if form else {})
+    forms = [form for weight in weights.values() if (form := _form(weight))]
+    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(forms[0].block)} if forms else {})
     is_plain = all(isinstance(weight, Tensor) for weight in weights.values())
     save_file(tensors, folder / ("model.safetensors" if is_plain else INT8_FILE), metadata=metadata)
+
+
+def _form(weight: Stored) -> Int8Format | None:
+    """The format of a weight in native eight bits; None: it is in another one."""
+    if isinstance(weight, FoldedTensor):
+        return weight.base.form
+    return weight.form if isinstance(weight, Int8Tensor) else None
 
 
 def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
     """The tensors that a stored weight consists of, by the names that a file gives them."""
     if isinstance(weight, Tensor):
         return [(name, weight)]
-    if isinstance(weight, Int8Tensor):
-        return [(name, weight.codes), (name + _SCALES, weight.scales)]
-    if isinstance(weight, Frozen8bit):
-        weight = weight.held()
-    if isinstance(weight, RowInt8):
-        return [(name, weight.codes), (name + _ABSMAX, weight.absmax)]
-    raise TypeError(f"no file holds a {type(weight).__name__}")
+    return [(name + ending, tensor) for ending, tensor in weight.tensors().items()]
 
 
 def _is_finite(name: str, weight: Stored) -> bool:

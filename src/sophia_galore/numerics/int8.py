@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 LARGEST_CODE = 127
-# Room above the largest weight of a block whose scale is made anew: its code is 125, and may grow by two.
+# Room above the largest weight of a block whose scale is made anew: its code is 124 or 125.
 _ROOM = 1 + 1 / 64
 # The noise of rounding stays this far from 0 and 1, so that a sum with the largest code does not round up to the
 # next one: what is a code already stays it.
@@ -59,6 +59,12 @@ class Packed(Protocol):
             values: (m, n) float32; used up.
             rounding: Where the bits of the rounding come from.
         """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it consists of, by what a file puts behind its name; the first has the name itself."""
+
+    def problem(self) -> str | None:
+        """What is wrong with its parts, in words that follow a name; None: nothing."""
 
 
 Stored = Tensor | Packed
@@ -158,6 +164,10 @@ class Int8Tensor(Packed):
                 block.round_()
             codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales."""
+        return {"": self.codes, ".scales": self.scales}
+
     def problem(self) -> str | None:
         """What is wrong with codes and scales, in words that follow a name; None: nothing."""
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
@@ -181,7 +191,7 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
         device: Where the result lives; None: where the values are.
 
     Returns:
-        The matrix; the largest code of a block is 125.
+        The matrix; the largest code of a block is 124 or 125.
     """
     rows, columns = values.shape
     place = device or values.device

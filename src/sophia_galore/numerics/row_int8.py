@@ -13,6 +13,9 @@ from torch import Tensor
 from sophia_galore.errors import RunError
 from sophia_galore.numerics.int8 import LARGEST_CODE, Packed
 
+ABSMAX = ".scb"
+"""What a file puts behind a weight's name for its scales."""
+
 
 @dataclass(frozen=True, eq=False)
 class RowInt8(Packed):
@@ -67,6 +70,10 @@ class RowInt8(Packed):
             RunError: Always.
         """
         raise RunError("A weight that bitsandbytes holds in eight bits is frozen and can't be written.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales."""
+        return {"": self.codes, ABSMAX: self.absmax}
 
     def problem(self) -> str | None:
         """What is wrong with codes and scales, in words that follow a name; None: nothing."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics import bases, residual
-from sophia_galore.numerics.int8 import Stored
+from sophia_galore.numerics.folded import FoldedTensor
+from sophia_galore.numerics.int8 import Int8Tensor, Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
@@ -139,6 +140,11 @@ def lowrank_step(
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
     length = -rate * subspace.scale
+    if isinstance(weight, FoldedTensor):
+        _add_to_remainder(weight, state, direction, spec.weight_decay, rate=rate, length=length, rounding=rounding)
+        if refresh_is_due(spec, state, step + 1):
+            _fold_in(weight, state, rounding)
+        return
     for rows in row_blocks(weight):
         stored = weight[rows]
         values = opened(stored, rate, spec.weight_decay)
@@ -167,6 +173,51 @@ def _directions(
         before = torch.linalg.vector_norm(projected)
         return direction, torch.where(before > 0, torch.linalg.vector_norm(direction) / before, 0.0).view(1, 1)
     return direction, residual.channel_scales(direction, projected, spec.side)
+
+
+def folded(spec: ParamSpec, state: ParamState, weight: Int8Tensor) -> FoldedTensor:
+    """A weight together with the updates that its state holds for it.
+
+    Args:
+        spec: The parameter, whose subspace folds late.
+        state: Its state.
+        weight: Its codes and scales.
+    """
+
+    def factors() -> tuple[Tensor, Tensor]:
+        remainder, basis = state.tensors["remainder"], state.basis()
+        return (remainder, basis.T) if spec.side == "right" else (basis, remainder)
+
+    return FoldedTensor(weight, state.tensors["shrink"], factors)
+
+
+def _add_to_remainder(
+    weight: FoldedTensor,
+    state: ParamState,
+    direction: Tensor,
+    weight_decay: float,
+    *,
+    rate: float,
+    length: float,
+    rounding: torch.Generator,
+) -> None:
+    """Move the sum of updates by length * direction; the decay concerns it and the codes."""
+    remainder = state.tensors["remainder"]
+    for rows in row_blocks(remainder):
+        store(
+            remainder[rows],
+            opened(remainder[rows], rate, weight_decay).add_(direction[rows], alpha=length),
+            rounding,
+        )
+    weight.shrink.mul_(1 - rate * weight_decay)
+
+
+def _fold_in(weight: FoldedTensor, state: ParamState, rounding: torch.Generator) -> None:
+    """Round the sum of updates into the codes, before the basis that it is in is made anew."""
+    for rows in row_blocks(weight):
+        weight.base[rows].write(weight[rows].dequantise(torch.float32), rounding)
+    state.tensors["remainder"].zero_()
+    weight.shrink.fill_(1)
 
 
 def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError, NonFiniteError
-from sophia_galore.numerics.int8 import Stored
+from sophia_galore.numerics.folded import FoldedTensor
+from sophia_galore.numerics.int8 import Int8Tensor, Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import sophia_curvature
 from sophia_galore.numerics.subspace import Projector, project
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
-from sophia_galore.optim.lowrank import basis_at, lowrank_step, refresh, refresh_is_due, subspace_of
+from sophia_galore.optim.lowrank import basis_at, folded, lowrank_step, refresh, refresh_is_due, subspace_of
 from sophia_galore.optim.move import row_blocks
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import ParamState
@@ -242,6 +243,19 @@ class ParamOptimizer:
             if tensor.dtype != torch.int64:
                 tensors[key] = tensor.to(device)
         return tensors
+
+    def adopt(self, name: str, weight: Stored) -> Stored:
+        """The weight as it is to be used from now on: together with updates that are kept in its state, if they are.
+
+        Args:
+            name: The parameter's name.
+            weight: The stored weight; of one that has a remainder already, the codes and scales alone are taken over.
+        """
+        spec = self.specs[name]
+        base = weight.base if isinstance(weight, FoldedTensor) else weight
+        if spec.subspace is None or not spec.subspace.folds_late or not isinstance(base, Int8Tensor):
+            return weight
+        return folded(spec, self._state(name, base.device), base)
 
     def _state(self, name: str, device: torch.device) -> ParamState:
         if name not in self._states:

@@ -69,6 +69,8 @@ class SubspaceSpec:
         residual: What is done about the part of the gradient outside of the subspace.
         growth_limit: Largest growth of the residual's norm (of the update's, for APOLLO) from step to step; 0: any.
         fast: Whether `ParamOptimizer.projector` asks for products in place of gradients, where that is enough.
+        folds_late: Whether updates are summed up in the subspace, and go into the weight when the basis is refreshed.
+            For weights in eight bits and bases that are stored, without a residual.
     """
 
     rank: int
@@ -82,6 +84,7 @@ class SubspaceSpec:
     residual: Residual = "none"
     growth_limit: float = 1.01
     fast: bool = False
+    folds_late: bool = False
 
     def refreshes_at(self, step: int) -> bool:
         """Whether the basis is made anew at this step (counted from 1), if the gap is not adaptive.
@@ -176,6 +179,9 @@ class ParamSpec:
                 tensors["basis"] = (shape, torch.bfloat16 if subspace.projection_bits == 16 else torch.float32)
         if subspace.residual != "none" and subspace.growth_limit:
             tensors["update_norm"] = ((1,), torch.float32)
+        if subspace.folds_late:
+            tensors["remainder"] = (self.held_shape, torch.bfloat16)
+            tensors["shrink"] = ((1,), torch.float32)
         if subspace.adaptive:
             tensors["next_refresh"] = ((2,), torch.int64)  # the step, and the gap that led to it
         return tensors

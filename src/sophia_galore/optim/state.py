@@ -33,6 +33,8 @@ class ParamState:
             name: torch.zeros(shape, dtype=dtype, device="cpu" if dtype == torch.int64 else device)
             for name, (shape, dtype) in spec.state_tensors().items()
         }
+        if "shrink" in self.tensors:
+            self.tensors["shrink"].fill_(1)
 
     def read(self, slot: str, rows: slice = _EVERYTHING) -> Tensor:
         """Rows of a slot in float32; in an fp32 format the stored tensor itself.

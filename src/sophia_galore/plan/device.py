@@ -1,12 +1,10 @@
-"""Where the arithmetic runs, and in which precision."""
+"""Where the arithmetic runs. In which precision, `rules.py` says."""
 
 from __future__ import annotations
 
 import torch
 
-from sophia_galore.config import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.model.store import DTYPES
 
 
 def choose_device(name: str) -> torch.device:
@@ -45,32 +43,3 @@ def choose_device(name: str) -> torch.device:
     # Questions about "the" GPU, such as which arithmetic it has, are answered for the current one.
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def choose_compute_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The precision that the user asked for, or the one that the device is good at.
-
-    float32 on CPU; bfloat16 on GPUs that have it in hardware (PyTorch emulates it on older ones);
-    float16, with scaled gradients, on the others.
-
-    Args:
-        config: What was asked.
-        device: Where the arithmetic runs.
-
-    Returns:
-        The dtype.
-
-    Raises:
-        EnvironmentProblem: bf16 was asked of a GPU that only emulates it.
-    """
-    real_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = config.training.compute_dtype
-    if asked == "bf16" and device.type == "cuda" and not real_bf16:
-        raise EnvironmentProblem(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic.", "Use training.compute_dtype=auto."
-        )
-    if asked != "auto":
-        return DTYPES[asked]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if real_bf16 else torch.float16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
-from sophia_galore.plan.device import choose_compute_dtype, choose_device
+from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, largest_token
+from sophia_galore.plan.device import choose_device
+from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, make_plan
+from sophia_galore.plan.rules import RULES, compute_dtype
+from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.listener import Listener
 
@@ -67,32 +72,35 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     """
     check(config)
     device = choose_device(config.training.device)
-    compute_dtype = choose_compute_dtype(config, device)
+    facts = Facts(config, device=ask_device(device))
+    if facts.freezes_layers:
+        facts = replace(facts, bitsandbytes=ask_bitsandbytes(device))
+    # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.
+    decide(RULES, facts)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
     _refuse_folder(config, None if checkpoint else model)
-    model_config = load_model_config(model.folder, trust_remote_code=trust)
-    tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
+    model_config = read_model_config(model.folder, trust_remote_code=trust)
+    missed = config.model.name if model.used_fallback else ""
+    facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
+    if not facts.is_buildable:
+        decide(RULES, facts)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
+    facts = replace(facts, parameters=ask_parameters(anatomy))
+    decide(RULES, facts)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
+    facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
     dataset = load_data(
         config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
     )
     listener.data_read(config.data, dataset)
-    plan = make_plan(
-        config,
-        model=model,
-        model_config=model_config,
-        shapes={name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()},
-        head_name=anatomy.head_name,
-        dataset=dataset,
-        device=device,
-        compute_dtype=compute_dtype,
-    )
+    plan = make_plan(facts, model=model, dataset=dataset)
     if checkpoint:
-        plan = replace(plan, model_folder=checkpoint.plan["model_folder"], notes=tuple(checkpoint.plan["notes"]))
+        plan = _as_begun(plan, checkpoint.plan)
     listener.planned(plan)
     listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
-    return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, compute_dtype)
+    dtype = compute_dtype(facts)
+    return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, dtype)
 
 
 def _refuse_folder(config: RunConfig, model: ResolvedModel | None) -> None:
@@ -108,6 +116,12 @@ def _refuse_folder(config: RunConfig, model: ResolvedModel | None) -> None:
             f"The model {model.folder} lies in the folder that this run would write to, {config.run_folder}.",
             "Choose another training.output_dir.",
         )
+
+
+def _as_begun(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
+    """A plan with what only the run's first start could know: where the model came from, in place of which other."""
+    verdicts = tuple(Decided(**verdict) for verdict in begun["verdicts"]) if "verdicts" in begun else plan.verdicts
+    return replace(plan, model_folder=begun["model_folder"], notes=tuple(begun["notes"]), verdicts=verdicts)
 
 
 def _model_of(checkpoint: Checkpoint) -> ResolvedModel:

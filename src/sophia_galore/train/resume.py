@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sophia_galore.config import RunConfig
@@ -64,30 +65,73 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
             f"{checkpoint.folder} was made by version 0.1, whose optimizers kept another state.",
             f"Start anew from its weights: model.name={checkpoint.folder}.",
         )
-    now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(_FREE)}
-    saved = {key: checkpoint.config.get(key) for key in now}
-    # The bytes follow from the routes, which say more.
-    skip = {"notes", "bytes"} | ({"num_steps"} if config.training.lr_scheduler_type in _ENDLESS else set())
+    # Where no weight is in eight bits now, the routes tell whether one was; how it would have been is of no effect.
+    free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
+    now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
+    saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
+    # Words, and what follows from the routes, which say more.
+    skip = {"notes", "verdicts", "bytes", "num_trained_parameters", "trained_fraction"}
+    if config.training.lr_scheduler_type in _ENDLESS:
+        skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
     saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
     # Through JSON, as the saved side went: tuples became lists.
     now = json.loads(json.dumps(now))
+    for side in (now, saved):
+        side["plan.routes"] = [_without_words(route) for route in side["plan.routes"]]
     different = [key for key in now if now[key] != saved.get(key)]
     if different:
         key = different[0]
-        change = "" if key == "plan.routes" else f": {saved.get(key)} then, {now[key]} now"
+        change = f": {saved.get(key)} then, {now[key]} now"
+        if key == "plan.routes":
+            change = _first_change(saved[key], now[key])
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
         causes = [] if not key.startswith("plan.") else _changed_settings(checkpoint, config)
         more += f" (changed: {', '.join(causes)})" if causes else ""
         raise CheckpointError(
             f"{checkpoint.folder} was made with another {_in_words(key)}{change}{more}; going on would change numbers.",
-            "Resume with the configuration the run was started with (run_config.yaml in its folder), or start anew.",
+            "Resume with the configuration the run was started with (run_config.yaml in its folder), or start anew."
+            + _way_to_convert(checkpoint, now, saved),
         )
     if checkpoint.step > plan.num_steps:
         raise CheckpointError(
             f"{checkpoint.folder} is at step {checkpoint.step}, the run would end at {plan.num_steps}.",
             "Raise training.max_steps or training.epochs.",
         )
+
+
+def _without_words(route: Mapping[str, Any]) -> dict[str, Any]:
+    """What a route does; reasons may be worded anew by another version."""
+    return {key: value for key, value in route.items() if key not in ("why", "because")}
+
+
+def _first_change(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
+    """The first parameter and field in which two lists of routes differ, in words that follow what was compared."""
+    for old, new in zip(then, now, strict=False):
+        if old["name"] != new["name"]:
+            return f": {old['name']} then, {new['name']} now"
+        for key in new:
+            if old.get(key) == new[key]:
+                continue
+            # A section such as `subspace` by the entry that differs.
+            if isinstance(old.get(key), dict) and isinstance(new[key], dict):
+                inner = next(entry for entry in {**new[key], **old[key]} if old[key].get(entry) != new[key].get(entry))
+                return f": {old['name']}, {key}.{inner}: {old[key].get(inner)} then, {new[key].get(inner)} now"
+            return f": {old['name']}, {key}: {old.get(key)} then, {new[key]} now"
+    return f": {len(then)} parameters then, {len(now)} now"
+
+
+def _way_to_convert(checkpoint: Checkpoint, now: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """How to go on from the weights in another format, where it is the format that differs."""
+    then, wanted = ([route["format"] for route in side["plan.routes"]] for side in (saved, now))
+    if then == wanted:
+        return ""
+    # What bitsandbytes holds is read from a folder of plain weights.
+    form = now["model.store"] if "bnb8" in wanted else "int8" if "int8" in wanted else now["model.store"]
+    return (
+        f" To train on in the other format, from step 0: sophia-galore export {checkpoint.folder} --to {form} "
+        "--output FOLDER, then train with model.name=FOLDER."
+    )
 
 
 def _changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

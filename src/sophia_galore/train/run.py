@@ -94,9 +94,9 @@ class _Run:
         self._saved: Path | None = None
         self._monitor = monitor
         with self._monitor.phase("load"):
-            self._store = self._load_store()
+            self._store = self._load_store(going_on=checkpoint is not None)
             self._optimizer = ParamOptimizer(
-                (route.spec for route in plan.routes), seed=config.training.seed, device=prepared.device
+                (route.spec for route in plan.routes if route.spec), seed=config.training.seed, device=prepared.device
             )
             if checkpoint:
                 self._optimizer.load_named_state(checkpoint.optimizer_state())
@@ -251,9 +251,9 @@ class _Run:
         write_json(path, known)
         self._listener.answered(when, list(zip(questions, given, strict=True)))
 
-    def _load_store(self) -> WeightStore:
+    def _load_store(self, *, going_on: bool) -> WeightStore:
         prepared = self._prepared
-        frozen = [route.spec.name for route in prepared.plan.routes if route.format == "bnb8"]
+        frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
         self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         return load_store(
             prepared.folder,
@@ -261,8 +261,9 @@ class _Run:
             tied_head="lm_head.weight" if prepared.anatomy.tied else None,
             dtype=DTYPES[self._config.model.store],
             device=prepared.device,
-            int8=[route.spec.name for route in prepared.plan.routes if route.format == "int8"],
+            int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
             form=int8_format(self._config.quantization),
+            without_remainders=going_on,
             frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
         )
 

@@ -17,7 +17,7 @@ from sophia_galore.plan.plan import RunPlan
 
 
 class Stepper:
-    """Takes steps.
+    """Takes steps. Weights whose updates are folded in late come to stand in the store together with these.
 
     Args:
         engine: Finds gradients.
@@ -38,6 +38,8 @@ class Stepper:
     ) -> None:
         self._engine, self._optimizer, self._store, self._plan = engine, optimizer, store, plan
         self._max_grad_norm = max_grad_norm
+        for name in optimizer.specs:
+            store[name] = optimizer.adopt(name, store[name])
         # Names whose gradients come as products in the pass that is running.
         self._projected: set[str] = set()
 

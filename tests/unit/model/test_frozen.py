@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import CPU, load_frozen_parts, load_parts, make_engine
 from sophia_galore.errors import ModelError, RunError
-from sophia_galore.model.frozen import Freezer, Frozen8bit, freezable
+from sophia_galore.model.frozen import Freezer, Frozen8bit
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.store import INT8_FILE, load_store, open_store, save_weights
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, materialise, quantise
@@ -35,7 +35,7 @@ def module_for(columns: int, rows: int, *, bias: bool = True, seed: int = 0) -> 
     layer = nn.Sequential(nn.Linear(columns, rows, bias=bias))
     values = layer[0].weight.detach().clone()
     model = nn.ModuleDict({"layer": layer})
-    anatomy: Any = SimpleNamespace(model=model, layer_names=("layer",), layers=[layer])
+    anatomy: Any = SimpleNamespace(model=model, linear_names=lambda: ["layer.0.weight"])
     made = Freezer(anatomy, ["layer.0.weight"], CPU).freeze("layer.0.weight", values)
     return layer[0], made
 
@@ -58,7 +58,8 @@ def test_every_linear_of_the_layers_is_frozen_and_nothing_else(family: str, tmp_
             assert bool((error <= plain[name].abs().amax(1) * (0.5 / 127 + 2**-10)).all())
         else:
             assert torch.equal(materialise(weight, torch.float32), plain[name])
-    assert not freezable(anatomy), "what is frozen is not frozen again"
+    with pytest.raises(ModelError, match="plain linear layer"):
+        Freezer(anatomy, names, CPU)  # what is frozen is not frozen again
 
 
 def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Pa
 def test_it_reads_a_checkpoint_of_native_int8(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
     anatomy, _ = load_parts(folder)
-    names, shapes = freezable(anatomy), anatomy.parameter_shapes()
+    names, shapes = anatomy.linear_names(), anatomy.parameter_shapes()
     native = load_store(folder, shapes, tied_head=None, dtype=torch.float32, device=CPU, int8=names)
     save_weights(folder, dict(native.items()))
     (folder / "model.safetensors").unlink()

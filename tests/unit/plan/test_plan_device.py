@@ -7,7 +7,11 @@ import torch
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.device import choose_compute_dtype, choose_device
+from sophia_galore.plan.ask import ask_device
+from sophia_galore.plan.device import choose_device
+from sophia_galore.plan.facts import Facts
+from sophia_galore.plan.rules import RULES, compute_dtype
+from sophia_galore.plan.verdicts import decide
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -23,6 +27,7 @@ def act_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, real_bf16: bool = T
     monkeypatch.setattr(torch.cuda, "current_device", lambda: min(1, count - 1))
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if real_bf16 else (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
 
 
@@ -88,11 +93,13 @@ def test_the_precision(
     asked: str, device: torch.device, real_bf16: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     act_gpus(monkeypatch, 1, real_bf16=real_bf16)
-    assert choose_compute_dtype(config_for(asked), device) == chosen
+    facts = Facts(config_for(asked), device=ask_device(device))
+    assert all(verdict.verdict != "refuse" for verdict in decide(RULES, facts))
+    assert compute_dtype(facts) == chosen
 
 
 def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     act_gpus(monkeypatch, 1, real_bf16=False)
-    with pytest.raises(EnvironmentProblem, match="Some GPU has no bfloat16 arithmetic") as caught:
-        choose_compute_dtype(config_for("bf16"), GPU)
+    with pytest.raises(EnvironmentProblem, match=r"Some GPU has no bfloat16 arithmetic \(compute cap") as caught:
+        decide(RULES, Facts(config_for("bf16"), device=ask_device(GPU)))
     assert "training.compute_dtype=auto" in caught.value.remedy

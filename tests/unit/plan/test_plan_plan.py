@@ -8,16 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.data.dataset import Dataset, DataSummary, PartSummary
 from sophia_galore.data.example import Example
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.source import ResolvedModel
+from sophia_galore.plan.ask import ask_model
+from sophia_galore.plan.facts import Facts, Param
 from sophia_galore.plan.plan import RunPlan, make_plan
 
-CPU = torch.device("cpu")
 SHAPES = {"embed.weight": (320, 64), "down.weight": (64, 96), "norm.weight": (64,)}
 NUM_PARAMETERS = 320 * 64 + 64 * 96 + 64
 
@@ -36,19 +36,22 @@ def plan_for(
     num_eval: int = 4,
     largest_token: int = 319,
     used_fallback: bool = False,
-    compute_dtype: torch.dtype = torch.float32,
     **model_config: Any,
 ) -> RunPlan:
     given = {"optimizer": {"galore": {"rank": 8}}, **(values or {})}
+    config = RunConfig.model_validate(given)
+    known = SimpleNamespace(
+        **{"model_type": "llama", "max_position_embeddings": 512, "vocab_size": 320, **model_config}
+    )
+    facts = Facts(
+        config,
+        model=ask_model(known, name="m", instead_of=config.model.name if used_fallback else ""),
+        parameters=tuple(Param(name, shape, is_head=name == "embed.weight") for name, shape in SHAPES.items()),
+    )
     return make_plan(
-        RunConfig.model_validate(given),
+        facts,
         model=ResolvedModel(Path("/models/m"), "m", "local", used_fallback),
-        model_config=SimpleNamespace(**{"max_position_embeddings": 512, "vocab_size": 320, **model_config}),
-        shapes=SHAPES,
-        head_name="embed.weight",
         dataset=make_dataset(num_train, num_eval, largest_token),
-        device=CPU,
-        compute_dtype=compute_dtype,
     )
 
 
@@ -157,17 +160,23 @@ def test_what_just_fits_is_accepted(values: dict[str, Any], more: dict[str, Any]
         ({"training": {"max_grad_norm": 0.5}, "optimizer": {"type": "adamw"}}, {}, ["clipped to 0.5 by itself"]),
         ({"optimizer": {"galore": {"rank": 60, "fast_path": "always"}}}, {}, ["No matrix is large enough"]),
         # Nothing is projected: kept until the norm is known, gradients would be kept in full size.
-        ({"training": {"max_grad_norm": 0.5}, "optimizer": {"galore": {"rank": 64}}}, {}, ["clipped to 0.5 by itself"]),
-        ({}, {"compute_dtype": torch.bfloat16}, ["bfloat16 arithmetic is slow on a CPU"]),
+        (
+            {"training": {"max_grad_norm": 0.5}, "optimizer": {"galore": {"rank": 64}}},
+            {},
+            ["No matrix has both sides above the rank", "clipped to 0.5 by itself"],
+        ),
+        ({"training": {"compute_dtype": "bf16"}}, {}, ["bf16 arithmetic is slower than fp32 on a CPU"]),
         ({}, {"used_fallback": True}, ["No source could be reached for smollm2-135m: m is trained instead"]),
         (
-            {"training": {"max_grad_norm": 1}},
-            {"used_fallback": True, "compute_dtype": torch.float16},
-            ["trained instead", "clipped", "float16"],
+            {"training": {"max_grad_norm": 1, "compute_dtype": "fp16"}},
+            {"used_fallback": True},
+            ["is scaled", "fp16 arithmetic is slower", "trained instead", "clipped"],
         ),
     ],
 )
 def test_notes_say_what_the_user_should_know(values: dict[str, Any], more: dict[str, Any], words: list[str]) -> None:
-    notes = plan_for(values, **more).notes
+    plan = plan_for(values, **more)
+    notes = plan.notes
+    assert notes == tuple(verdict.sentence() for verdict in plan.verdicts)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))

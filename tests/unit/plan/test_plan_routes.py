@@ -211,3 +211,33 @@ def test_the_state_of_half_a_billion_parameters_is_small(optimizer: dict[str, An
 
     assert 0.9 * limit_bytes < state_bytes(optimizer) <= limit_bytes
     assert state_bytes({"type": "adamw"}) == 8 * 494_032_768
+
+
+FROZEN_LAYERS = {"quantization": {"load_in_8bit": True, "backend": "bitsandbytes"}}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("optimizer", ["galore", "adamw", "sophia", "apollo", "scale"])
+def test_bitsandbytes_freezes_the_layers_matrices_and_adamw_trains_the_rest(optimizer: str, tied: bool) -> None:
+    anatomy = find_anatomy(tiny_model("qwen2", tied=tied))
+    shapes = {name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()}
+    config = RunConfig.model_validate({**FROZEN_LAYERS, "optimizer": {"type": optimizer, "state_bits": 8}})
+    for route in make_routes(config, shapes, anatomy.head_name, anatomy.linear_names()):
+        frozen = ".layers." in route.name and len(route.shape) == 2
+        assert (route.name, route.shape) in shapes.items()
+        assert route.trained is not frozen
+        if frozen:
+            m, n = route.shape
+            assert (route.rule, route.format, route.weight_bytes) == ("frozen", "bnb8", m * n + 4 * m)
+            assert (route.spec, route.side, route.state_bytes, route.projection_bytes) == (None, None, 0, 0)
+        else:
+            assert route.spec is not None and route.spec.subspace is None
+            assert (route.rule, route.format, route.spec.learning_rate) == ("adamw", "fp32", 2e-4)
+            assert route.spec.state_bits == (8 if route.num_elements >= 4096 else 32)
+        assert set(route.to_json()) == set(make_routes(RunConfig(), {"w": (4, 4)})[0].to_json())
+
+
+def test_what_bitsandbytes_leaves_is_trained_at_the_rate_that_was_asked_for() -> None:
+    config = RunConfig.model_validate({**FROZEN_LAYERS, "training": {"learning_rate": 0.01}})
+    embed, _ = make_routes(config, {"embed": (320, 64), "q": (64, 64)}, "embed", ["q"])
+    assert embed.spec is not None and embed.spec.learning_rate == 0.01

@@ -12,6 +12,8 @@ import pytest
 
 from sophia_galore.config import load_config
 from sophia_galore.errors import CheckpointError
+from sophia_galore.plan.facts import BitsandbytesFacts
+from sophia_galore.train import prepare as preparing
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
@@ -100,6 +102,60 @@ def test_what_changes_numbers_is_refused_by_name(
     key = words[0].partition("=")[0]
     assert key in caught.value.cause, caught.value.cause
     assert "run_config.yaml" in caught.value.remedy
+
+
+ROUTES: list[tuple[list[str], str]] = [
+    (["optimizer.galore.rank=4"], "model.embed_tokens.weight, rank: 8 then, 4 now"),
+    (["optimizer.galore.update_proj_gap=4"], "model.embed_tokens.weight, subspace.gap: 3 then, 4 now"),
+    (["optimizer.betas=[0.9,0.99]"], "model.embed_tokens.weight, hyper.beta2: 0.999 then, 0.99 now"),
+    (["optimizer.state_bits=8"], "model.embed_tokens.weight, state_bits: 32 then, 8 now"),
+    (["optimizer.galore.residual=fira"], "model.embed_tokens.weight, subspace.residual: none then, fira now"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), ROUTES, ids=[words[0] for words, _ in ROUTES])
+def test_the_first_parameter_and_field_that_differ_are_named(
+    words: list[str], named: str, world: World, saved: dict[str, Checkpoint]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        compare(world, saved["cosine"], "cosine", *words)
+    assert named in caught.value.cause, caught.value.cause
+    assert "export" not in caught.value.remedy, "the format of the weights is the same"
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        (["model.store=bf16"], "bf16"),
+        (["quantization.load_in_8bit=true"], "int8"),
+        (["quantization.load_in_8bit=true", "quantization.backend=bitsandbytes"], "fp32"),
+    ],
+)
+def test_another_format_of_the_weights_comes_with_the_way_there(
+    words: list[str], form: str, world: World, saved: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "ask_bitsandbytes", lambda device: BitsandbytesFacts("0.50.2"))
+    with pytest.raises(CheckpointError) as caught:
+        compare(world, saved["cosine"], "cosine", *words)
+    folder = saved["cosine"].folder
+    assert f"sophia-galore export {folder} --to {form} --output FOLDER" in caught.value.remedy
+    assert "model.name=FOLDER" in caught.value.remedy
+
+
+def test_other_words_for_the_same_route_are_no_difference(world: World, saved: dict[str, Checkpoint]) -> None:
+    """Reasons may be worded anew, and versions before them wrote no verdicts."""
+    old = {key: value for key, value in saved["cosine"].plan.items() if key not in ("verdicts", "trained_fraction")}
+    old["routes"] = [{**route, "why": "for other reasons"} for route in old["routes"]]
+    for route in old["routes"]:
+        del route["because"]
+    compare(world, replace(saved["cosine"], plan=old), "cosine")
+
+
+def test_what_eight_bits_would_be_like_is_of_no_effect_without_them(world: World, saved: dict[str, Checkpoint]) -> None:
+    """Checkpoints of versions that had no eight-bit weights can be resumed."""
+    before = {key: value for key, value in saved["cosine"].config.items() if not key.startswith("quantization.")}
+    assert before.keys() != saved["cosine"].config.keys()
+    compare(world, replace(saved["cosine"], config=before), "cosine", "quantization.block_size=64")
 
 
 ALLOWED: list[list[str]] = [

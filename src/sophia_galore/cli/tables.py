@@ -1,0 +1,98 @@
+"""A plan on the terminal: a summary, and a row for each parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.plan.route import Route
+from sophia_galore.plan.verdicts import Decided
+
+
+def plan_table(plan: RunPlan) -> Table:
+    """The routes, summed up by what trains them and why."""
+    table = _table(
+        f"{plan.model_name} ({plan.model_source}): what is trained by what",
+        left=("rule", "because", "weights"),
+        right=("tensors", "parameters", "state", "peak lr"),
+    )
+    groups: dict[tuple[str, str, str, str], Counter[str]] = {}
+    for route in plan.routes:
+        group = groups.setdefault((route.rule, route.reason, route.format, _rate(route)), Counter())
+        group["tensors"] += 1
+        group["parameters"] += route.num_elements
+        group["bytes"] += route.state_bytes + route.projection_bytes
+    for (rule, reason, form, rate), group in groups.items():
+        count, parameters = str(group["tensors"]), _millions(group["parameters"])
+        table.add_row(rule, reason, form, count, parameters, _bytes(group["bytes"]), rate)
+    table.add_section()
+    table.add_row("all", "", "", str(len(plan.routes)), _millions(plan.num_parameters), "", "")
+    return table
+
+
+def parameter_table(plan: RunPlan) -> Table:
+    """Every route, in the model's order."""
+    table = _table(
+        f"{plan.model_name}: every parameter",
+        left=("parameter", "shape", "weights", "rule", "projection", "trained", "because"),
+        right=("state", "peak lr"),
+    )
+    for route in plan.routes:
+        rank = route.spec.subspace.rank if route.spec and route.spec.subspace else 0
+        table.add_row(
+            route.name,
+            " x ".join(map(str, route.shape)),
+            route.format,
+            route.rule,
+            f"{route.side}, rank {rank}" if rank else "",
+            "yes" if route.trained else Text("no", style="bold red"),
+            route.why,
+            _bytes(route.state_bytes + route.projection_bytes),
+            _rate(route),
+        )
+    return table
+
+
+def remarks(plan: RunPlan) -> str:
+    """What else there is to say about parameters, each with the number of those that it is about; may be empty."""
+    counts = Counter(remark for route in plan.routes for remark in route.remarks)
+    return "; ".join(f"{remark} ({count} tensor{'s' * (count > 1)})" for remark, count in counts.items())
+
+
+def trained_share(plan: RunPlan) -> Text:
+    """How much of the model is trained; red where that is not all of it."""
+    # Rounded down: what is not trained must not be rounded away.
+    percent = math.floor(1000 * plan.trained_fraction) / 10
+    return Text(f"{percent:g}% of the parameters are trained", style="" if percent == 100 else "bold red")
+
+
+def verdict_line(verdict: Decided) -> Text:
+    """A verdict and its reason; what falls back to something else than was asked for stands out."""
+    style = "yellow" if verdict.verdict == "use" else "bold yellow"
+    return Text(f"{verdict.verdict}: {verdict.sentence()}", style=style)
+
+
+def _table(title: str, *, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in (*left, *right):
+        # Reasons may take a second line; a name or a number that does is hard to read.
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column != "because")
+    return table
+
+
+def _rate(route: Route) -> str:
+    return f"{route.spec.learning_rate:.2e}" if route.spec else ""
+
+
+def _bytes(count: int) -> str:
+    return bytes_in_words(count) if count else ""
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"

@@ -1,0 +1,258 @@
+"""The table of verdicts on a run: what is used with a word of caution, what falls back to something else, and what is
+refused.
+
+Every such decision that takes more than the configuration is a row here, or a row in `parameters.py` if it is about
+one parameter. Options that contradict each other whatever the model, the data and the machine are, have a table of
+their own, in `config/check.py`, which speaks before anything is looked for. Whether a checkpoint may go on is for
+`train/resume.py`, which compares two plans.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sophia_galore.config.schema import OptimizerName
+from sophia_galore.errors import EnvironmentProblem, ModelError
+from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.model.store import DTYPES
+from sophia_galore.plan.facts import Facts
+from sophia_galore.plan.verdicts import FallBack, Refuse, Rule, Use, settled
+
+PROJECTING: tuple[OptimizerName, ...] = ("galore", "apollo", "apollo_mini")
+"""Optimizers that project gradients."""
+
+
+def compute_dtype(facts: Facts) -> torch.dtype:
+    """The precision of the arithmetic: as asked, or the one that the device is good at.
+
+    float32 on a CPU; bfloat16 on GPUs that have it in hardware; float16, with scaled gradients, on the others.
+    """
+    asked = facts.config.training.compute_dtype
+    if asked == "auto":
+        return DTYPES[settled(RULES, "compute_dtype", facts) or ("fp32" if facts.device.is_cpu else "bf16")]
+    return DTYPES[asked]
+
+
+def optimizer(facts: Facts) -> OptimizerName:
+    """The optimizer that was asked for, or the one that can be had."""
+    return "adamw" if settled(RULES, "optimizer", facts) == "adamw" else facts.config.optimizer.type
+
+
+def _asks_for_outsized_clipping(facts: Facts) -> bool:
+    asked = facts.clips and facts.config.training.clip_by == "model"
+    return asked and facts.routes is not None and not facts.may_clip_by_model
+
+
+def _exceeds_vocabulary(token: int, facts: Facts) -> bool:
+    return facts.model.vocab_size is not None and token >= facts.model.vocab_size
+
+
+def _never_projects(facts: Facts) -> bool:
+    return facts.routes is not None and not facts.routes.num_projected and optimizer(facts) in PROJECTING
+
+
+def _never_fast(facts: Facts) -> bool:
+    return (
+        facts.config.optimizer.galore.fast_path == "always"
+        and optimizer(facts) == "galore"
+        and facts.routes is not None
+        and facts.routes.num_projected > 0
+        and not facts.routes.num_fast
+    )
+
+
+_MACHINE: tuple[Rule, ...] = (
+    Rule(
+        "bf16_emulated",
+        lambda f: f.config.training.compute_dtype == "auto" and f.emulates_bf16,
+        FallBack("compute_dtype", "fp16"),
+        "{f.device.name}{f.capability} has no bfloat16 arithmetic, PyTorch would only emulate it: fp16 is used.",
+    ),
+    Rule(
+        "bf16_refused",
+        lambda f: f.config.training.compute_dtype == "bf16" and f.emulates_bf16,
+        Refuse(EnvironmentProblem),
+        "{f.device.name} has no bfloat16 arithmetic{f.capability}.",
+        "Use training.compute_dtype=auto.",
+    ),
+    Rule(
+        "fp16_scaled",
+        lambda f: compute_dtype(f) == torch.float16,
+        Use(),
+        "In fp16 arithmetic small gradients would be lost and large ones overflow: what flows back is scaled, each "
+        "layer by a factor of its own, and nothing is stored in fp16.",
+    ),
+    Rule(
+        "slow_on_cpu",
+        lambda f: f.device.is_cpu and compute_dtype(f) != torch.float32,
+        Use(),
+        "{f.config.training.compute_dtype} arithmetic is slower than fp32 on a CPU.",
+        "Use training.compute_dtype=fp32.",
+    ),
+    Rule(
+        "bitsandbytes_missing",
+        lambda f: f.freezes_layers and f.bitsandbytes is not None and f.bitsandbytes.version is None,
+        Refuse(EnvironmentProblem),
+        "quantization.backend is bitsandbytes, which is not installed.",
+        'Install it with: pip install "sophia-galore[bitsandbytes]", or use quantization.backend=native, which trains '
+        "all weights and needs no package.",
+    ),
+    Rule(
+        "bitsandbytes_broken",
+        lambda f: f.freezes_layers and f.bitsandbytes is not None and bool(f.bitsandbytes.problem),
+        Refuse(EnvironmentProblem),
+        "bitsandbytes {f.bitsandbytes.version} does not work on {f.device.name}: {f.bitsandbytes.problem}.",
+        'Install one that does (pip install -U "sophia-galore[bitsandbytes]"; python -m bitsandbytes says what it '
+        "lacks), or use quantization.backend=native.",
+    ),
+)
+
+_MODEL: tuple[Rule, ...] = (
+    Rule(
+        "another_model",
+        lambda f: f.model.instead_of != "",
+        FallBack("model", "{f.model.name}"),
+        "No source could be reached for {f.model.instead_of}: {f.model.name} is trained instead.",
+    ),
+    Rule(
+        "experts",
+        lambda f: f.model.experts is not None,
+        Refuse(ModelError),
+        "The layers of this {f.model.model_type} model are mixtures of experts ({f.model.experts[0]}: "
+        "{f.model.experts[1]}), which are not supported yet.",
+        "Supported decoder-only models: {f.supported}.",
+    ),
+    Rule(
+        "architecture",
+        lambda f: f.model.model_type not in ("", *SUPPORTED) and f.model.experts is None,
+        Refuse(ModelError),
+        "The architecture '{f.model.model_type}' is not supported.",
+        "Supported decoder-only models: {f.supported}.",
+    ),
+    Rule(
+        "positions",
+        lambda f: f.model.positions is not None and f.config.training.max_length > f.model.positions,
+        Refuse(),
+        "training.max_length is {f.config.training.max_length}, but the model knows {f.model.positions} positions.",
+        "Use training.max_length={f.model.positions} or less.",
+    ),
+    # A parameter that no output depends on is not seen here: the engine finds it in the first backward, and names it.
+    Rule(
+        "no_gradient",
+        lambda f: f.without_gradient != "",
+        Refuse(ModelError),
+        "The model lets {f.without_gradient} have no gradient, so that it could not be trained.",
+        "Use a model whose code freezes no parameter.",
+    ),
+    Rule(
+        "outside_of_the_parts",
+        lambda f: f.outside != "",
+        Refuse(ModelError),
+        "{f.outside} belongs neither to the embedding nor to a layer, the last norm or the head, so that nothing would "
+        "train it.",
+        "Supported decoder-only models: {f.supported}.",
+    ),
+    Rule(
+        "skip_unmatched",
+        lambda f: f.unmatched_skip != "",
+        Refuse(),
+        "quantization.skip: '{f.unmatched_skip}' matches no weight of this model.",
+        "Weights have names such as {f.parameters[0].name}; * stands for anything.",
+    ),
+)
+
+_DATA: tuple[Rule, ...] = (
+    Rule(
+        "token_outside_the_vocabulary",
+        lambda f: _exceeds_vocabulary(f.data.largest_token, f),
+        Refuse(),
+        "The data hold token {f.data.largest_token}, but the model's embedding only {f.model.vocab_size} rows.",
+        "Use the tokenizer that belongs to the model.",
+    ),
+    # Gemma 3's tokenizer, for one, has a token for images that its text models lack.
+    Rule(
+        "tokenizer_outside_the_vocabulary",
+        lambda f: _exceeds_vocabulary(f.data.largest_known, f) and not _exceeds_vocabulary(f.data.largest_token, f),
+        Use(),
+        "The tokenizer knows tokens up to {f.data.largest_known}, the model's embedding has {f.model.vocab_size} rows: "
+        "the data use none of the others.",
+    ),
+    Rule(
+        "warm_up",
+        lambda f: 0 < f.data.num_steps <= f.config.training.warmup_steps,
+        Refuse(),
+        "training.warmup_steps is {f.config.training.warmup_steps}, but the run has only {f.data.num_steps} steps.",
+        "Lower training.warmup_steps, or train for longer.",
+    ),
+)
+
+_TRAINING: tuple[Rule, ...] = (
+    Rule(
+        "frozen_layers",
+        lambda f: f.freezes_layers and f.config.optimizer.type == "adamw",
+        Use(),
+        "bitsandbytes holds the layers' matrices in eight bits that can't be written to: they are frozen, AdamW trains "
+        "the rest.",
+        "quantization.backend=native trains all weights.",
+    ),
+    Rule(
+        "frozen_for_the_optimizer",
+        lambda f: f.freezes_layers and f.config.optimizer.type != "adamw",
+        FallBack("optimizer", "adamw"),
+        "The matrices that optimizer.type={f.config.optimizer.type} is for are held by bitsandbytes in eight bits that "
+        "can't be written to: they are frozen, AdamW trains the rest.",
+        "quantization.backend=native trains all weights.",
+    ),
+    Rule(
+        "rounded_to_nearest",
+        lambda f: f.has_native_int8 and f.config.quantization.rounding == "nearest",
+        Use(),
+        "quantization.rounding: nearest loses every step that is smaller than half of the distance of two codes.",
+        "Use quantization.rounding=stochastic, unless that is what you want to see.",
+    ),
+    Rule(
+        "nothing_projected",
+        _never_projects,
+        FallBack("projection", "adamw"),
+        "No matrix has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW trains everything.",
+        "Lower the rank.",
+    ),
+    Rule(
+        "nothing_fast",
+        _never_fast,
+        FallBack("fast_path", "full gradients"),
+        "No matrix is large enough for optimizer.galore.fast_path at this rank: gradients are formed.",
+    ),
+    Rule(
+        "clip_outsized",
+        _asks_for_outsized_clipping,
+        Refuse(),
+        "training.clip_by: model would keep {f.routes.kept_share:.0%} of all gradients until their norm is known: too "
+        "few of them are projected.",
+        "Lower optimizer.galore.rank, or use training.clip_by=layer.",
+    ),
+    Rule(
+        "clip_by_layer_as_asked",
+        lambda f: f.clips and f.config.training.clip_by == "layer",
+        Use("clip_by", "layer"),
+        "Each layer's gradient is clipped to {f.config.training.max_grad_norm:g} by itself: the layers step before the "
+        "norm over all of them is known.",
+    ),
+    Rule(
+        "clip_by_layer",
+        lambda f: f.clips and f.config.training.clip_by == "auto" and not f.may_clip_by_model,
+        FallBack("clip_by", "layer"),
+        "Each layer's gradient is clipped to {f.config.training.max_grad_norm:g} by itself: the layers step before the "
+        "norm over all of them is known, and too few gradients are projected for keeping them until then.",
+    ),
+    Rule(
+        "clip_by_model",
+        lambda f: f.clips and f.config.training.clip_by != "layer" and f.may_clip_by_model,
+        Use("clip_by", "model"),
+        "The gradient over the whole model is clipped to {f.config.training.max_grad_norm:g}: projected gradients are "
+        "kept until its norm is known, and full gradients are formed to know it exactly.",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*_MACHINE, *_MODEL, *_DATA, *_TRAINING)
+"""All of them, in the order in which they are shown."""

@@ -1,0 +1,396 @@
+"""Every verdict of the table: a case in which it speaks, and cases one step away in which it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from sophia_galore.config.schema import RunConfig
+from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError, UserError
+from sophia_galore.plan.facts import BitsandbytesFacts, DataFacts, DeviceFacts, Facts, ModelFacts, Param, RouteFacts
+from sophia_galore.plan.rules import RULES, compute_dtype, optimizer
+from sophia_galore.plan.verdicts import Decided, FallBack, Refuse, Rule, Use, decide, settled
+
+CPU = DeviceFacts()
+PASCAL = DeviceFacts("cuda:0", "GTX 1080", (6, 1))
+TURING = DeviceFacts("cuda:0", "RTX 2080", (7, 5))
+AMPERE = DeviceFacts("cuda:0", "A100", (8, 0), real_bf16=True)
+
+BNB = {"load_in_8bit": True, "backend": "bitsandbytes"}
+WORKS = BitsandbytesFacts("0.50.2")
+PARAMS = (Param("embed", (320, 64), part="embed"), Param("q", (64, 64), is_linear=True), Param("norm", (64,), "norm"))
+MODEL = ModelFacts("llama", 512, 320, name="some/model")
+DATA = DataFacts(largest_token=319, largest_known=319, num_steps=10)
+FEW, MOST = RouteFacts(0.2, 2, 1), RouteFacts(0.8, 2, 1)
+
+
+def asked(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate(sections)
+
+
+def facts(**more: Any) -> Facts:
+    """Facts against which nothing speaks, but for what is given."""
+    sections = {key: more.pop(key) for key in ("training", "optimizer", "quantization") if key in more}
+    known = {"device": AMPERE, "model": MODEL, "parameters": PARAMS, "data": DATA, "routes": FEW, **more}
+    return Facts(asked(**sections), **known)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A rule's case.
+
+    Args:
+        fires: Facts in which it speaks.
+        verdict: What it says is done.
+        words: What its text says.
+        quiet: Facts one step away, in which it does not.
+        error: What is raised, if it refuses.
+    """
+
+    fires: list[Facts]
+    verdict: str
+    words: list[str]
+    quiet: list[Facts]
+    error: type[UserError] | None = None
+
+
+def clipping(by: str, routes: RouteFacts, **more: Any) -> Facts:
+    return facts(training={"max_grad_norm": 0.5, "clip_by": by}, routes=routes, **more)
+
+
+def dtype(name: str, device: DeviceFacts) -> Facts:
+    return facts(training={"compute_dtype": name}, device=device)
+
+
+def with_model(**changes: Any) -> Facts:
+    return facts(model=replace(MODEL, **changes))
+
+
+def with_data(**changes: Any) -> Facts:
+    return facts(data=replace(DATA, **changes))
+
+
+SKIPS = {"load_in_8bit": True, "skip": ["q", "nix*"]}
+CASES: dict[str, Case] = {
+    "bf16_emulated": Case(
+        [dtype("auto", TURING), dtype("auto", PASCAL)],
+        "fall back to fp16",
+        ["no bfloat16", "compute capability", "fp16 is used"],
+        [dtype("auto", AMPERE), dtype("auto", CPU), dtype("fp32", TURING), dtype("fp16", PASCAL)],
+    ),
+    "bf16_refused": Case(
+        [dtype("bf16", TURING), dtype("bf16", PASCAL), dtype("bf16", replace(TURING, capability=None))],
+        "refuse",
+        ["has no bfloat16 arithmetic", "training.compute_dtype=auto"],
+        [dtype("bf16", AMPERE), dtype("bf16", CPU), dtype("auto", TURING)],
+        EnvironmentProblem,
+    ),
+    "fp16_scaled": Case(
+        [dtype("fp16", AMPERE), dtype("fp16", CPU), dtype("auto", TURING)],
+        "use",
+        ["each layer by a factor of its own", "nothing is stored in fp16"],
+        [dtype("auto", AMPERE), dtype("bf16", AMPERE), dtype("fp32", TURING), dtype("auto", CPU)],
+    ),
+    "slow_on_cpu": Case(
+        [dtype("bf16", CPU), dtype("fp16", CPU)],
+        "use",
+        ["slower than fp32 on a CPU", "compute_dtype=fp32"],
+        [dtype("auto", CPU), dtype("fp32", CPU), dtype("bf16", AMPERE), dtype("fp16", TURING)],
+    ),
+    "bitsandbytes_missing": Case(
+        [facts(quantization=BNB, bitsandbytes=BitsandbytesFacts())],
+        "refuse",
+        ["not installed", 'pip install "sophia-galore[bitsandbytes]"', "quantization.backend=native"],
+        [
+            facts(quantization=BNB, bitsandbytes=WORKS),
+            facts(quantization={**BNB, "load_in_8bit": False}, bitsandbytes=BitsandbytesFacts()),
+            facts(quantization={"load_in_8bit": True}, bitsandbytes=BitsandbytesFacts()),
+        ],
+        EnvironmentProblem,
+    ),
+    "bitsandbytes_broken": Case(
+        [facts(quantization=BNB, bitsandbytes=BitsandbytesFacts("0.50.2", "No compatible CUDA binary found"))],
+        "refuse",
+        ["bitsandbytes 0.50.2 does not work on A100: No compatible CUDA binary found.", "python -m bitsandbytes"],
+        [
+            facts(quantization=BNB, bitsandbytes=WORKS),
+            facts(quantization={"load_in_8bit": True}, bitsandbytes=BitsandbytesFacts("0.50.2", "No")),
+        ],
+        EnvironmentProblem,
+    ),
+    "another_model": Case(
+        [with_model(instead_of="big/model")],
+        "fall back to some/model",
+        ["No source could be reached for big/model: some/model is trained instead."],
+        [facts()],
+    ),
+    "experts": Case(
+        [with_model(model_type="mixtral", experts=("num_local_experts", 8)), with_model(experts=("num_experts", 2))],
+        "refuse",
+        ["mixtures of experts", "_experts: ", "not supported yet", "Llama"],
+        [facts(), with_model(model_type="gpt2")],
+        ModelError,
+    ),
+    "architecture": Case(
+        [with_model(model_type="gpt2")],
+        "refuse",
+        ["The architecture 'gpt2' is not supported.", "Llama"],
+        [facts(), with_model(model_type=""), with_model(model_type="mixtral", experts=("num_local_experts", 8))],
+        ModelError,
+    ),
+    "positions": Case(
+        [facts(training={"max_length": 513})],
+        "refuse",
+        ["max_length is 513, but the model knows 512 positions", "training.max_length=512 or less"],
+        [
+            facts(training={"max_length": 512}),
+            facts(training={"max_length": 513}, model=replace(MODEL, positions=None)),
+        ],
+        ConfigError,
+    ),
+    "no_gradient": Case(
+        [facts(parameters=(*PARAMS, Param("layers.0.fixed", (4,), requires_grad=False)))],
+        "refuse",
+        ["layers.0.fixed have no gradient"],
+        [facts(), facts(parameters=(replace(PARAMS[0], padding_row=2), *PARAMS[1:]))],
+        ModelError,
+    ),
+    "outside_of_the_parts": Case(
+        [facts(parameters=(*PARAMS, Param("adapter.weight", (4, 4), part="other")))],
+        "refuse",
+        ["adapter.weight belongs neither to the embedding nor to a layer"],
+        [facts()],
+        ModelError,
+    ),
+    "skip_unmatched": Case(
+        [facts(quantization=SKIPS)],
+        "refuse",
+        ["quantization.skip: 'nix*' matches no weight", "such as embed"],
+        [
+            facts(quantization={**SKIPS, "skip": ["q", "n*"]}),
+            facts(quantization={**SKIPS, "skip": ["norm"]}),  # stays what it is anyway
+            facts(quantization={**SKIPS, "load_in_8bit": False}),
+            facts(quantization=SKIPS, parameters=()),  # not known yet
+        ],
+        ConfigError,
+    ),
+    "token_outside_the_vocabulary": Case(
+        [with_data(largest_token=320), with_data(largest_token=320, largest_known=320)],
+        "refuse",
+        ["hold token 320, but the model's embedding only 320 rows", "tokenizer that belongs to the model"],
+        [facts(), with_data(largest_known=320), facts(model=replace(MODEL, vocab_size=None))],
+        ConfigError,
+    ),
+    "tokenizer_outside_the_vocabulary": Case(
+        [with_data(largest_known=320)],
+        "use",
+        ["knows tokens up to 320", "has 320 rows", "the data use none of the others"],
+        [facts(), facts(model=replace(MODEL, vocab_size=None)), with_data(largest_known=318, largest_token=318)],
+    ),
+    "warm_up": Case(
+        [facts(training={"warmup_steps": 10}), facts(training={"warmup_steps": 11})],
+        "refuse",
+        ["but the run has only 10 steps", "Lower training.warmup_steps"],
+        [facts(training={"warmup_steps": 9}), facts(training={"warmup_steps": 10}, data=DataFacts())],
+        ConfigError,
+    ),
+    "frozen_layers": Case(
+        [facts(quantization=BNB, optimizer={"type": "adamw"})],
+        "use",
+        ["they are frozen, AdamW trains the rest", "quantization.backend=native trains all weights"],
+        [
+            facts(optimizer={"type": "adamw"}),
+            facts(quantization={"load_in_8bit": True}, optimizer={"type": "adamw"}),
+            facts(quantization=BNB),
+        ],
+    ),
+    "rounded_to_nearest": Case(
+        [facts(quantization={"load_in_8bit": True, "rounding": "nearest"})],
+        "use",
+        ["loses every step", "quantization.rounding=stochastic"],
+        [facts(quantization={"load_in_8bit": True}), facts(quantization={"rounding": "nearest"})],
+    ),
+    "frozen_for_the_optimizer": Case(
+        [
+            facts(quantization=BNB, optimizer={"type": kind})
+            for kind in ("galore", "sophia", "apollo", "apollo_mini", "scale")
+        ],
+        "fall back to adamw",
+        ["matrices that optimizer.type=", "they are frozen", "quantization.backend=native trains all weights"],
+        [
+            facts(quantization=BNB, optimizer={"type": "adamw"}),
+            facts(quantization={"load_in_8bit": True}),
+            facts(quantization={**BNB, "load_in_8bit": False}),
+        ],
+    ),
+    "nothing_projected": Case(
+        [facts(routes=RouteFacts(1.0)), facts(routes=RouteFacts(1.0), optimizer={"type": "apollo"})],
+        "fall back to adamw",
+        ["No matrix has both sides above the rank", "Lower the rank"],
+        [
+            facts(routes=RouteFacts(0.9, 1)),
+            facts(routes=RouteFacts(1.0), optimizer={"type": "scale"}),
+            facts(routes=RouteFacts(1.0), quantization=BNB),
+            facts(routes=None),
+        ],
+    ),
+    "nothing_fast": Case(
+        [facts(routes=RouteFacts(0.4, 2, 0), optimizer={"galore": {"fast_path": "always"}})],
+        "fall back to full gradients",
+        ["No matrix is large enough for optimizer.galore.fast_path"],
+        [
+            facts(routes=RouteFacts(0.4, 2, 1), optimizer={"galore": {"fast_path": "always"}}),
+            facts(routes=RouteFacts(0.4, 2, 0)),
+            facts(routes=RouteFacts(0.4, 2, 0), optimizer={"type": "adamw", "galore": {"fast_path": "always"}}),
+            facts(routes=RouteFacts(1.0, 0, 0), optimizer={"galore": {"fast_path": "always"}}),
+        ],
+    ),
+    "clip_outsized": Case(
+        [clipping("model", MOST), clipping("model", RouteFacts(1.0), quantization=BNB)],
+        "refuse",
+        ["% of all gradients until their norm is known", "Lower optimizer.galore.rank", "training.clip_by=layer"],
+        [
+            clipping("model", FEW),
+            clipping("auto", MOST),
+            clipping("layer", MOST),
+            facts(training={"clip_by": "model"}, routes=MOST),
+        ],
+        ConfigError,
+    ),
+    "clip_by_layer_as_asked": Case(
+        [clipping("layer", FEW), clipping("layer", MOST, optimizer={"type": "adamw"})],
+        "use",
+        ["clipped to 0.5 by itself", "before the norm over all of them is known"],
+        [clipping("auto", MOST), clipping("model", FEW), facts(training={"clip_by": "layer"})],
+    ),
+    "clip_by_layer": Case(
+        [clipping("auto", MOST), clipping("auto", FEW, optimizer={"type": "adamw"})],
+        "fall back to layer",
+        ["clipped to 0.5 by itself", "too few gradients are projected"],
+        [clipping("auto", FEW), clipping("layer", MOST), facts(routes=MOST)],
+    ),
+    "clip_by_model": Case(
+        [clipping("auto", FEW), clipping("model", FEW)],
+        "use",
+        ["over the whole model is clipped to 0.5", "full gradients are formed"],
+        [clipping("auto", MOST), clipping("layer", FEW), facts()],
+    ),
+}
+ROWS = {rule.key: rule for rule in RULES}
+
+
+def ids(which: str) -> list[Any]:
+    return [
+        pytest.param(key, known, id=f"{key}-{number}")
+        for key, case in CASES.items()
+        for number, known in enumerate(getattr(case, which))
+    ]
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    assert list(ROWS) == [rule.key for rule in RULES] == list(CASES), "keys are unique, and in the table's order"
+
+
+@pytest.mark.parametrize(("key", "known"), ids("fires"))
+def test_the_rule_speaks(key: str, known: Facts) -> None:
+    case, rule = CASES[key], ROWS[key]
+    assert rule.verdict.words(known) == case.verdict
+    if case.error is not None:
+        with pytest.raises(case.error) as caught:
+            decide(RULES, known)
+        assert type(caught.value) is case.error and caught.value.exit_code == 2
+        text = str(caught.value)
+        assert caught.value.remedy
+    else:
+        (said,) = [decided for decided in decide(RULES, known) if decided.key == key]
+        assert said.verdict == case.verdict
+        text = said.sentence()
+    assert all(word in text for word in case.words), text
+    assert "{" not in text and "None" not in text
+
+
+@pytest.mark.parametrize(("key", "known"), ids("quiet"))
+def test_one_step_away_it_does_not(key: str, known: Facts) -> None:
+    assert not ROWS[key].applies(known)
+
+
+@pytest.mark.parametrize("kind", ["galore", "adamw", "sophia", "apollo", "apollo_mini", "scale"])
+@pytest.mark.parametrize("known", [Facts(RunConfig()), facts(), facts(device=CPU)], ids=["nothing", "gpu", "cpu"])
+def test_nothing_is_said_of_what_is_as_it_should_be(known: Facts, kind: str) -> None:
+    config = asked(optimizer={"type": kind})
+    assert decide(RULES, replace(known, config=config)) == ()
+    assert optimizer(replace(known, config=config)) == kind
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        (dtype("auto", CPU), torch.float32),
+        (dtype("auto", AMPERE), torch.bfloat16),
+        (dtype("auto", TURING), torch.float16),
+        (dtype("auto", PASCAL), torch.float16),
+        (dtype("bf16", CPU), torch.bfloat16),
+        (dtype("fp32", TURING), torch.float32),
+    ],
+)
+def test_the_table_settles_the_precision(known: Facts, chosen: torch.dtype) -> None:
+    assert compute_dtype(known) == chosen
+
+
+@pytest.mark.parametrize(
+    ("known", "by"),
+    [
+        (facts(), None),
+        (clipping("auto", FEW), "model"),
+        (clipping("auto", MOST), "layer"),
+        (clipping("layer", FEW), "layer"),
+        (clipping("model", FEW), "model"),
+    ],
+)
+def test_the_table_settles_what_is_clipped_by(known: Facts, by: str | None) -> None:
+    assert settled(RULES, "clip_by", known) == by
+
+
+def test_all_refusals_come_at_once() -> None:
+    known = facts(
+        training={"max_length": 513, "warmup_steps": 11, "compute_dtype": "bf16"},
+        device=TURING,
+        quantization=BNB,
+        bitsandbytes=BitsandbytesFacts(),
+    )
+    with pytest.raises(UserError) as caught:
+        decide(RULES, known)
+    assert type(caught.value) is UserError, "they are of different classes"
+    assert caught.value.cause.startswith("4 problems with this run:")
+    for part in ("513", "10 steps", "RTX 2080", "not installed", "pip install", "training.max_length=512"):
+        assert part in str(caught.value)
+    same = facts(training={"max_length": 513, "warmup_steps": 11})
+    with pytest.raises(ConfigError, match="2 problems with this run"):
+        decide(RULES, same)
+
+
+def test_each_case_of_experts_names_the_model_and_its_key() -> None:
+    with pytest.raises(ModelError, match=r"this mixtral model are mixtures of experts \(num_local_experts: 8\)"):
+        decide(RULES, CASES["experts"].fires[0])
+
+
+def test_a_table_is_evaluated_in_its_order_and_texts_are_filled_in() -> None:
+    table = (
+        Rule("one", lambda f: True, Use("thing", "a"), "On {f.device.place}.", "Do."),
+        Rule("two", lambda f: f.device.is_cpu, FallBack("thing", "b"), "Never."),
+        Rule("three", lambda f: True, FallBack("other", "c"), "Yes."),
+        Rule("four", lambda f: f.device.is_cpu, Refuse(), "No."),
+    )
+    said = decide(table, facts())
+    assert [(row.key, row.verdict, row.sentence()) for row in said] == [
+        ("one", "use", "On cuda:0. Do."),
+        ("three", "fall back to c", "Yes."),
+    ]
+    assert [settled(table, name, facts()) for name in ("thing", "other", "third")] == ["a", "c", None]
+    assert [Decided(**json.loads(json.dumps(row.to_json()))) for row in said] == list(said)
+    with pytest.raises(ConfigError, match=r"No\."):
+        decide(table, facts(device=CPU))
