@@ -82,6 +82,13 @@ class NonFiniteError(RunError):
     """A loss or a gradient became NaN or infinite; no weight was changed by it."""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether somebody else's error says that memory ran out."""
+    # On a CPU torch says the second, in a plain RuntimeError.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(said in str(error).lower() for said in words)
+
+
 def short(error: BaseException) -> str:
     """The first line of somebody else's error, cut to a length that fits into a sentence of ours."""
     text = str(error).strip() or type(error).__name__

@@ -67,6 +67,7 @@ KEYS = [
     "training.max_length",
     "training.max_steps",
     "training.output_dir",
+    "training.probe_step",
     "training.sample_max_new_tokens",
     "training.sample_questions",
     "training.seed",

@@ -23,7 +23,7 @@ from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.train import train
-from sophia_galore.errors import SophiaGaloreError, short
+from sophia_galore.errors import SophiaGaloreError, lacks_memory, short
 
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
@@ -111,9 +111,7 @@ def _explain(error: Exception) -> int:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
         _complain(f"The disk is full: {error}", "Free some space; a run that has checkpoints goes on with --resume.")
         return 2
-    # On a CPU torch says the second.
-    no_memory = any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
-    if no_memory or isinstance(error, MemoryError):
+    if lacks_memory(error):
         _complain(
             f"Out of memory: {short(error)}",
             "Lower training.batch_size or training.max_length, or use model.store=bf16 or optimizer.state_bits=8.",

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+from sophia_galore.train.space import bytes_in_words
 
-def bytes_in_words(num_bytes: float) -> str:
-    """Bytes as "1.42 GiB" or "310 MiB"."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+__all__ = ["bytes_in_words", "time_in_words"]
 
 
 def time_in_words(seconds: float) -> str:

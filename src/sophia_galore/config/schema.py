@@ -106,6 +106,11 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(
         True, description="Recompute a layer's inside in backward. The layer-wise engine always does; false is refused."
     )
+    probe_step: bool = Field(
+        True,
+        description="Before the first step, go forward and backward over the longest examples, so that what does not "
+        "fit fails at once; changes no number.",
+    )
     compute_dtype: ComputeDtype = Field(
         "auto", description="Precision of the arithmetic; auto: fp32 on CPU, bf16 on GPUs that have it, else fp16."
     )

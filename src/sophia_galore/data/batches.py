@@ -116,6 +116,31 @@ def eval_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> l
     return _micro_batches(sorted(examples, key=lambda example: -example.num_tokens), batch_size, pad_id)
 
 
+def largest_window(examples: Sequence[Example], *, batch_size: int, accumulation: int, pad_id: int) -> list[MicroBatch]:
+    """Micro-batches that are at least as large as those of any optimizer step can be.
+
+    The longest examples are spread over them, one to each before any gets a second: padding is most where every
+    micro-batch holds a long one. They are not repeated where there are fewer than a step takes, since no step has
+    more then either.
+
+    Args:
+        examples: All training examples.
+        batch_size: Examples in a micro-batch.
+        accumulation: Micro-batches in a step.
+        pad_id: The token id to pad with.
+
+    Returns:
+        As many micro-batches as the largest step has, the one with the longest example first.
+    """
+    longest = sorted(examples, key=lambda example: -example.num_tokens)[: batch_size * accumulation]
+    num_batches = -(-len(longest) // batch_size)
+    more, size = longest[num_batches:], batch_size - 1
+    return [
+        collate([first, *more[number * size : (number + 1) * size]], pad_id)
+        for number, first in enumerate(longest[:num_batches])
+    ]
+
+
 def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
     """Pads examples on the right to the longest of them.
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sophia_galore.data.conversation import Conversation, Message
-from sophia_galore.errors import DataError
+from sophia_galore.errors import DataError, ModelError, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,9 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         ) from error
     try:
         return get_training_chat_template(tokenizer) or own
-    except ValueError:  # TRL knows no version, or it has markers and fails TRL's check for calling tools
+    # ValueError: TRL knows no version, or it has markers and fails TRL's check for calling tools. Anything else comes
+    # from the template, which TRL tries out; it will fail again where a record can be named.
+    except Exception:
         return own if MARKERS.search(own) else None
 
 
@@ -67,6 +69,7 @@ def chat_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
 
     Raises:
         DataError: The template refuses the conversation, or the turns can't be told apart.
+        ModelError: The template fails on the simplest chat too.
     """
     whole = str(_apply(conversation, conversation.messages, tokenizer, chat_template=template, tokenize=False))
     _require_answers(conversation, whole)
@@ -167,10 +170,25 @@ def _apply(
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
         return tokenizer.apply_chat_template(chat, **options)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it may fail in any way
+        _refuse_broken_template(tokenizer, options.get("chat_template"))
+        if not isinstance(error, TemplateError):
+            raise
         raise DataError(
             f"{conversation.where}: the model's chat template refuses this conversation: {error}.",
             "Change the order or the roles of its turns, or remove the record.",
+        ) from error
+
+
+def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Where the simplest chat fails too, no record is to blame."""
+    simplest = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
+    try:
+        tokenizer.apply_chat_template(simplest, chat_template=template, tokenize=False)
+    except Exception as error:
+        raise ModelError(
+            f"The model's chat template fails even on one question and its answer: {short(error)}.",
+            "Repair chat_template in the model's tokenizer files, or use data of the format `text`.",
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia_galore.errors import ModelError, short
 from sophia_galore.model.skeleton import load_model_config, load_tokenizer
 from sophia_galore.model.store import WeightStore, convert, read_weights, save_weights
 from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
@@ -16,10 +17,22 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def read_generation_config(folder: Path) -> Any:
-    """A model folder's generation settings; None if it has none."""
+    """A model folder's generation settings; None if it has none.
+
+    Raises:
+        ModelError: They can't be read.
+    """
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'generation_config.json'} can't be read: {short(error)}.",
+            "Download the model again, or remove that file: it only says how answers are generated.",
+        ) from error
 
 
 def write_model(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,34 @@ ANSWERS = "answers.json"
 MEMORY_REPORT = "memory_report.json"
 TRAINER_STATE = "trainer_state.json"
 MODEL = "model.safetensors"
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself if there is one of its name, else the nearest of its parents that is there."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Try to write where the run's folder is or will be made; nothing is left behind.
+
+    Args:
+        folder: The run's folder; it need not exist.
+
+    Raises:
+        EnvironmentProblem: The place can't be written to.
+    """
+    try:
+        # Beside the folder too: there the lock lies, and an earlier run is moved there.
+        for place in (nearest_folder(folder.absolute().parent), nearest_folder(folder)):
+            if not place.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+            # By trying: permissions say nothing about the superuser, nor about a disk that is read-only or full.
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"?")
+                file.flush()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
 
 
 @contextmanager

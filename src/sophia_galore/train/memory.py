@@ -1,7 +1,7 @@
 """The memory monitor: how much, in which phase, and what for.
 
-A tracker follows every tensor storage during loading, the first evaluation and the first steps; it
-tells what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all
+A tracker follows every tensor storage during loading, the probe step, the first evaluation and the
+first steps; it tells what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all
 the time. On a CPU there is no such allocator: there the tracker's sum is the peak, and after it was
 taken off only the resident size of the process is read. On a CPU nothing is kept in reserve beyond
 what is allocated, so both numbers are the same there.
@@ -139,13 +139,23 @@ class MemoryMonitor(Observer):
             self.stop()
         return record
 
+    def end_probe(self) -> int | None:
+        """Let what came so far count to the report, but not to the memory of the step that comes next.
+
+        Returns:
+            Most bytes that were allocated in the phases of a step; None where they were not measured.
+        """
+        self._settle()
+        peak, self._step_peak_bytes = self._step_peak_bytes, 0
+        return peak or None
+
     def report(self) -> dict[str, Any]:
         """Everything that was measured, as plain data."""
         self._settle()
         if self._cuda:
             measured_by = "CUDA allocator (categories: storage tracker, loading to the first steps)"
         elif self._tracker is not None:
-            measured_by = f"storage tracker (loading, first evaluation, first {self._track_steps} steps)"
+            measured_by = f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps)"
         else:
             measured_by = "resident size of the process"
         return {

@@ -15,6 +15,7 @@ from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, largest_token
@@ -24,7 +25,10 @@ from sophia_galore.plan.plan import RunPlan, make_plan
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.listener import Listener
+from sophia_galore.train.preflight import Planned, before_loading
+from sophia_galore.train.special_tokens import refuse_special_tokens
 
 _NUM_SHOWN_EXAMPLES = 2
 
@@ -40,6 +44,7 @@ class Prepared:
         model_config: The model's Hugging Face configuration.
         tokenizer: Its tokenizer.
         anatomy: Its parts, on the meta device.
+        generation_config: Its generation settings, or None.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -51,6 +56,7 @@ class Prepared:
     model_config: Any
     tokenizer: Any
     anatomy: Anatomy
+    generation_config: Any
     dataset: Dataset
     device: torch.device
     compute_dtype: torch.dtype
@@ -71,6 +77,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         UserError: Something in what the user gave does not fit.
     """
     check(config)
+    _refuse_surroundings(config)
+    refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
     facts = Facts(config, device=ask_device(device))
     if facts.freezes_layers:
@@ -79,39 +87,60 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     decide(RULES, facts)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
-    _refuse_folder(config, None if checkpoint else model)
+    if not checkpoint:
+        _refuse_folder_of_model(config, model)
     model_config = read_model_config(model.folder, trust_remote_code=trust)
     missed = config.model.name if model.used_fallback else ""
     facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
     if not facts.is_buildable:
         decide(RULES, facts)
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
+    # Kept: the checkpoint that it comes from may be deleted by a later one.
+    generation_config = read_generation_config(model.folder)
+    refuse_special_tokens(model_config, tokenizer, generation_config)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
     facts = replace(facts, parameters=ask_parameters(anatomy))
     decide(RULES, facts)
-    tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
     facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
     dataset = load_data(
         config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
     )
     listener.data_read(config.data, dataset)
     plan = make_plan(facts, model=model, dataset=dataset)
+    found = before_loading(Planned(config, plan, model_config, tokenizer, generation_config, dataset, checkpoint))
+    plan = replace(plan, notes=(*plan.notes, *found))
     if checkpoint:
         plan = _as_begun(plan, checkpoint.plan)
     listener.planned(plan)
     listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
-    dtype = compute_dtype(facts)
-    return Prepared(config, plan, model.folder, model_config, tokenizer, anatomy, dataset, device, dtype)
+    return Prepared(
+        config,
+        plan,
+        model.folder,
+        model_config,
+        tokenizer,
+        anatomy,
+        generation_config,
+        dataset,
+        device,
+        compute_dtype(facts),
+    )
 
 
-def _refuse_folder(config: RunConfig, model: ResolvedModel | None) -> None:
-    """Refuse to train where moving an earlier run aside would move what is in use away."""
+def _refuse_surroundings(config: RunConfig) -> None:
+    """Refuse to train where moving an earlier run aside would move the folder that we work in away."""
     run_folder, here = Path(config.run_folder).resolve(), Path.cwd()
     if run_folder in (here, *here.parents):
         raise ConfigError(
             f"training.output_dir={config.run_folder} is the folder that this command runs in, or one above it.",
             "Choose a folder of its own for the run, such as outputs/my_run.",
         )
-    if model is not None and run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
+
+
+def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
+    """Refuse to train where moving an earlier run aside would move the model away."""
+    run_folder = Path(config.run_folder).resolve()
+    if run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
         raise ConfigError(
             f"The model {model.folder} lies in the folder that this run would write to, {config.run_folder}.",
             "Choose another training.output_dir.",

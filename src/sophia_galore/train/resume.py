@@ -28,6 +28,7 @@ _FREE = (
     "training.eval_every_steps",
     "training.logging_steps",
     "training.clip_by",
+    "training.probe_step",
     "training.sample_",
     "optimizer.",
     "checkpoint.",

@@ -18,7 +18,7 @@ from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.model.export import read_generation_config, write_model
+from sophia_galore.model.export import write_model
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -30,10 +30,12 @@ from sophia_galore.train.folder import locked, open_run_folder, replace_files, w
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
+from sophia_galore.train.preflight import Loaded, after_loading
 from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
+from sophia_galore.train.space import final_dtype
 from sophia_galore.train.stepper import Stepper
 
 
@@ -68,9 +70,9 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory.track_steps) as monitor,
     ):
-        run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint)
+        run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
         try:
-            return run.carry_out(stop)
+            return run.carry_out()
         finally:
             run.close()
 
@@ -85,6 +87,7 @@ class _Run:
         listener: Listener,
         monitor: MemoryMonitor,
         checkpoint: Checkpoint | None,
+        stop: StopRequest,
     ) -> None:
         config, plan = prepared.config, prepared.plan
         self._prepared, self._folder, self._listener = prepared, folder, listener
@@ -92,7 +95,7 @@ class _Run:
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
-        self._monitor = monitor
+        self._monitor, self._stop = monitor, stop
         with self._monitor.phase("load"):
             self._store = self._load_store(going_on=checkpoint is not None)
             self._optimizer = ParamOptimizer(
@@ -116,10 +119,10 @@ class _Run:
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
-        # Read now: the checkpoint that it comes from may be deleted by a later one.
-        self._generation_config = read_generation_config(prepared.folder)
         known_ids = (prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id, 0)
         self._pad_id = next(token for token in known_ids if token is not None)  # masked, so any id will do
+        for said in after_loading(self._loaded(checkpoint)):
+            listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
         moved = open_run_folder(folder, going_on=checkpoint.folder.parent if checkpoint else None)
         if moved:
@@ -127,7 +130,7 @@ class _Run:
         self._write_documents()
         self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
 
-    def carry_out(self, stop: StopRequest) -> RunResult:
+    def carry_out(self) -> RunResult:
         """All steps that are left, or until a stop is requested."""
         if self._last_step == 0:
             self._ask("before")
@@ -140,9 +143,9 @@ class _Run:
             self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if self._evaluates_after(step):
                 self._evaluate(step)
-            if stop.requested or self._saves_after(step):
+            if self._stop.requested or self._saves_after(step):
                 self._save(step)
-            if stop.requested and step < self._plan.num_steps:
+            if self._stop.requested and step < self._plan.num_steps:
                 return self._result(finished=False)
         self._write_final_model()
         self._ask("after")
@@ -267,6 +270,20 @@ class _Run:
             frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
         )
 
+    def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:
+        return Loaded(
+            config=self._config,
+            plan=self._plan,
+            dataset=self._prepared.dataset,
+            pad_id=self._pad_id,
+            store=self._store,
+            optimizer=self._optimizer,
+            engine=self._engine,
+            monitor=self._monitor,
+            checkpoint=checkpoint,
+            stop=self._stop,
+        )
+
     def _write_documents(self) -> None:
         write_json(self._folder / names.PLAN, self._plan.to_json())
         (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
@@ -277,14 +294,13 @@ class _Run:
             store=self._store,
             dtype=dtype,
             config=self._prepared.model_config,
-            generation_config=self._generation_config,
+            generation_config=self._prepared.generation_config,
             tokenizer=self._prepared.tokenizer,
         )
 
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
-        asked = self._config.export.dtype
-        dtype = DTYPES[asked] if asked != "auto" else torch.bfloat16 if self._config.quantization.int8 else None
+        dtype = final_dtype(self._config)
         replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _trainer_state(self) -> dict[str, Any]:

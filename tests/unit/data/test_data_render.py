@@ -13,7 +13,7 @@ from trl import chat_template_utils as trl_templates
 from sophia_galore.data.chat_mask import training_template
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.render import Example, describe, tokenise
-from sophia_galore.errors import DataError
+from sophia_galore.errors import DataError, ModelError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
 HEAD = "<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -194,7 +194,11 @@ def test_the_first_token_never_counts() -> None:
         (UNMARKED, chat("a", "B"), "counted token"),
         ("{% for m in messages %}{{ m['role'] }}\n{% endfor %}", chat("a", "B"), "leaves out the text"),
         (trl_templates.smolvlm_chat_template, chat("a", "B"), "leaves out the text"),
-        ("{{ raise_exception('roles must alternate') }}", chat("a", "B"), "roles must alternate"),
+        (
+            "{% if messages[0]['content'] == 'a' %}{{ raise_exception('roles must alternate') }}{% endif %}",
+            chat("a", "B"),
+            "roles must alternate",
+        ),
         ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", chat("a", "B"), "differently"),
     ],
 )
@@ -205,6 +209,23 @@ def test_what_can_not_be_masked_is_refused_by_its_place(
         one(conversation, make_tokenizer(template))
     assert "x.jsonl:3" in error.value.cause
     assert error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('not for people') }}", "not for people"),
+        ("{% for m in messages %}{{ m['content'] }}", "endfor"),
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+    ],
+    ids=["refuses everything", "no jinja", "not even a template's error"],
+)
+def test_a_template_that_fails_on_every_chat_is_the_models_fault(
+    make_tokenizer: MakeTokenizer, template: str, says: str
+) -> None:
+    with pytest.raises(ModelError, match=f"chat template fails even on one question.*{says}") as error:
+        one(chat("a", "B"), make_tokenizer(template))
+    assert "x.jsonl" not in error.value.cause and "chat_template" in error.value.remedy
 
 
 def test_a_chat_that_the_assistant_begins(make_tokenizer: MakeTokenizer, tokenizer: PreTrainedTokenizerFast) -> None:

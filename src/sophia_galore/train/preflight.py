@@ -1,0 +1,209 @@
+"""Pre-flight checks: what can fail fails in the first seconds, with cause and remedy.
+
+Two tables. What is in the first needs no weights and writes nothing, so `sophia-galore check` goes through it too.
+What is in the second sees weights and state as they were loaded, before the run's folder is touched. A check
+raises where the run must not begin; else it returns what the user should know, or None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sophia_galore.config import RunConfig
+from sophia_galore.data.batches import largest_window
+from sophia_galore.data.dataset import Dataset
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.errors import CheckpointError, ModelError
+from sophia_galore.model.store import DTYPES, WeightStore
+from sophia_galore.numerics.int8 import Stored
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.plan.routes import Route
+from sophia_galore.train.checkpoint import Checkpoint, checkpoints
+from sophia_galore.train.memory import MemoryMonitor
+from sophia_galore.train.probe import describe_probe, take_probe
+from sophia_galore.train.signals import StopRequest
+from sophia_galore.train.space import bytes_in_words, refuse_full_disk, space_needed
+from sophia_galore.train.special_tokens import stop_warning
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run before any weight is loaded.
+
+    Args:
+        config: What was asked.
+        plan: What will be done.
+        model_config: The model's Hugging Face configuration.
+        tokenizer: Its tokenizer.
+        generation_config: Its generation settings, or None.
+        dataset: The tokenised data.
+        checkpoint: Where the run goes on from, if it does.
+    """
+
+    config: RunConfig
+    plan: RunPlan
+    model_config: Any
+    tokenizer: Any
+    generation_config: Any
+    dataset: Dataset
+    checkpoint: Checkpoint | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run before its first step.
+
+    Args:
+        config: What was asked.
+        plan: What will be done.
+        dataset: The tokenised data.
+        pad_id: The token id to pad with.
+        store: The weights.
+        optimizer: The optimizer with its state.
+        engine: The engine.
+        monitor: Watches the engine's memory.
+        checkpoint: Where the run goes on from, if it does.
+        stop: Whether the user asked the run to stop.
+    """
+
+    config: RunConfig
+    plan: RunPlan
+    dataset: Dataset
+    pad_id: int
+    store: WeightStore
+    optimizer: ParamOptimizer
+    engine: LayerwiseEngine
+    monitor: MemoryMonitor
+    checkpoint: Checkpoint | None
+    stop: StopRequest
+
+
+def _disk_has_room(run: Planned) -> None:
+    folder, going_on = Path(run.config.run_folder), run.checkpoint
+    # Those of an earlier run are moved aside with it, and stay.
+    here = going_on is not None and going_on.folder.parent.resolve() == folder.resolve()
+    space = space_needed(
+        run.config,
+        run.plan,
+        done=going_on.step if going_on else 0,
+        kept=len(checkpoints(folder)) if here else 0,
+    )
+    refuse_full_disk(folder, space)
+
+
+def _learns_to_stop(run: Planned) -> str | None:
+    return stop_warning(
+        run.dataset.train,
+        model_config=run.model_config,
+        tokenizer=run.tokenizer,
+        generation_config=run.generation_config,
+    )
+
+
+def _weights_are_sound(run: Loaded) -> None:
+    for route in run.plan.routes:
+        with run.monitor.phase("load"):
+            problem = _weight_problem(run.store[route.name], route)
+        if problem:
+            raise ModelError(
+                f"{route.name} {problem}.",
+                "Go on from an earlier checkpoint (--resume=PATH)." if run.checkpoint else "Download the model again.",
+            )
+
+
+def _weight_problem(weight: Stored, route: Route) -> str | None:
+    """What is wrong with a stored weight, in words that follow its name; None: nothing."""
+    if tuple(weight.shape) != route.shape:
+        return f"has shape {tuple(weight.shape)} instead of {route.shape}"
+    if not isinstance(weight, Tensor):
+        return weight.problem() if route.format not in DTYPES else f"is packed, but should be in {route.format}"
+    if weight.dtype != DTYPES.get(route.format):
+        return f"is in {weight.dtype}, but should be in {route.format}"
+    return None if _is_finite(weight) else "holds values that are not finite"
+
+
+def _state_is_finite(run: Loaded) -> None:
+    if run.checkpoint is None:
+        return  # all zeros
+    for name, tensor in run.optimizer.named_state().items():
+        # Codes are finite by nature; the scales beside them have their own name.
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise CheckpointError(
+                f"{run.checkpoint.folder}: the optimizer's state {name} holds values that are not finite.",
+                "Go on from an earlier checkpoint (--resume=PATH), or start without --resume.",
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes are NaN if any entry is, and need no temporary of the tensor's size.
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def _probe_step_fits(run: Loaded) -> str | None:
+    training, step = run.config.training, (run.checkpoint.step if run.checkpoint else 0) + 1
+    if not training.probe_step or step > run.plan.num_steps:
+        return None
+    batches = largest_window(
+        run.dataset.train,
+        batch_size=training.batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        pad_id=run.pad_id,
+    )
+    specs = [route.spec for route in run.plan.routes if route.spec]
+    take_probe(
+        run.engine,
+        batches,
+        step=step,
+        trained=[spec.name for spec in specs],
+        held_shapes={spec.name: spec.held_shape for spec in specs} if run.plan.clip_by == "model" else {},
+        max_length=training.max_length,
+        stopped=lambda: run.stop.requested,
+    )
+    peak = run.monitor.end_probe()
+    if torch.device(run.plan.device).type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps shall be what the steps themselves need
+    return f"Probe step: {describe_probe(batches)} fit" + (f", peak {bytes_in_words(peak)}." if peak else ".")
+
+
+BEFORE_LOADING: tuple[Callable[[Planned], str | None], ...] = (_disk_has_room, _learns_to_stop)
+AFTER_LOADING: tuple[Callable[[Loaded], str | None], ...] = (_weights_are_sound, _state_is_finite, _probe_step_fits)
+
+
+def before_loading(run: Planned) -> list[str]:
+    """Go through the checks that need no weights.
+
+    Args:
+        run: The run.
+
+    Returns:
+        What the user should know, in sentences.
+
+    Raises:
+        UserError: The run must not begin.
+    """
+    return [said for check in BEFORE_LOADING if (said := check(run))]
+
+
+def after_loading(run: Loaded) -> list[str]:
+    """Go through the checks that see weights and state; nothing of them is changed.
+
+    Args:
+        run: The run.
+
+    Returns:
+        What the user should know, in sentences.
+
+    Raises:
+        UserError: Weights or state are broken.
+        RunError: The probe step failed.
+        KeyboardInterrupt: The user asked the run to stop in the probe step.
+    """
+    return [said for check in AFTER_LOADING if (said := check(run))]

@@ -1,0 +1,105 @@
+"""The probe step: what a step forms in memory, on the largest batch there can be, and nothing changes.
+
+Forward and backward as in a first step: full gradients, also where later steps form products only. Each gradient
+is looked at and dropped. Where gradients are kept until their norm is known, as much is kept here. What the
+optimizer forms by itself while it moves a weight is not: it lives after the layer's activations are gone.
+
+No state is touched: neither weights nor optimizer nor a generator of random numbers, so a run with a probe has the
+bits of one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.head import Grads
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.errors import NonFiniteError, RunError, SophiaGaloreError, lacks_memory, short
+from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
+
+_PRECISION = "Compute in fp32 (training.compute_dtype=fp32); if it is that already, the model's weights are broken."
+
+
+def take_probe(
+    engine: LayerwiseEngine,
+    batches: Sequence[MicroBatch],
+    *,
+    step: int,
+    trained: Sequence[str],
+    held_shapes: Mapping[str, tuple[int, ...]],
+    max_length: int,
+    stopped: Callable[[], bool],
+) -> None:
+    """Try out a step.
+
+    Args:
+        engine: Finds gradients.
+        batches: The micro-batches of the largest effective batch.
+        step: Number of the step that comes next.
+        trained: Names of the parameters that must get a gradient.
+        held_shapes: By name, the shape of what is kept of a gradient until the step ends; left out: nothing.
+        max_length: The longest example that was asked for.
+        stopped: Whether the user asked the run to stop.
+
+    Raises:
+        NonFiniteError: The loss or a gradient is not finite.
+        RunError: The step does not fit into memory, fails, or leaves a parameter without a gradient.
+        KeyboardInterrupt: The user asked the run to stop: there is nothing to save yet.
+    """
+    seen: set[str] = set()
+    kept: list[Tensor] = []
+
+    def look(grads: Grads) -> None:
+        if stopped():
+            raise KeyboardInterrupt
+        for name in list(grads):
+            grad = grads.pop(name)
+            if not is_usable(grad):
+                raise NonFiniteError(
+                    f"The gradient of {name} is not finite in the probe step (or above {LARGEST_GRAD:g}).", _PRECISION
+                )
+            seen.add(name)
+            if name in held_shapes:
+                # Filled, since a system may give out memory that it does not have until it is written to.
+                kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
+
+    try:
+        engine.step(batches, look, step=step)
+    except NonFiniteError as error:
+        cause = error.cause if "probe step" in error.cause else f"In the probe step: {error.cause}"
+        raise NonFiniteError(cause, _PRECISION) from error
+    except SophiaGaloreError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        raise _failed(error, batches, max_length) from error
+    without = [name for name in trained if name not in seen]
+    if without:
+        raise RunError(
+            f"{without[0]} (and {len(without) - 1} more) got no gradient in the probe step.",
+            "This architecture is not run as it should be; another model may work.",
+        )
+
+
+def describe_probe(batches: Sequence[MicroBatch]) -> str:
+    """The size of a probe step in words, such as "2 x 64 tokens in 4 micro-batches"."""
+    rows, columns = max((tuple(batch.input_ids.shape) for batch in batches), key=lambda shape: shape[0] * shape[1])
+    return f"{rows} x {columns} tokens in {len(batches)} micro-batch" + ("es" if len(batches) > 1 else "")
+
+
+def _failed(error: Exception, batches: Sequence[MicroBatch], max_length: int) -> RunError:
+    if not lacks_memory(error):
+        return RunError(
+            f"The probe step ({describe_probe(batches)}) failed: {short(error)}.",
+            "A training step would fail in the same way; --debug shows where.",
+        )
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    reached = f"; its longest example has {longest} tokens" + (", which is max_length" if longest == max_length else "")
+    return RunError(
+        f"The probe step ({describe_probe(batches)}{reached}) needs more memory than there is: {short(error)}.",
+        "Lower training.max_length or training.batch_size, or use quantization.load_in_8bit=true or "
+        "optimizer.state_bits=8.",
+    )

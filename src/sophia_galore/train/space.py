@@ -1,0 +1,100 @@
+"""What a run will write, and whether the disk has room for it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.model.store import DTYPES
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.train.folder import nearest_folder
+
+# Beside the tensors: the tokenizer (the largest are some 35 MB), the plan, the records.
+_DOCUMENTS_BYTES = 40 * 2**20
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a run will write.
+
+    Args:
+        num_checkpoints: Checkpoints that come to lie on the disk at once, those that are there already not counted.
+        checkpoint_bytes: Bytes of one.
+        model_bytes: Bytes of the final model.
+    """
+
+    num_checkpoints: int
+    checkpoint_bytes: int
+    model_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes at the moment at which they are most."""
+        return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes
+
+
+def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0) -> Space:
+    """Find out what a run will write.
+
+    One checkpoint more than are kept: a new one is complete before an old one goes. And one even where none was
+    asked for: that of a run that is stopped.
+
+    Args:
+        config: What was asked.
+        plan: What will be done.
+        done: Steps that are done already.
+        kept: Checkpoints that lie in the run's folder already, and make room as new ones come.
+    """
+    settings = config.checkpoint
+    to_come = 0
+    if settings.save_every_steps:
+        to_come = plan.num_steps // settings.save_every_steps - done // settings.save_every_steps
+    if settings.save_every_minutes:
+        to_come = max(0, plan.num_steps - done)  # how many nobody knows; after each step at most
+    at_once = min(settings.keep_last, kept + to_come) - min(settings.keep_last, kept) + 1
+    dtype = final_dtype(config)
+    model_bytes = plan.num_parameters * dtype.itemsize if dtype else plan.ledger["weights"]
+    return Space(at_once, sum(plan.ledger.values()) + _DOCUMENTS_BYTES, model_bytes + _DOCUMENTS_BYTES)
+
+
+def final_dtype(config: RunConfig) -> torch.dtype | None:
+    """Precision of the final model; None: as its weights are stored."""
+    if config.export.dtype != "auto":
+        return DTYPES[config.export.dtype]
+    return torch.bfloat16 if config.quantization.int8 else None
+
+
+def refuse_full_disk(folder: Path, space: Space) -> None:
+    """Refuse a run that would fill the disk.
+
+    Args:
+        folder: The run's folder; it need not exist. An earlier run in it stays, moved aside, and makes no room.
+        space: What the run will write.
+
+    Raises:
+        EnvironmentProblem: There is less room than that.
+    """
+    place = nearest_folder(folder)
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes >= space.total_bytes:
+        return
+    checkpoints = f"{space.num_checkpoints} checkpoint" + ("s" if space.num_checkpoints > 1 else "")
+    raise EnvironmentProblem(
+        f"The run will write {bytes_in_words(space.total_bytes)}, but {place} has only {bytes_in_words(free_bytes)} "
+        f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, and the final model of "
+        f"{bytes_in_words(space.model_bytes)}.",
+        "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
+        "model.store=bf16, quantization.load_in_8bit=true, optimizer.state_bits=8.",
+    )
+
+
+def bytes_in_words(num_bytes: float) -> str:
+    """Bytes as "1.42 GiB" or "310 MiB"."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
