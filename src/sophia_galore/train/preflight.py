@@ -25,7 +25,7 @@ from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Stored
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.plan import RunPlan
-from sophia_galore.plan.routes import Route
+from sophia_galore.plan.route import Route
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.probe import describe_probe, take_probe
