@@ -9,6 +9,7 @@ import torch
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Observer
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.store import WeightStore, load_store
 
@@ -21,6 +22,17 @@ def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Anatom
     tied_head = "lm_head.weight" if anatomy.tied else None
     store = load_store(folder, anatomy.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
     return anatomy, store
+
+
+def load_frozen_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Anatomy, WeightStore, list[str]]:
+    """Skeleton and store of a model folder, the layers' linears in bitsandbytes; and the names of these."""
+    anatomy = build_skeleton(load_model_config(folder), CPU)
+    names = anatomy.linear_names()
+    tied_head = "lm_head.weight" if anatomy.tied else None
+    freezer = Freezer(anatomy, names, CPU)
+    shapes = anatomy.parameter_shapes()
+    store = load_store(folder, shapes, tied_head=tied_head, dtype=dtype, device=CPU, frozen=freezer)
+    return anatomy, store, names
 
 
 def make_engine(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.frozen import Frozen8bit
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.store import INT8_FILE, WeightStore, open_store
 from sophia_galore.numerics.int8 import Packed
@@ -75,7 +76,11 @@ def prompt_tokens(tokenizer: Any, question: str) -> torch.Tensor:
 @contextmanager
 def _whole(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
     """The model with the stored weights in their places; those that must be decoded are there while they work only."""
-    names = {id(parameter): name for name, parameter in anatomy.model.named_parameters()}
+    names = {
+        id(parameter): name
+        for name, parameter in anatomy.model.named_parameters()
+        if not isinstance(store[name], Frozen8bit)  # which its module holds and decodes itself
+    }
     places = [
         (module, key, parameter)
         for module in anatomy.model.modules()

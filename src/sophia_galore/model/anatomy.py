@@ -34,7 +34,7 @@ class Anatomy:
     """The parts of a model.
 
     Args:
-        model: The whole model, parameters on the meta device.
+        model: The whole model, parameters on the meta device but for weights that its modules hold frozen.
         base: The model below the head.
         embed: The token embedding.
         layers: The decoder layers, first to last.

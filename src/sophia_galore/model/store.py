@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sophia_galore.errors import ModelError
+from sophia_galore.errors import ModelError, RunError
+from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
 from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
+from sophia_galore.numerics.row_int8 import ABSMAX, RowInt8
 
 INT8_FILE = "model.int8.safetensors"
 """Where a folder's weights are if some of them are in eight bits."""
@@ -51,11 +53,18 @@ class WeightStore:
         return self._weights.items()
 
     def names(self, prefix: str) -> list[str]:
-        """Names of the weights below a module, in the model's order."""
-        return [name for name in self._weights if name.startswith(f"{prefix}.")]
+        """Names of the weights that a module below this prefix has to be given, in the model's order.
+
+        Those that modules hold themselves, frozen, are left out.
+        """
+        return [
+            name
+            for name, weight in self._weights.items()
+            if name.startswith(f"{prefix}.") and not isinstance(weight, Frozen8bit)
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the store consists of, as a file keeps them: `name`, and `name.scales` beside codes."""
+        """The tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
         return {key: tensor for name, weight in self._weights.items() for key, tensor in _parts(name, weight)}
 
     def first_non_finite(self) -> str | None:
@@ -107,6 +116,7 @@ def load_store(
     int8: Collection[str] = (),
     form: Int8Format = _INT8,
     without_remainders: bool = False,
+    frozen: Freezer | None = None,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
@@ -123,6 +133,7 @@ def load_store(
         form: In which format these are.
         without_remainders: Leave out updates that are not in the codes yet: a run that goes on has them among its
             optimizer's state.
+        frozen: What puts weights into bitsandbytes' modules, and which; those are neither in `dtype` nor in `form`.
 
     Returns:
         The store.
@@ -144,14 +155,17 @@ def load_store(
                 f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tuple(shapes[name])}.",
                 "config.json and the weights must belong to the same model.",
             )
-        target = form if name in int8 else dtype
+        freezes = frozen is not None and name in frozen.names
+        target = QUANTISED_FROM if freezes else form if name in int8 else dtype
         if without_remainders and isinstance(weight, FoldedTensor):
             weight = weight.base
-        weights[name] = convert(weight, target, device)
-        if not _is_finite(name, weights[name]):
+        if not (freezes and isinstance(weight, RowInt8)):
+            weight = convert(weight, target, torch.device("cpu") if freezes else device)
+        if not _is_finite(name, weight):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in {target}.", "Download the model again."
             )
+        weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ModelError(
@@ -163,6 +177,8 @@ def load_store(
 def open_store(folder: Path, device: torch.device) -> WeightStore:
     """Read a model folder into a store, each weight in the format in which the folder has it.
 
+    Needs no bitsandbytes: what it has frozen is read as plain codes and scales.
+
     Args:
         folder: The model's folder.
         device: Where the store lives.
@@ -172,7 +188,11 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
     """
     weights: dict[str, Stored] = {}
     for _, name, weight in read_weights(folder):
-        weights[name] = convert(weight, weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8, device)
+        if isinstance(weight, RowInt8):
+            weights[name] = weight.copied_to(device)
+        else:
+            own = weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8
+            weights[name] = convert(weight, own, device)
     return WeightStore(weights)
 
 
@@ -206,11 +226,11 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
                 names, metadata = list(file.keys()), file.metadata() or {}
             form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
             for name in names:
-                if form and name.endswith(_ENDINGS):
+                if (form and name.endswith(_ENDINGS)) or (name.endswith(ABSMAX) and name.removesuffix(ABSMAX) in names):
                     continue
                 # Opened anew each time: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file:
-                    parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS) if name + end in names}
+                    parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
                 yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
@@ -220,12 +240,16 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     """A weight from its tensors in a file, by what stands behind its name there."""
     if parts[""].dtype != torch.int8:
         return parts[""]
-    if form is None or _SCALES not in parts:
+    base: Int8Tensor | RowInt8
+    if ABSMAX in parts:
+        base = RowInt8(parts[""], parts[ABSMAX])
+    elif form is not None and _SCALES in parts:
+        base = Int8Tensor(parts[""], parts[_SCALES], form)
+    else:
         raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
-    base = Int8Tensor(parts[""], parts[_SCALES], form)
     if problem := base.problem():
         raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
-    if len(parts) < 1 + len(_ENDINGS):
+    if isinstance(base, RowInt8) or len(parts) < 1 + len(_ENDINGS):
         return base
     return FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
 
@@ -239,19 +263,26 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     Args:
         folder: An existing folder.
         weights: Name to weight; each is brought to the CPU, one copy if it is elsewhere.
+
+    Raises:
+        RunError: A weight that a module of bitsandbytes holds is not as it was made; nothing is written.
     """
     from safetensors.torch import save_file
 
+    for name, weight in weights.items():
+        if isinstance(weight, Frozen8bit) and (problem := weight.problem()):
+            raise RunError(f"{name} {problem}, so it is not saved.")
     tensors = {
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }
     forms = [form for weight in weights.values() if (form := _form(weight))]
     metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(forms[0].block)} if forms else {})
-    save_file(tensors, folder / (INT8_FILE if forms else "model.safetensors"), metadata=metadata)
+    is_plain = all(isinstance(weight, Tensor) for weight in weights.values())
+    save_file(tensors, folder / ("model.safetensors" if is_plain else INT8_FILE), metadata=metadata)
 
 
 def _form(weight: Stored) -> Int8Format | None:
-    """The format of a weight in eight bits; None: it is in another one."""
+    """The format of a weight in native eight bits; None: it is in another one."""
     if isinstance(weight, FoldedTensor):
         return weight.base.form
     return weight.form if isinstance(weight, Int8Tensor) else None

@@ -19,6 +19,7 @@ from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import write_model
+from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
@@ -255,6 +256,7 @@ class _Run:
 
     def _load_store(self, *, going_on: bool) -> WeightStore:
         prepared = self._prepared
+        frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
         self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         return load_store(
             prepared.folder,
@@ -265,6 +267,7 @@ class _Run:
             int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
             form=int8_format(self._config.quantization),
             without_remainders=going_on,
+            frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
         )
 
     def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:

@@ -1,0 +1,90 @@
+"""Weights in eight bits that do not train: codes, and the largest magnitude of each row, as bitsandbytes keeps them.
+
+w = code * absmax / 127        code an integer in [-127, 127], absmax a float32 >= 0
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sophia_galore.errors import RunError
+from sophia_galore.numerics.int8 import LARGEST_CODE, Packed
+
+ABSMAX = ".scb"
+"""What a file puts behind a weight's name for its scales."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowInt8(Packed):
+    """A matrix in eight bits with one scale a row.
+
+    Args:
+        codes: (m, n) int8, from -127 to 127.
+        absmax: (m,) float32, not negative.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n)."""
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes and scales are."""
+        return self.codes.device
+
+    def numel(self) -> int:
+        """m * n."""
+        return self.codes.numel()
+
+    def __getitem__(self, rows: slice | Tensor) -> RowInt8:
+        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
+        return RowInt8(self.codes[rows], self.absmax[rows])
+
+    def copied_to(self, device: torch.device) -> RowInt8:
+        """A copy, which shares nothing with this one."""
+        return RowInt8(self.codes.to(device, copy=True), self.absmax.to(device, copy=True))
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """code * (absmax / 127): the same operations as in bitsandbytes, so the values are those that it computes with.
+
+        Args:
+            dtype: A float dtype.
+
+        Returns:
+            (m, n), a new tensor.
+        """
+        # The product of a half-precision and a float32 tensor is formed in float32 and rounded once.
+        return self.codes.to(dtype).mul_(self.absmax.unsqueeze(1).mul(1.0 / LARGEST_CODE))
+
+    def write(self, values: Tensor, rounding: torch.Generator | None) -> None:
+        """Refuse: this format is for weights that are frozen.
+
+        Raises:
+            RunError: Always.
+        """
+        raise RunError("A weight that bitsandbytes holds in eight bits is frozen and can't be written.")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales."""
+        return {"": self.codes, ABSMAX: self.absmax}
+
+    def problem(self) -> str | None:
+        """What is wrong with codes and scales, in words that follow a name; None: nothing."""
+        if self.codes.dtype != torch.int8 or self.absmax.dtype != torch.float32:
+            return f"holds {self.codes.dtype} codes and {self.absmax.dtype} scales instead of int8 and float32"
+        if self.codes.ndim != 2 or self.absmax.shape != self.codes.shape[:1]:
+            return f"holds codes of shape {tuple(self.codes.shape)} and scales of shape {tuple(self.absmax.shape)}"
+        if self.codes.device != self.absmax.device:
+            return f"holds its codes on {self.codes.device} and its scales on {self.absmax.device}"
+        if not bool(torch.isfinite(self.absmax).all()) or bool((self.absmax < 0).any()):
+            return "holds scales that are not finite, or negative"
+        if self.numel() and int(self.codes.amin()) < -LARGEST_CODE:
+            return "holds the code -128, which no weight is written as"
+        return None
