@@ -28,6 +28,7 @@ def test_commands_and_their_options() -> None:
         "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
+        "export": ["--block-size", "--output", "--to", "source"],
         "generate": ["--max-new-tokens", "--seed", "--temperature", "model", "prompt"],
     }
 

@@ -5,17 +5,15 @@ engine passes in the rest of a layer (norms, biases) and the gradient by the lay
 computes depends on the device, and that is bitsandbytes' choice: on CUDA the input is rounded to float16 and, row by
 row, to eight bits; on a CPU so in evaluation only, while in training the weight is decoded and the product is exact.
 
-The package is an optional extra, which is imported where it is used and nowhere else.
+The package is an optional extra, which is imported where it is used and nowhere else; whether it works on the
+device is asked when a run is planned (`plan.ask`).
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
-import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,53 +27,9 @@ from sophia_galore.numerics.row_int8 import RowInt8
 QUANTISED_FROM = torch.float16
 """bitsandbytes rounds a weight to this first, so that is what it has to be finite in."""
 
-INSTALL = 'Install it: pip install "sophia-galore[bitsandbytes]".'
-
-_OLDEST = (0, 50)  # the first version whose Linear8bitLt is tested here, on a CPU as well
 # Columns of the input with an entry above this are multiplied in floating point, as published (LLM.int8()) and as
 # load_in_8bit means elsewhere. With one entry of 100 among those of size 1, the product is 0.05 % off; without, 1.7 %.
 _OUTLIER_THRESHOLD = 6.0
-
-
-@dataclass(frozen=True)
-class BitsandbytesFacts:
-    """What is known of bitsandbytes on this machine.
-
-    Args:
-        installed: Whether the package is there.
-        version: Its version; empty if it is not there or can't be imported.
-        problem: Why it can't be used on the device, in a sentence without its full stop; None: it can.
-    """
-
-    installed: bool
-    version: str
-    problem: str | None
-
-
-def bitsandbytes_facts(device_type: str) -> BitsandbytesFacts:
-    """Whether bitsandbytes can be used on a device; imports it, which takes seconds the first time.
-
-    Args:
-        device_type: "cpu" or "cuda".
-
-    Returns:
-        What was found.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return BitsandbytesFacts(False, "", "the package bitsandbytes is not installed")
-    _silence()
-    try:
-        version = str(importlib.import_module("bitsandbytes").__version__)
-        library = importlib.import_module("bitsandbytes.cextension").lib
-    except Exception as error:  # a broken installation fails in whatever way the native library does
-        return BitsandbytesFacts(True, "", f"the package bitsandbytes can't be imported: {short(error)}")
-    problem = None
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
-        problem = f"bitsandbytes {version} is too old, {'.'.join(map(str, _OLDEST))} is needed"
-    elif device_type == "cuda" and not library.compiled_with_cuda:
-        # On a CPU all that is needed here is written in PyTorch; on CUDA it is in the native library.
-        problem = f"bitsandbytes {version} found no native library for the CUDA of this PyTorch"
-    return BitsandbytesFacts(True, version, problem)
 
 
 class Frozen8bit(Packed):
@@ -163,16 +117,19 @@ class Freezer:
         device: Where the frozen weights live.
 
     Raises:
-        EnvironmentProblem: bitsandbytes is missing, or does not work on the device.
+        EnvironmentProblem: bitsandbytes is missing or broken.
         ModelError: A name is not that of a plain linear layer's weight inside a decoder layer.
     """
 
     def __init__(self, anatomy: Anatomy, names: Collection[str], device: torch.device) -> None:
-        facts = bitsandbytes_facts(device.type)
-        if facts.problem is not None:
-            way = "Run python -m bitsandbytes to see what it lacks, or take quantization.backend: native."
-            cause = f"quantization.backend: bitsandbytes can't be used here: {facts.problem}."
-            raise EnvironmentProblem(cause, way if facts.version else INSTALL)
+        _silence()
+        try:
+            self._nn: Any = importlib.import_module("bitsandbytes.nn")
+        except Exception as error:  # a broken installation fails in whatever way its native library does
+            raise EnvironmentProblem(
+                f"quantization.backend: bitsandbytes can't be used here, importing the package fails: {short(error)}.",
+                'Install it: pip install "sophia-galore[bitsandbytes]".',
+            ) from error
         linears = set(anatomy.linear_names())
         for name in names:
             # What a model's own kind of linear layer does beside the product is not known, and would be lost.
@@ -183,8 +140,7 @@ class Freezer:
                 "Use quantization.backend: native for this model.",
             )
         self.names = frozenset(names)
-        self._model, self._device, self._version = anatomy.model, device, facts.version
-        self._nn: Any = importlib.import_module("bitsandbytes.nn")
+        self._model, self._device = anatomy.model, device
 
     def freeze(self, name: str, weight: Stored) -> Frozen8bit:
         """Put a `Linear8bitLt` in a linear layer's place. Its bias stays the same parameter, and stays trained.
@@ -217,7 +173,7 @@ class Freezer:
         made = Frozen8bit(module)
         if problem := made.problem():
             raise RunError(
-                f"bitsandbytes {self._version} was given {name}, which now {problem}.",
+                f"bitsandbytes was given {name}, which now {problem}.",
                 "Take the version of bitsandbytes that constraints.txt names, or quantization.backend: native.",
             )
         setattr(self._model.get_submodule(parent_name), key, module)

@@ -12,8 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.store import DTYPES
@@ -146,7 +144,8 @@ def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _plain_bytes(shape: tuple[int, ...], held: str) -> int:
-    return math.prod(shape) * DTYPES[held].itemsize
+    num_bytes: int = math.prod(shape) * DTYPES[held].itemsize
+    return num_bytes
 
 
 def _remainder_bytes(route: dict[str, Any]) -> int:

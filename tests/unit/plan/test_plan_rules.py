@@ -208,12 +208,6 @@ CASES: dict[str, Case] = {
             facts(quantization=BNB),
         ],
     ),
-    "rounded_to_nearest": Case(
-        [facts(quantization={"load_in_8bit": True, "rounding": "nearest"})],
-        "use",
-        ["loses every step", "quantization.rounding=stochastic"],
-        [facts(quantization={"load_in_8bit": True}), facts(quantization={"rounding": "nearest"})],
-    ),
     "frozen_for_the_optimizer": Case(
         [
             facts(quantization=BNB, optimizer={"type": kind})
@@ -226,6 +220,12 @@ CASES: dict[str, Case] = {
             facts(quantization={"load_in_8bit": True}),
             facts(quantization={**BNB, "load_in_8bit": False}),
         ],
+    ),
+    "rounded_to_nearest": Case(
+        [facts(quantization={"load_in_8bit": True, "rounding": "nearest"})],
+        "use",
+        ["loses every step", "quantization.rounding=stochastic"],
+        [facts(quantization={"load_in_8bit": True}), facts(quantization={"rounding": "nearest"})],
     ),
     "nothing_projected": Case(
         [facts(routes=RouteFacts(1.0)), facts(routes=RouteFacts(1.0), optimizer={"type": "apollo"})],
