@@ -75,7 +75,8 @@ class Logits(Protocol):
 
         Args:
             normed: As for `loss_sum`; the same at each walk.
-            visit: Is shown one tile after the other, and must keep none.
+            visit: Is shown one tile after the other, and must keep none. All blocks of words have the same chunks
+                of tokens.
 
         Returns:
             Summed cross-entropy in nats, not divided.
@@ -187,10 +188,13 @@ class BlockLogits(Logits):
 
     def _each(self, normed: Tensor, see: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
         vocab_size, width = self._store[self._name].shape
-        for words in blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes):
+        every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
+        # The same tokens with the last block, which is smaller, as with all others.
+        together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
+        for words in every:
             weight = self._store.rows(self._name, words, self._dtype)
             self._observer.tag(weight, "weights")
-            for tokens in chunks(len(normed), words.stop - words.start, self._loss.chunk_bytes):
+            for tokens in together:
                 see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
             del weight
 
