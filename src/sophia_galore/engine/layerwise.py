@@ -293,8 +293,8 @@ class LayerwiseEngine:
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
-            for grad in grads.values():
-                self._observer.tag(grad, "gradients")
+            for name in grads:  # no name for a gradient itself: it would live as long as `apply` runs
+                self._observer.tag(grads[name], "gradients")
             apply(grads)
             grads.clear()
 

@@ -189,8 +189,14 @@ def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int,
     for name, slot in slots.items():
         if name in along:
             continue
+        move = move_first_moment if slot.moment == 1 else move_second_moment
+        if slot.extent == "full" and spec.side == "right":
+            # Each row moves by itself: a vocabulary's moments need not be wide all at once.
+            for rows in row_blocks(state.stored(name)):
+                state.write(name, move(state.read(name, rows), change, spec.side), rounding, rows)
+            continue
         before = state.read(name)
-        after = (move_first_moment if slot.moment == 1 else move_second_moment)(before, change, spec.side)
+        after = move(before, change, spec.side)
         if slot.extent != "full":
             # Both factors have the mean of the whole moment, which changed.
             for other in along:
