@@ -34,14 +34,15 @@ QWEN2_05B: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, tokenizer: Path) -> None:
+def write_model(folder: Path, tokenizer: Path, num_layers: int) -> None:
     """A bf16 model folder with random weights, and somebody's tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     torch.manual_seed(0)
-    config = Qwen2Config(**QWEN2_05B, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
+    shapes = QWEN2_05B | {"num_hidden_layers": num_layers}
+    config = Qwen2Config(**shapes, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     words.save_pretrained(folder)
 
@@ -59,12 +60,13 @@ def main() -> None:
     parser.add_argument("--config", default="configs/galore_config.yaml")
     parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--sample", type=Path, default=Path("data/sample_data.json"))
+    parser.add_argument("--layers", type=int, default=QWEN2_05B["num_hidden_layers"])
     parser.add_argument("overrides", nargs="*", help="KEY.PATH=VALUE words for the configuration")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         tokenizer = resolve_model(ModelConfig(name=arguments.tokenizer), print).folder
-        write_model(folder / "model", tokenizer)
+        write_model(folder / "model", tokenizer, arguments.layers)
         write_data(folder / "data.json", arguments.sample, num_examples=24)
         # In a process of its own: making the weights must not count into the run's resident size.
         command = [sys.executable, "-m", "sophia_galore", "train", "--config", arguments.config]

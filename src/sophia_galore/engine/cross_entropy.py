@@ -20,6 +20,10 @@ from sophia_galore.numerics.random import draw_classes
 _CHUNK_BYTES = {"cpu": 80 * 2**20, "cuda": 16 * 2**20}
 # Below this a chunk's products are bound by reading the weight on any device.
 _MIN_TOKENS = 32
+# Bytes in compute precision of a block of the head's rows that is decoded at once, and what its rows are a multiple
+# of: enough for the products with some hundred tokens to run at full speed.
+_BLOCK_BYTES = 8 * 2**20
+_MIN_WORDS = 64
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -32,6 +36,20 @@ def chunks(num_tokens: int, vocab_size: int, chunk_bytes: int) -> Iterator[slice
     size = max(_MIN_TOKENS, chunk_bytes // (4 * vocab_size))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def blocks(vocab_size: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
+    """Slices over the vocabulary, each a few MiB of the head's weight.
+
+    Args:
+        vocab_size: V.
+        row_bytes: Bytes of a row of the weight in compute precision.
+        chunk_bytes: The float32 logits of the fewest tokens that are taken at once keep to it.
+    """
+    most = min(_BLOCK_BYTES // row_bytes, chunk_bytes // (4 * _MIN_TOKENS))
+    size = max(1, most // _MIN_WORDS) * _MIN_WORDS
+    for start in range(0, vocab_size, size):
+        yield slice(start, min(start + size, vocab_size))
 
 
 def loss_sum(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:

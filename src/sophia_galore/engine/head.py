@@ -1,22 +1,22 @@
 """The head: norm, projection to the vocabulary, loss; logits never exist as a whole.
 
-Only positions whose label counts are computed, a chunk of them at a time. Their labels are the data's, or
+Only positions whose label counts are computed, a tile of logits at a time. Their labels are the data's, or
 drawn from the model's own distribution: the gradient by those is what Sophia's Gauss-Newton-Bartlett
 estimate of the curvature is made of (arXiv 2305.14342, algorithm 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.cross_entropy import chunks, draw_labels, loss_sum, loss_sum_and_grad
+from sophia_galore.engine.logits import LossOf, Tile, logits_of
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Product, Projectors, whole_gradients
+from sophia_galore.engine.product import Choosers, Product, Projectors, Terms, no_choosers, whole_gradients
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
 
@@ -35,6 +35,8 @@ class Head:
         batches: The micro-batches.
         projector: What the gradients of the head's and the embedding's weight are wanted times.
         sampler: Draws the labels; None: they are the data's.
+        chooser: Where `projector` wants nothing: who says what the gradient is wanted times, having seen it in
+            products; each of these takes the logits once more.
         chunk_bytes: Bytes of the float32 logits that are worked on at once.
 
     Attributes:
@@ -53,6 +55,7 @@ class Head:
         projector: Projectors = whole_gradients,
         sampler: torch.Generator | None = None,
         *,
+        chooser: Choosers = no_choosers,
         chunk_bytes: int,
     ) -> None:
         self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
@@ -60,22 +63,17 @@ class Head:
         self._counted = [batch.labels != -100 for batch in batches]
         self.labels = torch.cat([batch.labels[mask] for batch, mask in zip(batches, self._counted, strict=True)])
         self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
-        self._projector, self._sampler, self._chunk_bytes = projector, sampler, chunk_bytes
+        self._projector, self._chooser = projector, chooser
         self._product = self._product_of(anatomy.head_name)
         self._normed: Tensor | None = None
         # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
         self._scale = float(len(self.labels)) if dtype == torch.float16 else 1.0
-        self._divisor = len(self.labels) / self._scale
+        loss = LossOf(self.labels, anatomy.logit_softcap, len(self.labels) / self._scale, sampler, chunk_bytes)
+        self._logits = logits_of(store, anatomy.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
         """Summed cross-entropy in nats, without gradients."""
-        weight = self._weight()
-        normed = self._norm(self._entering, self._norm_weights())
-        total = 0.0
-        for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
-            logits = self._logits(normed[rows], weight)
-            total += float(loss_sum(logits, self.labels[rows], self._anatomy.logit_softcap))
-        return total
+        return self._logits.loss_sum(self._norm(self._entering, self._norm_weights()))
 
     def backward(self) -> tuple[float, list[Tensor], Grads]:
         """Forward and backward through the head.
@@ -83,46 +81,39 @@ class Head:
         Returns:
             Mean loss in nats; per micro-batch (B, T, d) the gradient by the hidden states (float32 if the
             compute precision is float16, else in compute precision); float32 gradients of the norm and,
-            unless it is tied, of the head's weight or their product.
+            if they can be known now, of the untied head's weight or their product.
         """
         anatomy = self._anatomy
-        entering = self._entering.requires_grad_()
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._norm_weights().items()}
-        normed = self._norm(entering, leaves)
-        weight = self._weight()
-        product = self._product
-        weight_grad = None if anatomy.tied or product else self._zero_grad()
-        normed_grad = torch.empty_like(normed)
-        total = 0.0
+        now, later = self._product, self._product is None and (anatomy.tied or self._is_chosen())
         with torch.no_grad():
-            for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
-                loss, logits_grad = self._chunk(rows, normed, weight, self._sampler)
-                total += float(loss)
-                normed_grad[rows] = logits_grad.to(self._dtype) @ weight
-                if product is not None:
-                    product.add(logits_grad, product.keep(normed[rows].float()))
-                elif weight_grad is not None:
-                    self._add_weight_grad(weight_grad, logits_grad, normed[rows])
-                del logits_grad
-        normed.backward(normed_grad)
-        assert entering.grad is not None  # the norm depends on its input
-        in_grads = self._scatter(entering.grad)
-        grads: Grads = {
-            f"{anatomy.norm_name}.{key}": leaf.grad.float() / self._scale
-            for key, leaf in leaves.items()
-            if leaf.grad is not None
-        }
-        if product is not None and self._scale != 1.0:
-            product.sum.div_(self._scale)
+            normed = self._norm(self._entering, self._norm_weights())
+            if later:
+                self._normed = normed  # for the weight's gradient
+            weight_grad = None if now or later else self._zero_grad()
+            loss, normed_grad = self._walk(normed, now, weight_grad)
+            if now is not None:
+                self._unscale(now)
+            del normed
+        in_grads, grads = self._through_norm(normed_grad)
         if weight_grad is not None:
             grads[anatomy.head_name] = weight_grad
-        elif not anatomy.tied and product is not None:
-            grads[anatomy.head_name] = product.sum
+        elif not anatomy.tied and now is not None:
+            grads[anatomy.head_name] = now.sum
             self._product = None
-        elif product is None:
-            self._normed = normed.detach()  # for the tied weight's gradient, later
-        del self._entering
-        return total / len(self.labels), in_grads, grads
+        return loss / len(self.labels), in_grads, grads
+
+    @torch.no_grad()
+    def chosen_grad(self) -> Grads:
+        """The product of the untied head's weight whose projector had to see the gradient first.
+
+        After `backward`, before that weight changes, and only if the loss was finite.
+        """
+        anatomy = self._anatomy
+        if anatomy.tied or self._normed is None:
+            return {}
+        product = self._choose(anatomy.head_name, self._add_terms)
+        self._normed = None
+        return {} if product is None else {anatomy.head_name: product}
 
     @torch.no_grad()
     def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Tensor:
@@ -141,17 +132,96 @@ class Head:
         if product is not None:
             product.add_rows(tokens, rows_grad)
             return product.sum
+
+        def add_to(product: Product) -> None:
+            if anatomy.tied:
+                self._add_terms(product)
+            product.add_rows(tokens, rows_grad)
+
+        chosen = self._choose(anatomy.embed_name, add_to)
+        if chosen is not None:
+            return chosen
         grad = self._tied_weight_grad() if anatomy.tied else self._zero_grad()
         return grad.index_add_(0, tokens, rows_grad)
 
-    def _tied_weight_grad(self) -> Tensor:
-        """Gradient of the tied head's weight, (V, d) float32, by the chunks' logits once more."""
+    def _walk(self, normed: Tensor, product: Product | None, weight_grad: Tensor | None) -> tuple[float, Tensor]:
+        """Summed loss, and the gradient by the normed states; that of the weight is added to what is there for it."""
+        # Rounding each part of a sum to half precision is one thing, rounding the sum after each part another.
+        dtype = torch.float32 if self._logits.in_parts else self._dtype
+        normed_grad = torch.zeros(normed.shape, dtype=dtype, device=normed.device)
+        add = self._adder(product, normed) if product is not None else None
+
+        def visit(tile: Tile) -> None:
+            normed_grad[tile.tokens].add_(tile.grad.to(self._dtype) @ tile.weight)
+            if add is not None:
+                add(tile)
+            elif weight_grad is not None:
+                self._add_weight_grad(weight_grad, tile, normed)
+
+        loss = self._logits.walk(normed, visit)
+        return loss, normed_grad
+
+    def _through_norm(self, normed_grad: Tensor) -> tuple[list[Tensor], Grads]:
+        """Gradients by the hidden states and by the norm's weights; the norm's graph exists only in here."""
+        entering = self._entering.requires_grad_()
+        del self._entering
+        leaves = {key: weight.detach().requires_grad_() for key, weight in self._norm_weights().items()}
+        with torch.enable_grad():
+            self._norm(entering, leaves).backward(normed_grad.to(self._dtype))
+        assert entering.grad is not None  # the norm depends on its input
+        grads = {
+            f"{self._anatomy.norm_name}.{key}": leaf.grad.float() / self._scale
+            for key, leaf in leaves.items()
+            if leaf.grad is not None
+        }
+        return self._scatter(entering.grad), grads
+
+    def _is_chosen(self) -> bool:
+        """Whether the head's product is wanted times something that depends on the gradient."""
+        return self._chooser(self._anatomy.head_name) is not None
+
+    def _choose(self, name: str, add_to: Callable[[Product], None]) -> Tensor | None:
+        """The product of a weight's gradient with what its chooser wants, if it has one."""
+        choose = self._chooser(name)
+        if choose is None:
+            return None
+        weight = self._store[name]
+
+        def add_and_tag(product: Product) -> None:
+            self._observer.tag(product.sum, "gradients")
+            add_to(product)
+
+        unformed = Terms(weight.shape, weight.device, add_and_tag)
+        return unformed.of(choose(unformed))
+
+    def _add_terms(self, product: Product) -> None:
+        """The head's terms of a product, by the logits once more."""
         assert self._normed is not None
-        weight, grad = self._weight(), self._zero_grad()
-        for rows in chunks(len(self.labels), weight.shape[0], self._chunk_bytes):
-            _, logits_grad = self._chunk(rows, self._normed, weight)
-            self._add_weight_grad(grad, logits_grad, self._normed[rows])
-            del logits_grad
+        self._logits.walk(self._normed, self._adder(product, self._normed))
+        self._unscale(product)
+
+    def _adder(self, product: Product, normed: Tensor) -> Callable[[Tile], None]:
+        """Adds a tile's term to a product."""
+        kept: dict[int, Tensor] = {}
+
+        def add(tile: Tile) -> None:
+            first = tile.tokens.start
+            of_tokens = kept[first] if first in kept else product.keep(normed[tile.tokens].float())
+            if product.keeps_little:  # so that the next block of words need not make it again
+                kept[first] = of_tokens
+            product.add(tile.grad, of_tokens, tile.words)
+
+        return add
+
+    def _unscale(self, product: Product) -> None:
+        if self._scale != 1.0:
+            product.sum.div_(self._scale)
+
+    def _tied_weight_grad(self) -> Tensor:
+        """Gradient of the tied head's weight, (V, d) float32, by the logits once more."""
+        normed, grad = self._normed, self._zero_grad()
+        assert normed is not None
+        self._logits.walk(normed, lambda tile: self._add_weight_grad(grad, tile, normed))
         return grad
 
     def _product_of(self, name: str) -> Product | None:
@@ -171,24 +241,8 @@ class Head:
         self._observer.tag(grad, "gradients")
         return grad
 
-    def _chunk(
-        self, rows: slice, normed: Tensor, weight: Tensor, sampler: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Summed loss and gradient by the logits of some tokens; a sampler draws their labels first."""
-        logits = self._logits(normed[rows], weight)
-        if sampler is not None:
-            self.labels[rows] = draw_labels(logits, self._anatomy.logit_softcap, sampler)
-        loss, grad = loss_sum_and_grad(logits, self.labels[rows], self._anatomy.logit_softcap, self._divisor)
-        self._observer.tag(grad, "logits")
-        return loss, grad
-
-    def _add_weight_grad(self, grad: Tensor, logits_grad: Tensor, normed: Tensor) -> None:
-        grad.addmm_(logits_grad.T, normed.float(), alpha=1 / self._scale)
-
-    def _logits(self, normed: Tensor, weight: Tensor) -> Tensor:
-        logits = (normed @ weight.T).float()
-        self._observer.tag(logits, "logits")
-        return logits
+    def _add_weight_grad(self, grad: Tensor, tile: Tile, normed: Tensor) -> None:
+        grad[tile.words].addmm_(tile.grad.T, normed[tile.tokens].float(), alpha=1 / self._scale)
 
     def _scatter(self, grads: Tensor) -> list[Tensor]:
         dtype = torch.float32 if self._dtype == torch.float16 else self._dtype
@@ -209,9 +263,3 @@ class Head:
         name = self._anatomy.norm_name
         weights = self._store.materialise(self._store.names(name), self._dtype)
         return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
-
-    def _weight(self) -> Tensor:
-        name = self._anatomy.head_name
-        weight = self._store.materialise([name], self._dtype)[name]
-        self._observer.tag(weight, "weights")
-        return weight

@@ -1,17 +1,18 @@
 """The layer-wise step: the layer is the unit of work, the micro-batch is the inner loop.
 
     forward, no grad:  for layer: for micro-batch: hidden = layer(hidden)          layer inputs are kept
-    head:              for chunk of counted tokens: loss, gradient by the hidden states
+    head:              for tile of logits: loss, gradient by the hidden states
     backward:          for layer, last to first: for micro-batch: recompute, backward; then step the layer
     embedding:         scatter; step
 
 Gradients add up over the whole effective batch while those of one layer only exist. A tied head and
 embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
-that it need not stay alive while the layers work; that costs computing the chunks' logits once more.
+that it need not stay alive while the layers work; that costs computing the logits once more.
 
 Where a gradient is wanted in a product with a known matrix only, the product is what is handed on, and
 of a linear layer's, the head's or the embedding's weight the gradient itself never exists. The product
-is small: a tied weight's is formed with the head and waits for the embedding's part.
+is small: a tied weight's is formed with the head and waits for the embedding's part. Where the matrix
+depends on the gradient, head and embedding are asked for several products, one after the other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Product, Projectors, whole_gradients
+from sophia_galore.engine.product import Choosers, Product, Projectors, fold_formed, no_choosers, whole_gradients
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.anatomy import Anatomy
@@ -102,6 +103,7 @@ class LayerwiseEngine:
         *,
         step: int,
         projector: Projectors = whole_gradients,
+        chooser: Choosers = no_choosers,
         sampled_labels: bool = False,
     ) -> StepResult:
         """Forward and backward over an effective batch; each layer's gradients are handed on and dropped.
@@ -114,6 +116,8 @@ class LayerwiseEngine:
             projector: For a weight's name, what its gradient G is wanted times: `apply` gets the product, G A
                 (m, k) or A^T G (k, n), in place of G (m, n). None: `apply` gets G. In half precision A is rounded
                 to it; in fp16 its columns should be of about unit length, or products may leave the range.
+            chooser: For the head's or embedding's weight, where `projector` gives None: who says what G is wanted
+                times, asked with a G that is not formed before that weight changes. None: `apply` gets G.
             sampled_labels: Draw the labels of the counted positions from the model's own distribution, as a
                 function of seed and step (`Head`).
 
@@ -131,7 +135,7 @@ class LayerwiseEngine:
         with observer.phase("head"):
             sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
             hidden = inputs.pop()
-            head = self._head(hidden, batches, projector, sampler)
+            head = self._head(hidden, batches, projector, sampler, chooser)
             del hidden
             loss, hidden_grads, grads = head.backward()
             if not math.isfinite(loss):
@@ -139,6 +143,7 @@ class LayerwiseEngine:
                     f"The loss is {loss} at step {step}.",
                     "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
                 )
+            grads |= head.chosen_grad()
         self._hand_on(apply, grads)
         for index in reversed(range(len(anatomy.layers))):
             calls = [layer_calls[index] for layer_calls in embedded.calls]
@@ -185,10 +190,11 @@ class LayerwiseEngine:
         batches: Sequence[MicroBatch],
         projector: Projectors = whole_gradients,
         sampler: torch.Generator | None = None,
+        chooser: Choosers = no_choosers,
     ) -> Head:
         parts = (self._anatomy, self._store, self._dtype, self._observer)
         chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
-        return Head(*parts, hidden, batches, projector, sampler, chunk_bytes=chunk_bytes)
+        return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
 
     @torch.no_grad()
     def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:
@@ -261,7 +267,7 @@ class LayerwiseEngine:
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
             entering.grad = None
-            _fold_products(products, leaves)
+            fold_formed(products, leaves)
             if self._dtype != torch.float32:
                 _fold(sums, leaves)
         if self._dtype == torch.float32:
@@ -287,8 +293,8 @@ class LayerwiseEngine:
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
-            for grad in grads.values():
-                self._observer.tag(grad, "gradients")
+            for name in grads:  # no name for a gradient itself: it would live as long as `apply` runs
+                self._observer.tag(grads[name], "gradients")
             apply(grads)
             grads.clear()
 
@@ -326,15 +332,6 @@ class LayerwiseEngine:
             labels=batch.labels.to(self._device),
             attention_mask=None if mask is None else mask.to(self._device),
         )
-
-
-def _fold_products(products: dict[str, Product], leaves: Grads) -> None:
-    """Add what a weight got as an ordinary gradient, because a module used it in another way than as linear."""
-    for name, product in products.items():
-        grad = leaves[name].grad
-        if grad is not None:
-            product.add_whole(grad)
-            leaves[name].grad = None
 
 
 def _fold(sums: Grads, leaves: Grads) -> None:

@@ -9,19 +9,31 @@ its output. Where only G A or A^T G is wanted, the order of multiplication is fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.subspace import Projector
+from sophia_galore.numerics.subspace import Projector, UnformedGrad
 
 # For a parameter's name: what its gradient is wanted times; None: the gradient itself is wanted.
 Projectors = Callable[[str], Projector | None]
+# Says what a gradient is wanted times once it has seen the gradient, in other products.
+Chooser = Callable[[UnformedGrad], Projector]
+# For a parameter's name: who says what its gradient is wanted times; None: the gradient itself is wanted.
+Choosers = Callable[[str], Chooser | None]
+
+_ALL = slice(None)
 
 
 def whole_gradients(name: str) -> Projector | None:
     """The `Projectors` that project nothing."""
+    return None
+
+
+def no_choosers(name: str) -> Chooser | None:
+    """The `Choosers` that leave every gradient as it is."""
     return None
 
 
@@ -47,6 +59,11 @@ class Product:
         # Zeros that nothing was added to are no gradient.
         self.touched = False
 
+    @property
+    def keeps_little(self) -> bool:
+        """Whether what `keep` gives is smaller than the input."""
+        return self._right
+
     def keep(self, entering: Tensor) -> Tensor:
         """What `add` will need of the weight's input.
 
@@ -58,18 +75,20 @@ class Product:
         """
         return entering @ self._matrix if self._right else entering
 
-    def add(self, out_grad: Tensor, kept: Tensor) -> None:
-        """Add the term of some tokens.
+    def add(self, out_grad: Tensor, kept: Tensor, outputs: slice = _ALL) -> None:
+        """Add the term of some tokens, and of some of the outputs.
 
         Args:
-            out_grad: d, (T, m).
+            out_grad: d, (T, number of outputs), the other outputs' columns left out.
             kept: What `keep` gave for the same tokens.
+            outputs: Which of the m outputs.
         """
-        left = out_grad if self._right else out_grad @ self._matrix
+        left = out_grad if self._right else out_grad @ self._matrix[outputs]
+        total = self.sum[outputs] if self._right else self.sum
         if kept.dtype == torch.float32:
-            self.sum.addmm_(left.T, kept)
+            total.addmm_(left.T, kept)
         else:
-            self.sum.add_(left.T @ kept)
+            total.add_(left.T @ kept)
         self.touched = True
 
     def add_rows(self, rows: Tensor, grads: Tensor) -> None:
@@ -93,3 +112,38 @@ class Product:
         """
         self.sum.add_(self._projector.of(grad.float()))
         self.touched = True
+
+
+@dataclass(frozen=True)
+class Terms:
+    """An `UnformedGrad`: a gradient that is known by how its terms are added up in a product.
+
+    Args:
+        shape: (m, n), the weight's shape.
+        device: Where the factors are.
+        add_to: Adds all terms to an empty float32 product; may be asked again.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    add_to: Callable[[Product], None]
+
+    def of(self, projector: Projector) -> Tensor:
+        """G A, (m, k), or A^T G, (k, n), float32."""
+        product = Product(projector, self.shape, torch.float32, self.device)
+        self.add_to(product)
+        return product.sum
+
+
+def fold_formed(products: Mapping[str, Product], leaves: Mapping[str, Tensor]) -> None:
+    """Add what a weight got as an ordinary gradient, because a module used it in another way than as linear.
+
+    Args:
+        products: By the leaf's name.
+        leaves: Weights; those with a product are without gradient afterwards.
+    """
+    for name, product in products.items():
+        grad = leaves[name].grad
+        if grad is not None:
+            product.add_whole(grad)
+            leaves[name].grad = None

@@ -207,7 +207,9 @@ def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.devi
     if isinstance(target, Int8Format):
         if isinstance(weight, Int8Tensor) and weight.form.block == target.block:
             return Int8Tensor(weight.codes.to(device, copy=True), weight.scales.to(device, copy=True), target)
-        return quantise(materialise(weight, torch.float32), target, device)
+        # A plain tensor is widened by parts in there: the vocabulary's, in float32, would be larger than the store.
+        plain = weight if isinstance(weight, Tensor) else materialise(weight, torch.float32)
+        return quantise(plain, target, device)
     # A copy: a tensor that is not converted would still be a view of the mapped file.
     return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
 

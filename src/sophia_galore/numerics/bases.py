@@ -4,6 +4,8 @@ svd         the leading singular vectors: GaLore's choice, and the reference
 randomized  nearly the same from a random sketch, without a decomposition of the shorter side
 tracked     one power iteration that starts from the last basis: three products and two QRs
 random      no gradient needed, so nothing need be stored: a function of the seed
+
+randomized and tracked see the gradient in products only, so theirs need not have been formed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.subspace import projection_side
+from sophia_galore.numerics.subspace import Grad, Projector, Side, projection_side
 
 BasisKind = Literal["svd", "randomized", "tracked", "random", "gaussian"]
 
@@ -46,43 +48,44 @@ def svd_basis(grad: Tensor, rank: int) -> Tensor:
     return basis
 
 
-def randomized_basis(grad: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+def randomized_basis(grad: Grad, rank: int, generator: torch.Generator) -> Tensor:
     """Nearly the leading singular vectors, from a random sketch (Halko et al., arXiv 0909.4061, algorithms 4.1, 5.1).
 
     Of what the leading singular vectors hold of |G|^2 it holds at least 99.5% where singular values fall like 1 / k,
     and 89% where they hardly fall (like k^-0.5, rank 4).
 
     Args:
-        grad: (m, n), float32, finite.
+        grad: (m, n), float32, finite; two products of it are taken.
         rank: Number of vectors, at most min(m, n).
         generator: Draws the sketch; on the device of `grad`.
 
     Returns:
         (min(m, n), rank), float32, orthonormal columns.
     """
-    tall = _tall(grad)
-    short = tall.shape[1]
+    short = min(grad.shape)
     sketch = torch.randn(short, min(short, rank + _OVERSAMPLING), generator=generator, device=grad.device)
-    small = _left_factor(tall, sketch).T @ tall  # (rank + p, short)
+    small = _short_product(grad, _left_factor(grad, sketch))  # (rank + p, short)
     # In float64 for the range: squares of float32 overflow from 1e19 on.
     vectors = torch.linalg.eigh(_gram(small.T)).eigenvectors[:, -rank:].flip(1)
     return orthonormal(small.T @ vectors.to(torch.float32))
 
 
-def tracked_basis(grad: Tensor, basis: Tensor) -> Tensor:
+def tracked_basis(grad: Grad, basis: Tensor) -> Tensor:
     """The basis after one step of subspace iteration from where it was (Golub & Van Loan, section 8.2.4).
 
     U = orth(G P), new P = orth(G^T U); for a wide G the same with G^T.
 
     Args:
-        grad: (m, n), float32, finite.
+        grad: (m, n), float32, finite; two products of it are taken.
         basis: (min(m, n), r), the basis so far.
 
     Returns:
         (min(m, n), r), float32, orthonormal columns.
     """
-    tall = _tall(grad)
-    return orthonormal(tall.T @ _left_factor(tall, basis))
+    left = _left_factor(grad, basis)
+    if isinstance(grad, Tensor):
+        return orthonormal(_tall(grad).T @ left)
+    return orthonormal(_short_product(grad, left).T)
 
 
 def random_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
@@ -139,8 +142,22 @@ def overlap(one: Tensor, other: Tensor) -> Tensor:
     return (one.T @ other).square().sum() / one.shape[1]
 
 
-def _left_factor(tall: Tensor, columns: Tensor) -> Tensor:
-    return orthonormal(tall @ columns)
+def _left_factor(grad: Grad, columns: Tensor) -> Tensor:
+    """U = orth(G A) for a tall G, and for a wide one orth(G^T A): (longer side, k)."""
+    if isinstance(grad, Tensor):
+        return orthonormal(_tall(grad) @ columns)
+    side = projection_side(grad.shape)
+    product = grad.of(Projector(columns, side))
+    return orthonormal(product if side == "right" else product.T)
+
+
+def _short_product(grad: Grad, left: Tensor) -> Tensor:
+    """U^T G for a tall G, and for a wide one (G U)^T: (k, shorter side)."""
+    if isinstance(grad, Tensor):
+        return left.T @ _tall(grad)
+    other: Side = "left" if projection_side(grad.shape) == "right" else "right"
+    product = grad.of(Projector(left, other))
+    return product if other == "left" else product.T
 
 
 def _tall(grad: Tensor) -> Tensor:

@@ -54,7 +54,18 @@ def draw_classes(logits: Tensor, draw: torch.Generator) -> Tensor:
     """
     # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
     # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
-    clocks = torch.empty_like(logits).exponential_(generator=draw)
-    # A clock at exactly 0, once in 2^24 draws in float32, would win however unlikely its label is.
-    clocks.clamp_min_(2.0**-25)
-    return (logits.softmax(-1) / clocks).argmax(-1)
+    return (logits.softmax(-1) / draw_clocks(logits, draw)).argmax(-1)
+
+
+def draw_clocks(like: Tensor, draw: torch.Generator) -> Tensor:
+    """When clocks ring that do so at rate 1: independent draws from the exponential distribution.
+
+    Args:
+        like: Its shape, device and dtype are those of the draws.
+        draw: Where the randomness comes from; on the same device.
+
+    Returns:
+        Positive numbers.
+    """
+    # A clock at exactly 0, once in 2^24 draws in float32, would be first however slow its rate is.
+    return torch.empty_like(like).exponential_(generator=draw).clamp_min_(2.0**-25)

@@ -10,7 +10,7 @@ side as orthonormal columns (GaLore, arXiv 2403.03507, section 3 and algorithm 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,32 @@ def projected_shape(shape: tuple[int, int] | torch.Size, rank: int) -> tuple[int
     return (shape[0], rank) if projection_side(shape) == "right" else (rank, shape[1])
 
 
+class UnformedGrad(Protocol):
+    """A gradient G of shape (m, n) that exists only as what it does to other matrices."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where products with it are."""
+
+    def of(self, projector: Projector) -> Tensor:
+        """The product with a known matrix, float32.
+
+        Args:
+            projector: A and its side.
+
+        Returns:
+            G A, (m, k), or A^T G, (k, n).
+        """
+
+
+Grad = Tensor | UnformedGrad
+"""A gradient of which products are wanted: formed or not."""
+
+
 @dataclass(frozen=True, eq=False)
 class Projector:
     """What a gradient G of shape (m, n) is wanted times, where G itself is not wanted.
@@ -45,8 +71,10 @@ class Projector:
     matrix: Tensor
     side: Side
 
-    def of(self, grad: Tensor) -> Tensor:
-        """The product for a gradient that was formed."""
+    def of(self, grad: Grad) -> Tensor:
+        """The product for a gradient: G A or A^T G."""
+        if not isinstance(grad, Tensor):
+            return grad.of(self)
         return grad @ self.matrix if self.side == "right" else self.matrix.T @ grad
 
 

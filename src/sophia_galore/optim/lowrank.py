@@ -15,6 +15,7 @@ from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Tensor, Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
+from sophia_galore.numerics.subspace import Grad
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
 from sophia_galore.optim.move import opened, row_blocks, store
 from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
@@ -67,13 +68,13 @@ def basis_at(spec: ParamSpec, state: ParamState, step: int, seed: int, device: t
     return make(min(spec.shape), subspace.rank, draw)
 
 
-def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: int) -> None:
+def refresh(spec: ParamSpec, state: ParamState, grad: Grad, step: int, seed: int) -> None:
     """Make the basis anew, and move the moments along.
 
     Args:
         spec: The parameter.
         state: Its state, changed in place.
-        grad: Full gradient over the effective batch, (m, n) float32.
+        grad: Full gradient over the effective batch, (m, n) float32. Need not be formed but for an svd.
         step: Number of the parameter's step, counted from 1.
         seed: The run's seed.
     """
@@ -86,6 +87,7 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Tensor, step: int, seed: i
     old = state.basis().clone()  # in an fp32 format it is the stored tensor itself, which the new one overwrites
     draw = generator(seed, "basis", spec.name, step, device=device)
     if subspace.kind == "svd":
+        assert isinstance(grad, Tensor)  # a decomposition is of all of it
         new = bases.svd_basis(grad, subspace.rank)
     elif subspace.kind == "randomized":
         new = bases.randomized_basis(grad, subspace.rank, draw)
@@ -238,8 +240,14 @@ def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int,
     for name, slot in slots.items():
         if name in along:
             continue
+        move = move_first_moment if slot.moment == 1 else move_second_moment
+        if slot.extent == "full" and spec.side == "right":
+            # Each row moves by itself: a vocabulary's moments need not be wide all at once.
+            for rows in row_blocks(state.stored(name)):
+                state.write(name, move(state.read(name, rows), change, spec.side), rounding, rows)
+            continue
         before = state.read(name)
-        after = (move_first_moment if slot.moment == 1 else move_second_moment)(before, change, spec.side)
+        after = move(before, change, spec.side)
         if slot.extent != "full":
             # Both factors have the mean of the whole moment, which changed.
             for other in along:

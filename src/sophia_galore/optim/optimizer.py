@@ -7,7 +7,7 @@ in a subspace), and the updated weight is rounded back into its stored format.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Tensor, Stored
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import sophia_curvature
-from sophia_galore.numerics.subspace import Projector, project
+from sophia_galore.numerics.subspace import Projector, UnformedGrad, project
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.lowrank import basis_at, folded, lowrank_step, refresh, refresh_is_due, subspace_of
@@ -155,18 +155,37 @@ class ParamOptimizer:
             The projector, or None: the full gradient is wanted.
         """
         spec = self.specs[name]
-        if spec.subspace is None or not spec.subspace.fast or spec.subspace.residual != "none":
-            return None
         state = self._states.get(name)
-        if state is None or refresh_is_due(spec, state, step):
+        if not _wants_products(spec) or state is None or refresh_is_due(spec, state, step):
             return None
-        device = next(iter(state.tensors.values())).device
-        basis = basis_at(spec, state, step, self._seed, device)
-        num_probes = min(_NUM_PROBES, basis.shape[0] - basis.shape[1])
-        draw = generator(self._seed, "norm probes", name, step, device=device)
-        probes = torch.randn(basis.shape[0], num_probes, generator=draw, device=device)
-        probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
-        return Projector(torch.cat([basis, probes], 1), spec.side)
+        return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
+
+    def chooser(self, name: str, step: int, *, observing: bool = False) -> Callable[[UnformedGrad], Projector] | None:
+        """Who says what the gradient is wanted times at a step at which `projector` can't: the basis comes first.
+
+        Args:
+            name: The parameter's name.
+            step: Number of the step, counted from 1.
+            observing: The product is for `observe_curvature`, else for `hold`; either takes it as that of a
+                projector.
+
+        Returns:
+            A function that refreshes the basis by products of the gradient, if that is due, and then says what
+            `projector` would. It raises NonFiniteError, with the state untouched. None: the full gradient is wanted.
+        """
+        spec = self.specs[name]
+        if not _wants_products(spec) or subspace_of(spec).kind == "svd":
+            return None
+
+        def choose(grad: UnformedGrad) -> Projector:
+            state = self._state(name, grad.device)
+            # A curvature is in the basis of the step before, from which `hold` moves it; at first there is none.
+            due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
+            if due:
+                refresh(spec, state, _Refusing(grad, name, step), step, self._seed)
+            return self._with_probes(spec, state, max(1, step - 1) if observing else step, grad.device)
+
+        return choose
 
     def observe_curvature(
         self, name: str, grad: Tensor, *, step: int, num_samples: int, projected: bool = False
@@ -262,12 +281,47 @@ class ParamOptimizer:
             self._states[name] = ParamState(self.specs[name], device)
         return self._states[name]
 
+    def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
+        basis = basis_at(spec, state, step, self._seed, device)
+        num_probes = min(_NUM_PROBES, basis.shape[0] - basis.shape[1])
+        draw = generator(self._seed, "norm probes", spec.name, step, device=device)
+        probes = torch.randn(basis.shape[0], num_probes, generator=draw, device=device)
+        probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
+        return Projector(torch.cat([basis, probes], 1), spec.side)
+
     def _projected(self, spec: ParamSpec, state: ParamState, grad: Tensor, step: int, projected: bool) -> Tensor:
         """R, from G or from the product with a projector, whose first columns are the basis."""
         if not projected:
             return project(grad, basis_at(spec, state, step, self._seed, grad.device))
         rank = subspace_of(spec).rank
         return grad[:, :rank].contiguous() if spec.side == "right" else grad[:rank]
+
+
+@dataclass(frozen=True, eq=False)
+class _Refusing:
+    """A gradient that was not formed, none of whose products is handed on unless it is usable."""
+
+    grad: UnformedGrad
+    name: str
+    step: int
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.grad.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    def of(self, projector: Projector) -> Tensor:
+        product = self.grad.of(projector)
+        _refuse_non_finite(self.name, product, self.step)
+        return product
+
+
+def _wants_products(spec: ParamSpec) -> bool:
+    """Whether products are enough for a parameter, once it has a basis."""
+    return spec.subspace is not None and spec.subspace.fast and spec.subspace.residual == "none"
 
 
 def _refuse_non_finite(name: str, grad: Tensor, step: int) -> None:

@@ -66,6 +66,10 @@ class ParamState:
         stored[rows] = codes
         self.tensors[f"{slot}.scales"][_blocks(stored, rows)] = scales
 
+    def stored(self, slot: str) -> Tensor:
+        """The tensor whose rows are a slot's, as they are stored: codes, where these need scales to be read."""
+        return self.tensors[slot if slot in self.tensors else f"{slot}.codes"]
+
     def is_empty(self, slot: str) -> bool:
         """Whether nothing but zeros was ever stored in a slot."""
         return not any(tensor.any() for name, tensor in self.tensors.items() if name in (slot, f"{slot}.codes"))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.head import Grads
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.product import Chooser, Choosers, Projectors
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.subspace import Projector
@@ -74,7 +75,8 @@ class Stepper:
                 else:
                     self._optimizer.step_held(name, self._store[name], kept, step=step, factor=factor)
 
-        result = self._engine.step(batches, apply, step=step, projector=self._projector(step))
+        projector, chooser = self._asked(step, observing=False)
+        result = self._engine.step(batches, apply, step=step, projector=projector, chooser=chooser)
         norm = math.hypot(*norms)
         if held:
             self._step_all(held, norm, step, factor)
@@ -99,9 +101,11 @@ class Stepper:
                     name, grads.pop(name), step=step, num_samples=num_samples, projected=name in self._projected
                 )
 
-        self._engine.step(batches, observe, step=step, projector=self._projector(step), sampled_labels=True)
+        projector, chooser = self._asked(step, observing=True)
+        self._engine.step(batches, observe, step=step, projector=projector, chooser=chooser, sampled_labels=True)
 
-    def _projector(self, step: int) -> Callable[[str], Projector | None]:
+    def _asked(self, step: int, *, observing: bool) -> tuple[Projectors, Choosers]:
+        """What the engine is to ask the optimizer for; whose gradients come as products is written down."""
         self._projected.clear()
 
         def projector(name: str) -> Projector | None:
@@ -110,4 +114,10 @@ class Stepper:
                 self._projected.add(name)
             return found
 
-        return projector
+        def chooser(name: str) -> Chooser | None:
+            found = self._optimizer.chooser(name, step, observing=observing)
+            if found is not None:
+                self._projected.add(name)
+            return found
+
+        return projector, chooser

@@ -1,0 +1,206 @@
+"""The head's logits over the counted tokens of an effective batch, a tile at a time, and their gradient.
+
+Where the store holds the head's weight as it is computed with, a tile is a chunk of tokens by the whole vocabulary:
+its loss and gradient come from one computation of its logits. Where the weight must be decoded first, a tile is a
+chunk of tokens by a block of words, so that no more than the block is ever decoded; the softmax then takes a pass
+of its own (`OnlineLoss`), and the logits are computed once more than otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sophia_galore.engine.cross_entropy import blocks, chunks, draw_labels, loss_sum, loss_sum_and_grad
+from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.online_loss import OnlineLoss
+from sophia_galore.model.store import WeightStore
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Gradients of some tokens' logits for some words.
+
+    Args:
+        tokens: Which tokens.
+        words: Which words.
+        weight: (words, d), the head's rows in compute precision; read only.
+        grad: (tokens, words) float32, the gradient of loss / divisor by the logits.
+    """
+
+    tokens: slice
+    words: slice
+    weight: Tensor
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class LossOf:
+    """What the loss is made of.
+
+    Args:
+        labels: (N,) int64; drawn ones are written here in the first pass.
+        softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
+        divisor: What the loss is divided by before its gradient is taken.
+        sampler: Draws the labels from softmax(logits); None: they are given.
+        chunk_bytes: Bytes of a tile's float32 logits.
+    """
+
+    labels: Tensor
+    softcap: float | None
+    divisor: float
+    sampler: torch.Generator | None
+    chunk_bytes: int
+
+
+class Logits(Protocol):
+    """Ways to go over the logits."""
+
+    in_parts: bool
+    """Whether the gradient of a token comes in several tiles."""
+
+    def loss_sum(self, normed: Tensor) -> float:
+        """Summed cross-entropy in nats, not divided.
+
+        Args:
+            normed: (N, d), what enters the head, in compute precision.
+        """
+
+    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+        """Go over all tiles; labels are drawn in the first walk, and kept for the later ones.
+
+        Args:
+            normed: As for `loss_sum`; the same at each walk.
+            visit: Is shown one tile after the other, and must keep none. All blocks of words have the same chunks
+                of tokens.
+
+        Returns:
+            Summed cross-entropy in nats, not divided.
+        """
+
+
+def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> Logits:
+    """The logits by a stored weight.
+
+    Args:
+        store: The weights.
+        name: The head's weight, (V, d).
+        dtype: Compute precision.
+        loss: What the loss is made of.
+        observer: Is told what tensors are.
+    """
+    if store.is_ready(name, dtype):
+        return WholeLogits(store.materialise([name], dtype)[name], loss, observer)
+    return BlockLogits(store, name, dtype, loss, observer)
+
+
+class WholeLogits(Logits):
+    """Tiles of all words: one computation of the logits gives loss and gradient.
+
+    Args:
+        weight: (V, d) in compute precision.
+        loss: What the loss is made of.
+        observer: Is told what tensors are.
+    """
+
+    in_parts = False
+
+    def __init__(self, weight: Tensor, loss: LossOf, observer: Observer) -> None:
+        self._weight, self._loss, self._observer = weight, loss, observer
+        self._sampler = loss.sampler
+
+    def loss_sum(self, normed: Tensor) -> float:
+        """As `Logits` says; of given labels."""
+        total = 0.0
+        for tokens in self._chunks():
+            logits = _product(normed[tokens], self._weight, self._observer)
+            total += float(loss_sum(logits, self._loss.labels[tokens], self._loss.softcap))
+        return total
+
+    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+        """As `Logits` says."""
+        total, words = 0.0, slice(0, self._weight.shape[0])
+        for tokens in self._chunks():
+            loss, grad = self._grad(normed, tokens)
+            total += float(loss)
+            visit(Tile(tokens, words, self._weight, grad))
+            del grad
+        self._sampler = None
+        return total
+
+    def _grad(self, normed: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+        labels, softcap = self._loss.labels, self._loss.softcap
+        logits = _product(normed[tokens], self._weight, self._observer)
+        if self._sampler is not None:
+            labels[tokens] = draw_labels(logits, softcap, self._sampler)
+        loss, grad = loss_sum_and_grad(logits, labels[tokens], softcap, self._loss.divisor)
+        self._observer.tag(grad, "logits")
+        return loss, grad
+
+    def _chunks(self) -> Iterator[slice]:
+        return chunks(len(self._loss.labels), self._weight.shape[0], self._loss.chunk_bytes)
+
+
+class BlockLogits(Logits):
+    """Tiles of some words, whose rows of the weight are decoded for as long as they are worked on.
+
+    Args:
+        store: The weights.
+        name: The head's weight, (V, d).
+        dtype: Compute precision.
+        loss: What the loss is made of.
+        observer: Is told what tensors are.
+    """
+
+    in_parts = True
+
+    def __init__(self, store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> None:
+        self._store, self._name, self._dtype, self._loss, self._observer = store, name, dtype, loss, observer
+        self._online: OnlineLoss | None = None
+
+    def loss_sum(self, normed: Tensor) -> float:
+        """As `Logits` says."""
+        return self._survey(normed).total()
+
+    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+        """As `Logits` says."""
+        online = self._survey(normed)
+
+        def differentiate(tokens: slice, words: slice, weight: Tensor, logits: Tensor) -> None:
+            grad = online.grad(tokens, words, logits, self._loss.divisor)
+            self._observer.tag(grad, "logits")
+            visit(Tile(tokens, words, weight, grad))
+
+        self._each(normed, differentiate)
+        return online.total()
+
+    def _survey(self, normed: Tensor) -> OnlineLoss:
+        """The first pass, the first time that it is asked for."""
+        if self._online is None:
+            online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
+            self._each(normed, lambda tokens, words, _, logits: online.take(tokens, words, logits))
+            self._online = online
+        return self._online
+
+    def _each(self, normed: Tensor, see: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
+        vocab_size, width = self._store[self._name].shape
+        every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
+        # The same tokens with the last block, which is smaller, as with all others.
+        together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
+        for words in every:
+            weight = self._store.rows(self._name, words, self._dtype)
+            self._observer.tag(weight, "weights")
+            for tokens in together:
+                see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
+            del weight
+
+
+def _product(normed: Tensor, weight: Tensor, observer: Observer) -> Tensor:
+    """(tokens, words) float32, a new tensor."""
+    logits = (normed @ weight.T).float()
+    observer.tag(logits, "logits")
+    return logits
