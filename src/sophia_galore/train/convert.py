@@ -144,11 +144,10 @@ def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 
 
 def _plain_bytes(shape: tuple[int, ...], held: str) -> int:
-    num_bytes: int = math.prod(shape) * DTYPES[held].itemsize
-    return num_bytes
+    return math.prod(shape) * DTYPES[held].itemsize
 
 
 def _remainder_bytes(route: dict[str, Any]) -> int:
     """Of the sum of updates in bfloat16, and its float32 factor."""
-    long = max(route["shape"])
-    return 2 * long * int(route["rank"]) + 4
+    long, rank = max(map(int, route["shape"])), int(route["rank"])
+    return 2 * long * rank + 4

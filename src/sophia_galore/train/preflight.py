@@ -162,6 +162,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
         run.engine,
         batches,
         step=step,
+        optimizer=run.optimizer,
         trained=[spec.name for spec in specs],
         held_shapes={spec.name: spec.held_shape for spec in specs} if run.plan.clip_by == "model" else {},
         max_length=training.max_length,

@@ -1,7 +1,7 @@
 """The probe step: what a step forms in memory, on the largest batch there can be, and nothing changes.
 
-Forward and backward as in a first step: full gradients, also where later steps form products only. Each gradient
-is looked at and dropped. Where gradients are kept until their norm is known, as much is kept here. What the
+Forward and backward as in a first step: full gradients, also where later steps form products only, and products
+where even a first step needs no more. Each gradient is looked at and dropped. Where gradients are kept until their norm is known, as much is kept here. What the
 optimizer forms by itself while it moves a weight is not: it lives after the layer's activations are gone.
 
 No state is touched: neither weights nor optimizer nor a generator of random numbers, so a run with a probe has the
@@ -18,8 +18,13 @@ from torch import Tensor
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.head import Grads
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.product import Chooser
 from sophia_galore.errors import NonFiniteError, RunError, SophiaGaloreError, lacks_memory, short
+from sophia_galore.numerics.bases import random_basis, tracked_basis
+from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.subspace import Projector, UnformedGrad, projection_side
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
+from sophia_galore.optim.optimizer import ParamOptimizer
 
 _PRECISION = "Compute in fp32 (training.compute_dtype=fp32); if it is that already, the model's weights are broken."
 
@@ -29,6 +34,7 @@ def take_probe(
     batches: Sequence[MicroBatch],
     *,
     step: int,
+    optimizer: ParamOptimizer,
     trained: Sequence[str],
     held_shapes: Mapping[str, tuple[int, ...]],
     max_length: int,
@@ -40,6 +46,7 @@ def take_probe(
         engine: Finds gradients.
         batches: The micro-batches of the largest effective batch.
         step: Number of the step that comes next.
+        optimizer: Knows what it wants of which gradient; is asked, not changed.
         trained: Names of the parameters that must get a gradient.
         held_shapes: By name, the shape of what is kept of a gradient until the step ends; left out: nothing.
         max_length: The longest example that was asked for.
@@ -68,7 +75,7 @@ def take_probe(
                 kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
 
     try:
-        engine.step(batches, look, step=step)
+        engine.step(batches, look, step=step, chooser=lambda name: _trial(optimizer, name, step))
     except NonFiniteError as error:
         cause = error.cause if "probe step" in error.cause else f"In the probe step: {error.cause}"
         raise NonFiniteError(cause, _PRECISION) from error
@@ -82,6 +89,20 @@ def take_probe(
             f"{without[0]} (and {len(without) - 1} more) got no gradient in the probe step.",
             "This architecture is not run as it should be; another model may work.",
         )
+
+
+def _trial(optimizer: ParamOptimizer, name: str, step: int) -> Chooser | None:
+    """Makes a basis from the products that a refresh takes, and drops it; None where a first step forms the gradient."""
+    subspace = optimizer.specs[name].subspace
+    if subspace is None or optimizer.chooser(name, step) is None:
+        return None
+    rank = subspace.rank
+
+    def choose(grad: UnformedGrad) -> Projector:
+        start = random_basis(min(grad.shape), rank, generator(0, "probe", name, device=grad.device))
+        return Projector(tracked_basis(grad, start), projection_side(grad.shape))
+
+    return choose
 
 
 def describe_probe(batches: Sequence[MicroBatch]) -> str:
