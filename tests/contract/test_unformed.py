@@ -50,8 +50,8 @@ def test_bases_from_products(shape: tuple[int, int]) -> None:
     ):
         basis, expected = make(unformed(grad)), make(grad)
         assert basis.shape == expected.shape == (short, RANK)
-        # Products in another order, through two QR decompositions; a mean of squared cosines; worst seen 1e-6.
-        assert float(overlap(basis, expected)) == pytest.approx(1, abs=5e-6)
+        # Products in another order, through two QR decompositions; a mean of squared cosines; worst seen 1.8e-7.
+        assert float(overlap(basis, expected)) == pytest.approx(1, abs=2e-6)
         assert float((basis.T @ basis - torch.eye(RANK)).abs().max()) <= 2e-6  # roundings of a QR
 
 
@@ -85,12 +85,12 @@ def test_steps_by_products_alone(shape: tuple[int, int], kind: BasisKind, adapti
     spec = spec_of(shape, kind=kind, adaptive=adaptive and kind in ("tracked", "randomized"))
     weight, state = end(spec, True, 8)
     expected, expected_state = end(spec, False, 8)
-    # Eight steps of Adam, which divides what is nearly zero by its size; worst seen 1.1e-5.
-    assert float((weight - expected).norm() / expected.norm()) <= 1e-4
+    # Eight steps of Adam, which divides what is nearly zero by its size; worst seen 5.2e-7.
+    assert float((weight - expected).norm() / expected.norm()) <= 5e-6
     assert state.keys() == expected_state.keys()
     for name, tensor in state.items():
         other = expected_state[name]
-        assert float((tensor - other).double().norm()) <= 1e-4 * float(other.double().norm()), name  # as above
+        assert float((tensor - other).double().norm()) <= 5e-6 * float(other.double().norm()), name  # as above
 
 
 @pytest.mark.parametrize("kind", ["svd", "residual", "not fast", "dense"])
@@ -136,14 +136,14 @@ def test_curvature_by_products_alone(tmp_path: Path, kind: BasisKind, tied: bool
         subspace = replace(SUBSPACE, kind=kind, gap=3, fast=fast)
         parts = Parts(tmp_path, subspace=subspace, rule="sophia", curvature_every=2, tied=tied)
         begun = parts.weights()
-        parts.go(6)
+        parts.go(5)
         runs[fast] = parts.weights(), parts.optimizer.named_state()
-    # Sophia clips what it divides by a curvature that is a square: worst seen 6.5e-6.
+    # Sophia clips what it divides by a curvature that is a square: worst seen 7.3e-6.
     assert worst_error(runs[True][0], runs[False][0], begun) <= 5e-5
     for name, tensor in runs[False][1].items():
         if name.split("/")[0] in ("model.embed_tokens.weight", "lm_head.weight"):
             error = float((runs[True][1][name] - tensor).norm() / tensor.norm())
-            assert error <= 5e-5, name  # as above; worst seen 8e-6
+            assert error <= 5e-5, name  # as above; worst seen 1.8e-6
 
 
 class _Largest(StorageTracker):
