@@ -49,8 +49,9 @@ class Parts:
         max_grad_norm: float = 0.0,
         curvature_every: int = 0,
         tied: bool = True,
+        **shapes: int,
     ) -> None:
-        self.model = tiny_model("qwen2", tied=tied).train()
+        self.model = tiny_model("qwen2", tied=tied, **shapes).train()
         self.model.save_pretrained(folder)
         self.anatomy, self.store = load_parts(folder)
         self.specs = specs_for(self.anatomy.parameter_shapes(), subspace, rule)
@@ -143,7 +144,7 @@ def test_clipping_by_the_layer_limits_each_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["svd", "tracked", "random"])
+@pytest.mark.parametrize("kind", ["svd", "tracked", "randomized", "random"])
 def test_products_make_the_same_run(tmp_path: Path, kind: Any, tied: bool) -> None:
     """Fast or not: the same weights but for roundings, and a norm that is an estimate."""
     runs = {}
@@ -154,7 +155,8 @@ def test_products_make_the_same_run(tmp_path: Path, kind: Any, tied: bool) -> No
     # G (P Z) and (d^T x) P sum in two orders; worst seen 1.3e-6 after six steps.
     assert worst_error(runs[True][1], runs[False][1], begun) <= 1e-5
     deviations = [quick / exact - 1 for quick, exact in zip(runs[True][0], runs[False][0], strict=True)]
-    assert deviations[0] == pytest.approx(0, abs=1e-5)  # the first step refreshes every basis, by full gradients
+    # The first step refreshes every basis: the layers' by full gradients; for an svd the others' too.
+    assert abs(deviations[0]) <= (1e-5 if kind == "svd" else 0.06)
     # Eight probes see what the basis does not; worst seen 3.6%. A random basis of 6 sees next to nothing: 9.7%.
     assert 0 < max(map(abs, deviations)) <= (0.15 if kind == "random" else 0.06)
 

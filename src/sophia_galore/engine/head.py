@@ -22,6 +22,9 @@ from sophia_galore.model.store import WeightStore
 
 Grads = dict[str, Tensor]
 
+# Tokens that go back through the norm at once: its float32 temporaries are some ten times as large as they are.
+_NORM_TOKENS = 1024
+
 
 class Head:
     """The head over the counted positions of an effective batch.
@@ -162,19 +165,22 @@ class Head:
         return loss, normed_grad
 
     def _through_norm(self, normed_grad: Tensor) -> tuple[list[Tensor], Grads]:
-        """Gradients by the hidden states and by the norm's weights; the norm's graph exists only in here."""
-        entering = self._entering.requires_grad_()
+        """Gradients by the hidden states and by the norm's weights; of the norm's graph a part exists at a time."""
+        entering, sums = self._entering, Grads()
         del self._entering
         leaves = {key: weight.detach().requires_grad_() for key, weight in self._norm_weights().items()}
-        with torch.enable_grad():
-            self._norm(entering, leaves).backward(normed_grad.to(self._dtype))
-        assert entering.grad is not None  # the norm depends on its input
-        grads = {
-            f"{self._anatomy.norm_name}.{key}": leaf.grad.float() / self._scale
-            for key, leaf in leaves.items()
-            if leaf.grad is not None
-        }
-        return self._scatter(entering.grad), grads
+        for part, part_grad in zip(entering.split(_NORM_TOKENS), normed_grad.split(_NORM_TOKENS), strict=True):
+            leaf = part.detach().requires_grad_()
+            with torch.enable_grad():
+                self._norm(leaf, leaves).backward(part_grad.to(self._dtype))
+            assert leaf.grad is not None  # the norm depends on its input
+            part.copy_(leaf.grad)  # which takes the place of what entered
+            for key, weight in leaves.items():
+                if weight.grad is not None:
+                    sums[key] = sums[key].add_(weight.grad) if key in sums else weight.grad.float()
+                    weight.grad = None
+        grads = {f"{self._anatomy.norm_name}.{key}": total / self._scale for key, total in sums.items()}
+        return self._scatter(entering), grads
 
     def _is_chosen(self) -> bool:
         """Whether the head's product is wanted times something that depends on the gradient."""
