@@ -97,11 +97,13 @@ def run(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
 def moved(checkpoint: Path, model: Path) -> dict[str, Any]:
     """How many int8 tensors of a checkpoint differ from the model that training began with, and how many codes."""
     from sophia_galore.model.store import read_weights
+    from sophia_galore.numerics.folded import FoldedTensor
     from sophia_galore.numerics.int8 import Int8Tensor, materialise, quantise
 
     begun = {name: weight for _, name, weight in read_weights(model)}
     tensors, changed, codes, changed_codes = 0, 0, 0, 0
-    for _, name, weight in read_weights(checkpoint):
+    for _, name, held in read_weights(checkpoint):
+        weight = held.base if isinstance(held, FoldedTensor) else held
         if isinstance(weight, Int8Tensor):
             different = weight.codes != quantise(materialise(begun[name], torch.float32), weight.form).codes
             tensors, codes = tensors + 1, codes + different.numel()
