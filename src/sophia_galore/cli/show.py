@@ -74,6 +74,10 @@ class Terminal(Listener):
         )
         for verdict in plan.verdicts:
             self.console.print(verdict_line(verdict))
+        shown = {verdict.sentence() for verdict in plan.verdicts}
+        for note in plan.notes:
+            if note not in shown:
+                self.console.print(note, style="bold yellow", markup=False)
 
     def routed(self, plan: RunPlan) -> None:
         """Show every parameter."""

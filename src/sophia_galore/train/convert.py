@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +70,7 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
     if not resumable or checkpoint is None:
         return f"{output}: the model of {source} in {to}."
     settings = _settings(to, form, str(checkpoint.config["model.store"]))
-    words = " ".join(f"{key}={'null' if value is None else value}" for key, value in settings.items()).lower()
+    words = shlex.join(f"{key}={value}".lower() for key, value in settings.items())
     return (
         f"{output}: {source} in {to}, a model folder and a checkpoint.\n"
         f"Go on from it with the run's configuration and: --resume={output} {words}"
@@ -110,7 +111,7 @@ def _converted_plan(checkpoint: Checkpoint, to: Target, form: Int8Format) -> dic
         held = to if to != "int8" or len(shape) == 2 else str(checkpoint.config["model.store"])
         size = form.num_bytes((shape[0], shape[1])) if held == "int8" else _plain_bytes(shape, held)
         subspace = route["subspace"] and route["subspace"] | {"folds_late": False}
-        late = bool(route["subspace"] and route["subspace"]["folds_late"])
+        late = bool(route["subspace"] and route["subspace"].get("folds_late"))
         kept = route["state_bytes"] - (_remainder_bytes(route) if late else 0)
         routes.append(route | {"format": held, "weight_bytes": size, "subspace": subspace, "state_bytes": kept})
     sizes = {"weights": "weight_bytes", "optimizer state": "state_bytes", "projections": "projection_bytes"}
@@ -136,7 +137,7 @@ def _settings(to: Target, form: Int8Format, store: str) -> dict[str, Any]:
 
 def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     routes = checkpoint.plan.get("routes")
-    if not isinstance(routes, list) or not all("trained" in route and "weight_bytes" in route for route in routes):
+    if not isinstance(routes, list) or not all("trained" in route for route in routes):
         raise CheckpointError(
             f"{checkpoint.folder} was made by an earlier version.", "Copy its model files into a folder of their own."
         )

@@ -1,8 +1,9 @@
 """The probe step: what a step forms in memory, on the largest batch there can be, and nothing changes.
 
 Forward and backward as in a first step: full gradients, also where later steps form products only, and products
-where even a first step needs no more. Each gradient is looked at and dropped. Where gradients are kept until their norm is known, as much is kept here. What the
-optimizer forms by itself while it moves a weight is not: it lives after the layer's activations are gone.
+where even a first step needs no more. Each gradient is looked at and dropped. Where gradients are kept until their
+norm is known, as much is kept here. What the optimizer forms by itself while it moves a weight is not: it lives after
+the layer's activations are gone.
 
 No state is touched: neither weights nor optimizer nor a generator of random numbers, so a run with a probe has the
 bits of one without.
@@ -92,7 +93,7 @@ def take_probe(
 
 
 def _trial(optimizer: ParamOptimizer, name: str, step: int) -> Chooser | None:
-    """Makes a basis from the products that a refresh takes, and drops it; None where a first step forms the gradient."""
+    """Makes a basis of the products that a refresh takes, and drops it; None where a first step forms the gradient."""
     subspace = optimizer.specs[name].subspace
     if subspace is None or optimizer.chooser(name, step) is None:
         return None

@@ -102,8 +102,11 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
 
 
 def _without_words(route: Mapping[str, Any]) -> dict[str, Any]:
-    """What a route does; reasons may be worded anew by another version."""
-    return {key: value for key, value in route.items() if key not in ("why", "because")}
+    """What a route does. Reasons may be worded anew; and version 0.2, which wrote less, had no eight-bit weights."""
+    done = {key: value for key, value in route.items() if key not in ("why", "because", "weight_bytes")}
+    if done.get("subspace"):
+        done["subspace"] = {"folds_late": False} | done["subspace"]
+    return done
 
 
 def _first_change(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +140,7 @@ def _way_to_convert(checkpoint: Checkpoint, now: Mapping[str, Any], saved: Mappi
     form = "int8" if "int8" in wanted else now["model.store"]
     return (
         f" To go on in the other format: sophia-galore export {checkpoint.folder} --to {form} --output FOLDER, "
-        "then --resume=FOLDER."
+        "then with --resume=FOLDER and the settings that it prints."
     )
 
 

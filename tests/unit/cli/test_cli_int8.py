@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_converted_checkpoint_goes_on(source: str, to: str, world: World, tmp_
     checkpoint = world.folder / f"from-{source}" / "checkpoint-3"
     ended = command("export", str(checkpoint), "--to", to, "--output", str(tmp_path / "out"))
     assert ended.code == 0, ended.err
-    told = ended.out.strip().splitlines()[-1].partition(" and: ")[2].split()
+    told = shlex.split(ended.out.strip().splitlines()[-1].partition(" and: ")[2])
     gone_on = world.train(f"on-{source}-{to}", *words, *STEPS, *told)
     assert gone_on.code == 0, gone_on.err
     assert [

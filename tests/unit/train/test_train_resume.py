@@ -139,7 +139,7 @@ def test_another_format_of_the_weights_comes_with_the_way_there(
         compare(world, saved["cosine"], "cosine", *words)
     folder = saved["cosine"].folder
     assert f"sophia-galore export {folder} --to {form} --output FOLDER" in caught.value.remedy
-    assert "model.name=FOLDER" in caught.value.remedy
+    assert ("model.name=FOLDER" if "bitsandbytes" in words[-1] else "--resume=FOLDER") in caught.value.remedy
 
 
 def test_other_words_for_the_same_route_are_no_difference(world: World, saved: dict[str, Checkpoint]) -> None:
@@ -148,6 +148,17 @@ def test_other_words_for_the_same_route_are_no_difference(world: World, saved: d
     old["routes"] = [{**route, "why": "for other reasons"} for route in old["routes"]]
     for route in old["routes"]:
         del route["because"]
+    compare(world, replace(saved["cosine"], plan=old), "cosine")
+
+
+def test_a_plan_of_version_02_says_less_and_is_no_difference(world: World, saved: dict[str, Checkpoint]) -> None:
+    """It had no eight-bit weights: neither their bytes nor when updates are folded in."""
+    old = {key: value for key, value in saved["cosine"].plan.items() if key not in ("verdicts", "trained_fraction")}
+    new = ("weight_bytes", "because")
+    old["routes"] = [{key: value for key, value in route.items() if key not in new} for route in old["routes"]]
+    for route in old["routes"]:
+        if route["subspace"]:
+            route["subspace"] = {key: value for key, value in route["subspace"].items() if key != "folds_late"}
     compare(world, replace(saved["cosine"], plan=old), "cosine")
 
 
