@@ -23,6 +23,9 @@ SchedulerName = Literal[
     "inverse_sqrt",
 ]
 
+LARGEST_BLOCK = 2**20
+"""More weights than any row has."""
+
 
 class Section(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
@@ -214,7 +217,7 @@ class QuantizationConfig(Section):
         "Linear8bitLt, frozen; the rest is trained by AdamW.",
     )
     block_size: int = Field(
-        128, ge=0, le=2**20, description="Neighbouring weights of a row that share a scale; 0: the whole row."
+        128, ge=0, le=LARGEST_BLOCK, description="Neighbouring weights of a row that share a scale; 0: the whole row."
     )
     skip: tuple[str, ...] = Field(
         (),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model.skeleton import load_model_config, load_tokenizer
-from sophia_galore.model.store import WeightStore, convert, read_weights, save_weights
+from sophia_galore.model.store import WeightStore, convert, is_finite, read_weights, save_weights
 from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -47,9 +47,12 @@ def write_model(
         config: The model's Hugging Face configuration.
         generation_config: Its generation settings, or None.
         tokenizer: Its tokenizer.
+
+    Raises:
+        ModelError: A weight is not finite in that precision.
     """
     # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
-    weights = {name: _exported(weight, dtype) for name, weight in store.items()}
+    weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
     save_weights(folder, weights)
     saved = type(config).from_dict(config.to_dict())
     saved.use_cache = True
@@ -60,10 +63,13 @@ def write_model(
     tokenizer.save_pretrained(folder)
 
 
-def _exported(weight: Stored, dtype: torch.dtype | None) -> Stored:
-    if dtype is not None:
-        return materialise(weight, dtype).to("cpu")
-    return weight.to("cpu") if isinstance(weight, Tensor) else weight
+def _exported(name: str, weight: Stored, dtype: torch.dtype | None) -> Stored:
+    if dtype is None:
+        return weight.to("cpu") if isinstance(weight, Tensor) else weight
+    exported = materialise(weight, dtype).to("cpu")
+    if not is_finite(name, exported):
+        raise ModelError(f"{name} holds values that are not finite in {dtype}.", "Take bf16 or fp32 for the file.")
+    return exported
 
 
 def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) -> None:
@@ -75,13 +81,18 @@ def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) 
         target: What weights become; matrices only, if it is eight bits: other weights stay as they are.
 
     Raises:
-        ModelError: The source is not a whole model of a supported architecture.
+        ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
     """
     cpu = torch.device("cpu")
     weights: dict[str, Stored] = {}
     for _, name, weight in read_weights(source):
         stays = isinstance(target, Int8Format) and len(weight.shape) != 2
         weights[name] = weight if stays else convert(weight, target, cpu)
+        if not is_finite(name, weights[name]):
+            raise ModelError(
+                f"{name} of {source} holds values that are not finite in the format asked for.",
+                "Take bf16 or fp32; if it is that already, the model's weights are broken.",
+            )
     write_model(
         folder,
         store=WeightStore(weights),

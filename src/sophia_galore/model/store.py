@@ -14,6 +14,7 @@ from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
 from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
+from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_int8 import ABSMAX, RowInt8
 
 INT8_FILE = "model.int8.safetensors"
@@ -21,7 +22,8 @@ INT8_FILE = "model.int8.safetensors"
 
 _SCALES = ".scales"
 # What else may stand behind a name: the low-rank remainder of a weight whose last updates are not in its codes yet.
-_ENDINGS = (_SCALES, ".left", ".right", ".shrink")
+_REMAINDER = (".left", ".right", ".shrink")
+_ENDINGS = (_SCALES, *_REMAINDER)
 _BLOCK_SIZE = "block_size"
 _INT8 = Int8Format()
 
@@ -69,7 +71,7 @@ class WeightStore:
 
     def first_non_finite(self) -> str | None:
         """The first weight that holds a NaN or an infinity; None: there is none."""
-        return next((name for name, weight in self._weights.items() if not _is_finite(name, weight)), None)
+        return next((name for name, weight in self._weights.items() if not is_finite(name, weight)), None)
 
     def plain_dtype(self) -> torch.dtype:
         """Precision of the weights that need no decoding; every store has some."""
@@ -161,9 +163,11 @@ def load_store(
             weight = weight.base
         if not (freezes and isinstance(weight, RowInt8)):
             weight = convert(weight, target, torch.device("cpu") if freezes else device)
-        if not _is_finite(name, weight):
+        if not is_finite(name, weight):
             raise ModelError(
-                f"{path}: {name} holds values that are not finite in {target}.", "Download the model again."
+                f"{path}: {name} holds values that are not finite in "
+                f"{'int8' if isinstance(target, Int8Format) else target}.",
+                "Download the model again.",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
@@ -190,6 +194,8 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
     for _, name, weight in read_weights(folder):
         if isinstance(weight, RowInt8):
             weights[name] = weight.copied_to(device)
+        elif isinstance(weight, FoldedTensor):
+            weights[name] = _folded_copy(weight, device)
         else:
             own = weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8
             weights[name] = convert(weight, own, device)
@@ -199,19 +205,37 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
 def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.device) -> Stored:
     """A weight in another format, or a copy in the same one; eight bits are rounded to nearest.
 
+    But a remainder goes into codes of the same format without bias, as it would at the next refresh: it is smaller
+    than a code nearly everywhere, and would be lost to nearest.
+
     Args:
         weight: As it was read.
         target: The format.
         device: Where the result lives.
     """
     if isinstance(target, Int8Format):
+        if isinstance(weight, FoldedTensor) and weight.base.form.block == target.block:
+            base = _int8_copy(weight.base, target, device)
+            rounding = generator(0, "remainder", *weight.shape, device=device)
+            base.write(weight.dequantise(torch.float32).to(device), rounding)
+            return base
         if isinstance(weight, Int8Tensor) and weight.form.block == target.block:
-            return Int8Tensor(weight.codes.to(device, copy=True), weight.scales.to(device, copy=True), target)
+            return _int8_copy(weight, target, device)
         # A plain tensor is widened by parts in there: the vocabulary's, in float32, would be larger than the store.
         plain = weight if isinstance(weight, Tensor) else materialise(weight, torch.float32)
         return quantise(plain, target, device)
     # A copy: a tensor that is not converted would still be a view of the mapped file.
     return materialise(weight, target).to(device, copy=isinstance(weight, Tensor) and weight.dtype == target)
+
+
+def _int8_copy(weight: Int8Tensor, form: Int8Format, device: torch.device) -> Int8Tensor:
+    return Int8Tensor(weight.codes.to(device, copy=True), weight.scales.to(device, copy=True), form)
+
+
+def _folded_copy(weight: FoldedTensor, device: torch.device) -> FoldedTensor:
+    left, right = (factor.to(device, copy=True) for factor in weight.factors())
+    base = _int8_copy(weight.base, weight.base.form, device)
+    return FoldedTensor(base, weight.shrink.to(device, copy=True), lambda: (left, right))
 
 
 def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
@@ -240,7 +264,7 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
 
 def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Stored:
     """A weight from its tensors in a file, by what stands behind its name there."""
-    if parts[""].dtype != torch.int8:
+    if parts[""].dtype != torch.int8 and len(parts) == 1:
         return parts[""]
     base: Int8Tensor | RowInt8
     if ABSMAX in parts:
@@ -249,11 +273,15 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
         base = Int8Tensor(parts[""], parts[_SCALES], form)
     else:
         raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
-    if problem := base.problem():
-        raise ModelError(f"{path}: {name} {problem}.", "Download the model again.")
-    if isinstance(base, RowInt8) or len(parts) < 1 + len(_ENDINGS):
-        return base
-    return FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
+    joined: Int8Tensor | RowInt8 | FoldedTensor = base
+    found = [end for end in _REMAINDER if end in parts]
+    if isinstance(base, Int8Tensor) and len(found) == len(_REMAINDER):
+        joined = FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
+    elif found:
+        raise ModelError(f"{path}: {name} has a part of a remainder only.", "Take another copy of the model.")
+    if problem := joined.problem():
+        raise ModelError(f"{path}: {name} {problem}.", "Take another copy of the model.")
+    return joined
 
 
 def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
@@ -297,7 +325,8 @@ def _parts(name: str, weight: Stored) -> list[tuple[str, Tensor]]:
     return [(name + ending, tensor) for ending, tensor in weight.tensors().items()]
 
 
-def _is_finite(name: str, weight: Stored) -> bool:
+def is_finite(name: str, weight: Stored) -> bool:
+    """Whether all that a stored weight stands for is finite."""
     # The extremes are NaN if any entry is. Codes always are finite; their scales may not be.
     floats = [tensor for _, tensor in _parts(name, weight) if tensor.is_floating_point()]
     return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))

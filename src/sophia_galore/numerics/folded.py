@@ -80,5 +80,13 @@ class FoldedTensor(Packed):
         return {**self.base.tensors(), ".left": left, ".right": right, ".shrink": self.shrink}
 
     def problem(self) -> str | None:
-        """What is wrong with codes and scales; None: nothing."""
-        return self.base.problem()
+        """What is wrong with codes, scales or remainder, in words that follow a name; None: nothing."""
+        if problem := self.base.problem():
+            return problem
+        left, right = self.factors()
+        shapes = (left.ndim, right.ndim, left.shape[:1], right.shape[1:], left.shape[1:])
+        if shapes != (2, 2, self.shape[:1], self.shape[1:], right.shape[:1]) or self.shrink.shape != (1,):
+            return f"holds a remainder of shapes {tuple(left.shape)} and {tuple(right.shape)}, which does not fit"
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (left, right, self.shrink)):
+            return "holds a remainder that is not finite"
+        return None

@@ -172,8 +172,10 @@ class Int8Tensor(Packed):
         """What is wrong with codes and scales, in words that follow a name; None: nothing."""
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
             return f"holds {self.codes.dtype} codes and {self.scales.dtype} scales instead of int8 and bfloat16"
-        expected = (*self.codes.shape[:-1], self.form.num_scales(self.codes.shape[-1]))
-        if self.codes.ndim != 2 or tuple(self.scales.shape) != expected:
+        if self.codes.ndim != 2 or not self.codes.numel():
+            return f"holds codes of shape {tuple(self.codes.shape)}, which is no matrix"
+        expected = (self.codes.shape[0], self.form.num_scales(self.codes.shape[1]))
+        if tuple(self.scales.shape) != expected:
             return f"holds scales of shape {tuple(self.scales.shape)}, its codes want {expected}"
         if int(self.codes.amin()) < -LARGEST_CODE:
             return "holds the code -128, which no weight is written as"
@@ -220,7 +222,9 @@ def _scales(extent: Tensor) -> Tensor:
     rounded = wanted.view(torch.int32).add(low).bitwise_and_(~low).view(torch.float32)
     # Rounding up must not reach infinity; there the room above the largest weight is given up.
     rounded = rounded.clamp_(max=torch.finfo(torch.bfloat16).max)
-    return rounded.masked_fill_(rounded < _SMALLEST_SCALE, 0)
+    rounded = rounded.masked_fill_(rounded < _SMALLEST_SCALE, 0)
+    # What is not finite shows in the scale, since codes can't tell of it (and adding to a NaN's bits may leave 0).
+    return rounded.masked_fill_(~extent.isfinite(), torch.nan)
 
 
 def _blocks(matrix: Tensor, form: Int8Format) -> Iterator[tuple[Tensor, slice]]:

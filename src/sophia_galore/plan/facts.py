@@ -134,11 +134,13 @@ class RouteFacts:
         kept_share: What steps need of the gradients, as a share of all trained elements.
         num_projected: Parameters whose gradient is projected.
         num_fast: Of these, so many whose full gradient need not be formed.
+        num_folded: Of these, so many whose updates are folded in late.
     """
 
     kept_share: float = 0.0
     num_projected: int = 0
     num_fast: int = 0
+    num_folded: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,11 @@ class Facts:
         return self.config.quantization.int8 and self.config.quantization.backend == "native"
 
     @property
+    def folds_late(self) -> bool:
+        """Whether updates are to go into weights in eight bits when the basis is refreshed."""
+        return self.has_native_int8 and self.config.quantization.fold == "refresh"
+
+    @property
     def emulates_bf16(self) -> bool:
         """Whether the device would only emulate bfloat16."""
         return not self.device.is_cpu and not self.device.real_bf16
@@ -190,11 +197,11 @@ class Facts:
         return keeps_projected_gradients(self.config) and kept <= _LARGEST_KEPT_SHARE
 
     @property
-    def unmatched_skip(self) -> str:
-        """The first pattern of `quantization.skip` that matches no parameter; empty: all do."""
+    def unmatched_skip(self) -> str | None:
+        """The first pattern of `quantization.skip` that matches no parameter; None: all do."""
         skips = self.config.quantization.skip if self.has_native_int8 and self.parameters else ()
         names = [param.name for param in self.parameters]
-        return next((skip for skip in skips if not any(fnmatchcase(name, skip) for name in names)), "")
+        return next((skip for skip in skips if not any(fnmatchcase(name, skip) for name in names)), None)
 
     @property
     def is_buildable(self) -> bool:

@@ -159,4 +159,5 @@ def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
         kept_share=sum(math.prod(spec.held_shape) for spec in specs) / sum(math.prod(spec.shape) for spec in specs),
         num_projected=len(subspaces),
         num_fast=sum(subspace.fast for subspace in subspaces),
+        num_folded=sum(subspace.folds_late for subspace in subspaces),
     )

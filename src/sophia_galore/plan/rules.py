@@ -154,7 +154,7 @@ _MODEL: tuple[Rule, ...] = (
     ),
     Rule(
         "skip_unmatched",
-        lambda f: f.unmatched_skip != "",
+        lambda f: f.unmatched_skip is not None,
         Refuse(),
         "quantization.skip: '{f.unmatched_skip}' matches no weight of this model.",
         "Weights have names such as {f.parameters[0].name}; * stands for anything.",
@@ -216,6 +216,14 @@ _TRAINING: tuple[Rule, ...] = (
         FallBack("projection", "adamw"),
         "No matrix has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW trains everything.",
         "Lower the rank.",
+    ),
+    Rule(
+        "nothing_folded",
+        lambda f: f.folds_late and f.routes is not None and not f.routes.num_folded,
+        FallBack("fold", "step"),
+        "No weight in eight bits has a projected gradient, so quantization.fold: refresh has nothing to keep: every "
+        "step is written at once.",
+        "Lower the rank, or leave out quantization.fold.",
     ),
     Rule(
         "nothing_fast",

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from sophia_galore.errors import CheckpointError, EnvironmentProblem
+from sophia_galore.errors import CheckpointError, EnvironmentProblem, short
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.store import DTYPES
 from sophia_galore.numerics.int8 import Int8Format
@@ -44,10 +44,12 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         ModelError: The source is no whole model.
         CheckpointError: The source is a damaged checkpoint.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
+    output = output.absolute()
+    _refuse_output(output)
     checkpoint = find_checkpoint(source.parent, source) if is_checkpoint(source) else None
     resumable = checkpoint is not None and to in _STORES and all(route["trained"] for route in _routes(checkpoint))
+    from safetensors import SafetensorError
+
     form = Int8Format(block_size)
     beside = output.with_name(f".{output.name}.tmp")
     try:
@@ -61,9 +63,11 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         if output.exists():
             output.rmdir()
         made.rename(output)
-    except OSError as error:
+    except (OSError, SafetensorError, EnvironmentProblem) as error:
+        cause = error.__cause__ if isinstance(error, EnvironmentProblem) and error.__cause__ else error
         raise EnvironmentProblem(
-            f"{output} could not be written: {error.strerror or error}.", "Free some space, or name another folder."
+            f"{output} could not be written: {getattr(cause, 'strerror', None) or short(cause)}.",
+            "Free some space, or name another folder.",
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -75,6 +79,18 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         f"{output}: {source} in {to}, a model folder and a checkpoint.\n"
         f"Go on from it with the run's configuration and: --resume={output} {words}"
     )
+
+
+def _refuse_output(output: Path) -> None:
+    """Refuse a place at which something is, or at which nothing can be."""
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()) or output == Path.cwd())
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{output} can't be written: {error.strerror or error}.", "Name another folder."
+        ) from error
+    if taken:
+        raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
 
 
 def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format) -> Path:

@@ -46,6 +46,7 @@ _DECISIVE = (
     "training.clip_by",
     "optimizer.",
 )
+_INT8_KEYS = ("quantization.enabled", "quantization.load_in_8bit")
 # A schedule that does not look at the end of the run lets the end be moved.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -70,6 +71,12 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
+    # Two names of one thing.
+    now["quantization.int8"] = config.quantization.int8
+    saved["quantization.int8"] = any(checkpoint.config.get(key) for key in _INT8_KEYS)
+    for key in _INT8_KEYS:
+        now.pop(key, None)
+        saved.pop(key, None)
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "num_trained_parameters", "trained_fraction"}
     if config.training.lr_scheduler_type in _ENDLESS:
@@ -92,7 +99,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         raise CheckpointError(
             f"{checkpoint.folder} was made with another {_in_words(key)}{change}{more}; going on would change numbers.",
             "Resume with the configuration the run was started with (run_config.yaml in its folder), or start anew."
-            + _way_to_convert(checkpoint, now, saved),
+            + _way_to_convert(checkpoint, config, now, saved),
         )
     if checkpoint.step > plan.num_steps:
         raise CheckpointError(
@@ -125,23 +132,22 @@ def _first_change(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
     return f": {len(then)} parameters then, {len(now)} now"
 
 
-def _way_to_convert(checkpoint: Checkpoint, now: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
-    """How to go on from the weights in another format, where it is the format that differs."""
+def _way_to_convert(checkpoint: Checkpoint, config: RunConfig, now: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
+    """How to go on in another format of the weights, where it is the format that differs, and there is a way."""
+    quantization = config.quantization
     then, wanted = ([route["format"] for route in side["plan.routes"]] for side in (saved, now))
-    if then == wanted:
+    same = all(now[key] == saved.get(key) for key in ("quantization.block_size", "quantization.fold") if key in now)
+    if then == wanted and same:
         return ""
+    native = quantization.int8 and quantization.backend == "native"
+    form = f"int8 --block-size {quantization.block_size}" if native else config.model.store
+    command = f"sophia-galore export {checkpoint.folder} --to {form} --output FOLDER"
     if "bnb8" in then or "bnb8" in wanted:
         # What bitsandbytes holds is read from a folder of plain weights, and has no state to take along.
-        form = now["model.store"] if "int8" not in wanted else "int8"
-        return (
-            f" To train on in the other format, from step 0: sophia-galore export {checkpoint.folder} --to {form} "
-            "--output FOLDER, then train with model.name=FOLDER."
-        )
-    form = "int8" if "int8" in wanted else now["model.store"]
-    return (
-        f" To go on in the other format: sophia-galore export {checkpoint.folder} --to {form} --output FOLDER, "
-        "then with --resume=FOLDER and the settings that it prints."
-    )
+        return f" To train on in the other format, from step 0: {command}, then train with model.name=FOLDER."
+    if native and (quantization.skip or quantization.fold != "step" or quantization.rounding != "stochastic"):
+        return ""  # that is not what `export` writes
+    return f" To go on in the other format: {command}, then with --resume=FOLDER and the settings that it prints."
 
 
 def _changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:

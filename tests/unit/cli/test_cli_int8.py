@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.model.store import INT8_FILE, open_store, read_weights
-from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, materialise, quantise
+from sophia_galore.numerics.int8 import Int8Format, materialise, quantise
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
 INT8 = ["quantization.enabled=true", "quantization.load_in_8bit=true", "quantization.block_size=32"]
@@ -39,7 +41,7 @@ def test_every_tensor_moves_and_no_code_is_frozen(words: list[str], world: World
     assert ended.code == 0, ended.err
     begun = {name: weight for _, name, weight in read_weights(world.folder / "model")}
     store = open_store(world.folder / "moves" / "checkpoint-6", CPU)
-    packed = {name: weight for name, weight in store.items() if isinstance(weight, Int8Tensor)}
+    packed = {name: getattr(weight, "base", weight) for name, weight in store.items() if not isinstance(weight, Tensor)}
     assert packed.keys() == {name for name, weight in begun.items() if len(weight.shape) == 2}
     for name, weight in packed.items():
         before = quantise(materialise(begun[name], torch.float32), Int8Format(32))
@@ -123,6 +125,30 @@ def test_a_converted_checkpoint_goes_on(source: str, to: str, world: World, tmp_
     assert all(torch.equal(kept[key], value) for key, value in state.items())
 
 
+def test_the_advice_of_a_refusal_can_be_followed_to_the_letter(world: World, tmp_path: Path) -> None:
+    """With the words that were refused, and other ones for the same thing."""
+    assert world.train("plain", *STEPS).code == 0
+    checkpoint = world.folder / "plain" / "checkpoint-3"
+    asked = ["quantization.load_in_8bit=true", "quantization.block_size=16"]
+    refused = world.train("goes-on", f"--resume={checkpoint}", *asked, *STEPS)
+    assert refused.code == 2
+    told = refused.err.partition("To go on in the other format: sophia-galore ")[2].partition(", then")[0]
+    assert command(*told.replace("FOLDER", str(tmp_path / "out")).split()).code == 0
+    for words in (asked, ["quantization.enabled=true", asked[1]]):
+        ended = world.train("goes-on", f"--resume={tmp_path / 'out'}", *words, *STEPS)
+        assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["quantization.rounding=nearest"], ["quantization.skip=[model.embed_tokens.*]"], LATE[3:]],
+    ids=["nearest", "skip", "late"],
+)
+def test_no_advice_where_there_is_no_way(words: list[str], run: Path, world: World) -> None:
+    ended = world.train("refused", f"--resume={run / 'checkpoint-3'}", *INT8, *words, *STEPS)
+    assert ended.code == 2 and "export" not in ended.err
+
+
 def test_a_model_is_converted_and_answers(run: Path, tmp_path: Path) -> None:
     for source, to in ((run, "int8"), (tmp_path / "int8", "fp16")):
         ended = command("export", str(source), "--to", to, "--output", str(tmp_path / to))
@@ -137,6 +163,35 @@ def test_export_refuses_to_write_over_something(run: Path, tmp_path: Path) -> No
     ended = command("export", str(run), "--to", "bf16", "--output", str(tmp_path / "full"))
     assert ended.code == 2 and "exists already" in ended.err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+
+
+def test_export_says_what_does_not_fit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "exists already": ["--to", "bf16", "--output", "."],
+        "too long": ["--to", "bf16", "--output", "x" * 300],
+        "block-size": ["--to", "int8", "--output", "y", "--block-size", "1000000000"],
+    }
+    for words, arguments in cases.items():
+        ended = command("export", str(run), *arguments)
+        assert ended.code == 2 and words in ended.err, ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses_what_the_format_can_not_hold(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "large", ignore=shutil.ignore_patterns("checkpoint-*"))
+    tensors = load_file(run / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e30
+    save_file(tensors, tmp_path / "large" / "model.safetensors", metadata={"format": "pt"})
+    ended = command("export", str(tmp_path / "large"), "--to", "fp16", "--output", str(tmp_path / "out"))
+    assert ended.code == 2 and "model.norm.weight" in ended.err and "not finite" in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+@pytest.mark.parametrize("skip", ["['']", "['', nothing]", "[model.embed_tokens.*, nothing]"])
+def test_a_pattern_that_keeps_nothing_out_is_refused(skip: str, world: World) -> None:
+    ended = world.train("refused", *INT8, f"quantization.skip={skip}")
+    assert ended.code == 2 and "matches no weight" in ended.err
 
 
 def test_patterns_keep_weights_out(world: World) -> None:

@@ -221,3 +221,13 @@ def test_products_against_a_float64_twin(block: int) -> None:
     for one, other in ((out, expected), (ours.grad, theirs.grad)):
         error = float((one.detach().double() - other.detach()).norm() / other.detach().norm())
         assert error <= 5e-7  # sums of 72 and 96 products in float32; worst seen 1.5e-7
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], ids=hex)
+def test_what_is_not_finite_shows_in_the_scale(bits: int) -> None:
+    """Codes can't tell of it, and a NaN of all ones, to whose bits something is added, would look like zero."""
+    values = matrix(2, 32)
+    values.view(torch.int32)[1, 20] = bits
+    weight = quantise(values, Int8Format(16))
+    assert str(weight.problem()).startswith("holds scales that are not finite")
+    assert torch.isfinite(weight.scales.float()).tolist() == [[True, True], [True, False]]

@@ -20,6 +20,7 @@ PASCAL = DeviceFacts("cuda:0", "GTX 1080", (6, 1))
 TURING = DeviceFacts("cuda:0", "RTX 2080", (7, 5))
 AMPERE = DeviceFacts("cuda:0", "A100", (8, 0), real_bf16=True)
 
+LATE = {"load_in_8bit": True, "fold": "refresh"}
 BNB = {"load_in_8bit": True, "backend": "bitsandbytes"}
 WORKS = BitsandbytesFacts("0.50.2")
 PARAMS = (Param("embed", (320, 64), part="embed"), Param("q", (64, 64), is_linear=True), Param("norm", (64,), "norm"))
@@ -236,6 +237,16 @@ CASES: dict[str, Case] = {
             facts(routes=RouteFacts(1.0), optimizer={"type": "scale"}),
             facts(routes=RouteFacts(1.0), quantization=BNB),
             facts(routes=None),
+        ],
+    ),
+    "nothing_folded": Case(
+        [facts(routes=RouteFacts(1.0), quantization=LATE), facts(routes=RouteFacts(0.4, 2, 2), quantization=LATE)],
+        "fall back to step",
+        ["quantization.fold: refresh has nothing to keep"],
+        [
+            facts(routes=RouteFacts(0.4, 2, 2, 1), quantization=LATE),
+            facts(routes=RouteFacts(1.0), quantization={**LATE, "fold": "step"}),
+            facts(routes=RouteFacts(1.0), quantization={"fold": "refresh"}),
         ],
     ),
     "nothing_fast": Case(
