@@ -86,10 +86,12 @@ class Case:
     def draws(self) -> bool:
         """Whether anything in its steps is drawn at random."""
         rounds_state = self.state_bits < 32 and any(slot.extent == "full" for slot in RULES[self.rule].slots.values())
-        # SGD's direction is the gradient itself, so a factor between the two is 1 in any subspace.
-        subspace_matters = self.rule != "sgd" or self.residual not in ("channel", "tensor")
-        drawn = self.kind not in ("dense", "svd") and subspace_matters
-        return self.dtype != torch.float32 or rounds_state or drawn
+        return self.dtype != torch.float32 or rounds_state or self.kind not in ("dense", "svd")
+
+    @property
+    def may_not_feel_its_basis(self) -> bool:
+        """Whether a drawn basis may show or not: SGD scales channels by nearly 1 in any subspace, until momenta move."""
+        return self.rule == "sgd" and self.residual in ("channel", "tensor") and self.dtype == torch.float32
 
 
 # What can't be combined, and why.

@@ -142,7 +142,9 @@ def test_what_a_state_is_made_of(case: Case) -> None:
 @every_third
 def test_the_seed_matters_only_where_something_is_drawn(case: Case) -> None:
     one, other = (values(go(make(case.spec(), seed), start(case), range(1, 2 * NUM_STEPS))) for seed in (0, 1))
-    if case.kind != "randomized" or not case.draws:
+    if case.may_not_feel_its_basis:
+        assert torch.isfinite(one).all() and torch.isfinite(other).all()
+    elif case.kind != "randomized" or not case.draws:
         assert torch.equal(one, other) == (not case.draws)
     elif case.dtype == torch.float32 and case.state_bits == 32:
         # With so short sides the sketch sees everything, and its draws show in roundings at most.
@@ -175,7 +177,7 @@ def test_order_of_parameters_does_not_matter(case: Case) -> None:
     assert same(results[0][0], results[1][0])
     assert same(results[0][1], results[1][1])
     # Same start and gradients, but every parameter draws for itself.
-    if case.kind != "randomized":
+    if case.kind != "randomized" and not case.may_not_feel_its_basis:
         assert torch.equal(results[0][0]["a"], results[0][0]["b"]) == (not case.draws)
 
 

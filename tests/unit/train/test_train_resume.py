@@ -127,7 +127,7 @@ def test_the_first_parameter_and_field_that_differ_are_named(
     ("words", "form"),
     [
         (["model.store=bf16"], "bf16"),
-        (["quantization.load_in_8bit=true"], "int8"),
+        (["quantization.load_in_8bit=true"], "int8 --block-size 128"),
         (["quantization.load_in_8bit=true", "quantization.backend=bitsandbytes"], "fp32"),
     ],
 )
