@@ -90,7 +90,7 @@ class Case:
 
     @property
     def may_not_feel_its_basis(self) -> bool:
-        """Whether a drawn basis may show or not: SGD scales channels by nearly 1 in any subspace, until momenta move."""
+        """Whether a drawn basis may show or not: SGD scales channels by nearly 1 in any subspace, till momenta move."""
         return self.rule == "sgd" and self.residual in ("channel", "tensor") and self.dtype == torch.float32
 
 
