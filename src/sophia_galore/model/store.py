@@ -306,7 +306,8 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
         key: tensor.to("cpu").contiguous() for name, weight in weights.items() for key, tensor in _parts(name, weight)
     }
     forms = [form for weight in weights.values() if (form := _form(weight))]
-    metadata = {"format": "pt"} | ({_BLOCK_SIZE: str(forms[0].block)} if forms else {})
+    # One entry at most: safetensors writes several in an order that changes from file to file.
+    metadata = {_BLOCK_SIZE: str(forms[0].block)} if forms else {"format": "pt"}
     is_plain = all(isinstance(weight, Tensor) for weight in weights.values())
     save_file(tensors, folder / ("model.safetensors" if is_plain else INT8_FILE), metadata=metadata)
 

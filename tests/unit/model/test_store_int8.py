@@ -79,6 +79,15 @@ def test_codes_and_scales_go_to_a_file_and_back_exactly(tmp_path: Path) -> None:
     assert equal(open_store(tmp_path, CPU).tensors(), stored)
 
 
+def test_the_same_weights_make_the_same_file(tmp_path: Path) -> None:
+    store = load(write_tiny_model(tmp_path / "model"))
+    written = set()
+    for _ in range(8):
+        save_weights(tmp_path, dict(store.items()))
+        written.add((tmp_path / INT8_FILE).read_bytes())
+    assert len(written) == 1
+
+
 def test_a_folder_in_eight_bits_is_taken_as_it_is_or_converted(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "model")
     (tmp_path / "int8").mkdir()
