@@ -8,7 +8,7 @@ rounding is stochastic, E[code] = w / scale: at fine-tuning rates a step moves m
 code, which rounding to nearest would lose each time.
 
 A write keeps a block's scale as long as the block fits it and fills more than half of it. A new scale at every
-write would be of no use to what lies between the codes of the old one: in a random walk of 200 steps of 0.01
+write would be of no use to what lies between the codes of the old one: in a random walk of 200 steps of 0.002
 standard deviations of the weights, rounding the whole block each time ends 1.9 times as far off. For the same
 reason a new scale leaves some room above the largest weight.
 """
