@@ -74,7 +74,7 @@ class WeightStore:
         return next((name for name, weight in self._weights.items() if not is_finite(name, weight)), None)
 
     def plain_dtype(self) -> torch.dtype:
-        """Precision of the weights that need no decoding; every store has some."""
+        """Precision of the weights that need no decoding."""
         return next(weight.dtype for weight in self._weights.values() if isinstance(weight, Tensor))
 
     def is_ready(self, name: str, dtype: torch.dtype) -> bool:
@@ -179,9 +179,7 @@ def load_store(
 
 
 def open_store(folder: Path, device: torch.device) -> WeightStore:
-    """Read a model folder into a store, each weight in the format in which the folder has it.
-
-    Needs no bitsandbytes: what it has frozen is read as plain codes and scales.
+    """Read a model folder into a store, each weight in its own format; for frozen ones no bitsandbytes is needed.
 
     Args:
         folder: The model's folder.
@@ -274,8 +272,8 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     else:
         raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
     joined: Int8Tensor | RowInt8 | FoldedTensor = base
-    found = [end for end in _REMAINDER if end in parts]
-    if isinstance(base, Int8Tensor) and len(found) == len(_REMAINDER):
+    found = sum(end in parts for end in _REMAINDER)
+    if isinstance(base, Int8Tensor) and found == len(_REMAINDER):
         joined = FoldedTensor(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"]))
     elif found:
         raise ModelError(f"{path}: {name} has a part of a remainder only.", "Take another copy of the model.")
@@ -308,8 +306,8 @@ def save_weights(folder: Path, weights: Mapping[str, Stored]) -> None:
     forms = [form for weight in weights.values() if (form := _form(weight))]
     # One entry at most: safetensors writes several in an order that changes from file to file.
     metadata = {_BLOCK_SIZE: str(forms[0].block)} if forms else {"format": "pt"}
-    is_plain = all(isinstance(weight, Tensor) for weight in weights.values())
-    save_file(tensors, folder / ("model.safetensors" if is_plain else INT8_FILE), metadata=metadata)
+    plain = all(isinstance(weight, Tensor) for weight in weights.values())
+    save_file(tensors, folder / ("model.safetensors" if plain else INT8_FILE), metadata=metadata)
 
 
 def _form(weight: Stored) -> Int8Format | None:
