@@ -112,11 +112,11 @@ def settings(variant: str, rate: float, seed: int, arguments: argparse.Namespace
 def assemble(config: Any) -> tuple[Any, Any, Any]:
     """The live parts of a run: what was prepared, the engine, and the stepper."""
     from sophia_galore.engine.layerwise import LayerwiseEngine
+    from sophia_galore.engine.stepper import Stepper
     from sophia_galore.model.store import DTYPES, load_store
     from sophia_galore.optim.optimizer import ParamOptimizer
     from sophia_galore.train.listener import Listener
     from sophia_galore.train.prepare import prepare
-    from sophia_galore.train.stepper import Stepper
 
     prepared = prepare(config, Listener(), None)
     anatomy, seed = prepared.anatomy, config.training.seed
@@ -129,7 +129,15 @@ def assemble(config: Any) -> tuple[Any, Any, Any]:
     )
     optimizer = ParamOptimizer((route.spec for route in prepared.plan.routes), seed=seed, device=prepared.device)
     engine = LayerwiseEngine(anatomy, store, compute_dtype=prepared.compute_dtype, device=prepared.device, seed=seed)
-    stepper = Stepper(engine, optimizer, store, prepared.plan, max_grad_norm=config.training.max_grad_norm)
+    plan = prepared.plan
+    stepper = Stepper(
+        engine,
+        optimizer,
+        store,
+        clip_by=plan.clip_by,
+        curvature_every=plan.curvature_every,
+        max_grad_norm=config.training.max_grad_norm,
+    )
     return prepared, engine, stepper
 
 

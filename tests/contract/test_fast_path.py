@@ -17,9 +17,9 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.product import Product
 from sophia_galore.engine.projected_linear import ProjectedLinears, plain_product, projected_linear
+from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import RunError
 from sophia_galore.numerics.subspace import Projector, Side, projected_shape, projection_side
-from sophia_galore.train.tracker import StorageTracker
 from tiny import FAMILIES, ragged_batches, tiny_model
 
 RANK = 8

@@ -11,12 +11,12 @@ from torch import Tensor
 from contract.cases import Case, is_meaningful
 from contract.drive import copies, go, make, start
 from engines import CPU
+from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.numerics.bases import BasisKind
 from sophia_galore.numerics.residual import Residual
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim import move
 from sophia_galore.optim.state import ParamState
-from sophia_galore.train.tracker import StorageTracker
 
 NUM_STEPS = 5
 # Blocks begin at multiples of 128 rows: three each. Rows of 5 and 7 numbers do not end where blocks of states do.

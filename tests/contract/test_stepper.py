@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from engines import CPU, load_parts, make_engine
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
-from sophia_galore.plan.plan import RunPlan
-from sophia_galore.train.stepper import Stepper
 from tiny import autograd_loss, ragged_batches, tiny_model
 
-ClipBy = Literal["nothing", "model", "layer"]
 SUBSPACE = SubspaceSpec(rank=6, gap=3, scale=0.5, kind="tracked", transport=True)
 
 
@@ -56,23 +54,21 @@ class Parts:
         self.anatomy, self.store = load_parts(folder)
         self.specs = specs_for(self.anatomy.parameter_shapes(), subspace, rule)
         self.optimizer = ParamOptimizer(self.specs, seed=0, device=CPU)
-        plan = RunPlan(**{**PLAN, "clip_by": clip_by, "curvature_every": curvature_every})
         engine = make_engine(self.anatomy, self.store)
-        self.stepper = Stepper(engine, self.optimizer, self.store, plan, max_grad_norm=max_grad_norm)
+        self.stepper = Stepper(
+            engine,
+            self.optimizer,
+            self.store,
+            clip_by=clip_by,
+            curvature_every=curvature_every,
+            max_grad_norm=max_grad_norm,
+        )
 
     def go(self, num_steps: int) -> list[float]:
         return [self.stepper.take(ragged_batches(step), step=step, factor=1.0)[1] for step in range(1, num_steps + 1)]
 
     def weights(self) -> dict[str, Tensor]:
         return {spec.name: self.store[spec.name].clone() for spec in self.specs}
-
-
-PLAN: dict[str, Any] = {
-    **dict.fromkeys(("model_name", "model_folder", "model_source", "optimizer", "data_fingerprint"), ""),
-    **dict.fromkeys(("num_train_examples", "num_eval_examples", "steps_per_epoch", "num_steps"), 0),
-    **{"device": "cpu", "compute_dtype": "float32", "learning_rate": 1e-2, "dense_learning_rate": 1e-2},
-    **{"routes": (), "notes": ()},
-}
 
 
 def worst_error(one: Mapping[str, Tensor], other: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> float:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
 from sophia_galore.plan.facts import Facts, RouteFacts
 from sophia_galore.plan.route import Route
@@ -52,7 +53,7 @@ class RunPlan:
     optimizer: str
     learning_rate: float
     dense_learning_rate: float
-    clip_by: Literal["nothing", "model", "layer"]
+    clip_by: ClipBy
     curvature_every: int
     num_train_examples: int
     num_eval_examples: int

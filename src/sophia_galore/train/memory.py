@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.engine.observe import Category, Observer, Phase
-from sophia_galore.train.tracker import StorageTracker
+from sophia_galore.engine.tracker import StorageTracker
 
 _PHASE_CATEGORY: dict[str, Category] = {
     "load": "weights",

@@ -20,6 +20,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.data.batches import largest_window
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Stored
@@ -28,7 +29,6 @@ from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.route import Route
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.memory import MemoryMonitor
-from sophia_galore.train.probe import describe_probe, take_probe
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.train.space import bytes_in_words, refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import stop_warning

@@ -17,6 +17,7 @@ from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import write_model
 from sophia_galore.model.frozen import Freezer
@@ -36,7 +37,6 @@ from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
-from sophia_galore.train.stepper import Stepper
 
 
 def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
@@ -114,7 +114,12 @@ class _Run:
             logits_chunk_bytes=config.memory.logits_chunk_mib * 2**20,
         )
         self._stepper = Stepper(
-            self._engine, self._optimizer, self._store, plan, max_grad_norm=config.training.max_grad_norm
+            self._engine,
+            self._optimizer,
+            self._store,
+            clip_by=plan.clip_by,
+            curvature_every=plan.curvature_every,
+            max_grad_norm=config.training.max_grad_norm,
         )
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sophia_galore.config import load_config
+from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.run import train
-from sophia_galore.train.stepper import Stepper
 from unit.cli.tiny_run import make_world
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.head import Grads
@@ -14,7 +15,8 @@ from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import HeldGrad, ParamOptimizer
-from sophia_galore.plan.plan import RunPlan
+
+ClipBy = Literal["nothing", "model", "layer"]
 
 
 class Stepper:
@@ -24,8 +26,9 @@ class Stepper:
         engine: Finds gradients.
         optimizer: Moves weights.
         store: The weights.
-        plan: What will be done.
-        max_grad_norm: Largest gradient norm, of what `plan.clip_by` says.
+        clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
+        curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
+        max_grad_norm: Largest gradient norm, of what `clip_by` says.
     """
 
     def __init__(
@@ -33,11 +36,13 @@ class Stepper:
         engine: LayerwiseEngine,
         optimizer: ParamOptimizer,
         store: WeightStore,
-        plan: RunPlan,
         *,
-        max_grad_norm: float,
+        clip_by: ClipBy = "nothing",
+        curvature_every: int = 0,
+        max_grad_norm: float = 0.0,
     ) -> None:
-        self._engine, self._optimizer, self._store, self._plan = engine, optimizer, store, plan
+        self._engine, self._optimizer, self._store = engine, optimizer, store
+        self._clip_by, self._curvature_every = clip_by, curvature_every
         self._max_grad_norm = max_grad_norm
         for name in optimizer.specs:
             store[name] = optimizer.adopt(name, store[name])
@@ -58,7 +63,7 @@ class Stepper:
         Raises:
             NonFiniteError: The loss or a gradient is not finite.
         """
-        if self._plan.curvature_every and (step - 1) % self._plan.curvature_every == 0:
+        if self._curvature_every and (step - 1) % self._curvature_every == 0:
             self._estimate_curvature(batches, step)
         norms: list[float] = []
         held: dict[str, HeldGrad] = {}
@@ -66,11 +71,11 @@ class Stepper:
         def apply(grads: Grads) -> None:
             norms.append(grad_norm(grads.values()))
             # Where it is not finite, `hold` names the gradient that is to blame.
-            if self._plan.clip_by == "layer" and math.isfinite(norms[-1]):
+            if self._clip_by == "layer" and math.isfinite(norms[-1]):
                 clip_(grads.values(), norms[-1], self._max_grad_norm)
             for name in list(grads):
                 kept = self._optimizer.hold(name, grads.pop(name), step=step, projected=name in self._projected)
-                if self._plan.clip_by == "model":
+                if self._clip_by == "model":
                     held[name] = kept
                 else:
                     self._optimizer.step_held(name, self._store[name], kept, step=step, factor=factor)
