@@ -10,7 +10,8 @@
     │   ├── StepError            a call that can't be done now; a RuntimeError as well
     │   └── EnvironmentProblem   disk, permissions, a device or a package that is not there
     └── RunError                 exit code 1: the run itself failed
-        └── NonFiniteError       a loss or a gradient that is NaN or infinite
+        ├── NonFiniteError       a loss or a gradient that is NaN or infinite
+        └── OutOfMemory          a tensor that does not fit into memory, or into its limit
 
 Every error carries two sentences: `cause` (what is wrong, where) and `remedy` (what to do
 about it). The command line prints both and nothing else.
@@ -82,11 +83,15 @@ class NonFiniteError(RunError):
     """A loss or a gradient became NaN or infinite; no weight was changed by it."""
 
 
+class OutOfMemory(RunError):
+    """A tensor does not fit into memory, or into `memory.limit`."""
+
+
 def lacks_memory(error: BaseException) -> bool:
-    """Whether somebody else's error says that memory ran out."""
+    """Whether an error, ours or somebody else's, says that memory ran out."""
     # On a CPU torch says the second, in a plain RuntimeError.
     words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or any(said in str(error).lower() for said in words)
+    return isinstance(error, MemoryError | OutOfMemory) or any(said in str(error).lower() for said in words)
 
 
 def short(error: BaseException) -> str:
