@@ -1,21 +1,37 @@
-"""The memory figure: the peak of each phase, what the peak consists of, and the course over the steps."""
+"""The memory figure: one step, the peak of each phase, what the peak consists of, the course over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sophia_galore.report.draw_timeline import Box, draw_timeline
 from sophia_galore.report.memory_report import MemoryReport
 from sophia_galore.report.records import Metrics
-from sophia_galore.report.style import BLUE, GREEN, INK, MUTED, ORANGE, SKY, headline, new_figure, note, step_axis
+from sophia_galore.report.style import (
+    BLUE,
+    GREEN,
+    INK,
+    MIB,
+    MUTED,
+    ORANGE,
+    SKY,
+    headline,
+    mebibytes,
+    new_figure,
+    note,
+    step_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MIB = 2**20
 MOST_BARS = 9
 """Bars in a panel; smaller ones beyond this are summed into one."""
+
+TIMELINE_HEIGHT = 4.5
+"""Inches of the panel of one step, names and numbers included."""
 
 ROW_HEIGHT = 0.36
 """Inches from bar to bar."""
@@ -40,7 +56,8 @@ def draw_memory(report: MemoryReport, metrics: Metrics) -> Figure:
     bars_height = ROW_HEIGHT * max(len(phases), len(parts), 2)
     steps_height, gap = (2.2, 0.85) if series else (0.0, 0.0)
     bottom, width = 0.65 if series else 0.3, 11.0
-    height = bottom + steps_height + gap + bars_height + 1.4
+    timeline_height = TIMELINE_HEIGHT + 0.2 if report.timeline else 0.0
+    height = bottom + steps_height + gap + bars_height + timeline_height + 1.4
     figure = new_figure(width, height)
     known = [report.device, f"measured by {report.measured_by}" if report.measured_by else ""]
     headline(figure, _title(report), "  \u00b7  ".join(word for word in known if word))
@@ -49,6 +66,14 @@ def draw_memory(report: MemoryReport, metrics: Metrics) -> Figure:
         """Axes at a place in inches."""
         return figure.add_axes((left / width, panel_bottom / height, panel_width / width, panel_height / height))
 
+    if report.timeline:
+        draw_timeline(
+            figure,
+            Box(0.35, height - 0.95 - TIMELINE_HEIGHT, width - 0.45, TIMELINE_HEIGHT),
+            report.timeline,
+            limit_bytes=report.limit_bytes,
+            predicted_peak_bytes=report.predicted_peak_bytes,
+        )
     left = max(0.95, _room(phases))
     half = (width - left - _room(parts) - 0.6) / 2
     upper = bottom + steps_height + gap
@@ -57,12 +82,6 @@ def draw_memory(report: MemoryReport, metrics: Metrics) -> Figure:
     if series:
         _draw_courses(panel(left, bottom, width - left - 0.35, steps_height), series)
     return figure
-
-
-def mebibytes(size_bytes: float) -> str:
-    """A size in MiB, with a decimal only where it says something."""
-    size = size_bytes / MIB
-    return f"{size:,.0f} MiB" if size >= 10 or size == 0 else f"{size:.1f} MiB" if size >= 0.1 else "< 0.1 MiB"
 
 
 def _title(report: MemoryReport) -> str:

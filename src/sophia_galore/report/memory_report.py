@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import UserError
-from sophia_galore.report.json_fields import optional_bytes, sizes, whole_number
+from sophia_galore.report.json_fields import optional_bytes, optional_number, sizes, whole_number
+from sophia_galore.report.timeline import Timeline, timeline_of
 
 MEMORY_FILE = "memory_report.json"
 
@@ -36,6 +37,10 @@ class MemoryReport:
         phases: Peak within each phase, in bytes.
         categories: What the peak consists of, in bytes.
         steps: Peaks of single steps.
+        limit_bytes: What the run may take; None without a limit.
+        predicted_peak_bytes: The peak that was predicted before the run; None where it was not.
+        predicted_ratio: Predicted over measured; None where one of them is missing.
+        timeline: One step from moment to moment; None where it was not followed.
     """
 
     device: str
@@ -46,6 +51,10 @@ class MemoryReport:
     phases: dict[str, int]
     categories: dict[str, int]
     steps: tuple[MemoryStep, ...]
+    limit_bytes: int | None
+    predicted_peak_bytes: int | None
+    predicted_ratio: float | None
+    timeline: Timeline | None
 
 
 def read_memory_report(run_dir: Path) -> MemoryReport:
@@ -76,6 +85,10 @@ def read_memory_report(run_dir: Path) -> MemoryReport:
         phases=sizes(record, "phases", where),
         categories=sizes(record, "categories", where),
         steps=_steps(record.get("steps"), f"{where}: steps"),
+        limit_bytes=optional_bytes(record, "limit_bytes", where),
+        predicted_peak_bytes=optional_bytes(record, "predicted_peak_bytes", where),
+        predicted_ratio=optional_number(record, "predicted_ratio", where),
+        timeline=timeline_of(record.get("timeline"), f"{where}: timeline"),
     )
 
 

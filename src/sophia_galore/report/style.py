@@ -21,9 +21,16 @@ BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
 SKY = "#56B4E9"
+AMBER = "#E69F00"
+PURPLE = "#CC79A7"
+# Beside them: a paler sky, and greys.
+PALE = "#B9DDF4"
+SILVER = "#AEB7C0"
 INK = "#1F2933"
 MUTED = "#6B7785"
 FAINT = "#E4E8EC"
+
+MIB = 2**20
 
 # Any: what names the keys may have differs between versions of matplotlib.
 _SETTINGS: Any = {
@@ -88,6 +95,26 @@ def headline(figure: Figure, title: str, subtitle: str) -> None:
     left = 0.35 / figure.get_size_inches()[0]
     figure.text(left, 1 - 0.22 / height, title, fontsize=15, fontweight="bold", va="top", ha="left")
     figure.text(left, 1 - 0.56 / height, subtitle, fontsize=10.5, color=MUTED, va="top", ha="left")
+
+
+def mebibytes(size_bytes: float) -> str:
+    """A size in MiB, with a decimal only where it says something."""
+    size = size_bytes / MIB
+    return f"{size:,.0f} MiB" if size >= 10 or size == 0 else f"{size:.1f} MiB" if size >= 0.1 else "< 0.1 MiB"
+
+
+def unit_of(peak_bytes: int) -> tuple[int, str]:
+    """A unit in which sizes up to this one have some digits."""
+    return (2**20, "MiB") if peak_bytes >= 4 * 2**20 else (2**10, "KiB")
+
+
+def size_in_unit(size_bytes: int, peak_bytes: int) -> str:
+    """A size in the unit that goes with the largest one beside it."""
+    unit, name = unit_of(peak_bytes)
+    if name == "MiB" or size_bytes >= 2**30:
+        return mebibytes(size_bytes)
+    size = size_bytes / unit
+    return f"{size:,.0f} {name}" if size >= 1 or not size else f"< 1 {name}"
 
 
 def step_axis(axes: Axes) -> None:

@@ -13,10 +13,11 @@ import pytest
 
 from sophia_galore.errors import UserError
 from sophia_galore.report.draw_loss import draw_loss, smooth
-from sophia_galore.report.draw_memory import draw_memory, mebibytes
+from sophia_galore.report.draw_memory import draw_memory
 from sophia_galore.report.memory_report import read_memory_report
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.report.records import Metrics, read_metrics
+from sophia_galore.report.style import mebibytes
 
 MIB = 2**20
 PNG = b"\x89PNG\r\n\x1a\n"

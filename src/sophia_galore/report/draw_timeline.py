@@ -1,0 +1,229 @@
+"""One step from moment to moment: what is allocated, stacked by category, below its limit and its prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from sophia_galore.report.categories import COLOURS, in_order
+from sophia_galore.report.levels import REACH, Level, draw_levels, levels_of
+from sophia_galore.report.phases import draw_phases
+from sophia_galore.report.style import INK, MUTED, ORANGE, headline, new_figure, size_in_unit, unit_of
+from sophia_galore.report.timeline import Moment, Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_MOMENTS = 2_000
+"""More than there are pixels along the axis; beyond this, moments are drawn by their extremes."""
+
+MOST_OUTLINED = 500
+"""With more moments than this an outline would be a black band."""
+
+ROOM_ABOVE, ROOM_BELOW, ROOM_LEFT, ROOM_RIGHT = 1.2, 0.5, 0.6, 1.45
+"""Inches of the panel around its axes: title, legend and phases; numbers; names of the lines."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A place on a figure in inches, from its lower left corner."""
+
+    left: float
+    bottom: float
+    width: float
+    height: float
+
+
+def timeline_figure(
+    timeline: Timeline, *, title: str, limit_bytes: int | None, predicted_peak_bytes: int | None
+) -> Figure:
+    """A figure of a timeline alone.
+
+    Args:
+        timeline: One step.
+        title: Headline.
+        limit_bytes: What may be allocated; None without a limit.
+        predicted_peak_bytes: Peak that was predicted; None where it was not.
+    """
+    figure = new_figure(11, 5.6)
+    peak = timeline.peak_bytes
+    words = [f"{size_in_unit(peak, peak)} at most"]
+    if limit_bytes is not None:
+        rest = limit_bytes - peak
+        words.append(f"limit {size_in_unit(limit_bytes, peak)}")
+        words.append(f"{size_in_unit(rest, peak)} free" if rest >= 0 else f"{size_in_unit(-rest, peak)} too much")
+    headline(figure, title, "  \u00b7  ".join(words))
+    draw_timeline(
+        figure,
+        Box(0.35, 0.1, 10.55, 4.5),
+        timeline,
+        limit_bytes=limit_bytes,
+        predicted_peak_bytes=predicted_peak_bytes,
+    )
+    return figure
+
+
+def draw_timeline(
+    figure: Figure,
+    box: Box,
+    timeline: Timeline,
+    *,
+    limit_bytes: int | None,
+    predicted_peak_bytes: int | None,
+) -> None:
+    """The panel of a timeline, with everything that belongs to it.
+
+    Args:
+        figure: Where it is drawn.
+        box: Place of the panel, names and numbers included.
+        timeline: One step; not empty.
+        limit_bytes: What may be allocated; None without a limit.
+        predicted_peak_bytes: Peak that was predicted; None where it was not.
+    """
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes(
+        (
+            (box.left + ROOM_LEFT) / width,
+            (box.bottom + ROOM_BELOW) / height,
+            (box.width - ROOM_LEFT - ROOM_RIGHT) / width,
+            (box.height - ROOM_BELOW - ROOM_ABOVE) / height,
+        )
+    )
+    moments = thinned(timeline.moments)
+    if len(moments) == 1:
+        # What is known at one moment is drawn as a level.
+        moments = moments * 2
+    places = _places(moments, timed=timeline.timed)
+    layers = stack(moments)
+    highest = max(timeline.moments, key=lambda moment: moment.total_bytes)
+    _draw_layers(axes, places, layers)
+    _x_axis(axes, places, timed=timeline.timed)
+    levels = levels_of(timeline, limit_bytes, predicted_peak_bytes)
+    _y_axis(axes, timeline.peak_bytes, levels)
+    draw_levels(axes, levels, places[_highest(moments)], timeline.peak_bytes)
+    if limit_bytes is not None and timeline.peak_bytes > limit_bytes:
+        _draw_excess(axes, places, moments, limit_bytes)
+    draw_phases(axes, places, [moment.phase for moment in moments])
+    _legend(figure, box, timeline, stack([highest]), list(layers))
+
+
+def thinned(moments: Sequence[Moment]) -> list[Moment]:
+    """At most about `MOST_MOMENTS` of the moments, among them the lowest and the highest of each stretch.
+
+    Args:
+        moments: In order of time.
+    """
+    if len(moments) <= MOST_MOMENTS:
+        return list(moments)
+    stretch = -(-len(moments) * 4 // MOST_MOMENTS)
+    kept: set[int] = set()
+    for begin in range(0, len(moments), stretch):
+        part = range(begin, min(begin + stretch, len(moments)))
+        kept |= {part[0], part[-1]}
+        kept |= {end(part, key=lambda index: moments[index].total_bytes) for end in (min, max)}
+    return [moments[index] for index in sorted(kept)]
+
+
+def stack(moments: Sequence[Moment]) -> dict[str, list[int]]:
+    """Sizes over the moments by category, from the bottom of the stack to its top, in bytes.
+
+    What has no colour of its own is counted as "other"; what is zero all the time is left out.
+    """
+    found: dict[str, list[int]] = {}
+    for place, moment in enumerate(moments):
+        for name, size in moment.categories.items():
+            known = name.replace("_", " ")
+            series = found.setdefault(known if known in COLOURS else "other", [0] * len(moments))
+            series[place] += size
+    return {name: found[name] for name in in_order(found) if any(found[name])}
+
+
+def _places(moments: Sequence[Moment], *, timed: bool) -> list[float]:
+    """Where along the axis each moment is."""
+    if not timed:
+        return [float(index) for index in range(len(moments))]
+    # Clocks jitter; the order of the moments is what is certain.
+    places = list(accumulate((moment.time_s or 0.0 for moment in moments), max))
+    return places if places[-1] > places[0] else [float(index) for index in range(len(moments))]
+
+
+def _highest(moments: Sequence[Moment]) -> int:
+    return max(range(len(moments)), key=lambda index: moments[index].total_bytes)
+
+
+def _draw_layers(axes: Axes, places: Sequence[float], layers: dict[str, list[int]]) -> None:
+    below = [0] * len(places)
+    for name, series in layers.items():
+        above = [bottom + size for bottom, size in zip(below, series, strict=True)]
+        # A hairline of the same colour closes the seam between two areas.
+        axes.fill_between(places, below, above, facecolor=COLOURS[name], edgecolor=COLOURS[name], linewidth=0.3)
+        below = above
+    if len(places) <= MOST_OUTLINED:
+        axes.plot(places, below, color=INK, linewidth=0.9, solid_joinstyle="round")
+
+
+def _draw_excess(axes: Axes, places: Sequence[float], moments: Sequence[Moment], limit_bytes: int) -> None:
+    totals = [moment.total_bytes for moment in moments]
+    axes.fill_between(
+        places,
+        limit_bytes,
+        totals,
+        where=[total > limit_bytes for total in totals],
+        interpolate=True,
+        facecolor="none",
+        hatch="////",
+        edgecolor=ORANGE,
+        linewidth=0,
+    )
+
+
+def _x_axis(axes: Axes, places: Sequence[float], *, timed: bool) -> None:
+    axes.set_xlim(places[0], places[-1])
+    axes.spines["bottom"].set_color(MUTED)
+    if timed and places[-1] - places[0] != len(places) - 1:
+        in_seconds = places[-1] - places[0] >= 1
+        axes.set_xlabel(f"{'' if in_seconds else 'milli'}seconds since the step began")
+        axes.xaxis.set_major_formatter(lambda place, _: f"{place if in_seconds else 1000 * place:g}")
+    else:
+        axes.set_xlabel("course of a step \u2192")
+        axes.set_xticks([])
+
+
+def _y_axis(axes: Axes, peak_bytes: int, levels: Sequence[Level]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    unit, _ = unit_of(peak_bytes)
+    top = max(level.size_bytes for level in levels if level.size_bytes <= REACH * peak_bytes)
+    axes.set_ylim(0, 1.06 * top)
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, 1.06 * top / unit)
+    axes.set_yticks([tick * unit for tick in ticks if tick * unit <= 1.06 * top], minor=False)
+    axes.yaxis.set_major_formatter(lambda size, _: f"{size / unit:,.6g}")
+    axes.grid(axis="y")
+    axes.tick_params(axis="y", labelcolor=MUTED)
+
+
+def _legend(figure: Figure, box: Box, timeline: Timeline, at_peak: dict[str, list[int]], names: list[str]) -> None:
+    """The title and, below it, each category with its size at the peak."""
+    from matplotlib.patches import Rectangle
+
+    width, height = figure.get_size_inches()
+    top = box.bottom + box.height
+
+    def write(left: float, down: float, text: str, colour: str, **look: Any) -> float:
+        """Text at a place in inches; returns where it ends."""
+        drawn = figure.text(left / width, (top - down) / height, text, color=colour, va="baseline", **look)
+        return float(drawn.get_window_extent().x1 / figure.dpi)
+
+    of_what = f"Memory within step {timeline.step:,}" if timeline.step is not None else "Memory within a step"
+    end = write(box.left, 0.15, f"{of_what}, {unit_of(timeline.peak_bytes)[1]}", INK, fontsize=11.5, fontweight="bold")
+    write(end + 0.15, 0.15, "by category, with sizes at the peak", MUTED, fontsize=9.5)
+    left = box.left
+    for name in names:
+        corner = (left / width, (top - 0.5) / height)
+        figure.add_artist(Rectangle(corner, 0.13 / width, 0.13 / height, facecolor=COLOURS[name], edgecolor="none"))
+        size = size_in_unit(at_peak.get(name, [0])[0], timeline.peak_bytes)
+        ends = write(left + 0.2, 0.49, name, INK, fontsize=10), write(left + 0.2, 0.68, size, MUTED, fontsize=9.5)
+        left = max(ends) + 0.32
