@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
+from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.cli.sizes import bytes_in_words
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
 from sophia_galore.train.checkpoint import checkpoints
+
+_FAR_OFF = 0.05
+"""A prediction that is off by more than this is not one to rely on."""
 
 
 def train(
@@ -57,13 +63,42 @@ def train(
             style="bold green" if after < before else "bold red",
         )
     memory = result.memory
+    categories = memory.get("categories") or {}
+    # Where no storage was followed, nothing is known about what the peak consists of.
+    if any(categories.values()):
+        width = min(terminal.console.width, LEGEND_WIDTH)
+        terminal.console.print(memory_bar(categories, limit_bytes=memory.get("limit_bytes"), width=width))
     terminal.say(
         f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated, "
         f"{bytes_in_words(memory['peak_reserved_bytes'])} reserved, "
         f"{bytes_in_words(memory['peak_process_bytes'])} resident ({memory['measured_by']})."
     )
+    if predicted := prediction_line(memory):
+        terminal.console.print(predicted)
     terminal.say(f"Model, records and reports: {result.folder}")
     terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
+
+
+def prediction_line(memory: Mapping[str, Any]) -> Text | None:
+    """What was predicted, beside what came; a warning where the two are far apart.
+
+    Args:
+        memory: The run's memory report.
+
+    Returns:
+        A sentence; None where nothing was predicted.
+    """
+    predicted_bytes, ratio = memory.get("predicted_peak_bytes"), memory.get("predicted_ratio")
+    if predicted_bytes is None:
+        return None
+    size = bytes_in_words(predicted_bytes)
+    if ratio is None:
+        return Text(f"Predicted: {size}.")
+    said = f"Predicted: {size}, {ratio:.2f} of what was measured"
+    if 1 - _FAR_OFF <= ratio <= 1 + _FAR_OFF:
+        return Text(f"{said}.")
+    wrong = "low, so do not rely on it near the limit" if ratio < 1 else "high, so a plan may refuse what would fit"
+    return Text(f"{said}: more than {_FAR_OFF:.0%} too {wrong}.", style="bold yellow")
 
 
 def _words(optimizer: str | None, overrides: list[str] | None) -> list[str]:

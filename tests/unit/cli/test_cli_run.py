@@ -196,6 +196,8 @@ def test_the_run_says_what_it_does(ended: dict[str, Ended], finished: Path) -> N
     for words in ("what is trained by what", "10 steps on 18 examples", "4 held out", "Training example 2", "⟦"):
         assert words in out
     assert out.count("tokens/s") == 10
+    before, _, after = out.partition("Peak memory")
+    assert "W weights" in before and "S optimizer state" in before and "W weights" not in after
     assert "after training: -" in out and "Peak memory" in out and str(finished) in out
 
 
