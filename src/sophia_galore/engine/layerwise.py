@@ -131,7 +131,7 @@ class LayerwiseEngine:
         batches = [self._to_device(batch) for batch in batches]
         with observer.phase("forward"):
             embedded = embed(anatomy, self._store, batches, self._dtype)
-            inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
+        inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
         with observer.phase("head"):
             sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
             hidden = inputs.pop()
@@ -201,12 +201,14 @@ class LayerwiseEngine:
         """All layers; returns the inputs of each layer and, last, the output of the last one."""
         kept = [hidden]
         for index in range(len(self._anatomy.layers)):
-            weights = self._layer_weights(index)
-            out: list[Tensor] = []
-            for which, layer_calls in enumerate(calls):
-                with self._dropout_stream(step, index, which):
-                    out.append(self._run(index, weights, layer_calls[index], kept[-1][which]))
-            kept.append(out)
+            with self._observer.phase("forward"):
+                weights = self._layer_weights(index)
+                out: list[Tensor] = []
+                for which, layer_calls in enumerate(calls):
+                    with self._dropout_stream(step, index, which):
+                        out.append(self._run(index, weights, layer_calls[index], kept[-1][which]))
+                kept.append(out)
+                del weights  # or the next layer's would be made beside them
         return kept
 
     def _backward_layer(

@@ -191,7 +191,7 @@ class BlockLogits(Logits):
         every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
         # The same tokens with the last block, which is smaller, as with all others.
         together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
-        for words in every:
+        for words in self._observer.parts(every):
             weight = self._store.rows(self._name, words, self._dtype)
             self._observer.tag(weight, "weights")
             for tokens in together:

@@ -18,17 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from sophia_galore.engine.observe import Category, Observer, Phase
+from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Phase
 from sophia_galore.engine.tracker import StorageTracker
-
-_PHASE_CATEGORY: dict[str, Category] = {
-    "load": "weights",
-    "forward": "activations",
-    "head": "activations",
-    "backward": "activations",
-    "step": "other",
-    "eval": "activations",
-}
 
 # What happens within an optimizer step; loading and evaluation are not a step's memory.
 _STEP_PHASES = ("forward", "head", "backward", "step")
@@ -195,6 +186,6 @@ class MemoryMonitor(Observer):
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._tracker is not None:
-            self._tracker.default = _PHASE_CATEGORY[self._current[-1]] if self._current else "other"
+            self._tracker.default = PHASE_CATEGORY[self._current[-1]] if self._current else "other"
             if self._entered:
                 self._tracker.reset_peak()
