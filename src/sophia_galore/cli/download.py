@@ -48,8 +48,9 @@ def download(
 
 
 def _alias_table() -> Table:
-    # Ids are there to be copied: with one id a line, and no lines between, they fit into 80 columns and none is cut.
+    # Ids are there to be copied: one a line, without edges, they fit into 80 columns, and none is cut.
     table = Table("alias", "id", "hub", "PyPI", title="Models with a short name", box=SIMPLE, pad_edge=False)
+    table.show_edge = False
     for column in table.columns:
         column.overflow = "fold"
     for alias in ALIASES:

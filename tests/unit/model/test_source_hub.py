@@ -357,7 +357,7 @@ def test_a_listing_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub, "probe_hugging_face", lambda endpoint: None)
-        monkeypatch.setattr(hub, "_LIST_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(hub, "LIST_TIMEOUT_S", 0.2)
         with pytest.raises(EnvironmentProblem, match="No source of the model"):
             resolve(tmp_path)
 
