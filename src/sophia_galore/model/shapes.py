@@ -10,6 +10,7 @@ Nothing is downloaded but config.json and the headers of the weights' files. The
 from __future__ import annotations
 
 import difflib
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,7 +179,11 @@ def _ask_modelscope(settings: ModelConfig, check: Check) -> ModelShape:
             hub_modelscope.download_config(name, Path(folder))
         except ModelError as error:
             raise _NoSuchModel(error.cause, error.remedy) from error
-        config = read_model_config(Path(folder))
+        content = (Path(folder) / "config.json").read_text(encoding="utf-8")
+    try:
+        config = make_model_config(json.loads(content), f"config.json of {name}")
+    except json.JSONDecodeError as error:
+        raise ModelError(f"config.json of {name} is not valid JSON.", "Give another model.") from error
     check(config)
     return ModelShape(name, "modelscope", config, _declared_dtype(config), None, count_parameters(config))
 
