@@ -48,13 +48,15 @@ def download(
 
 
 def _alias_table() -> Table:
-    # Ids are there to be copied: without lines they fit into 80 columns, and none is cut.
-    table = Table(
-        "alias", "Hugging Face", "ModelScope", "PyPI", title="Models with a short name", box=SIMPLE, pad_edge=False
-    )
+    # Ids are there to be copied: one a line, without edges, they fit into 80 columns, and none is cut.
+    table = Table("alias", "id", "hub", "PyPI", title="Models with a short name", box=SIMPLE, pad_edge=False)
+    table.show_edge = False
     for column in table.columns:
         column.overflow = "fold"
     for alias in ALIASES:
+        same = alias.modelscope == alias.hf
         wheel = alias.pypi.package if alias.pypi is not None else ""
-        table.add_row(alias.name, alias.hf, "same id" if alias.modelscope == alias.hf else alias.modelscope, wheel)
+        table.add_row(alias.name, alias.hf, "both" if same else "Hugging Face", wheel)
+        if not same:
+            table.add_row("", alias.modelscope, "ModelScope", "")
     return table

@@ -63,12 +63,23 @@ ALIASES: tuple[Alias, ...] = (
     _same_id("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     _same_id("qwen2-0.5b", "Qwen/Qwen2-0.5B"),
     _same_id("qwen2-1.5b", "Qwen/Qwen2-1.5B"),
+    _same_id("qwen2-7b", "Qwen/Qwen2-7B"),
     _same_id("qwen2.5-0.5b", "Qwen/Qwen2.5-0.5B"),
     _same_id("qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B"),
     _same_id("qwen2.5-3b", "Qwen/Qwen2.5-3B"),
+    _same_id("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
     _same_id("qwen3-0.6b", "Qwen/Qwen3-0.6B"),
     _same_id("qwen3-1.7b", "Qwen/Qwen3-1.7B"),
     _same_id("qwen3-4b", "Qwen/Qwen3-4B"),
+    _same_id("qwen3-8b", "Qwen/Qwen3-8B"),
+    Alias("llama-3.2-1b", hf="meta-llama/Llama-3.2-1B", modelscope="LLM-Research/Llama-3.2-1B"),
+    Alias("llama-3.2-3b", hf="meta-llama/Llama-3.2-3B", modelscope="LLM-Research/Llama-3.2-3B"),
+    Alias("llama-3.1-8b", hf="meta-llama/Llama-3.1-8B", modelscope="LLM-Research/Meta-Llama-3.1-8B"),
+    _same_id("gemma-3-270m", "google/gemma-3-270m-it"),
+    # No gemma-3-4b: what the hubs call so sees images too, and is of an architecture that is not supported.
+    Alias("gemma-3-1b", hf="google/gemma-3-1b-it", modelscope="LLM-Research/gemma-3-1b-it"),
+    Alias("phi-3-mini", hf="microsoft/Phi-3-mini-4k-instruct", modelscope="LLM-Research/Phi-3-mini-4k-instruct"),
+    Alias("mistral-7b", hf="mistralai/Mistral-7B-v0.3", modelscope="LLM-Research/Mistral-7B-v0.3"),
 )
 
 DEFAULT_ALIAS = "smollm2-135m"

@@ -11,6 +11,7 @@ import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import disk_problems
@@ -29,13 +30,43 @@ def convert(gguf_file: Path, target: Path) -> None:
         ModelError: Not a GGUF file, or one of a kind that transformers can't read.
         EnvironmentProblem: The package `gguf` is missing, or the disk is full.
     """
+    _require_readable(gguf_file)
+    with disk_problems(target), _quiet_transformers():
+        _load_and_save(gguf_file, target)
+
+
+def read_config(gguf_file: Path) -> Any:
+    """Reads the model's configuration from the metadata of a GGUF file; no weight is converted.
+
+    Args:
+        gguf_file: The file.
+
+    Returns:
+        The Hugging Face configuration.
+
+    Raises:
+        ModelError: Not a GGUF file, or one of a kind that transformers can't read.
+        EnvironmentProblem: The package `gguf` is missing.
+    """
+    from transformers import AutoConfig
+
+    _require_readable(gguf_file)
+    try:
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
+    except Exception as error:
+        raise ModelError(
+            f"The metadata of {gguf_file} can't be read: {short(error)}.",
+            f"Convert it first: sophia-galore download {gguf_file}.",
+        ) from error
+
+
+def _require_readable(gguf_file: Path) -> None:
     with gguf_file.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ModelError(f"{gguf_file} is not a GGUF file.", "Download the file again, or give another model.")
     if importlib.util.find_spec("gguf") is None:
         raise EnvironmentProblem(f"Reading {gguf_file.name} needs the package gguf.", "Install it: pip install gguf.")
-    with disk_problems(target), _quiet_transformers():
-        _load_and_save(gguf_file, target)
 
 
 def _load_and_save(gguf_file: Path, target: Path) -> None:

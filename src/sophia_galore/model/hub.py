@@ -22,7 +22,8 @@ from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
 from sophia_galore.model.manifest import sha256_of
 from sophia_galore.model.reach import Unreachable, probe_hugging_face
 
-_LIST_TIMEOUT_S = 15.0
+LIST_TIMEOUT_S = 15.0
+"""Time that the hub has for each answer that is not a whole file."""
 
 # Only what transformers reads for a decoder-only model: no *.bin, no GGUF, no copies for other runtimes in subfolders.
 _WANTED = re.compile(
@@ -36,7 +37,7 @@ _RESUME = "Run the same command again: it goes on where it stopped."
 
 
 @dataclass(frozen=True)
-class _RemoteFile:
+class RemoteFile:
     """A file on the hub: what it must look like when it is here."""
 
     name: str
@@ -96,24 +97,25 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
         EnvironmentProblem: The disk is full, or the connection broke; the next call resumes.
         Unreachable: The hub did not answer as a hub does.
     """
-    with _hub_problems(model_id, staging, listing=True):
-        commit, files = _list_files(model_id, with_code=with_code)
+    with hub_problems(model_id, staging, listing=True):
+        commit, files = list_files(model_id, with_code=with_code)
     missing = [file for file in files if not _is_here(file, staging)]
     to_fetch_bytes = sum(file.size_bytes for file in missing) - sum(_partial_bytes(file, staging) for file in missing)
     say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {in_words(to_fetch_bytes)}.")
     require_space(staging, to_fetch_bytes)
     for file in missing:
-        with _hub_problems(model_id, staging, listing=False):
+        with hub_problems(model_id, staging, listing=False):
             _fetch(model_id, commit, file, staging)
     return commit
 
 
-def _list_files(model_id: str, *, with_code: bool) -> tuple[str, list[_RemoteFile]]:
+def list_files(model_id: str, *, with_code: bool) -> tuple[str, list[RemoteFile]]:
+    """The commit of a model's newest revision, and those of its files that are wanted; call in `hub_problems`."""
     from huggingface_hub import HfApi, constants
 
-    info = HfApi(endpoint=constants.ENDPOINT).model_info(model_id, files_metadata=True, timeout=_LIST_TIMEOUT_S)
+    info = HfApi(endpoint=constants.ENDPOINT).model_info(model_id, files_metadata=True, timeout=LIST_TIMEOUT_S)
     files = [
-        _RemoteFile(
+        RemoteFile(
             name=sibling.rfilename,
             size_bytes=sibling.size or 0,
             sha256=sibling.lfs.sha256 if sibling.lfs is not None else None,
@@ -131,17 +133,17 @@ def _list_files(model_id: str, *, with_code: bool) -> tuple[str, list[_RemoteFil
     return info.sha or "main", files
 
 
-def _is_here(file: _RemoteFile, staging: Path) -> bool:
+def _is_here(file: RemoteFile, staging: Path) -> bool:
     path = staging / file.name
     return path.is_file() and file.matches(path)
 
 
-def _partial_bytes(file: _RemoteFile, staging: Path) -> int:
+def _partial_bytes(file: RemoteFile, staging: Path) -> int:
     path = staging / file.partial_name
     return path.stat().st_size if path.is_file() else 0
 
 
-def _fetch(model_id: str, commit: str, file: _RemoteFile, staging: Path) -> None:
+def _fetch(model_id: str, commit: str, file: RemoteFile, staging: Path) -> None:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -171,8 +173,14 @@ def _fetch(model_id: str, commit: str, file: _RemoteFile, staging: Path) -> None
 
 
 @contextmanager
-def _hub_problems(model_id: str, staging: Path, *, listing: bool) -> Iterator[None]:
-    """Turns what the library raises into what a user can act on."""
+def hub_problems(model_id: str, staging: Path, *, listing: bool) -> Iterator[None]:
+    """Turns what the library raises into what a user can act on.
+
+    Args:
+        model_id: "owner/name".
+        staging: Folder that is written.
+        listing: Nothing is downloaded yet, so that another source may be asked instead.
+    """
     try:
         yield
     except (ModelError, EnvironmentProblem):

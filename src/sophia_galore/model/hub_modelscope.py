@@ -70,15 +70,36 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
         ModelError: No such model, or no access.
         EnvironmentProblem: The disk is full, or the connection broke; the next call resumes.
     """
+    say(f"Downloading {model_id} from ModelScope.")
+    _snapshot(model_id, staging, [*_PATTERNS, "*.py"] if with_code else _PATTERNS)
+    return "master"
+
+
+def download_config(model_id: str, folder: Path) -> None:
+    """Downloads a model's config.json and nothing else; call `require_reachable` first.
+
+    Args:
+        model_id: "owner/name" as ModelScope knows it.
+        folder: Folder to put it into.
+
+    Raises:
+        ModelError: No such model, no access, or no config.json.
+        EnvironmentProblem: The disk is full, or the connection broke.
+    """
+    _snapshot(model_id, folder, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"The repository {model_id} holds no config.json.", "Give the id of a transformers model (owner/name)."
+        )
+
+
+def _snapshot(model_id: str, folder: Path, patterns: list[str]) -> None:
     # By name, because type checkers run where the optional package is missing.
     snapshot_download = importlib.import_module("modelscope").snapshot_download
-    say(f"Downloading {model_id} from ModelScope.")
-    patterns = [*_PATTERNS, "*.py"] if with_code else _PATTERNS
     try:
-        snapshot_download(model_id, local_dir=str(staging), allow_patterns=patterns)
+        snapshot_download(model_id, local_dir=str(folder), allow_patterns=patterns)
     except Exception as error:
-        raise _explain(error, model_id, staging) from error
-    return "master"
+        raise _explain(error, model_id, folder) from error
 
 
 def _explain(error: Exception, model_id: str, staging: Path) -> Exception:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +44,49 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelError: It can't be read.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'} can't be read as a model configuration: {short(error)}",
-            "Give a folder of a Hugging Face causal language model.",
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise _no_config(f"{folder / 'config.json'}", error) from error
+
+
+def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
+    """Make a configuration of the values that a config.json holds.
+
+    Args:
+        values: The keys and values.
+        origin: Where they come from, for messages.
+
+    Returns:
+        The Hugging Face configuration; it shares nothing with `values`.
+
+    Raises:
+        ModelError: They are not those of an architecture that transformers knows.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values)))
+    except KeyError as error:
+        kind = values.get("model_type")
+        reason = f"transformers does not know its model_type {kind!r}" if kind else "it has no model_type"
+        raise _no_config(origin, ValueError(reason)) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise _no_config(origin, error) from error
+
+
+def _no_config(origin: str, error: Exception) -> ModelError:
+    # A field of the wrong type: what is wrong stands in the last line, the first says only that something is.
+    lines = str(error).splitlines()
+    reason = lines[-1].strip() if type(error).__name__.startswith("StrictDataclass") and lines else short(error)
+    return ModelError(
+        f"{origin} can't be read as a model configuration: {reason}",
+        "Give a folder of a Hugging Face causal language model.",
+    )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -75,6 +111,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"The tokenizer in {folder} can't be read: {short(error)}",
             "Put tokenizer.json and tokenizer_config.json of the model beside its config.json.",
         ) from error
+
+
+def count_parameters(config: Any) -> int:
+    """The number of parameters that a configuration's model has, a tied head counted once.
+
+    Args:
+        config: The Hugging Face configuration, of a supported architecture; it is left as it is.
+    """
+    anatomy = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
+    return sum(shape.numel() for shape in anatomy.parameter_shapes().values())
 
 
 def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Anatomy:

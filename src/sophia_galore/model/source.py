@@ -20,7 +20,7 @@ from typing import Literal
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.model import hub, hub_modelscope, pypi
-from sophia_galore.model.aliases import ALIASES, Alias, find_alias
+from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
@@ -92,13 +92,10 @@ def resolve_model(
 
 
 def _resolve(config: ModelConfig, say: Say, prefer: str, deep: bool) -> ResolvedModel:
-    alias = find_alias(config.name)
-    if config.source in ("auto", "local") and (alias is None or alias.name != config.name.lower()):
-        # Before the hubs, as in transformers; only a bare alias wins over a folder of the same name.
-        local = _local(config, say, deep)
-        if local is not None:
-            return local
-    sources = _sources(config, alias, prefer, say)
+    path = find_local(config)
+    if path is not None:
+        return _local(path, config, say, deep)
+    sources = _sources(config, prefer, say)
     found = _from_cache(config, sources, say, deep)
     if found is not None:
         return found
@@ -110,28 +107,69 @@ def _resolve(config: ModelConfig, say: Say, prefer: str, deep: bool) -> Resolved
     return _download(config, sources, say)
 
 
-def _local(config: ModelConfig, say: Say, deep: bool) -> ResolvedModel | None:
+def find_local(config: ModelConfig) -> Path | None:
+    """The folder or GGUF file of this machine that a model's name means; nothing is read or converted.
+
+    Args:
+        config: Name and source.
+
+    Returns:
+        Its path; None if the name is to be looked for in the cache and on the hubs.
+
+    Raises:
+        ModelError: The name is a path, and nothing is there that could be a model.
+    """
+    alias = find_alias(config.name)
+    if config.source not in ("auto", "local") or (alias is not None and alias.name == config.name.lower()):
+        # Before the hubs, as in transformers; only a bare alias wins over a folder of the same name.
+        return None
     path = Path(config.name).expanduser()
     if path.is_dir():
         gguf_files = sorted(path.glob("*.gguf"))
         if not gguf_files or any(path.glob("*.safetensors")):
-            manifest = read_manifest(path)
-            if manifest is not None:
-                verify(path, manifest, deep=deep)
-            check_model_folder(path)
-            return ResolvedModel(path, config.name, "local")
+            return path
         if len(gguf_files) > 1:
             names = ", ".join(file.name for file in gguf_files)
             raise ModelError(f"{path} holds several GGUF files ({names}).", "Give the path of one of them.")
-        path = gguf_files[0]
+        return gguf_files[0]
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path} is a file, not a model folder.", "Give the folder, or a .gguf file.")
-        return ResolvedModel(_converted(path, Path(config.cache_dir).expanduser(), say), config.name, "local")
+        return path
     if _looks_like_a_path(config.name):
         kind = "File" if path.suffix.lower() == ".gguf" else "Folder"
         raise ModelError(f"{kind} not found: {config.name}", f"It was looked for as {path.absolute()}.")
     return None
+
+
+def find_cached(config: ModelConfig, say: Say) -> ResolvedModel | None:
+    """The model of a name if it is in the local cache; no hub is asked.
+
+    Args:
+        config: Name, source, cache folder.
+        say: Takes lines for the user.
+
+    Raises:
+        ModelError: It is there, but damaged; or PyPI is asked for, and has no such model.
+    """
+    if find_alias(config.name) is None and not is_hub_id(config.name):
+        return None
+    return _from_cache(config, _sources(config, "hf", say), say, deep=False)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be the id of a model on a hub: owner/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def _local(path: Path, config: ModelConfig, say: Say, deep: bool) -> ResolvedModel:
+    if path.is_file():
+        return ResolvedModel(_converted(path, Path(config.cache_dir).expanduser(), say), config.name, "local")
+    manifest = read_manifest(path)
+    if manifest is not None:
+        verify(path, manifest, deep=deep)
+    check_model_folder(path)
+    return ResolvedModel(path, config.name, "local")
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -159,9 +197,10 @@ def _converted(gguf_file: Path, cache_dir: Path, say: Say) -> Path:
     return folder
 
 
-def _sources(config: ModelConfig, alias: Alias | None, prefer: str, say: Say) -> list[_Source]:
+def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
     """The sources to try, in order."""
-    if alias is None and not _HUB_ID.fullmatch(config.name):
+    alias = find_alias(config.name)
+    if alias is None and not is_hub_id(config.name):
         near = difflib.get_close_matches(config.name.lower(), [known.name for known in ALIASES], n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise ModelError(

@@ -244,7 +244,7 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 names, metadata = list(file.keys()), file.metadata() or {}
@@ -331,7 +331,7 @@ def is_finite(name: str, weight: Stored) -> bool:
     return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
     for name in ("model.safetensors", INT8_FILE):
         if (folder / name).is_file():

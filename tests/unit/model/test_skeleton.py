@@ -39,7 +39,11 @@ def test_the_config_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", '{"model_type": "no such model"}', '{"model_type": 3}'],
+    [
+        *("", "{", "[]", "{}", '{"model_type": "no such model"}', '{"model_type": 3}'),
+        '{"model_type": "llama", "hidden_size": "wide"}',
+        '{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}',
+    ],
 )
 def test_a_broken_config_is_said_so(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -60,7 +60,7 @@ def test_list_shows_every_alias_and_downloads_nothing(asked: Any, monkeypatch: p
     result = run("--list")
     assert result.exit_code == 0 and asked == []
     for alias in ALIASES:
-        assert alias.name in result.output and alias.hf in result.output
+        assert alias.name in result.output and alias.hf in result.output and alias.modelscope in result.output
 
 
 def test_an_unknown_source_is_refused(asked: Any) -> None:

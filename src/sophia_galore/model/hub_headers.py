@@ -1,0 +1,113 @@
+"""What Hugging Face publishes of a model, without its weights: config.json and the safetensors headers.
+
+`get_safetensors_metadata` of the library is not used: it takes the first 100 kB of every file in any
+case, takes all of a file if a mirror does not know about ranges, and leaves the index in the library's cache.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.errors import ModelError
+from sophia_galore.model import hub
+from sophia_galore.model.headers import TensorHeader, read_headers
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model as the hub describes it.
+
+    Attributes:
+        config: What its config.json says.
+        headers: The tensors of its weights by name.
+    """
+
+    config: dict[str, Any]
+    headers: dict[str, TensorHeader]
+
+
+def read_published(model_id: str) -> Published:
+    """Reads what is published of a model; call `hub.require_reachable` first.
+
+    Args:
+        model_id: "owner/name".
+
+    Returns:
+        Its configuration and the headers of its weights; no byte of a weight is asked for.
+
+    Raises:
+        ModelError: No such model, no access, no safetensors weights, or files that can't be read.
+        Unreachable: The hub did not answer as a hub does.
+    """
+    with hub.hub_problems(model_id, Path(), listing=True):
+        commit, files = hub.list_files(model_id, with_code=False)
+        sizes = {file.name: file.size_bytes for file in files}
+        config = _read_json(model_id, commit, "config.json", sizes)
+        headers: dict[str, TensorHeader] = {}
+        for name in _weight_files(model_id, commit, sizes):
+            headers |= _headers_of(model_id, commit, name)
+    return Published(config, headers)
+
+
+def _weight_files(model_id: str, commit: str, sizes: dict[str, int]) -> list[str]:
+    if _WHOLE in sizes:
+        return [_WHOLE]
+    if _INDEX not in sizes:
+        raise ModelError(
+            f"The repository {model_id} holds neither {_WHOLE} nor an index of shards.",
+            "Give the id of a transformers model whose weights are in the safetensors format.",
+        )
+    try:
+        return sorted({str(name) for name in _read_json(model_id, commit, _INDEX, sizes)["weight_map"].values()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(model_id, _INDEX, "it has no weight_map") from error
+
+
+def _headers_of(model_id: str, commit: str, name: str) -> dict[str, TensorHeader]:
+    try:
+        return read_headers(lambda start, stop: _fetch(model_id, commit, name, start, stop))
+    except ValueError as error:
+        raise _damaged(model_id, name, str(error)) from error
+
+
+def _read_json(model_id: str, commit: str, name: str, sizes: dict[str, int]) -> dict[str, Any]:
+    try:
+        content = json.loads(_fetch(model_id, commit, name, 0, sizes[name]))
+    except ValueError as error:
+        raise _damaged(model_id, name, "it is not valid JSON") from error
+    if not isinstance(content, dict):
+        raise _damaged(model_id, name, "it is not a table of keys and values")
+    return content
+
+
+def _damaged(model_id: str, name: str, reason: str) -> ModelError:
+    return ModelError(f"{name} of {model_id} can't be read: {reason}.", "Give another model, or download this one.")
+
+
+def _fetch(model_id: str, commit: str, name: str, start: int, stop: int) -> bytes:
+    """The bytes of a file from `start` up to, not including, `stop`; never more are taken."""
+    from huggingface_hub import constants, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(model_id, name, revision=commit, endpoint=constants.ENDPOINT)
+    # Compressed transfer would make the byte counts meaningless.
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    content = bytearray()
+    with get_session().stream("GET", url, headers=headers, timeout=hub.LIST_TIMEOUT_S, follow_redirects=True) as answer:
+        hf_raise_for_status(answer)
+        # A server that does not know about ranges sends the file from its beginning.
+        before = 0 if answer.status_code == 206 else start
+        for chunk in answer.iter_bytes():
+            content += chunk
+            if len(content) >= before + stop - start:
+                break
+    found = bytes(content[before : before + stop - start])
+    if len(found) < stop - start:
+        raise ConnectionError(f"{name} ended early")
+    return found

@@ -1,0 +1,200 @@
+"""A model's configuration and size without its weights: a name in, a shape out.
+
+    folder, .gguf file ---------------------------------------> local
+    alias, owner/name --> local cache --> built-in --> Hugging Face --> ModelScope
+
+Nothing is downloaded but config.json and the headers of the weights' files. The order differs from
+`source.py` in one thing: a model that is built in asks nobody.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.config.schema import ModelConfig
+from sophia_galore.errors import ModelError
+from sophia_galore.model import gguf, hub, hub_modelscope
+from sophia_galore.model.anatomy import check_supported
+from sophia_galore.model.cache import Say
+from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
+from sophia_galore.model.hub_headers import read_published
+from sophia_galore.model.reach import Unreachable
+from sophia_galore.model.skeleton import count_parameters, make_model_config, read_model_config
+from sophia_galore.model.source import find_cached, find_local, is_hub_id
+from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
+
+Check = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        name: The name that was asked for.
+        source: Where this is known from: "local", "local cache", "built-in", "hf" or "modelscope".
+        config: The Hugging Face configuration.
+        stored_dtype: Type in which most of the published weights are stored; None: not known, or none of torch's.
+        folder: Folder of the model on this machine; None: it is not here, or has to be converted first.
+        num_parameters: Parameters of the model, a tied head counted once.
+    """
+
+    name: str
+    source: str
+    config: Any
+    stored_dtype: torch.dtype | None
+    folder: Path | None
+    num_parameters: int
+
+
+def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_supported) -> ModelShape:
+    """Finds a model's configuration and size; no weights are downloaded, and the fallback model is not taken.
+
+    Args:
+        settings: Name, source, cache folder.
+        say: Takes lines for the user.
+        check: Refuses a configuration before anything is built of it. Who knows more about what can't be
+            trained than that the architecture is not in the table says it here.
+
+    Returns:
+        The model's shape.
+
+    Raises:
+        ModelError: The name means nothing, no source can be asked, the architecture is not supported, or the
+            configuration and the weights do not belong together.
+    """
+    path = find_local(settings)
+    if path is not None:
+        return _of_gguf(path, settings, check) if path.is_file() else _of_folder(path, settings, "local", check)
+    cached = find_cached(settings, say)
+    if cached is not None:
+        return _of_folder(cached.folder, settings, cached.source, check)
+    return _built_in(settings, say, check) or _from_hubs(settings, say, check)
+
+
+def _of_folder(folder: Path, settings: ModelConfig, source: str, check: Check) -> ModelShape:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} holds no config.json, so it is not a model folder.", "Give the folder that holds config.json."
+        )
+    config = read_model_config(folder, trust_remote_code=settings.trust_remote_code)
+    check(config)
+    # A folder that only describes a model can be planned with; one with weights says better how they are stored.
+    has_weights = any(folder.glob("*.safetensors"))
+    stored = main_dtype(_folder_headers(folder)) if has_weights else _declared_dtype(config)
+    return ModelShape(settings.name, source, config, stored, folder, count_parameters(config))
+
+
+def _folder_headers(folder: Path) -> list[Any]:
+    try:
+        return list(read_folder_headers(folder).values())
+    except (ValueError, OSError) as error:
+        raise ModelError(f"The weights in {folder} can't be read: {error}.", "Download the model again.") from error
+
+
+def _of_gguf(path: Path, settings: ModelConfig, check: Check) -> ModelShape:
+    config = gguf.read_config(path)
+    check(config)
+    # Its numbers are in formats of its own.
+    return ModelShape(settings.name, "local", config, None, None, count_parameters(config))
+
+
+def _built_in(settings: ModelConfig, say: Say, check: Check) -> ModelShape | None:
+    known = find_specification(settings.name)
+    if known is None:
+        return None
+    config = make_model_config(known.config, f"The built-in specification {known.name}")
+    check(config)
+    say(f"Model {settings.name}: by its built-in specification, without its weights.")
+    if known.remark:
+        say(known.remark)
+    return ModelShape(settings.name, "built-in", config, _declared_dtype(config), None, known.num_parameters)
+
+
+def _from_hubs(settings: ModelConfig, say: Say, check: Check) -> ModelShape:
+    name = settings.name
+    if not is_hub_id(name):
+        raise ModelError(
+            f"Unknown model {name!r}: not built in, no folder, no hub id.",
+            f"{_nearest(name)}Or give a hub id (owner/name), a folder or a .gguf file.",
+        )
+    failures: list[str] = []
+    remedies: list[str] = []
+    for title, key, ask in (("Hugging Face", "hf", _ask_hugging_face), ("ModelScope", "modelscope", _ask_modelscope)):
+        if settings.source not in ("auto", key):
+            continue
+        try:
+            return ask(settings, check)
+        except Unreachable as error:
+            say(f"{title}: not available, {error.reason}.")
+            failures.append(f"{title}: {error.reason}")
+            remedies.append(error.remedy)
+        except _NoSuchModel as error:
+            raise ModelError(error.cause, f"{error.remedy} {_nearest(name)}".strip()) from error
+    reasons = "; ".join(failures) or f"model.source is {settings.source}, so that no hub is asked"
+    raise ModelError(
+        f"{name!r} is not on this machine and not built in. {reasons}.",
+        f"{' '.join(dict.fromkeys(filter(None, [*remedies])))} {_nearest(name)}".strip(),
+    )
+
+
+class _NoSuchModel(ModelError):
+    """What a hub answered; a model that is built in may be meant."""
+
+
+def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
+    name = settings.name
+    hub.require_reachable()
+    try:
+        published = read_published(name)
+    except ModelError as error:
+        raise _NoSuchModel(error.cause, error.remedy) from error
+    config = make_model_config(published.config, f"config.json of {name}")
+    check(config)
+    num_parameters = count_parameters(config)
+    num_published = count_numbers(published.headers, tied=bool(config.tie_word_embeddings))
+    if num_parameters != num_published:
+        raise ModelError(
+            f"By its config.json {name} has {num_parameters:,} parameters, by the headers of its weights "
+            f"{num_published:,}.",
+            "Give the model in its plain form: weights that are packed (GPTQ, AWQ, ...) or adapted can't be planned "
+            "with.",
+        )
+    return ModelShape(name, "hf", config, main_dtype(published.headers.values()), None, num_parameters)
+
+
+def _ask_modelscope(settings: ModelConfig, check: Check) -> ModelShape:
+    name = settings.name
+    hub_modelscope.require_reachable()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hub_modelscope.download_config(name, Path(folder))
+        except ModelError as error:
+            raise _NoSuchModel(error.cause, error.remedy) from error
+        content = (Path(folder) / "config.json").read_text(encoding="utf-8")
+    try:
+        config = make_model_config(json.loads(content), f"config.json of {name}")
+    except json.JSONDecodeError as error:
+        raise ModelError(f"config.json of {name} is not valid JSON.", "Give another model.") from error
+    check(config)
+    return ModelShape(name, "modelscope", config, _declared_dtype(config), None, count_parameters(config))
+
+
+def _declared_dtype(config: Any) -> torch.dtype | None:
+    dtype = getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _nearest(name: str) -> str:
+    names = [known.name for known in SPECIFICATIONS]
+    near = difflib.get_close_matches(name.lower().rsplit("/", 1)[-1], names, n=3)
+    hint = f"Built-in models with a name like that: {', '.join(near)}. " if near else ""
+    return f"{hint}`sophia-galore download --list` shows short names. "
