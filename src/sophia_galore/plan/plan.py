@@ -11,13 +11,15 @@ from typing import Any
 
 from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
-from sophia_galore.plan.facts import Facts, RouteFacts
+from sophia_galore.plan.decisions import decide_step, standing_bytes
+from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.route import Route
-from sophia_galore.plan.routes import dense_learning_rate, peak_learning_rate, route_all
-from sophia_galore.plan.rules import RULES, compute_dtype, optimizer
-from sophia_galore.plan.verdicts import Decided, decide, settled
+from sophia_galore.plan.routes import dense_learning_rate, peak_learning_rate
+from sophia_galore.plan.rules import optimizer
+from sophia_galore.plan.verdicts import Decided
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,9 @@ class RunPlan:
         return self.num_trained_parameters / self.num_parameters
 
     @property
-    def ledger(self) -> dict[str, int]:
+    def ledger(self) -> dict[Category, int]:
         """Bytes that stay for the whole run, by category."""
-        return {
-            "weights": sum(route.weight_bytes for route in self.routes),
-            "optimizer state": sum(route.state_bytes for route in self.routes),
-            "projections": sum(route.projection_bytes for route in self.routes),
-        }
+        return standing_bytes(self.routes)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for `plan.json`."""
@@ -120,45 +118,26 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset) -> RunPla
     config, training = facts.config, facts.config.training
     steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
     num_steps = training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
-    routes = route_all(facts)
     data = replace(facts.data, largest_token=dataset.largest_token, num_steps=num_steps)
-    facts = replace(facts, data=data, routes=_sum_up(routes))
-    verdicts = decide(RULES, facts)
-    clip_by = settled(RULES, "clip_by", facts)
+    decided = decide_step(replace(facts, data=data))
+    facts = decided.facts
     return RunPlan(
         model_name=model.name,
         model_folder=str(model.folder),
         model_source=model.source,
         device=facts.device.place,
-        compute_dtype=str(compute_dtype(facts)).removeprefix("torch."),
+        compute_dtype=str(decided.compute_dtype).removeprefix("torch."),
         optimizer=optimizer(facts),
         learning_rate=peak_learning_rate(config),
         dense_learning_rate=dense_learning_rate(config),
-        clip_by="model" if clip_by == "model" else "layer" if clip_by == "layer" else "nothing",
-        curvature_every=(
-            config.optimizer.sophia.curvature_every
-            if any(route.spec and route.spec.rule == "sophia" for route in routes)
-            else 0
-        ),
+        clip_by=decided.clip_by,
+        curvature_every=decided.curvature_every,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
-        routes=routes,
-        notes=tuple(verdict.sentence() for verdict in verdicts),
-        verdicts=verdicts,
-    )
-
-
-def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
-    """What rules look at of all routes together."""
-    # Frozen parameters have no gradient.
-    specs = [route.spec for route in routes if route.spec]
-    subspaces = [spec.subspace for spec in specs if spec.subspace]
-    return RouteFacts(
-        kept_share=sum(math.prod(spec.held_shape) for spec in specs) / sum(math.prod(spec.shape) for spec in specs),
-        num_projected=len(subspaces),
-        num_fast=sum(subspace.fast for subspace in subspaces),
-        num_folded=sum(subspace.folds_late for subspace in subspaces),
+        routes=decided.routes,
+        notes=tuple(verdict.sentence() for verdict in decided.verdicts),
+        verdicts=decided.verdicts,
     )

@@ -1,0 +1,92 @@
+"""What is decided about a step before the data are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from sophia_galore.engine.observe import Category
+from sophia_galore.engine.stepper import ClipBy
+from sophia_galore.plan.facts import Facts, RouteFacts
+from sophia_galore.plan.route import Route
+from sophia_galore.plan.routes import route_all
+from sophia_galore.plan.rules import RULES, compute_dtype
+from sophia_galore.plan.verdicts import Decided, decide, settled
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What is decided about a step, whatever is learned from.
+
+    Args:
+        facts: What it was decided by.
+        routes: One a parameter.
+        compute_dtype: Precision of the arithmetic.
+        clip_by: What gradients are clipped by.
+        curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
+        verdicts: The rules of `rules.py` that apply.
+    """
+
+    facts: Facts
+    routes: tuple[Route, ...]
+    compute_dtype: torch.dtype
+    clip_by: ClipBy
+    curvature_every: int
+    verdicts: tuple[Decided, ...]
+
+
+def decide_step(facts: Facts) -> Decisions:
+    """Decide what takes no data.
+
+    Args:
+        facts: What is known of the configuration, the machine, the model and its parameters; of the data, what is.
+
+    Raises:
+        UserError: Something speaks against the run; all that does is named.
+    """
+    routes = route_all(facts)
+    facts = replace(facts, routes=_sum_up(routes))
+    verdicts = decide(RULES, facts)
+    clip_by = settled(RULES, "clip_by", facts)
+    return Decisions(
+        facts=facts,
+        routes=routes,
+        compute_dtype=compute_dtype(facts),
+        clip_by="model" if clip_by == "model" else "layer" if clip_by == "layer" else "nothing",
+        curvature_every=(
+            facts.config.optimizer.sophia.curvature_every
+            if any(route.spec and route.spec.rule == "sophia" for route in routes)
+            else 0
+        ),
+        verdicts=verdicts,
+    )
+
+
+def standing_bytes(routes: Iterable[Route]) -> dict[Category, int]:
+    """Bytes of what stays for the whole run, by category.
+
+    Args:
+        routes: One a parameter.
+    """
+    routes = tuple(routes)
+    return {
+        "weights": sum(route.weight_bytes for route in routes),
+        "optimizer state": sum(route.state_bytes for route in routes),
+        "projections": sum(route.projection_bytes for route in routes),
+    }
+
+
+def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
+    """What rules look at of all routes together."""
+    # Frozen parameters have no gradient.
+    specs = [route.spec for route in routes if route.spec]
+    subspaces = [spec.subspace for spec in specs if spec.subspace]
+    return RouteFacts(
+        kept_share=sum(math.prod(spec.held_shape) for spec in specs) / sum(math.prod(spec.shape) for spec in specs),
+        num_projected=len(subspaces),
+        num_fast=sum(subspace.fast for subspace in subspaces),
+        num_folded=sum(subspace.folds_late for subspace in subspaces),
+    )
