@@ -1,0 +1,112 @@
+"""The micro-batches that memory is planned for: the data's largest or, where the data are not known, the worst."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches, largest_window
+from sophia_galore.data.dataset import Dataset
+
+_MOST_BATCHES = 8
+"""So many micro-batches are run as they are; what more of them take is computed from what these do."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run works on at once.
+
+    Args:
+        train: The micro-batches of the largest step.
+        eval: Those that are evaluated together; empty: there is no evaluation.
+        source: Where they come from, in words.
+    """
+
+    train: tuple[MicroBatch, ...]
+    eval: tuple[MicroBatch, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Fewer micro-batches, from which follows what all of them take.
+
+    Args:
+        fewer: Some micro-batches; empty: `more` is all.
+        more: More of them.
+        factor: How many times what `more` has beyond `fewer` has to be added to `more`.
+    """
+
+    fewer: tuple[MicroBatch, ...]
+    more: tuple[MicroBatch, ...]
+    factor: float
+
+
+def load_of_data(config: RunConfig, dataset: Dataset, pad_id: int) -> Load:
+    """The largest micro-batches that a step can have, and those that are evaluated first, which are the longest.
+
+    Args:
+        config: What was asked.
+        dataset: The tokenised data.
+        pad_id: The token id to pad with.
+    """
+    training = config.training
+    size, together = training.batch_size, training.gradient_accumulation_steps
+    train = largest_window(dataset.train, batch_size=size, accumulation=together, pad_id=pad_id)
+    evaluated = eval_batches(dataset.eval, batch_size=size, pad_id=pad_id)[:together]
+    longest = max(batch.input_ids.shape[1] for batch in train)
+    words = f"the longest examples of {config.data.train}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
+    return Load(tuple(train), tuple(evaluated), f"{words} tokens")
+
+
+def assumed_load(config: RunConfig, vocab_size: int) -> Load:
+    """What a step works on at worst.
+
+    Args:
+        config: What was asked.
+        vocab_size: Words that the model knows.
+    """
+    training = config.training
+    size, together, length = training.batch_size, training.gradient_accumulation_steps, training.max_length
+    batches = full_batches(size, together, length, vocab_size)
+    evaluates = config.data.eval is not None or config.data.eval_fraction > 0
+    source = f"examples of training.max_length: {together} x {size} x {length} tokens"
+    return Load(batches, batches if evaluates else (), source)
+
+
+def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
+    """Micro-batches in which every example is as long as can be, every token counts, and as few as can be are alike.
+
+    Args:
+        batch_size: Examples in a micro-batch.
+        num_batches: Micro-batches in a step.
+        length: Tokens of each example.
+        vocab_size: Words that there are.
+    """
+    tokens = torch.arange(num_batches * batch_size * length).remainder_(vocab_size)
+    batches: list[MicroBatch] = []
+    for input_ids in tokens.view(num_batches, batch_size, length):
+        labels = torch.full_like(input_ids, IGNORED)
+        labels[:, :-1] = input_ids[:, 1:]
+        batches.append(MicroBatch(input_ids, None, labels, batch_size * length, batch_size * (length - 1)))
+    return tuple(batches)
+
+
+def sample(batches: Sequence[MicroBatch]) -> Sample:
+    """Take so few micro-batches that running them is quick.
+
+    Args:
+        batches: All of them, the largest one first.
+    """
+    if len(batches) <= _MOST_BATCHES:
+        return Sample((), tuple(batches), 0.0)
+    # What memory a phase takes grows with the tokens of all, and has a part that depends on the largest one alone.
+    largest, rest = batches[0], batches[1:]
+    num_tokens = sum(batch.input_ids.numel() for batch in rest)
+    usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
+    half, most = _MOST_BATCHES // 2, _MOST_BATCHES
+    wanted = 1 + num_tokens / usual.input_ids.numel()
+    return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))

@@ -1,0 +1,255 @@
+"""How much memory a run will need, known before it begins.
+
+What stays (weights, states, bases) is arithmetic over the routes. What comes and goes in a step is seen by running the
+engine itself without memory (`simulate.py`) on one layer of each kind, and put together for all layers (`course.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
+from sophia_galore.engine.observe import Category, Phase
+from sophia_galore.engine.timeline import Segment, Sizes
+from sophia_galore.plan.assume import Load, sample
+from sophia_galore.plan.course import Layout, PassTrace, extrapolate, follow, lay_out, plus
+from sophia_galore.plan.decisions import Decisions, standing_bytes
+from sophia_galore.plan.facts import Facts
+from sophia_galore.plan.route import Route
+from sophia_galore.plan.simulate import Settings, simulate, take_layers
+
+_MOST_STEPS = 4096
+"""So many steps are looked at for the one that needs most."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will need.
+
+    Args:
+        peak_bytes: Most bytes of tensors at once, on the device.
+        phases: The same within each phase.
+        categories: What the peak consists of.
+        course: The course of the step in which it is reached.
+        keep_layers: So many layers keep their graphs.
+    """
+
+    peak_bytes: int
+    phases: Mapping[Phase, int]
+    categories: Mapping[Category, int]
+    course: tuple[Segment, ...]
+    keep_layers: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What single layers were seen to do, from which the forecast for any number of kept layers follows.
+
+    Args:
+        standing: Bytes by category that stay for the whole run.
+        loading_bytes: Most bytes while weights are loaded.
+        batches: Bytes by category of the micro-batches.
+        layout: Which layers stand for which.
+        steps: The passes of each step that may be the one with the peak.
+        evaluation: Bytes by category that an evaluation takes beside what stands; None: there is none.
+    """
+
+    standing: Sizes
+    loading_bytes: int
+    batches: Sizes
+    layout: Layout
+    steps: tuple[tuple[PassTrace, ...], ...]
+    evaluation: Sizes | None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.layout.kind_of)
+
+    def forecast(self, keep_layers: int = 0) -> Forecast:
+        """The forecast.
+
+        Args:
+            keep_layers: So many of the last layers keep their graphs; above 0 only where that was simulated.
+        """
+        before = plus(self.standing, self.batches)
+        courses = [
+            follow(before, [change for each in step for change in each.changes(self.layout, keep_layers)])
+            for step in self.steps
+        ]
+        tops = [max(course, key=lambda segment: segment.peak.total()) for course in courses]
+        phases: Counter[Phase] = Counter(dict.fromkeys(get_args(Phase), 0))
+        phases["load"] = self.loading_bytes
+        for segment in (segment for course in courses for segment in course):
+            phases[segment.phase] = max(phases[segment.phase], segment.peak.total())
+        which = max(range(len(tops)), key=lambda index: tops[index].peak.total())
+        top, categories = tops[which].peak.total(), tops[which].peak
+        if self.evaluation is not None:
+            evaluating = plus(self.standing, self.evaluation)
+            phases["eval"] = evaluating.total()
+            if evaluating.total() > top:
+                top, categories = evaluating.total(), evaluating
+        return Forecast(
+            peak_bytes=max(top, self.loading_bytes),
+            phases=dict(phases),
+            categories={category: categories[category] for category in get_args(Category)},
+            course=tuple(courses[which]),
+            keep_layers=min(keep_layers, self.num_layers),
+        )
+
+
+def estimate(
+    decided: Decisions,
+    model_config: Any,
+    layer_names: Sequence[str],
+    load: Load,
+    *,
+    num_steps: int,
+    stored_dtype: torch.dtype | None = None,
+    keeps: bool = False,
+) -> Estimate:
+    """Find out what a run will need, in seconds, without a weight.
+
+    Args:
+        decided: What will be done in a step.
+        model_config: The model's Hugging Face configuration.
+        layer_names: Its layers, as prefixes of their parameters' names without the final dot.
+        load: What a step works on.
+        num_steps: Steps of the run.
+        stored_dtype: Precision of the weights in their files; None: not known.
+        keeps: Whether layers are to be seen that keep their graphs as well.
+    """
+    of_layer = {name: [route for route in decided.routes if route.name.startswith(f"{name}.")] for name in layer_names}
+    types = getattr(model_config, "layer_types", None) or [""] * len(layer_names)
+    layout = lay_out([(types[index], _kind(name, of_layer[name])) for index, name in enumerate(layer_names)])
+    few = take_layers(model_config, decided.routes, layer_names, layout.chosen * (2 if keeps else 1))
+    inside = {route.name for routes in of_layer.values() for route in routes}
+    around = [route for route in decided.routes if route.name not in inside]
+    steps = steps_to_see(around, of_layer[layer_names[-1]], num_steps)
+    settings = settings_of(decided)
+    taken = sample(load.train)
+    seen = simulate(
+        few,
+        settings,
+        taken.more,
+        steps,
+        eval_batches=load.eval,
+        keep_layers=layout.num_kinds if keeps else 0,
+    )
+    passes, batches = seen.steps, seen.batches
+    if taken.fewer:
+        less = simulate(few, settings, taken.fewer, steps, keep_layers=layout.num_kinds if keeps else 0)
+        passes = tuple(
+            tuple(extrapolate(a, b, taken.factor) for a, b in zip(one, other, strict=True))
+            for one, other in zip(less.steps, seen.steps, strict=True)
+        )
+        batches = Counter({"other": sum(_bytes_of(batch) for batch in load.train)})
+    standing: Sizes = Counter(standing_bytes(decided.routes))
+    return Estimate(
+        standing=standing,
+        loading_bytes=max(standing.total(), loading_bytes(decided.routes, stored_dtype)),
+        batches=batches,
+        layout=layout,
+        steps=passes,
+        evaluation=seen.evaluation,
+    )
+
+
+def settings_of(decided: Decisions) -> Settings:
+    """What a step depends on beside the model and the batches."""
+    facts = decided.facts
+    return Settings(
+        facts.config,
+        decided.compute_dtype,
+        logits_chunk_bytes(facts),
+        decided.clip_by,
+        decided.curvature_every,
+    )
+
+
+def logits_chunk_bytes(facts: Facts) -> int:
+    """Bytes of float32 logits that are worked on at once: as asked, or as suits the device."""
+    asked = facts.config.memory.logits_chunk_mib * 2**20
+    return asked or default_chunk_bytes(torch.device(facts.device.place))
+
+
+def steps_to_see(around: Sequence[Route], last: Sequence[Route], num_steps: int) -> list[int]:
+    """Numbers of the steps, one of which needs most.
+
+    At the first step every basis is made, for which gradients are formed. After it products take their place, and
+    that of a tied head waits from the head's turn to the embedding's: most is then needed by a step that makes no
+    basis for the head, and some in the last layer, whose turn comes next.
+
+    Args:
+        around: Routes of what is in no layer.
+        last: Routes of the last layer.
+        num_steps: Steps of the run.
+    """
+    fast = [route for route in around if _is_fast(route)]
+    steps = [1]
+    horizon = min(num_steps, _horizon([*around, *last]))
+    if any(_is_fast(route) for route in (*around, *last)):
+        waiting = [step for step in range(2, horizon + 1) if not any(_refreshes(route, step) for route in fast)]
+        if waiting:
+            steps.append(max(waiting, key=lambda step: sum(_formed(route, step) for route in last)))
+    # A basis that is drawn needs no gradient, but from the second time on moments move into it.
+    drawn = [route for route in around if route.spec and route.spec.subspace and route.spec.subspace.kind == "random"]
+    again = [step for step in range(2, horizon + 1) if any(_refreshes(route, step) for route in drawn)]
+    return sorted({*steps, *again[:1]})
+
+
+def loading_bytes(routes: Sequence[Route], stored_dtype: torch.dtype | None) -> int:
+    """Most bytes while weights are read, each converted as it comes: in the order of their names.
+
+    Args:
+        routes: One a parameter.
+        stored_dtype: Precision of the weights in their files; None: not known, taken for two bytes each.
+    """
+    itemsize = stored_dtype.itemsize if stored_dtype else 2
+    held = peak = 0
+    for route in sorted(routes, key=lambda route: route.name):
+        held += route.weight_bytes
+        peak = max(peak, held + route.num_elements * itemsize)
+    return peak
+
+
+def _kind(layer: str, routes: Sequence[Route]) -> Hashable:
+    """What tells a layer from others as far as memory goes: not names, nor when bases are made anew."""
+    return tuple((route.name.removeprefix(layer), route.shape, route.format, _without_when(route)) for route in routes)
+
+
+def _without_when(route: Route) -> Hashable:
+    spec = route.spec
+    if spec is None:
+        return None
+    return replace(spec, name="", subspace=replace(spec.subspace, offset=0) if spec.subspace else None)
+
+
+def _is_fast(route: Route) -> bool:
+    return bool(route.spec and route.spec.subspace and route.spec.subspace.fast)
+
+
+def _refreshes(route: Route, step: int) -> bool:
+    return bool(route.spec and route.spec.subspace and route.spec.subspace.refreshes_at(step))
+
+
+def _formed(route: Route, step: int) -> int:
+    """Bytes of a parameter's gradient, if it is formed at a step."""
+    formed = not _is_fast(route) or _refreshes(route, step)
+    return 4 * route.num_elements if route.trained and formed else 0
+
+
+def _horizon(routes: Sequence[Route]) -> int:
+    """Steps after which refreshes come round again, or that are enough to have seen those of the first octaves."""
+    gaps = (2 * route.spec.subspace.gap for route in routes if route.spec and route.spec.subspace)
+    return min(_MOST_STEPS, max(gaps, default=1))
+
+
+def _bytes_of(batch: Any) -> int:
+    tensors = (batch.input_ids, batch.labels, batch.attention_mask)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
