@@ -11,7 +11,7 @@ import typer
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.show import Terminal
-from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
