@@ -57,8 +57,9 @@ def train(
             style="bold green" if after < before else "bold red",
         )
     memory = result.memory
+    limit = f" (memory.limit: {bytes_in_words(memory['limit_bytes'])})" if memory.get("limit_bytes") else ""
     terminal.say(
-        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated, "
+        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated{limit}, "
         f"{bytes_in_words(memory['peak_reserved_bytes'])} reserved, "
         f"{bytes_in_words(memory['peak_process_bytes'])} resident ({memory['measured_by']})."
     )

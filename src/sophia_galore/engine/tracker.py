@@ -11,9 +11,11 @@ It is the caller's to let go of the error first: its traceback holds what the fa
 
 from __future__ import annotations
 
+import gc
 import heapq
 import weakref
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -48,6 +50,21 @@ class Live(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Held:
+    """What is alive at a moment.
+
+    Args:
+        allocated_bytes: All of it.
+        by_category: The same by what it is for.
+        largest: The largest storages, largest first, with the keys that `storage_key` gives.
+    """
+
+    allocated_bytes: int
+    by_category: Mapping[str, int]
+    largest: Sequence[tuple[int, Live]]
+
+
+@dataclass(frozen=True)
 class Refusal:
     """An allocation that was refused.
 
@@ -55,11 +72,13 @@ class Refusal:
         asked_bytes: Bytes that it would have added.
         shape: Shape of its tensor.
         dtype: Its dtype.
+        held: What was alive then.
     """
 
     asked_bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    held: Held
 
 
 class StorageTracker(TorchDispatchMode):
@@ -88,7 +107,11 @@ class StorageTracker(TorchDispatchMode):
         """Start a new peak at what is allocated now."""
         self._set_peak()
 
-    def largest(self, count: int) -> list[tuple[int, Live]]:
+    def held(self) -> Held:
+        """What is alive now."""
+        return Held(self.allocated_bytes, dict(self.by_category), self.largest())
+
+    def largest(self, count: int = 3) -> list[tuple[int, Live]]:
         """The largest storages that are alive, largest first, with the keys that `storage_key` gives."""
         return heapq.nlargest(count, self._live.items(), key=lambda item: item[1].num_bytes)
 
@@ -139,8 +162,9 @@ class StorageTracker(TorchDispatchMode):
         live = self._live.get(storage_key)
         if live is not None:
             return live.num_bytes == num_bytes or self._resize(storage_key, live, num_bytes)
-        if self.limit_bytes is not None and self.allocated_bytes + num_bytes > self.limit_bytes:
-            self.refusal = Refusal(num_bytes, tuple(tensor.shape), tensor.dtype)
+        if self._exceeds(num_bytes) and (not gc.collect() or self._exceeds(num_bytes)):
+            # What only a cycle of references held is no reason.
+            self.refusal = Refusal(num_bytes, tuple(tensor.shape), tensor.dtype, self.held())
             return False
         self._born += 1
         reference = weakref.ref(storage, lambda _: self._drop(storage_key))
@@ -153,10 +177,13 @@ class StorageTracker(TorchDispatchMode):
         # Others hold it, so it can't be dropped: it counts as it is.
         self._live[storage_key] = live._replace(num_bytes=num_bytes)
         self._count(live.category, num_bytes - live.num_bytes)
-        if num_bytes < live.num_bytes or self.limit_bytes is None or self.allocated_bytes <= self.limit_bytes:
+        if num_bytes < live.num_bytes or not self._exceeds(0):
             return True
-        self.refusal = Refusal(num_bytes - live.num_bytes, tuple(live.shape), live.dtype)
+        self.refusal = Refusal(num_bytes - live.num_bytes, tuple(live.shape), live.dtype, self.held())
         return False
+
+    def _exceeds(self, num_bytes: int) -> bool:
+        return self.limit_bytes is not None and self.allocated_bytes + num_bytes > self.limit_bytes
 
     def _refuse(self) -> NoReturn:
         assert self.refusal is not None and self.limit_bytes is not None

@@ -168,6 +168,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
         held_shapes={spec.name: spec.held_shape for spec in specs} if run.plan.clip_by == "model" else {},
         max_length=training.max_length,
         stopped=lambda: run.stop.requested,
+        explain=run.monitor.explain,
     )
     peak = run.monitor.end_probe()
     if torch.device(run.plan.device).type == "cuda":

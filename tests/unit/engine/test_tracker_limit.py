@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia_galore.engine.tracker import Refusal, StorageTracker
+from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
 
 CPU = torch.device("cpu")
@@ -90,6 +90,15 @@ def test_a_storage_that_grows_counts_as_it_is() -> None:
         assert tracker.allocated_bytes == 40 + target.untyped_storage().nbytes()
 
 
+def test_what_only_a_cycle_holds_makes_room() -> None:
+    with StorageTracker(CPU, LIMIT) as tracker:
+        cycle: list[object] = [torch.zeros(10)]
+        cycle.append(cycle)
+        del cycle
+        tensor = torch.zeros(30)
+        assert tracker.allocated_bytes == tensor.untyped_storage().nbytes() == 120
+
+
 def test_an_unknown_tensor_is_refused_by_its_tag() -> None:
     before = torch.zeros(100)
     with StorageTracker(CPU, LIMIT) as tracker:
@@ -134,7 +143,12 @@ def test_an_error_in_a_hook_of_backward_comes_through() -> None:
         weight.register_post_accumulate_grad_hook(lambda _: torch.zeros(1000))  # type: ignore[arg-type, return-value]
         with pytest.raises(OutOfMemory, match="4 KiB more"):
             (weight * 2).sum().backward()
-        assert tracker.refusal == Refusal(4000, (1000,), torch.float32)
+        refusal = tracker.refusal
+        assert refusal is not None
+        assert (refusal.asked_bytes, refusal.shape, refusal.dtype) == (4000, (1000,), torch.float32)
+        # What was alive then: the gradient at least; not what was refused.
+        assert 40 <= refusal.held.allocated_bytes == sum(refusal.held.by_category.values()) <= 1000
+        assert refusal.held.largest[0][1].num_bytes == 40
 
 
 def test_the_largest_are_named_with_what_they_are() -> None:
