@@ -263,9 +263,9 @@ class MemoryConfig(Section):
 
     limit: Size | None = Field(
         None,
-        description="What the process may take on the device. On CUDA the allocator is capped; on a CPU every tensor "
-        'storage is counted through the whole run, and an allocation beyond it is refused, so that "runs in 4GiB" can '
-        "be shown on any machine. null: no limit.",
+        description="What the process may take on the device; null: no limit. On CUDA the allocator is capped. On a "
+        "CPU every tensor storage is counted, from loading to the end, and an allocation beyond the limit is refused, "
+        "so that 'runs in 4GiB' can be shown on any machine; copies from which files are written are not counted.",
     )
     reserve: SizeOrZero | None = Field(
         None,
