@@ -83,7 +83,7 @@ class MemoryMonitor(Observer):
         self.names: Callable[[], Mapping[int, str]] = dict
         """Gives the names of storages that have one."""
         self.advice: Callable[[], str] = self._usual_advice
-        """Says what to do when memory ran out."""
+        """Says what to do when memory ran out; what it allocates for that is not counted."""
         self._peak_bytes = 0
         self._peak_reserved_bytes = 0
         self._categories: dict[str, int] = {}
@@ -150,7 +150,7 @@ class MemoryMonitor(Observer):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Inside the context tensors are not counted: what is made to read or write a file."""
+        """Inside the context tensors are not counted, such as those that are made to read or write a file."""
         entered = self._entered
         self.stop()
         try:
@@ -172,10 +172,10 @@ class MemoryMonitor(Observer):
         try:
             yield
         except Exception as error:
-            explained = isinstance(error, SophiaGaloreError) and error.remedy
-            if (explained and not isinstance(error, OutOfMemory)) or not lacks_memory(error):
+            ours = isinstance(error, SophiaGaloreError) and not isinstance(error, OutOfMemory)
+            if ours or not lacks_memory(error):
                 raise
-            told = error if explained and isinstance(error, OutOfMemory) else self.explain(error)
+            told = error if isinstance(error, OutOfMemory) and error.remedy else self.explain(error)
             raise OutOfMemory(told.cause, f"{told.remedy} {more()}".strip()) from error
 
     def explain(self, error: BaseException, what: str = "Out of memory") -> OutOfMemory:
@@ -192,7 +192,8 @@ class MemoryMonitor(Observer):
         limit = "" if self._limit_bytes is None else f"memory.limit ({bytes_in_words(self._limit_bytes)})"
         if limit and self._reserve_bytes:
             limit += f" less memory.reserve ({bytes_in_words(self._reserve_bytes)})"
-        return OutOfMemory(what + shortage.in_words(error, limit), self.advice())
+        with self.apart():  # advice may be found by trying things out
+            return OutOfMemory(what + shortage.in_words(error, limit), self.advice())
 
     def _look(self, error: BaseException) -> Shortage:
         """How things stand; at the moment of the refusal, if it was one."""

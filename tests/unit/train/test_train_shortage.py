@@ -137,6 +137,19 @@ def test_an_explanation_is_not_explained_again() -> None:
     assert (caught.value.cause, caught.value.remedy) == ("The probe step is too large.", "Do with less. More.")
 
 
+def test_advice_may_be_found_by_trying_things_out() -> None:
+    with limited() as monitor:
+
+        def advice() -> str:
+            return f"{floats(20).numel()} are too many."
+
+        monitor.advice = advice
+        with pytest.raises(OutOfMemory, match="5242880 are too many"), monitor.explaining(), monitor.phase("forward"):
+            floats(11)
+        assert monitor.watches_tensors
+    assert monitor.report()["phases"]["forward"] == 0
+
+
 def test_what_files_are_written_from_is_not_counted() -> None:
     with limited() as monitor, monitor.phase("load"):
         weights = floats(8)
