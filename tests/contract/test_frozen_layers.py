@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import CPU, load_frozen_parts, load_parts, make_engine
+from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.generate import _loaded, _whole, answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.model.anatomy import Anatomy
@@ -215,7 +216,7 @@ def test_a_checkpoint_answers_without_bitsandbytes(tmp_path: Path, monkeypatch: 
 
 def test_memory_is_followed_and_frozen_weights_count_as_weights(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, "llama")
-    with MemoryMonitor(CPU, 2) as monitor:
+    with MemoryMonitor(CPU, MemoryConfig(track_steps=2)) as monitor:
         with monitor.phase("load"):
             anatomy, store, names = load_frozen_parts(folder)
         expected = sum(tensor.nbytes for tensor in store.tensors().values())

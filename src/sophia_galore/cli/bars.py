@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.report.categories import colour_of, in_order
 
 LEGEND_WIDTH = 80

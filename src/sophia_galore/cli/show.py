@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from sophia_galore.cli.sizes import bytes_in_words, time_in_words
 from sophia_galore.cli.tables import parameter_table, plan_table, remarks, trained_share, verdict_line
+from sophia_galore.cli.times import time_in_words
 from sophia_galore.config.schema import DataConfig
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.listener import Listener

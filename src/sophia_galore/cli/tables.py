@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.route import Route
 from sophia_galore.plan.verdicts import Decided

@@ -14,7 +14,7 @@ from rich.text import Text
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
-from sophia_galore.cli.sizes import bytes_in_words
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
@@ -68,8 +68,9 @@ def train(
     if any(categories.values()):
         width = min(terminal.console.width, LEGEND_WIDTH)
         terminal.console.print(memory_bar(categories, limit_bytes=memory.get("limit_bytes"), width=width))
+    limit = f" (memory.limit: {bytes_in_words(memory['limit_bytes'])})" if memory.get("limit_bytes") else ""
     terminal.say(
-        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated, "
+        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated{limit}, "
         f"{bytes_in_words(memory['peak_reserved_bytes'])} reserved, "
         f"{bytes_in_words(memory['peak_process_bytes'])} resident ({memory['measured_by']})."
     )

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from sophia_galore.config.schema import RunConfig, Section
 
-
 S = TypeVar("S", bound=Section)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from sophia_galore.config.problems import Problem, raise_problems
 from sophia_galore.config.schema import QuantizationConfig, RunConfig
+from sophia_galore.config.size import bytes_in_words
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,12 @@ RULES: dict[str, Rule] = {
         "null and data.eval_fraction is 0",
         "Set data.eval or data.eval_fraction, or set training.eval_every_steps to 0.",
     ),
+    "reserve_takes_all": Rule(
+        lambda c: c.memory.limit is not None and (c.memory.reserve or 0) >= c.memory.limit,
+        ("memory.reserve", "memory.limit"),
+        "memory.reserve ({reserve}) leaves nothing of memory.limit ({limit})",
+        "Lower memory.reserve, or leave it out.",
+    ),
 }
 
 
@@ -195,7 +202,11 @@ def check(config: RunConfig) -> None:
 
 
 def _filled(text: str, config: RunConfig) -> str:
-    # Truth values appear as YAML spells them.
-    return (
-        text.format(c=config, native_options=_native_options(config)).replace("True", "true").replace("False", "false")
+    filled = text.format(
+        c=config,
+        native_options=_native_options(config),
+        limit=bytes_in_words(config.memory.limit or 0),
+        reserve=bytes_in_words(config.memory.reserve or 0),
     )
+    # Truth values appear as YAML spells them.
+    return filled.replace("True", "true").replace("False", "false")

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.size import Size, SizeOrZero
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Key:
     default: object
     description: str
 
-    def takes(self, kind: type) -> bool:
-        """Whether a plain value of this type is among what the key accepts."""
+    def takes(self, kind: Any) -> bool:
+        """Whether a value of this type, a plain one or a size, is among what the key accepts."""
         return kind in _members(self.annotation)
 
 
@@ -98,6 +99,8 @@ def _accepts(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
+    if annotation in (Size, SizeOrZero):
+        return "a size such as 4GiB" + (" or 0" if annotation == SizeOrZero else "")
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         values = ", ".join(str(value) for value in arguments)

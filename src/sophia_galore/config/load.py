@@ -22,6 +22,8 @@ from sophia_galore.config.problems import Problem, raise_problems, show
 from sophia_galore.config.read_file import read_file
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.settle import settle
+from sophia_galore.config.size import Size, SizeOrZero, parse_size
+from sophia_galore.errors import ArgumentError
 
 _NUMBER = re.compile(r"[-+]?[0-9.,_]+([eE][-+]?[0-9]+)?")
 """Text that was surely meant as a number."""
@@ -80,7 +82,8 @@ def _natural(key: Key, value: object) -> object:
     """YAML's types in Python's: lists are tuples, and `1e3` is a whole number where one is wanted."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, float) and key.takes(int) and value.is_integer() and abs(value) <= EXACT_FLOATS:
+    whole = key.takes(int) or _takes_size(key)
+    if isinstance(value, float) and whole and value.is_integer() and abs(value) <= EXACT_FLOATS:
         return int(value)
     return value
 
@@ -92,7 +95,16 @@ def _key_at(location: tuple[int | str, ...]) -> str:
     return next((name for name in names if name in keys()), ".".join(words))
 
 
+def _takes_size(key: Key) -> bool:
+    return key.takes(Size) or key.takes(SizeOrZero)
+
+
 def _wrong_value(key: Key, given: Given) -> Problem:
+    if _takes_size(key):
+        try:
+            parse_size(given.value, name=given.name(), zero=key.takes(SizeOrZero))  # type: ignore[arg-type]
+        except ArgumentError as error:
+            return Problem(given.where, error.cause, f"{error.remedy} Left out, it is {show(key.default)}.")
     cause = f"{given.name()} takes {key.accepts}; got {show(given.value)}"
     return Problem(given.where, cause, f"{_hint(key, given.value)}Left out, it is {show(key.default)}.")
 

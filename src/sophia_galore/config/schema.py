@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sophia_galore.config.size import Size, SizeOrZero
+
 OptimizerName = Literal["galore", "adamw", "sophia", "apollo", "apollo_mini", "scale"]
 StoreFormat = Literal["fp32", "bf16"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -257,7 +259,24 @@ class ExportConfig(Section):
 
 
 class MemoryConfig(Section):
-    """Memory: what is watched, and what may be traded for speed."""
+    """Memory: how much of it there is, what is watched, and what may be traded for speed."""
+
+    limit: Size | None = Field(
+        None,
+        description="What the process may take on the device; null: no limit. On CUDA the allocator is capped. On a "
+        "CPU every tensor storage is counted, from loading to the end, and an allocation beyond the limit is refused, "
+        "so that 'runs in 4GiB' can be shown on any machine; copies from which files are written are not counted.",
+    )
+    reserve: SizeOrZero | None = Field(
+        None,
+        description="Part of the limit that is left to others than tensors; null: 0 on a CPU, on CUDA what context and "
+        "other programs take, measured, and a share for fragmentation.",
+    )
+    on_oom: Literal["stop", "adapt"] = Field(
+        "stop",
+        description="When memory runs out: stop with an explanation, or repeat with smaller micro-batches, same "
+        "effective batch and same numbers up to rounding, and say so.",
+    )
 
     logits_chunk_mib: int = Field(
         0,
@@ -269,7 +288,8 @@ class MemoryConfig(Section):
     track_steps: int = Field(
         2,
         ge=0,
-        description="Follow every tensor storage during so many first steps, to tell what memory is for; 0: off.",
+        description="Follow every tensor storage during so many first steps, to tell what memory is for; 0: off. With "
+        "`limit` on a CPU all steps are followed, whatever this says.",
     )
 
 

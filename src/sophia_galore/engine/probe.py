@@ -20,12 +20,17 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.head import Grads
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.product import Chooser
-from sophia_galore.errors import NonFiniteError, RunError, SophiaGaloreError, lacks_memory, short
+from sophia_galore.errors import NonFiniteError, OutOfMemory, RunError, lacks_memory, short
 from sophia_galore.numerics.bases import random_basis, tracked_basis
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.subspace import Projector, UnformedGrad, projection_side
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.optimizer import ParamOptimizer
+
+WHAT_HELPS = (
+    "Lower training.max_length or training.batch_size, or use quantization.load_in_8bit=true or optimizer.state_bits=8."
+)
+"""Against too little memory."""
 
 _PRECISION = "Compute in fp32 (training.compute_dtype=fp32); if it is that already, the model's weights are broken."
 
@@ -40,6 +45,7 @@ def take_probe(
     held_shapes: Mapping[str, tuple[int, ...]],
     max_length: int,
     stopped: Callable[[], bool],
+    explain: Callable[[Exception, str], OutOfMemory] | None = None,
 ) -> None:
     """Try out a step.
 
@@ -52,10 +58,13 @@ def take_probe(
         held_shapes: By name, the shape of what is kept of a gradient until the step ends; left out: nothing.
         max_length: The longest example that was asked for.
         stopped: Whether the user asked the run to stop.
+        explain: Makes what is raised where memory runs out, of what happened and of words for the step that was too
+            large; None: what happened is repeated.
 
     Raises:
         NonFiniteError: The loss or a gradient is not finite.
-        RunError: The step does not fit into memory, fails, or leaves a parameter without a gradient.
+        OutOfMemory: The step does not fit into memory.
+        RunError: The step fails, or leaves a parameter without a gradient.
         KeyboardInterrupt: The user asked the run to stop: there is nothing to save yet.
     """
     seen: set[str] = set()
@@ -80,10 +89,13 @@ def take_probe(
     except NonFiniteError as error:
         cause = error.cause if "probe step" in error.cause else f"In the probe step: {error.cause}"
         raise NonFiniteError(cause, _PRECISION) from error
-    except SophiaGaloreError:
-        raise
-    except (RuntimeError, MemoryError) as error:
-        raise _failed(error, batches, max_length) from error
+    except (RuntimeError, MemoryError, OutOfMemory) as error:
+        if lacks_memory(error):
+            raise (explain or _repeat)(error, _too_large(batches, max_length)) from error
+        raise RunError(
+            f"The probe step ({describe_probe(batches)}) failed: {short(error)}.",
+            "A training step would fail in the same way; --debug shows where.",
+        ) from error
     without = [name for name in trained if name not in seen]
     if without:
         raise RunError(
@@ -112,16 +124,11 @@ def describe_probe(batches: Sequence[MicroBatch]) -> str:
     return f"{rows} x {columns} tokens in {len(batches)} micro-batch" + ("es" if len(batches) > 1 else "")
 
 
-def _failed(error: Exception, batches: Sequence[MicroBatch], max_length: int) -> RunError:
-    if not lacks_memory(error):
-        return RunError(
-            f"The probe step ({describe_probe(batches)}) failed: {short(error)}.",
-            "A training step would fail in the same way; --debug shows where.",
-        )
+def _too_large(batches: Sequence[MicroBatch], max_length: int) -> str:
     longest = max(batch.input_ids.shape[1] for batch in batches)
     reached = f"; its longest example has {longest} tokens" + (", which is max_length" if longest == max_length else "")
-    return RunError(
-        f"The probe step ({describe_probe(batches)}{reached}) needs more memory than there is: {short(error)}.",
-        "Lower training.max_length or training.batch_size, or use quantization.load_in_8bit=true or "
-        "optimizer.state_bits=8.",
-    )
+    return f"The probe step ({describe_probe(batches)}{reached}) needs more memory than there is"
+
+
+def _repeat(error: Exception, what: str) -> OutOfMemory:
+    return OutOfMemory(f"{what}: {short(error)}.", WHAT_HELPS)

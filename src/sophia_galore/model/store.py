@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
@@ -252,8 +253,8 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
             for name in names:
                 if (form and name.endswith(_ENDINGS)) or (name.endswith(ABSMAX) and name.removesuffix(ABSMAX) in names):
                     continue
-                # Opened anew each time: pages of a mapped file stay resident until it is closed.
-                with safe_open(path, framework="pt") as file:
+                # Opened anew each time: pages of a mapped file stay resident until it is closed. No mode counts them.
+                with safe_open(path, framework="pt") as file, _disable_current_modes():
                     parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
                 yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:

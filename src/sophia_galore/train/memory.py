@@ -5,12 +5,16 @@ first steps; it tells what the memory is for. How much it is, on CUDA the alloca
 the time. On a CPU there is no such allocator: there the tracker's sum is the peak, and after it was
 taken off only the resident size of the process is read. On a CPU nothing is kept in reserve beyond
 what is allocated, so both numbers are the same there.
+
+A limit is kept by the allocator on CUDA, and on a CPU by the tracker, which then stays to the end. Copies
+that are made to read or write a checkpoint or a model are not counted: on a GPU they are in host memory.
+When memory runs out, what was in it is noted where that happens, since it is gone when the run ends.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, get_args
 
@@ -18,8 +22,14 @@ import psutil
 import torch
 from torch import Tensor
 
+from sophia_galore.config.schema import MemoryConfig
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Phase
+from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
+from sophia_galore.plan.reserve import allocator_bytes
+from sophia_galore.train.shortage import Shortage
 
 # What happens within an optimizer step; loading and evaluation are not a step's memory.
 _STEP_PHASES = ("forward", "head", "backward", "step")
@@ -45,17 +55,26 @@ class MemoryMonitor(Observer):
 
     Args:
         device: Where the run's tensors live.
-        track_steps: Steps during which every storage is followed; 0: none.
+        asked: What was asked for: for how many steps storages are followed, and the limit.
     """
 
-    def __init__(self, device: torch.device, track_steps: int) -> None:
+    def __init__(self, device: torch.device, asked: MemoryConfig) -> None:
         self._device = device
         self._cuda = device.type == "cuda"
-        self._track_steps = track_steps
-        self._tracker = StorageTracker(device) if track_steps else None
+        self._track_steps = asked.track_steps
+        self._limit_bytes, self._reserve_bytes = asked.limit, asked.reserve
+        # To the end, since what is not seen can't be refused.
+        self._stays = asked.limit is not None and not self._cuda
+        self._tracker = StorageTracker(device) if asked.track_steps or self._stays else None
         self._entered = False
         self._phases: dict[str, int] = {}
         self._current: list[Phase] = []
+        self._began: list[Mapping[str, int]] = []
+        self._shortage: Shortage | None = None
+        self.names: Callable[[], Mapping[int, str]] = dict
+        """Gives the names of storages that have one."""
+        self.advice: Callable[[], str] = self._usual_advice
+        """Says what to do when memory ran out; what it allocates for that is not counted."""
         self._peak_bytes = 0
         self._peak_reserved_bytes = 0
         self._categories: dict[str, int] = {}
@@ -69,14 +88,30 @@ class MemoryMonitor(Observer):
         return self._entered
 
     def __enter__(self) -> Self:
-        """Begin to follow storages, where that is what is done."""
+        """Begin to follow storages, where that is what is done, and put the limit into force.
+
+        Raises:
+            EnvironmentProblem: The limit is more than the GPU has, or leaves nothing to tensors.
+        """
+        if self._limit_bytes is not None:
+            room_bytes = allocator_bytes(self._device, self._limit_bytes, self._reserve_bytes)
+            if self._cuda:
+                total_bytes = torch.cuda.mem_get_info(self._device)[1]
+                torch.cuda.set_per_process_memory_fraction(room_bytes / total_bytes, self._device)
+            elif self._tracker is not None:
+                self._tracker.limit_bytes = room_bytes
+        self._follow()
+        return self
+
+    def _follow(self) -> None:
         if self._tracker is not None and not self._entered:
             self._tracker.__enter__()
             self._entered = True
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        if self._cuda and self._limit_bytes is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
 
     def stop(self) -> None:
         """Stop following storages; resident size is still read."""
@@ -89,13 +124,80 @@ class MemoryMonitor(Observer):
         """Attribute peaks to this phase inside the context."""
         self._settle()
         self._current.append(name)
+        self._began.append(dict(self._tracker.by_category) if self._tracker is not None else {})
+        self._shortage = None  # whatever there was before has been overcome
         self._open()
         try:
             yield
+        except Exception as error:
+            if self._shortage is None and lacks_memory(error):
+                self._shortage = self._look(error)
+            raise
         finally:
             self._settle()
             self._current.pop()
+            self._began.pop()
             self._open()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside the context tensors are not counted, such as those that are made to read or write a file."""
+        entered = self._entered
+        self.stop()
+        try:
+            yield
+        finally:
+            if entered:
+                self._follow()
+
+    @contextmanager
+    def explaining(self, more: Callable[[], str] = str) -> Iterator[None]:
+        """Explain it if memory runs out inside the context.
+
+        Args:
+            more: Gives a sentence that is added to what the user can do.
+
+        Raises:
+            OutOfMemory: Instead of an error that only says that memory ran out.
+        """
+        try:
+            yield
+        except Exception as error:
+            ours = isinstance(error, SophiaGaloreError) and not isinstance(error, OutOfMemory)
+            if ours or not lacks_memory(error):
+                raise
+            told = error if isinstance(error, OutOfMemory) and error.remedy else self.explain(error)
+            raise OutOfMemory(told.cause, f"{told.remedy} {more()}".strip()) from error
+
+    def explain(self, error: BaseException, what: str = "Out of memory") -> OutOfMemory:
+        """Say where memory ran out, what grew and what was largest.
+
+        Args:
+            error: What was raised.
+            what: What happened, in words that a place follows.
+
+        Returns:
+            An error for the user, with what can be done about it.
+        """
+        shortage = self._shortage or self._look(error)
+        limit = "" if self._limit_bytes is None else f"memory.limit ({bytes_in_words(self._limit_bytes)})"
+        if limit and self._reserve_bytes:
+            limit += f" less memory.reserve ({bytes_in_words(self._reserve_bytes)})"
+        with self.apart():  # advice may be found by trying things out
+            return OutOfMemory(what + shortage.in_words(error, limit), self.advice())
+
+    def _look(self, error: BaseException) -> Shortage:
+        """How things stand; at the moment of the refusal, if it was one."""
+        counts = self._tracker is not None and self._entered
+        refusal = self._tracker.refusal if self._tracker is not None and isinstance(error, OutOfMemory) else None
+        held = refusal.held if refusal else self._tracker.held() if self._tracker is not None and counts else None
+        phase, before = (self._current[-1], self._began[-1]) if self._current else (None, {})
+        return Shortage(phase, before, held, refusal, self.names())
+
+    def _usual_advice(self) -> str:
+        if self._limit_bytes is None:
+            return WHAT_HELPS
+        return f"Raise memory.limit, or {WHAT_HELPS[0].lower()}{WHAT_HELPS[1:]}"
 
     def tag(self, tensor: Tensor, category: Category) -> None:
         """Count this tensor under `category`."""
@@ -126,7 +228,7 @@ class MemoryMonitor(Observer):
         }
         self._steps.append({"step": step, **record})
         self._step_peak_bytes = 0
-        if len(self._steps) >= self._track_steps:
+        if len(self._steps) >= self._track_steps and not self._stays:
             self.stop()
         return record
 
@@ -145,6 +247,8 @@ class MemoryMonitor(Observer):
         self._settle()
         if self._cuda:
             measured_by = "CUDA allocator (categories: storage tracker, loading to the first steps)"
+        elif self._stays:
+            measured_by = "storage tracker (the whole run)"
         elif self._tracker is not None:
             measured_by = f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps)"
         else:
@@ -152,6 +256,7 @@ class MemoryMonitor(Observer):
         return {
             "device": torch.cuda.get_device_name(self._device) if self._cuda else "cpu",
             "measured_by": measured_by,
+            "limit_bytes": self._limit_bytes,
             "peak_allocated_bytes": self._peak_bytes or peak_process_bytes(),
             "peak_reserved_bytes": (self._peak_reserved_bytes if self._cuda else self._peak_bytes)
             or peak_process_bytes(),

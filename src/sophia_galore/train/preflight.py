@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import largest_window
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.engine.layerwise import LayerwiseEngine
@@ -30,7 +31,7 @@ from sophia_galore.plan.route import Route
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.signals import StopRequest
-from sophia_galore.train.space import bytes_in_words, refuse_full_disk, space_needed
+from sophia_galore.train.space import refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import stop_warning
 
 
@@ -167,6 +168,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
         held_shapes={spec.name: spec.held_shape for spec in specs} if run.plan.clip_by == "model" else {},
         max_length=training.max_length,
         stopped=lambda: run.stop.requested,
+        explain=run.monitor.explain,
     )
     peak = run.monitor.end_probe()
     if torch.device(run.plan.device).type == "cuda":

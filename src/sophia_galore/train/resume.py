@@ -33,6 +33,9 @@ _FREE = (
     "optimizer.",
     "checkpoint.",
     "export.",
+    "memory.limit",
+    "memory.on_oom",
+    "memory.reserve",
     "memory.track_steps",
 )
 # Those of them that a plan is made from.

@@ -35,6 +35,7 @@ from sophia_galore.train.preflight import Loaded, after_loading
 from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
+from sophia_galore.train.shortage import storage_names
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
 
@@ -68,11 +69,13 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         locked(folder),
         repeatable(prepared.device),
         stop_on_signal() as stop,
-        MemoryMonitor(prepared.device, config.memory.track_steps) as monitor,
+        MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
-        run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
+        with monitor.explaining():
+            run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
         try:
-            return run.carry_out()
+            with monitor.explaining(run.way_back):
+                return run.carry_out()
         finally:
             run.close()
 
@@ -102,7 +105,9 @@ class _Run:
                 (route.spec for route in plan.routes if route.spec), seed=config.training.seed, device=prepared.device
             )
             if checkpoint:
-                self._optimizer.load_named_state(checkpoint.optimizer_state())
+                with self._monitor.apart():
+                    self._optimizer.load_named_state(checkpoint.optimizer_state())
+            self._monitor.names = lambda: storage_names(self._store, self._optimizer)
             self._monitor.tag_state(self._optimizer.named_state().items())
         self._engine = LayerwiseEngine(
             prepared.anatomy,
@@ -294,14 +299,15 @@ class _Run:
         (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
-        write_model(
-            folder,
-            store=self._store,
-            dtype=dtype,
-            config=self._prepared.model_config,
-            generation_config=self._prepared.generation_config,
-            tokenizer=self._prepared.tokenizer,
-        )
+        with self._monitor.apart():
+            write_model(
+                folder,
+                store=self._store,
+                dtype=dtype,
+                config=self._prepared.model_config,
+                generation_config=self._prepared.generation_config,
+                tokenizer=self._prepared.tokenizer,
+            )
 
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
@@ -334,7 +340,10 @@ class _Run:
             cause = f"{broken} holds values that are not finite after step {self._last_step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
 
-    def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
+    def way_back(self) -> str:
+        """Where a run that failed can go on from, in a sentence."""
         saved = checkpoints(self._folder)
-        way = f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
-        return NonFiniteError(error.cause, f"{error.remedy} {way}")
+        return f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+
+    def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(error.cause, f"{error.remedy} {self.way_back()}")

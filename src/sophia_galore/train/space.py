@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.store import DTYPES
 from sophia_galore.plan.plan import RunPlan
@@ -91,10 +92,3 @@ def refuse_full_disk(folder: Path, space: Space) -> None:
         "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
         "model.store=bf16, quantization.load_in_8bit=true, optimizer.state_bits=8.",
     )
-
-
-def bytes_in_words(num_bytes: float) -> str:
-    """Bytes as "1.42 GiB" or "310 MiB"."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"

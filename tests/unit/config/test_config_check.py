@@ -127,6 +127,13 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["training.eval_every_steps=2", "data.eval_fraction=0", "data.eval=x.json"],
         )
     ],
+    "reserve_takes_all": [
+        (
+            ["memory.limit=1GiB", "memory.reserve=2GiB"],
+            ["memory.reserve (2.00 GiB) leaves nothing of memory.limit (1.00 GiB)"],
+            ["memory.limit=3GiB", "memory.reserve=2GiB"],
+        )
+    ],
 }
 FLAT = [(rule, *case) for rule, cases in CASES.items() for case in cases]
 

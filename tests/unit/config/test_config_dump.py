@@ -19,6 +19,7 @@ from sophia_galore.config.check import contradictions
 from sophia_galore.config.dump import config_reference, flatten
 from sophia_galore.config.keys import keys, known_keys
 from sophia_galore.config.schema import OptimizerConfig
+from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
 # Where the type allows more than the rules: without these most random configurations would be refused.
 NARROWED: dict[str, st.SearchStrategy[Any]] = {
@@ -44,6 +45,10 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
         return st.none()
     if annotation is bool:
         return st.booleans()
+    if annotation == Size:
+        return st.integers(LEAST_BYTES, 2**63 - 1)
+    if annotation == SizeOrZero:
+        return st.just(0) | values_of(Size, {})
     if annotation is int:
         top = limits["lt"] - 1 if "lt" in limits else limits.get("le")
         return st.integers(limits.get("ge", 0), top)

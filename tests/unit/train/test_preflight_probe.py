@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sophia_galore.config import load_config
+from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.model.store import WeightStore
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -108,7 +109,7 @@ def test_the_peak_is_said_where_it_was_measured(track_steps: int, world: World, 
 
 
 def test_the_probe_counts_to_the_report_but_to_no_step() -> None:
-    with MemoryMonitor(torch.device("cpu"), track_steps=1) as monitor:
+    with MemoryMonitor(torch.device("cpu"), MemoryConfig(track_steps=1)) as monitor:
         with monitor.phase("backward"):
             assert torch.zeros(1000).numel() == 1000
         assert monitor.end_probe() == 4000

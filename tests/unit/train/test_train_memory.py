@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.report.memory_report import read_memory_report
 from sophia_galore.train.memory import MemoryMonitor, peak_process_bytes, process_bytes
 
@@ -17,6 +18,7 @@ CPU = torch.device("cpu")
 KEYS = [
     "device",
     "measured_by",
+    "limit_bytes",
     "peak_allocated_bytes",
     "peak_reserved_bytes",
     "peak_process_bytes",
@@ -30,7 +32,7 @@ CATEGORIES = ["weights", "gradients", "optimizer state", "projections", "activat
 
 @pytest.fixture
 def monitor() -> Iterator[MemoryMonitor]:
-    made = MemoryMonitor(CPU, track_steps=2)
+    made = MemoryMonitor(CPU, MemoryConfig(track_steps=2))
     made.__enter__()
     yield made
     made.stop()
@@ -55,7 +57,7 @@ def assert_whole(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize("track_steps", [0, 1, 2])
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_a_report_is_never_empty(track_steps: int, num_steps: int, tmp_path: Path) -> None:
-    monitor = MemoryMonitor(CPU, track_steps)
+    monitor = MemoryMonitor(CPU, MemoryConfig(track_steps=track_steps))
     monitor.__enter__()
     for step in range(1, num_steps + 1):
         one_step(monitor, 100, step)
@@ -182,7 +184,7 @@ class FakeAllocator:
 
 def test_on_a_gpu_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     allocator = FakeAllocator(monkeypatch)
-    with MemoryMonitor(torch.device("cuda", 0), track_steps=2) as monitor:
+    with MemoryMonitor(torch.device("cuda", 0), MemoryConfig(track_steps=2)) as monitor:
         with monitor.phase("load"):
             allocator.use(1000)
         for step in (1, 2, 3):

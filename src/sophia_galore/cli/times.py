@@ -1,10 +1,6 @@
-"""Numbers as people read them."""
+"""Times as people read them."""
 
 from __future__ import annotations
-
-from sophia_galore.train.space import bytes_in_words
-
-__all__ = ["bytes_in_words", "time_in_words"]
 
 
 def time_in_words(seconds: float) -> str:

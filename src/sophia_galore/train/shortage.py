@@ -1,0 +1,105 @@
+"""Explaining why memory ran out: in which phase, what grew, and what is largest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.engine.observe import Phase
+from sophia_galore.engine.tracker import Held, Live, Refusal, StorageTracker
+from sophia_galore.errors import short
+from sophia_galore.model.frozen import Frozen8bit
+from sophia_galore.model.store import WeightStore
+from sophia_galore.numerics.folded import FoldedTensor
+from sophia_galore.optim.optimizer import ParamOptimizer
+
+_PHASES: dict[Phase, str] = {
+    "load": "while loading",
+    "forward": "in forward",
+    "head": "in the head",
+    "backward": "in backward",
+    "step": "in the optimizer's step",
+    "eval": "in evaluation",
+}
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """How things stood when memory ran out.
+
+    Args:
+        phase: What the run was doing; None: between phases.
+        before: Bytes by category at the beginning of the phase.
+        held: What was alive; None: nothing kept count.
+        refusal: What was refused, if it was for the limit.
+        names: Of storages that have one.
+    """
+
+    phase: Phase | None
+    before: Mapping[str, int]
+    held: Held | None
+    refusal: Refusal | None
+    names: Mapping[int, str]
+
+    def in_words(self, error: BaseException, limit: str) -> str:
+        """What is to be said after "Out of memory", on one line.
+
+        Args:
+            error: What was raised.
+            limit: The limit in words, such as "memory.limit (4 GiB)"; "" if there is none.
+        """
+        said = f"{short(error)}." + (f" The limit is {limit}." if limit else "")
+        sentences = [self._asked(limit) if self.refusal else said, self._growth(), self._largest()]
+        place = f", {_PHASES[self.phase]}" if self.phase else ""
+        return f"{place}: " + " ".join(filter(None, sentences))
+
+    def _asked(self, limit: str) -> str:
+        assert self.refusal is not None
+        asked = f"{bytes_in_words(self.refusal.asked_bytes)} more ({_form(self.refusal.shape, self.refusal.dtype)})"
+        return f"{asked} do not fit into {limit}, {bytes_in_words(self.refusal.held.allocated_bytes)} are taken."
+
+    def _growth(self) -> str:
+        if self.held is None or self.phase is None:
+            return ""
+        grown = {name: now - self.before.get(name, 0) for name, now in self.held.by_category.items()}
+        most = max(grown, key=lambda name: grown[name], default=None)
+        if most is None or grown[most] <= 0:
+            return ""
+        before, now = self.before.get(most, 0), self.held.by_category[most]
+        what = "other tensors" if most == "other" else most
+        return f"Since that began, {what} grew most, from {bytes_in_words(before)} to {bytes_in_words(now)}."
+
+    def _largest(self) -> str:
+        if self.held is None or not self.held.largest:
+            return ""
+        return "Largest: " + "; ".join(self._tensor(key, live) for key, live in self.held.largest) + "."
+
+    def _tensor(self, storage_key: int, live: Live) -> str:
+        name = self.names.get(storage_key, live.category)
+        return f"{name} ({_form(live.shape, live.dtype)}, {bytes_in_words(live.num_bytes)})"
+
+
+def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, str]:
+    """Names of the storages of a run's weights and state; nothing is allocated for it.
+
+    Args:
+        store: The weights.
+        optimizer: Has the state.
+    """
+    tensors = dict(optimizer.named_state())
+    for name, weight in store.items():
+        if isinstance(weight, torch.Tensor):
+            tensors[name] = weight
+        elif not isinstance(weight, Frozen8bit):
+            # The factors of a remainder are the optimizer's state.
+            packed = weight.base if isinstance(weight, FoldedTensor) else weight
+            tensors |= {f"{name}{ending}": tensor for ending, tensor in packed.tensors().items()}
+    return {StorageTracker.storage_key(tensor): name for name, tensor in tensors.items()}
+
+
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    sizes = " x ".join(map(str, shape)) or "one number"
+    return f"{sizes}, {str(dtype).removeprefix('torch.')}"
