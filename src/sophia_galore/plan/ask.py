@@ -30,6 +30,7 @@ def ask_device(device: torch.device) -> DeviceFacts:
         name=torch.cuda.get_device_name(device),
         capability=torch.cuda.get_device_capability(device),
         real_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        total_bytes=int(torch.cuda.mem_get_info(device)[1]),
     )
 
 

@@ -31,12 +31,14 @@ class DeviceFacts:
         name: What it is called.
         capability: (major, minor) of CUDA's compute capability; None: no such thing.
         real_bf16: Whether it calculates in bfloat16 itself. PyTorch emulates that where it does not.
+        total_bytes: Memory of a GPU; None: it is none, or not here.
     """
 
     place: str = "cpu"
     name: str = "the CPU"
     capability: tuple[int, int] | None = None
     real_bf16: bool = False
+    total_bytes: int | None = None
 
     @property
     def is_cpu(self) -> bool:

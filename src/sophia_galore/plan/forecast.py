@@ -52,7 +52,6 @@ class Estimate:
 
     Args:
         standing: Bytes by category that stay for the whole run.
-        loading_bytes: Most bytes while weights are loaded.
         batches: Bytes by category of the micro-batches.
         layout: Which layers stand for which.
         steps: The passes of each step that may be the one with the peak.
@@ -60,7 +59,6 @@ class Estimate:
     """
 
     standing: Sizes
-    loading_bytes: int
     batches: Sizes
     layout: Layout
     steps: tuple[tuple[PassTrace, ...], ...]
@@ -84,7 +82,7 @@ class Estimate:
         ]
         tops = [max(course, key=lambda segment: segment.peak.total()) for course in courses]
         phases: Counter[Phase] = Counter(dict.fromkeys(get_args(Phase), 0))
-        phases["load"] = self.loading_bytes
+        phases["load"] = self.standing.total()
         for segment in (segment for course in courses for segment in course):
             phases[segment.phase] = max(phases[segment.phase], segment.peak.total())
         which = max(range(len(tops)), key=lambda index: tops[index].peak.total())
@@ -95,7 +93,7 @@ class Estimate:
             if evaluating.total() > top:
                 top, categories = evaluating.total(), evaluating
         return Forecast(
-            peak_bytes=max(top, self.loading_bytes),
+            peak_bytes=top,
             phases=dict(phases),
             categories={category: categories[category] for category in get_args(Category)},
             course=tuple(courses[which]),
@@ -110,7 +108,6 @@ def estimate(
     load: Load,
     *,
     num_steps: int,
-    stored_dtype: torch.dtype | None = None,
     keeps: bool = False,
 ) -> Estimate:
     """Find out what a run will need, in seconds, without a weight.
@@ -121,7 +118,6 @@ def estimate(
         layer_names: Its layers, as prefixes of their parameters' names without the final dot.
         load: What a step works on.
         num_steps: Steps of the run.
-        stored_dtype: Precision of the weights in their files; None: not known.
         keeps: Whether layers are to be seen that keep their graphs as well.
     """
     of_layer = {name: [route for route in decided.routes if route.name.startswith(f"{name}.")] for name in layer_names}
@@ -152,7 +148,6 @@ def estimate(
     standing: Sizes = Counter(standing_bytes(decided.routes))
     return Estimate(
         standing=standing,
-        loading_bytes=max(standing.total(), loading_bytes(decided.routes, stored_dtype)),
         batches=batches,
         layout=layout,
         steps=passes,
@@ -201,21 +196,6 @@ def steps_to_see(around: Sequence[Route], last: Sequence[Route], num_steps: int)
     drawn = [route for route in around if route.spec and route.spec.subspace and route.spec.subspace.kind == "random"]
     again = [step for step in range(2, horizon + 1) if any(_refreshes(route, step) for route in drawn)]
     return sorted({*steps, *again[:1]})
-
-
-def loading_bytes(routes: Sequence[Route], stored_dtype: torch.dtype | None) -> int:
-    """Most bytes while weights are read, each converted as it comes: in the order of their names.
-
-    Args:
-        routes: One a parameter.
-        stored_dtype: Precision of the weights in their files; None: not known, taken for two bytes each.
-    """
-    itemsize = stored_dtype.itemsize if stored_dtype else 2
-    held = peak = 0
-    for route in sorted(routes, key=lambda route: route.name):
-        held += route.weight_bytes
-        peak = max(peak, held + route.num_elements * itemsize)
-    return peak
 
 
 def _kind(layer: str, routes: Sequence[Route]) -> Hashable:

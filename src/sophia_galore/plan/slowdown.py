@@ -1,7 +1,7 @@
 """How many times as long a token takes with other settings: measured factors, multiplied.
 
-The factors are medians of `python bench/tradeoffs.py` (SmolLM2-135M on two CPU cores); on a GPU they differ. They are for
-choosing between settings, not for planning an afternoon.
+The factors are medians of `python bench/tradeoffs.py` (SmolLM2-135M on two CPU cores); on a GPU they differ. They are
+for choosing between settings, not for planning an afternoon.
 """
 
 from __future__ import annotations
