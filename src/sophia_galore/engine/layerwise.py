@@ -18,34 +18,26 @@ depends on the gradient, head and embedding are asked for several products, one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
-from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
+from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Choosers, Product, Projectors, fold_formed, no_choosers, whole_gradients
-from sophia_galore.engine.projected_linear import ProjectedLinears
-from sophia_galore.errors import NonFiniteError, RunError
+from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
+from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.random import generator, key
+from sophia_galore.numerics.random import generator
 
 Apply = Callable[[Grads], None]
-
-# In fp16 the gradient by a layer's output is scaled so that its largest entry is 1; where sums over
-# tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
-_FP16_BACKOFF = 16.0
-_FP16_MAX_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -95,6 +87,7 @@ class LayerwiseEngine:
         self._seed = seed
         self._observer = observer or Observer()
         self._chunk_bytes = logits_chunk_bytes
+        self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer)
 
     def step(
         self,
@@ -148,7 +141,7 @@ class LayerwiseEngine:
         for index in reversed(range(len(anatomy.layers))):
             calls = [layer_calls[index] for layer_calls in embedded.calls]
             with observer.phase("backward"):
-                grads, hidden_grads = self._backward_layer(index, inputs.pop(), calls, hidden_grads, step, projector)
+                grads, hidden_grads = self._layers.backward(index, inputs.pop(), calls, hidden_grads, step, projector)
             self._hand_on(apply, grads)
         with observer.phase("backward"):
             rows_grad = embedded.rows_grad(hidden_grads, anatomy.padding_idx)
@@ -176,9 +169,7 @@ class LayerwiseEngine:
                 embedded = embed(anatomy, self._store, batches, self._dtype)
                 hidden = list(embedded.hidden)
                 for index in range(len(anatomy.layers)):
-                    weights = self._layer_weights(index)
-                    for which, calls in enumerate(embedded.calls):
-                        hidden[which] = self._run(index, weights, calls[index], hidden[which])
+                    self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
                 head = self._head(hidden, batches)
                 return head.loss_sum(), sum(batch.num_counted for batch in batches)
         finally:
@@ -196,100 +187,12 @@ class LayerwiseEngine:
         chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
         return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
 
-    @torch.no_grad()
     def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:
         """All layers; returns the inputs of each layer and, last, the output of the last one."""
         kept = [hidden]
         for index in range(len(self._anatomy.layers)):
-            weights = self._layer_weights(index)
-            out: list[Tensor] = []
-            for which, layer_calls in enumerate(calls):
-                with self._dropout_stream(step, index, which):
-                    out.append(self._run(index, weights, layer_calls[index], kept[-1][which]))
-            kept.append(out)
+            kept.append(self._layers.forward(index, kept[-1], [layer_calls[index] for layer_calls in calls], step))
         return kept
-
-    def _backward_layer(
-        self,
-        index: int,
-        inputs: list[Tensor],
-        calls: list[LayerCall],
-        out_grads: list[Tensor],
-        step: int,
-        projector: Projectors,
-    ) -> tuple[Grads, list[Tensor]]:
-        """Recompute one layer for every micro-batch and go back through it.
-
-        Returns:
-            The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
-            input.
-        """
-        if self._dtype != torch.float16:
-            return self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, 1.0)
-        largest = max(float(grad.abs().amax()) for grad in out_grads)
-        scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
-        for _ in range(_FP16_MAX_TRIES):
-            grads, in_grads = self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, scale)
-            if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
-                break
-            scale /= _FP16_BACKOFF
-        return grads, in_grads
-
-    def _backward_layer_scaled(
-        self,
-        index: int,
-        inputs: list[Tensor],
-        calls: list[LayerCall],
-        out_grads: list[Tensor],
-        step: int,
-        projector: Projectors,
-        scale: float,
-    ) -> tuple[Grads, list[Tensor]]:
-        name = self._anatomy.layer_names[index]
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._layer_weights(index).items()}
-        if self._observer.watches_tensors:
-            for leaf in leaves.values():
-                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
-        products = self._products(name, leaves, projector)
-        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        sums: Grads = {}
-        in_grads: list[Tensor] = []
-        for which, call in enumerate(calls):
-            entering = inputs[which].requires_grad_()
-            # A mode costs some microseconds at every operation: only where it has something to do.
-            with self._dropout_stream(step, index, which), linears if products else nullcontext():
-                out = self._run(index, leaves, call, entering)
-            signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
-            with strictly_repeatable(self._device):
-                out.backward(signal.to(out.dtype))
-            del out, signal
-            assert entering.grad is not None  # the layer's output depends on its input
-            # In fp16 the gradient travels between layers in float32, where it can't underflow.
-            in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
-            entering.grad = None
-            fold_formed(products, leaves)
-            if self._dtype != torch.float32:
-                _fold(sums, leaves)
-        if self._dtype == torch.float32:
-            sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-        sums |= {key: product.sum for key, product in products.items() if product.touched}
-        without = leaves.keys() - sums.keys()
-        if without:
-            raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
-        if scale != 1.0:
-            for grad in sums.values():
-                grad.div_(scale)
-        return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
-
-    def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
-        """Empty products for those of a layer's weights whose gradient is wanted in one."""
-        products: dict[str, Product] = {}
-        for name, leaf in leaves.items():
-            wanted = projector(f"{layer}.{name}")
-            if wanted is not None:
-                products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
-                self._observer.tag(products[name].sum, "gradients")
-        return products
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
@@ -297,32 +200,6 @@ class LayerwiseEngine:
                 self._observer.tag(grads[name], "gradients")
             apply(grads)
             grads.clear()
-
-    def _tag_gradient(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            self._observer.tag(leaf.grad, "gradients")
-
-    def _layer_weights(self, index: int) -> dict[str, Tensor]:
-        name = self._anatomy.layer_names[index]
-        weights = self._store.materialise(self._store.names(name), self._dtype)
-        for weight in weights.values():
-            self._observer.tag(weight, "weights")
-        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
-
-    def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    @contextmanager
-    def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
-        """Dropout draws the same numbers in forward and recomputation, and after a resume."""
-        if not self._anatomy.has_dropout:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(key(self._seed, "dropout", step, index, which))
-            yield
 
     def _to_device(self, batch: MicroBatch) -> MicroBatch:
         mask = batch.attention_mask
@@ -332,15 +209,3 @@ class LayerwiseEngine:
             labels=batch.labels.to(self._device),
             attention_mask=None if mask is None else mask.to(self._device),
         )
-
-
-def _fold(sums: Grads, leaves: Grads) -> None:
-    """Add the leaves' half-precision gradients to the float32 sums, and drop them."""
-    for name, leaf in leaves.items():
-        if leaf.grad is None:
-            continue
-        if name in sums:
-            sums[name].add_(leaf.grad)
-        else:
-            sums[name] = leaf.grad.float()
-        leaf.grad = None
