@@ -1,7 +1,10 @@
-"""One layer over all micro-batches: forward, and backward by computing it once more.
+"""One layer over all micro-batches: forward, and backward by computing it once more or through a graph that was kept.
 
 A layer's weights are there in compute precision while it works, for all micro-batches. Its gradients, or the products
 in their place, add up over the micro-batches; they are whole when its backward is done.
+
+A graph that is kept begins at the layer's own leaves: what entered it is cut off from the layer before. Backward goes
+through it once, micro-batch by micro-batch, and what it passed is freed at once.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +33,23 @@ from sophia_galore.numerics.random import key
 # tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
 _FP16_BACKOFF = 16.0
 _FP16_MAX_TRIES = 6
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """A layer that is computed with gradients.
+
+    Args:
+        leaves: The weights in compute precision; what the store holds in it already is not copied.
+        products: By name, those of them whose gradient is wanted in a product.
+        linears: Puts the products in place of these gradients while it is entered.
+        kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
+    """
+
+    leaves: Grads
+    products: dict[str, Product]
+    linears: ProjectedLinears
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Layers:
@@ -87,6 +108,26 @@ class Layers:
                 out.append(self._run(index, weights, call, inputs[which]))
         return out
 
+    def keep(
+        self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, projector: Projectors
+    ) -> tuple[list[Tensor], LayerGraph]:
+        """A layer whose graph is kept for `backward`.
+
+        Args:
+            index: Which layer.
+            inputs: Per micro-batch (B, T, d); no graph goes on before them.
+            calls: Per micro-batch.
+            step: Number of the optimizer step, for dropout.
+            projector: What gradients are wanted times.
+
+        Returns:
+            Per micro-batch (B, T, d), no part of the graph; and the graph.
+        """
+        graph = self._begin(index, projector)
+        for which, call in enumerate(calls):
+            graph.kept.append(self._through(index, graph, call, inputs[which], step, which))
+        return [out.detach() for _, out in graph.kept], graph
+
     def backward(
         self,
         index: int,
@@ -95,8 +136,9 @@ class Layers:
         out_grads: Sequence[Tensor],
         step: int,
         projector: Projectors,
+        graph: LayerGraph | None = None,
     ) -> tuple[Grads, list[Tensor]]:
-        """Recompute one layer for every micro-batch and go back through it.
+        """Go back through one layer for every micro-batch.
 
         Args:
             index: Which layer.
@@ -105,20 +147,22 @@ class Layers:
             out_grads: Per micro-batch (B, T, d), the gradient by the layer's output.
             step: As in forward.
             projector: What gradients are wanted times.
+            graph: What `keep` gave; used up. None: the layer is computed once more.
 
         Returns:
             The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
             input.
         """
         if self._dtype != torch.float16:
-            return self._backward_scaled(index, inputs, calls, out_grads, step, projector, 1.0)
+            return self._backward_scaled(index, inputs, calls, out_grads, step, projector, 1.0, graph)
         largest = max(float(grad.abs().amax()) for grad in out_grads)
         scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for _ in range(_FP16_MAX_TRIES):
-            grads, in_grads = self._backward_scaled(index, inputs, calls, out_grads, step, projector, scale)
+            grads, in_grads = self._backward_scaled(index, inputs, calls, out_grads, step, projector, scale, graph)
             if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
                 break
             scale /= _FP16_BACKOFF
+            graph = None  # which can be gone through once
         return grads, in_grads
 
     def _backward_scaled(
@@ -130,21 +174,21 @@ class Layers:
         step: int,
         projector: Projectors,
         scale: float,
+        graph: LayerGraph | None,
     ) -> tuple[Grads, list[Tensor]]:
         name = self._anatomy.layer_names[index]
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._weights(index).items()}
-        if self._observer.watches_tensors:
-            for leaf in leaves.values():
-                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
-        products = self._products(name, leaves, projector)
-        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
+        is_kept = graph is not None
+        graph = graph or self._begin(index, projector)
+        leaves, products = graph.leaves, graph.products
+        for product in products.values():
+            self._observer.tag(product.sum, "gradients")
         sums: Grads = {}
         in_grads: list[Tensor] = []
         for which, call in enumerate(calls):
-            entering = inputs[which].requires_grad_()
-            # A mode costs some microseconds at every operation: only where it has something to do.
-            with self._dropout_stream(step, index, which), linears if products else nullcontext():
-                out = self._run(index, leaves, call, entering)
+            if is_kept:
+                entering, out = graph.kept.pop(0)
+            else:
+                entering, out = self._through(index, graph, call, inputs[which], step, which)
             signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
             with strictly_repeatable(self._device):
                 out.backward(signal.to(out.dtype))
@@ -152,7 +196,7 @@ class Layers:
             assert entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
-            entering.grad = None
+            del entering
             fold_formed(products, leaves)
             if self._dtype != torch.float32:
                 _fold(sums, leaves)
@@ -167,6 +211,24 @@ class Layers:
                 grad.div_(scale)
         return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
 
+    def _begin(self, index: int, projector: Projectors) -> LayerGraph:
+        leaves = {key: weight.detach().requires_grad_() for key, weight in self._weights(index).items()}
+        if self._observer.watches_tensors:
+            for leaf in leaves.values():
+                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
+        products = self._products(self._anatomy.layer_names[index], leaves, projector)
+        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
+        return LayerGraph(leaves, products, linears)
+
+    def _through(
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, which: int
+    ) -> tuple[Tensor, Tensor]:
+        """A micro-batch with gradients; returns a leaf that shares memory with what enters, and what comes out."""
+        leaf = entering.detach().requires_grad_()
+        # A mode costs some microseconds at every operation: only where it has something to do.
+        with self._dropout_stream(step, index, which), graph.linears if graph.products else nullcontext():
+            return leaf, self._run(index, graph.leaves, call, leaf)
+
     def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
         """Empty products for those of a layer's weights whose gradient is wanted in one."""
         products: dict[str, Product] = {}
@@ -174,7 +236,6 @@ class Layers:
             wanted = projector(f"{layer}.{name}")
             if wanted is not None:
                 products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
-                self._observer.tag(products[name].sum, "gradients")
         return products
 
     def _tag_gradient(self, leaf: Tensor) -> None:

@@ -9,10 +9,27 @@ Gradients add up over the whole effective batch while those of one layer only ex
 embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
 that it need not stay alive while the layers work; that costs computing the logits once more.
 
+Of the last layers graphs may be kept in forward; backward then goes straight through them, and nothing is computed
+twice. A kept graph is one layer's own: its gradients come to be when backward comes to the layer, as everybody's do.
+
 Where a gradient is wanted in a product with a known matrix only, the product is what is handed on, and
 of a linear layer's, the head's or the embedding's weight the gradient itself never exists. The product
 is small: a tied weight's is formed with the head and waits for the embedding's part. Where the matrix
 depends on the gradient, head and embedding are asked for several products, one after the other.
+
+An observer sees a step of L layers in these phases, each a context of its own, none within another; planning of memory
+relies on it:
+
+    forward            the embedding
+    forward      x L   a layer, first to last; with its graph where that is kept
+    head               loss, gradient by the hidden states, gradient or product of an untied head and of the norm
+    step               these are handed on
+    backward, step     x L: a layer, last to first, and its gradients are handed on
+    backward           the gradient by the embedding's rows
+    head or backward   the embedding's gradient; `head` if it is tied, since then there are logits once more
+    step               it is handed on
+
+A part that is repeated enters its phase again. Evaluation is one phase `eval`.
 """
 
 from __future__ import annotations
@@ -25,12 +42,12 @@ import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.embedding import embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.passage import Passage, enter
 from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy
@@ -67,6 +84,8 @@ class LayerwiseEngine:
         seed: The run's seed, for dropout and drawn labels.
         observer: Is told phases and what tensors are.
         logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
+        keep_layers: Graphs of so many last layers are kept through the forward pass of a step instead of being
+            recomputed in backward. More than there are layers: all.
     """
 
     def __init__(
@@ -79,6 +98,7 @@ class LayerwiseEngine:
         seed: int,
         observer: Observer | None = None,
         logits_chunk_bytes: int = 0,
+        keep_layers: int = 0,
     ) -> None:
         self._anatomy = anatomy
         self._store = store
@@ -87,6 +107,7 @@ class LayerwiseEngine:
         self._seed = seed
         self._observer = observer or Observer()
         self._chunk_bytes = logits_chunk_bytes
+        self._keep_layers = min(keep_layers, len(anatomy.layers))
         self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer)
 
     def step(
@@ -123,14 +144,16 @@ class LayerwiseEngine:
         anatomy, observer = self._anatomy, self._observer
         batches = [self._to_device(batch) for batch in batches]
         with observer.phase("forward"):
-            embedded = embed(anatomy, self._store, batches, self._dtype)
-            inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
+            way = enter(anatomy, self._store, batches, self._dtype)
+        for index in range(len(anatomy.layers)):
+            with observer.phase("forward"):
+                self._forward(way, index, step, projector)
         with observer.phase("head"):
             sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
-            hidden = inputs.pop()
+            hidden = way.inputs.pop()
             head = self._head(hidden, batches, projector, sampler, chooser)
             del hidden
-            loss, hidden_grads, grads = head.backward()
+            loss, way.out_grads, grads = head.backward()
             if not math.isfinite(loss):
                 raise NonFiniteError(
                     f"The loss is {loss} at step {step}.",
@@ -139,14 +162,13 @@ class LayerwiseEngine:
             grads |= head.chosen_grad()
         self._hand_on(apply, grads)
         for index in reversed(range(len(anatomy.layers))):
-            calls = [layer_calls[index] for layer_calls in embedded.calls]
             with observer.phase("backward"):
-                grads, hidden_grads = self._layers.backward(index, inputs.pop(), calls, hidden_grads, step, projector)
+                grads = self._backward(way, index, step, projector)
             self._hand_on(apply, grads)
         with observer.phase("backward"):
-            rows_grad = embedded.rows_grad(hidden_grads, anatomy.padding_idx)
+            rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
         with observer.phase("head" if anatomy.tied else "backward"):
-            grads = {anatomy.embed_name: head.embedding_grad(embedded.tokens, rows_grad)}
+            grads = {anatomy.embed_name: head.embedding_grad(way.embedded.tokens, rows_grad)}
         self._hand_on(apply, grads)
         return StepResult(loss, sum(batch.num_tokens for batch in batches), sum(batch.num_counted for batch in batches))
 
@@ -187,12 +209,23 @@ class LayerwiseEngine:
         chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
         return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
 
-    def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:
-        """All layers; returns the inputs of each layer and, last, the output of the last one."""
-        kept = [hidden]
-        for index in range(len(self._anatomy.layers)):
-            kept.append(self._layers.forward(index, kept[-1], [layer_calls[index] for layer_calls in calls], step))
-        return kept
+    def _forward(self, way: Passage, index: int, step: int, projector: Projectors) -> None:
+        """One layer on."""
+        inputs, calls = way.inputs[-1], way.calls(index)
+        if index < len(self._anatomy.layers) - self._keep_layers:
+            out = self._layers.forward(index, inputs, calls, step)
+        else:
+            out, way.graphs[index] = self._layers.keep(index, inputs, calls, step, projector)
+        way.inputs.append(out)
+
+    def _backward(self, way: Passage, index: int, step: int, projector: Projectors) -> Grads:
+        """One layer back; returns its gradients."""
+        graph = way.graphs.pop(index, None)
+        grads, way.out_grads = self._layers.backward(
+            index, way.inputs[-1], way.calls(index), way.out_grads, step, projector, graph
+        )
+        way.inputs.pop()
+        return grads
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
