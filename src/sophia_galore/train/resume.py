@@ -28,11 +28,13 @@ _FREE = (
     "training.eval_every_steps",
     "training.logging_steps",
     "training.clip_by",
+    "training.gradient_checkpointing",
     "training.probe_step",
     "training.sample_",
     "optimizer.",
     "checkpoint.",
     "export.",
+    "engine.keep_layers",
     "memory.track_steps",
 )
 # Those of them that a plan is made from.
