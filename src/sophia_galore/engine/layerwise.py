@@ -36,19 +36,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.cross_entropy import default_chunk_bytes
-from sophia_galore.engine.embedding import embed
+from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
+from sophia_galore.engine.embedding import Embedded, embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.passage import Passage, enter
+from sophia_galore.engine.passage import Passage, to_device
 from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
+from sophia_galore.engine.relief import AtOnce, OnOom, Relief, Remedy, silent
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
@@ -73,6 +74,16 @@ class StepResult:
     num_counted: int
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What `step` was asked."""
+
+    step: int
+    projector: Projectors
+    chooser: Choosers
+    sampled_labels: bool
+
+
 class LayerwiseEngine:
     """Runs a model layer by layer over an effective batch.
 
@@ -86,6 +97,9 @@ class LayerwiseEngine:
         logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
         keep_layers: Graphs of so many last layers are kept through the forward pass of a step instead of being
             recomputed in backward. More than there are layers: all.
+        on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
+            with fewer kept graphs, smaller tiles of logits or smaller micro-batches, and goes on like that.
+        say: Is told in a sentence what was adapted.
     """
 
     def __init__(
@@ -99,6 +113,8 @@ class LayerwiseEngine:
         observer: Observer | None = None,
         logits_chunk_bytes: int = 0,
         keep_layers: int = 0,
+        on_oom: OnOom = "stop",
+        say: Callable[[str], None] = silent,
     ) -> None:
         self._anatomy = anatomy
         self._store = store
@@ -106,9 +122,14 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
-        self._chunk_bytes = logits_chunk_bytes
-        self._keep_layers = min(keep_layers, len(anatomy.layers))
+        at_once = AtOnce(min(keep_layers, len(anatomy.layers)), logits_chunk_bytes)
+        self._relief = Relief(at_once, on_oom, say, device)
         self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer)
+
+    @property
+    def at_once(self) -> AtOnce:
+        """How much is in memory at once, as was asked or as was learned since."""
+        return self._relief.at_once
 
     def step(
         self,
@@ -142,29 +163,15 @@ class LayerwiseEngine:
             NonFiniteError: The loss is not finite; `apply` was not called.
         """
         anatomy, observer = self._anatomy, self._observer
-        batches = [self._to_device(batch) for batch in batches]
-        with observer.phase("forward"):
-            way = enter(anatomy, self._store, batches, self._dtype)
-        for index in range(len(anatomy.layers)):
-            with observer.phase("forward"):
-                self._forward(way, index, step, projector)
-        with observer.phase("head"):
-            sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
-            hidden = way.inputs.pop()
-            head = self._head(hidden, batches, projector, sampler, chooser)
-            del hidden
-            loss, way.out_grads, grads = head.backward()
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The loss is {loss} at step {step}.",
-                    "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
-                )
-            grads |= head.chosen_grad()
+        asked = _Asked(step, projector, chooser, sampled_labels)
+        way = self._set_out(batches)
+        self._relief.run(f"the embedding at step {step}", lambda: self._enter(way), lambda: self._fewer_rows(way))
+        while len(way.inputs) <= len(anatomy.layers):
+            self._forward(way, asked)
+        head, loss, grads = self._through_head(way, asked)
         self._hand_on(apply, grads)
         for index in reversed(range(len(anatomy.layers))):
-            with observer.phase("backward"):
-                grads = self._backward(way, index, step, projector)
-            self._hand_on(apply, grads)
+            self._hand_on(apply, self._backward(way, index, asked))
         with observer.phase("backward"):
             rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
         with observer.phase("head" if anatomy.tied else "backward"):
@@ -183,19 +190,95 @@ class LayerwiseEngine:
             Summed cross-entropy in nats and the number of counted tokens.
         """
         anatomy = self._anatomy
-        batches = [self._to_device(batch) for batch in batches]
+        way = self._set_out(batches)
         was_training = anatomy.model.training
         anatomy.model.eval()
+
+        def forward() -> list[Tensor]:
+            embedded = self._embed(way.batches)
+            hidden = list(embedded.hidden)
+            for index in range(len(anatomy.layers)):
+                self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
+            return hidden
+
         try:
             with self._observer.phase("eval"):
-                embedded = embed(anatomy, self._store, batches, self._dtype)
-                hidden = list(embedded.hidden)
-                for index in range(len(anatomy.layers)):
-                    self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
-                head = self._head(hidden, batches)
-                return head.loss_sum(), sum(batch.num_counted for batch in batches)
+                hidden = self._relief.run("evaluation", forward, lambda: self._fewer_rows(way))
+                loss = self._relief.run(
+                    "the head in evaluation",
+                    lambda: self._head(hidden, way.batches).loss_sum(),
+                    lambda: self._fewer_logits(way),
+                )
+                return loss, sum(batch.num_counted for batch in batches)
         finally:
             anatomy.model.train(was_training)
+
+    def _set_out(self, batches: Sequence[MicroBatch]) -> Passage:
+        on_device = [to_device(batch, self._device) for batch in batches]
+        return Passage(on_device, self._embed, self._relief.at_once.most_rows)
+
+    def _embed(self, batches: Sequence[MicroBatch]) -> Embedded:
+        return embed(self._anatomy, self._store, batches, self._dtype)
+
+    def _enter(self, way: Passage) -> None:
+        with self._observer.phase("forward"):
+            way.enter()
+
+    def _forward(self, way: Passage, asked: _Asked) -> None:
+        """One layer on."""
+        index = len(way.inputs) - 1
+
+        def part() -> None:
+            with self._observer.phase("forward"):
+                inputs, calls = way.inputs[-1], way.calls(index)
+                if index < self._first_kept():
+                    out = self._layers.forward(index, inputs, calls, asked.step)
+                else:
+                    out, way.graphs[index] = self._layers.keep(index, inputs, calls, asked.step, asked.projector)
+                way.inputs.append(out)
+
+        def remedy() -> Remedy | None:
+            if way.graphs or index >= self._first_kept():
+                return self._fewer_graphs(way)
+            return self._fewer_rows(way)
+
+        self._relief.run(f"forward of layer {index} at step {asked.step}", part, remedy)
+
+    def _through_head(self, way: Passage, asked: _Asked) -> tuple[Head, float, Grads]:
+        """The loss, and back through the head."""
+        step, is_choosing = asked.step, False
+
+        def part() -> tuple[Head, float, Grads]:
+            nonlocal is_choosing
+            with self._observer.phase("head"):
+                way.out_grads = []
+                sampled = asked.sampled_labels
+                sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled else None
+                head = self._head(self._take_output(way, step), way.batches, asked.projector, sampler, asked.chooser)
+                loss, way.out_grads, grads = head.backward()
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"The loss is {loss} at step {step}.",
+                        "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
+                    )
+                is_choosing = True
+                return head, loss, grads | head.chosen_grad()
+
+        def remedy() -> Remedy | None:
+            if is_choosing:
+                return None  # the optimizer's basis may have been refreshed
+            return self._fewer_graphs(way) if way.graphs else self._fewer_logits(way)
+
+        return self._relief.run(f"the head at step {step}", part, remedy)
+
+    def _take_output(self, way: Passage, step: int) -> list[Tensor]:
+        """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
+        last = len(self._anatomy.layers) - 1
+        if len(way.inputs) > last + 1:
+            return way.inputs.pop()
+        if last in way.graphs:
+            return [out.detach() for _, out in way.graphs[last].kept]
+        return self._layers.forward(last, way.inputs[-1], way.calls(last), step)
 
     def _head(
         self,
@@ -206,26 +289,53 @@ class LayerwiseEngine:
         chooser: Choosers = no_choosers,
     ) -> Head:
         parts = (self._anatomy, self._store, self._dtype, self._observer)
-        chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
+        chunk_bytes = self._relief.at_once.chunk_bytes or default_chunk_bytes(self._device)
         return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
 
-    def _forward(self, way: Passage, index: int, step: int, projector: Projectors) -> None:
-        """One layer on."""
-        inputs, calls = way.inputs[-1], way.calls(index)
-        if index < len(self._anatomy.layers) - self._keep_layers:
-            out = self._layers.forward(index, inputs, calls, step)
-        else:
-            out, way.graphs[index] = self._layers.keep(index, inputs, calls, step, projector)
-        way.inputs.append(out)
-
-    def _backward(self, way: Passage, index: int, step: int, projector: Projectors) -> Grads:
+    def _backward(self, way: Passage, index: int, asked: _Asked) -> Grads:
         """One layer back; returns its gradients."""
-        graph = way.graphs.pop(index, None)
-        grads, way.out_grads = self._layers.backward(
-            index, way.inputs[-1], way.calls(index), way.out_grads, step, projector, graph
-        )
+        was_kept = False
+
+        def part() -> tuple[Grads, list[Tensor]]:
+            nonlocal was_kept
+            was_kept = index in way.graphs
+            with self._observer.phase("backward"):
+                graph = way.graphs.pop(index, None)
+                inputs, calls = way.inputs[-1], way.calls(index)
+                return self._layers.backward(index, inputs, calls, way.out_grads, asked.step, asked.projector, graph)
+
+        def remedy() -> Remedy | None:
+            if way.graphs or was_kept:
+                return self._fewer_graphs(way)
+            # In forward, dropout drew for the micro-batches as they are.
+            return None if self._anatomy.has_dropout else self._fewer_rows(way)
+
+        grads, in_grads = self._relief.run(f"backward of layer {index} at step {asked.step}", part, remedy)
+        way.out_grads = in_grads
         way.inputs.pop()
         return grads
+
+    def _first_kept(self) -> int:
+        return len(self._anatomy.layers) - self._relief.at_once.keep_layers
+
+    def _fewer_graphs(self, way: Passage) -> Remedy | None:
+        return self._relief.fewer_graphs(lambda: way.keep_graphs(self._first_kept()))
+
+    def _fewer_logits(self, way: Passage) -> Remedy | None:
+        num_tokens = sum(batch.num_counted for batch in way.batches)
+        shape = self._store[self._anatomy.head_name].shape
+        default_bytes = default_chunk_bytes(self._device)
+        words = shape[0]
+        if not self._store.is_ready(self._anatomy.head_name, self._dtype):
+            chunk_bytes = self._relief.at_once.chunk_bytes or default_bytes
+            words = block_words(shape[0], shape[1] * self._dtype.itemsize, chunk_bytes)
+        return self._relief.fewer_logits(num_tokens, words, default_bytes)
+
+    def _fewer_rows(self, way: Passage) -> Remedy | None:
+        # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
+        return self._relief.fewer_rows(
+            way.batches, lambda most_rows: way.split(most_rows, anew=self._anatomy.has_dropout)
+        )
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
@@ -233,12 +343,3 @@ class LayerwiseEngine:
                 self._observer.tag(grads[name], "gradients")
             apply(grads)
             grads.clear()
-
-    def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        mask = batch.attention_mask
-        return replace(
-            batch,
-            input_ids=batch.input_ids.to(self._device),
-            labels=batch.labels.to(self._device),
-            attention_mask=None if mask is None else mask.to(self._device),
-        )
