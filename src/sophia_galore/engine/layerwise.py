@@ -165,7 +165,7 @@ class LayerwiseEngine:
         anatomy, observer = self._anatomy, self._observer
         asked = _Asked(step, projector, chooser, sampled_labels)
         way = self._set_out(batches)
-        self._relief.run(f"the embedding at step {step}", lambda: self._enter(way), lambda: self._fewer_rows(way))
+        self._enter(way, step)
         while len(way.inputs) <= len(anatomy.layers):
             self._forward(way, asked)
         head, loss, grads = self._through_head(way, asked)
@@ -203,9 +203,9 @@ class LayerwiseEngine:
 
         try:
             with self._observer.phase("eval"):
-                hidden = self._relief.run("evaluation", forward, lambda: self._fewer_rows(way))
+                hidden = self._relief.run(lambda: "evaluation", forward, lambda: self._fewer_rows(way))
                 loss = self._relief.run(
-                    "the head in evaluation",
+                    lambda: "the head in evaluation",
                     lambda: self._head(hidden, way.batches).loss_sum(),
                     lambda: self._fewer_logits(way),
                 )
@@ -220,16 +220,22 @@ class LayerwiseEngine:
     def _embed(self, batches: Sequence[MicroBatch]) -> Embedded:
         return embed(self._anatomy, self._store, batches, self._dtype)
 
-    def _enter(self, way: Passage) -> None:
-        with self._observer.phase("forward"):
-            way.enter()
+    def _enter(self, way: Passage, step: int) -> None:
+        def part() -> None:
+            with self._observer.phase("forward"):
+                way.enter()
+
+        self._relief.run(lambda: f"the embedding at step {step}", part, lambda: self._fewer_rows(way))
 
     def _forward(self, way: Passage, asked: _Asked) -> None:
         """One layer on."""
-        index = len(way.inputs) - 1
+
+        def next_layer() -> int:
+            return len(way.inputs) - 1  # another one, once a remedy began anew
 
         def part() -> None:
             with self._observer.phase("forward"):
+                index = next_layer()
                 inputs, calls = way.inputs[-1], way.calls(index)
                 if index < self._first_kept():
                     out = self._layers.forward(index, inputs, calls, asked.step)
@@ -238,11 +244,10 @@ class LayerwiseEngine:
                 way.inputs.append(out)
 
         def remedy() -> Remedy | None:
-            if way.graphs or index >= self._first_kept():
-                return self._fewer_graphs(way)
-            return self._fewer_rows(way)
+            is_kept = next_layer() >= self._first_kept()
+            return self._fewer_graphs(way) if way.graphs or is_kept else self._fewer_rows(way)
 
-        self._relief.run(f"forward of layer {index} at step {asked.step}", part, remedy)
+        self._relief.run(lambda: f"forward of layer {next_layer()} at step {asked.step}", part, remedy)
 
     def _through_head(self, way: Passage, asked: _Asked) -> tuple[Head, float, Grads]:
         """The loss, and back through the head."""
@@ -269,7 +274,7 @@ class LayerwiseEngine:
                 return None  # the optimizer's basis may have been refreshed
             return self._fewer_graphs(way) if way.graphs else self._fewer_logits(way)
 
-        return self._relief.run(f"the head at step {step}", part, remedy)
+        return self._relief.run(lambda: f"the head at step {step}", part, remedy)
 
     def _take_output(self, way: Passage, step: int) -> list[Tensor]:
         """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
@@ -294,23 +299,21 @@ class LayerwiseEngine:
 
     def _backward(self, way: Passage, index: int, asked: _Asked) -> Grads:
         """One layer back; returns its gradients."""
-        was_kept = False
 
         def part() -> tuple[Grads, list[Tensor]]:
-            nonlocal was_kept
-            was_kept = index in way.graphs
             with self._observer.phase("backward"):
                 graph = way.graphs.pop(index, None)
                 inputs, calls = way.inputs[-1], way.calls(index)
                 return self._layers.backward(index, inputs, calls, way.out_grads, asked.step, asked.projector, graph)
 
         def remedy() -> Remedy | None:
-            if way.graphs or was_kept:
+            # A layer that can't be computed once more has no room for its graph beside others either.
+            if way.graphs or index >= self._first_kept():
                 return self._fewer_graphs(way)
             # In forward, dropout drew for the micro-batches as they are.
             return None if self._anatomy.has_dropout else self._fewer_rows(way)
 
-        grads, in_grads = self._relief.run(f"backward of layer {index} at step {asked.step}", part, remedy)
+        grads, in_grads = self._relief.run(lambda: f"backward of layer {index} at step {asked.step}", part, remedy)
         way.out_grads = in_grads
         way.inputs.pop()
         return grads

@@ -82,7 +82,7 @@ class Relief:
         self.at_once = at_once
         self._adapts, self._say, self._device = on_oom == "adapt", say, device
 
-    def run(self, where: str, part: Callable[[], Made], remedy: Callable[[], Remedy | None]) -> Made:
+    def run(self, where: Callable[[], str], part: Callable[[], Made], remedy: Callable[[], Remedy | None]) -> Made:
         """Run a part of a step, again and again as long as memory runs out and there is a remedy.
 
         Args:
@@ -100,11 +100,12 @@ class Relief:
                 found = remedy() if self._adapts and lacks_memory(error) else None
                 if found is None:
                     raise
+                place = where()
                 # What the part had made is alive in its frames, and would be during the repetition.
                 clear_frames(error.__traceback__)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._say(f"Memory ran out in {where}: from here on {found()}.")
+            self._say(f"Memory ran out in {place}: from here on {found()}.")
 
     def fewer_graphs(self, drop: Callable[[], None]) -> Remedy | None:
         """Half as many kept graphs.
