@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sophia_galore.engine.layerwise import LayerwiseEngine
-from sophia_galore.engine.observe import Observer
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
@@ -41,7 +41,7 @@ def make_engine(
     *,
     compute_dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    observer: Observer | None = None,
+    **more: Any,
 ) -> LayerwiseEngine:
     """An engine on the CPU."""
-    return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, observer=observer)
+    return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, **more)

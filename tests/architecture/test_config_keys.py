@@ -15,6 +15,7 @@ KEYS = [
     "data.max_train_examples",
     "data.too_long",
     "data.train",
+    "engine.keep_layers",
     "export.dtype",
     "memory.limit",
     "memory.logits_chunk_mib",

@@ -69,8 +69,9 @@ class _GradientBytes(Observer):
         self.peak = max(self.peak, self.tracker.by_category["gradients"])
 
 
+@pytest.mark.parametrize("keep_layers", [0, 3])
 @TIED
-def test_gradient_storages_never_exceed_one_unit(tmp_path: Path, tied: bool) -> None:
+def test_gradient_storages_never_exceed_one_unit(tmp_path: Path, tied: bool, keep_layers: int) -> None:
     """Counted by storages: the sum of live gradients is at most that of the largest layer, head or embedding."""
     tiny_model("llama", tied=tied).save_pretrained(tmp_path)
     anatomy, store = load_parts(tmp_path)
@@ -80,7 +81,8 @@ def test_gradient_storages_never_exceed_one_unit(tmp_path: Path, tied: bool) -> 
     tracker = StorageTracker(torch.device("cpu"))
     observer = _GradientBytes(tracker)
     with tracker:
-        make_engine(anatomy, store, observer=observer).step(ragged_batches(), lambda grads: None, step=1)
+        engine = make_engine(anatomy, store, observer=observer, keep_layers=keep_layers)
+        engine.step(ragged_batches(), lambda grads: None, step=1)
     assert max(units) * 0.9 <= observer.peak <= max(units)
 
 

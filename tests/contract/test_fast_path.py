@@ -143,7 +143,7 @@ def test_fp16_tries_again_from_empty_products(tmp_path: Path) -> None:
     projectors = random_projectors(anatomy.parameter_shapes(), lambda name: "o_proj" in name)
     whole = run(make_engine(anatomy, store), {})
     engine = make_engine(anatomy, store, compute_dtype=torch.float16)
-    original, tries = engine._backward_layer_scaled, [0]
+    original, tries = engine._layers._backward_scaled, [0]
 
     def first_try_overflows(*args):  # type: ignore[no-untyped-def]
         grads, in_grads = original(*args)
@@ -152,7 +152,7 @@ def test_fp16_tries_again_from_empty_products(tmp_path: Path) -> None:
             next(grad for name, grad in grads.items() if name in projectors)[0, 0] = float("inf")
         return grads, in_grads
 
-    engine._backward_layer_scaled = first_try_overflows  # type: ignore[method-assign]
+    engine._layers._backward_scaled = first_try_overflows  # type: ignore[method-assign]
     got = run(engine, projectors)
     assert tries[0] == 2 * 3
     assert worst_error(got, whole, projectors) <= 1e-2  # as above; worst seen 4.2e-3

@@ -74,12 +74,13 @@ def keeps_projected_gradients(config: RunConfig) -> bool:
 
 
 RULES: dict[str, Rule] = {
-    "no_gradient_checkpointing": Rule(
-        lambda c: not c.training.gradient_checkpointing,
-        ("training.gradient_checkpointing",),
-        "training.gradient_checkpointing: false can't be honoured: the layer-wise engine always recomputes a layer in "
-        "backward, which is what keeps one layer's graph in memory at a time",
-        "Remove it or set it to true; keeping the graphs is planned for a later version.",
+    "all_layers_or_some": Rule(
+        # The default is no wish of the user's: only what was written down contradicts.
+        lambda c: not c.training.gradient_checkpointing and "keep_layers" in c.engine.model_fields_set,
+        ("engine.keep_layers", "training.gradient_checkpointing"),
+        "training.gradient_checkpointing: false keeps the graphs of all layers, but engine.keep_layers: "
+        "{c.engine.keep_layers} says how many are kept",
+        "Leave out training.gradient_checkpointing and let engine.keep_layers say it, or the other way round.",
     ),
     "int8_on_and_off": Rule(
         lambda c: c.quantization.int8 and False in (c.quantization.enabled, c.quantization.load_in_8bit),

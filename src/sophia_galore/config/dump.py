@@ -19,6 +19,9 @@ def dump_config(config: RunConfig) -> str:
     if config.data.eval is not None and config.data.eval_fraction > 0:
         # Only the untouched default can be here; written down it would ask for two evaluation sets.
         del values["data"]["eval_fraction"]
+    if not config.training.gradient_checkpointing:
+        # Likewise: written down, the default number would contradict.
+        del values["engine"]
     return yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=100)
 
 

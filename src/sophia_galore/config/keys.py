@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -40,7 +40,7 @@ class Key:
 
     def takes(self, kind: Any) -> bool:
         """Whether a value of this type, a plain one or a size, is among what the key accepts."""
-        return kind in _members(self.annotation)
+        return any(kind in (member, _bare(member)) for member in _members(self.annotation))
 
 
 @cache
@@ -91,10 +91,18 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
+def _bare(annotation: Any) -> Any:
+    """A type without the limits that a `Field` sets within a union."""
+    if typing.get_origin(annotation) is not typing.Annotated:
+        return annotation
+    bare, *limits = typing.get_args(annotation)
+    return bare if all(isinstance(limit, FieldInfo) for limit in limits) else annotation
+
+
 def _accepts(field: FieldInfo) -> str:
     members = _members(field.annotation)
     words = [_words(member) for member in members if member is not type(None)]
-    text = " or ".join(words) + _bounds(field)
+    text = " or ".join(words) + _bounds(field.metadata)
     return f"{text}, or null" if type(None) in members else text
 
 
@@ -102,6 +110,8 @@ def _words(annotation: Any) -> str:
     if annotation in (Size, SizeOrZero):
         return "a size such as 4GiB" + (" or 0" if annotation == SizeOrZero else "")
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated and _bare(annotation) is arguments[0]:
+        return _words(arguments[0]) + "".join(_bounds(limits.metadata) for limits in arguments[1:])
     if origin is typing.Literal:
         values = ", ".join(str(value) for value in arguments)
         return f"one of {values}" if len(arguments) > 1 else values
@@ -113,15 +123,15 @@ def _words(annotation: Any) -> str:
     return plain.get(annotation, str(annotation))
 
 
-def _bounds(field: FieldInfo) -> str:
+def _bounds(metadata: Sequence[Any]) -> str:
     """The limits on a value, as " of at least 0 and below 1"."""
     words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
     limits = [
         text.format(f"{limit:g}" if isinstance(limit, float) else limit)
-        for constraint in field.metadata
+        for constraint in metadata
         for name, text in words.items()
         if (limit := getattr(constraint, name, None)) is not None
     ]
-    if any(getattr(constraint, "min_length", None) for constraint in field.metadata):
+    if any(getattr(constraint, "min_length", None) for constraint in metadata):
         limits.append("that is not empty")
     return f" {' and '.join(limits)}" if limits else ""

@@ -6,7 +6,7 @@ is decided once, in `plan`. A field exists only if something reads it.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -109,7 +109,9 @@ class TrainingConfig(Section):
         "projected gradients can be kept until the norm is known, else by layer.",
     )
     gradient_checkpointing: bool = Field(
-        True, description="Recompute a layer's inside in backward. The layer-wise engine always does; false is refused."
+        True,
+        description="Recompute a layer's inside in backward, except for the layers of engine.keep_layers; false: keep "
+        "the graphs of all layers.",
     )
     probe_step: bool = Field(
         True,
@@ -258,6 +260,16 @@ class ExportConfig(Section):
     )
 
 
+class EngineConfig(Section):
+    """How the layer-wise engine goes through a step; no number depends on it."""
+
+    keep_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        0,
+        description="Graphs of so many last layers are kept through the forward pass instead of being recomputed, "
+        "which is faster and takes memory; auto: as many as memory.limit leaves room for.",
+    )
+
+
 class MemoryConfig(Section):
     """Memory: how much of it there is, what is watched, and what may be traded for speed."""
 
@@ -303,6 +315,7 @@ class RunConfig(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
+    engine: EngineConfig = EngineConfig()
     memory: MemoryConfig = MemoryConfig()
 
     @property

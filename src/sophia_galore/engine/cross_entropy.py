@@ -33,9 +33,42 @@ def default_chunk_bytes(device: torch.device) -> int:
 
 def chunks(num_tokens: int, vocab_size: int, chunk_bytes: int) -> Iterator[slice]:
     """Slices over tokens such that one slice's float32 logits take about `chunk_bytes` at most."""
-    size = max(_MIN_TOKENS, chunk_bytes // (4 * vocab_size))
+    size = chunk_tokens(vocab_size, chunk_bytes)
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
+
+
+def chunk_tokens(num_words: int, chunk_bytes: int) -> int:
+    """How many tokens' float32 logits take about `chunk_bytes` at most, but no fewer than are worth it."""
+    return max(_MIN_TOKENS, chunk_bytes // (4 * num_words))
+
+
+def smaller_chunk_bytes(chunk_bytes: int, num_tokens: int, num_words: int) -> int | None:
+    """Half as many bytes of logits at once, down to the fewest tokens.
+
+    Args:
+        chunk_bytes: As many as now, where there are enough tokens.
+        num_tokens: How many there are.
+        num_words: Words by which their logits are.
+
+    Returns:
+        At most half of what is worked on at once; None: it is the least.
+    """
+    least = 4 * num_words * _MIN_TOKENS
+    now = min(max(chunk_bytes, least), 4 * num_words * num_tokens)
+    return None if now <= least else max(least, now // 2)
+
+
+def block_words(vocab_size: int, row_bytes: int, chunk_bytes: int) -> int:
+    """How many words a block has.
+
+    Args:
+        vocab_size: V.
+        row_bytes: Bytes of a row of the weight in compute precision.
+        chunk_bytes: The float32 logits of the fewest tokens that are taken at once keep to it.
+    """
+    most = min(_BLOCK_BYTES // row_bytes, chunk_bytes // (4 * _MIN_TOKENS))
+    return min(vocab_size, max(1, most // _MIN_WORDS) * _MIN_WORDS)
 
 
 def blocks(vocab_size: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]:
@@ -46,8 +79,7 @@ def blocks(vocab_size: int, row_bytes: int, chunk_bytes: int) -> Iterator[slice]
         row_bytes: Bytes of a row of the weight in compute precision.
         chunk_bytes: The float32 logits of the fewest tokens that are taken at once keep to it.
     """
-    most = min(_BLOCK_BYTES // row_bytes, chunk_bytes // (4 * _MIN_TOKENS))
-    size = max(1, most // _MIN_WORDS) * _MIN_WORDS
+    size = block_words(vocab_size, row_bytes, chunk_bytes)
     for start in range(0, vocab_size, size):
         yield slice(start, min(start + size, vocab_size))
 

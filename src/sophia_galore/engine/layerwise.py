@@ -9,43 +9,53 @@ Gradients add up over the whole effective batch while those of one layer only ex
 embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
 that it need not stay alive while the layers work; that costs computing the logits once more.
 
+Of the last layers graphs may be kept in forward; backward then goes straight through them, and nothing is computed
+twice. A kept graph is one layer's own: its gradients come to be when backward comes to the layer, as everybody's do.
+
 Where a gradient is wanted in a product with a known matrix only, the product is what is handed on, and
 of a linear layer's, the head's or the embedding's weight the gradient itself never exists. The product
 is small: a tied weight's is formed with the head and waits for the embedding's part. Where the matrix
 depends on the gradient, head and embedding are asked for several products, one after the other.
+
+An observer sees a step of L layers in these phases, each a context of its own, none within another; planning of memory
+relies on it:
+
+    forward            the embedding
+    forward      x L   a layer, first to last; with its graph where that is kept
+    head               loss, gradient by the hidden states, gradient or product of an untied head and of the norm
+    step               these are handed on
+    backward, step     x L: a layer, last to first, and its gradients are handed on
+    backward           the gradient by the embedding's rows
+    head or backward   the embedding's gradient; `head` if it is tied, since then there are logits once more
+    step               it is handed on
+
+A part that is repeated enters its phase again. Evaluation is one phase `eval`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.capture import LayerCall
-from sophia_galore.engine.cross_entropy import default_chunk_bytes
-from sophia_galore.engine.determinism import strictly_repeatable
-from sophia_galore.engine.embedding import embed
+from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
+from sophia_galore.engine.embedding import Embedded, embed
 from sophia_galore.engine.head import Grads, Head
+from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Choosers, Product, Projectors, fold_formed, no_choosers, whole_gradients
-from sophia_galore.engine.projected_linear import ProjectedLinears
-from sophia_galore.errors import NonFiniteError, RunError
+from sophia_galore.engine.passage import Passage, to_device
+from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
+from sophia_galore.engine.relief import AtOnce, OnOom, Relief, Remedy, silent
+from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.random import generator, key
+from sophia_galore.numerics.random import generator
 
 Apply = Callable[[Grads], None]
-
-# In fp16 the gradient by a layer's output is scaled so that its largest entry is 1; where sums over
-# tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
-_FP16_BACKOFF = 16.0
-_FP16_MAX_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,16 @@ class StepResult:
     num_counted: int
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What `step` was asked."""
+
+    step: int
+    projector: Projectors
+    chooser: Choosers
+    sampled_labels: bool
+
+
 class LayerwiseEngine:
     """Runs a model layer by layer over an effective batch.
 
@@ -75,6 +95,11 @@ class LayerwiseEngine:
         seed: The run's seed, for dropout and drawn labels.
         observer: Is told phases and what tensors are.
         logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
+        keep_layers: Graphs of so many last layers are kept through the forward pass of a step instead of being
+            recomputed in backward. More than there are layers: all.
+        on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
+            with fewer kept graphs, smaller tiles of logits or smaller micro-batches, and goes on like that.
+        say: Is told in a sentence what was adapted.
     """
 
     def __init__(
@@ -87,6 +112,9 @@ class LayerwiseEngine:
         seed: int,
         observer: Observer | None = None,
         logits_chunk_bytes: int = 0,
+        keep_layers: int = 0,
+        on_oom: OnOom = "stop",
+        say: Callable[[str], None] = silent,
     ) -> None:
         self._anatomy = anatomy
         self._store = store
@@ -94,7 +122,14 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
-        self._chunk_bytes = logits_chunk_bytes
+        at_once = AtOnce(min(keep_layers, len(anatomy.layers)), logits_chunk_bytes)
+        self._relief = Relief(at_once, on_oom, say, device)
+        self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer)
+
+    @property
+    def at_once(self) -> AtOnce:
+        """How much is in memory at once, as was asked or as was learned since."""
+        return self._relief.at_once
 
     def step(
         self,
@@ -128,32 +163,19 @@ class LayerwiseEngine:
             NonFiniteError: The loss is not finite; `apply` was not called.
         """
         anatomy, observer = self._anatomy, self._observer
-        batches = [self._to_device(batch) for batch in batches]
-        with observer.phase("forward"):
-            embedded = embed(anatomy, self._store, batches, self._dtype)
-        inputs = self._forward([first.detach() for first in embedded.hidden], embedded.calls, step)
-        with observer.phase("head"):
-            sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled_labels else None
-            hidden = inputs.pop()
-            head = self._head(hidden, batches, projector, sampler, chooser)
-            del hidden
-            loss, hidden_grads, grads = head.backward()
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The loss is {loss} at step {step}.",
-                    "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
-                )
-            grads |= head.chosen_grad()
+        asked = _Asked(step, projector, chooser, sampled_labels)
+        way = self._set_out(batches)
+        self._enter(way, step)
+        while len(way.inputs) <= len(anatomy.layers):
+            self._forward(way, asked)
+        head, loss, grads = self._through_head(way, asked)
         self._hand_on(apply, grads)
         for index in reversed(range(len(anatomy.layers))):
-            calls = [layer_calls[index] for layer_calls in embedded.calls]
-            with observer.phase("backward"):
-                grads, hidden_grads = self._backward_layer(index, inputs.pop(), calls, hidden_grads, step, projector)
-            self._hand_on(apply, grads)
+            self._hand_on(apply, self._backward(way, index, asked))
         with observer.phase("backward"):
-            rows_grad = embedded.rows_grad(hidden_grads, anatomy.padding_idx)
+            rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
         with observer.phase("head" if anatomy.tied else "backward"):
-            grads = {anatomy.embed_name: head.embedding_grad(embedded.tokens, rows_grad)}
+            grads = {anatomy.embed_name: head.embedding_grad(way.embedded.tokens, rows_grad)}
         self._hand_on(apply, grads)
         return StepResult(loss, sum(batch.num_tokens for batch in batches), sum(batch.num_counted for batch in batches))
 
@@ -168,21 +190,100 @@ class LayerwiseEngine:
             Summed cross-entropy in nats and the number of counted tokens.
         """
         anatomy = self._anatomy
-        batches = [self._to_device(batch) for batch in batches]
+        way = self._set_out(batches)
         was_training = anatomy.model.training
         anatomy.model.eval()
+
+        def forward() -> list[Tensor]:
+            embedded = self._embed(way.batches)
+            hidden = list(embedded.hidden)
+            for index in range(len(anatomy.layers)):
+                self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
+            return hidden
+
         try:
             with self._observer.phase("eval"):
-                embedded = embed(anatomy, self._store, batches, self._dtype)
-                hidden = list(embedded.hidden)
-                for index in range(len(anatomy.layers)):
-                    weights = self._layer_weights(index)
-                    for which, calls in enumerate(embedded.calls):
-                        hidden[which] = self._run(index, weights, calls[index], hidden[which])
-                head = self._head(hidden, batches)
-                return head.loss_sum(), sum(batch.num_counted for batch in batches)
+                hidden = self._relief.run(lambda: "evaluation", forward, lambda: self._fewer_rows(way))
+                loss = self._relief.run(
+                    lambda: "the head in evaluation",
+                    lambda: self._head(hidden, way.batches).loss_sum(),
+                    lambda: self._fewer_logits(way),
+                )
+                return loss, sum(batch.num_counted for batch in batches)
         finally:
             anatomy.model.train(was_training)
+
+    def _set_out(self, batches: Sequence[MicroBatch]) -> Passage:
+        on_device = [to_device(batch, self._device) for batch in batches]
+        return Passage(on_device, self._embed, self._relief.at_once.most_rows)
+
+    def _embed(self, batches: Sequence[MicroBatch]) -> Embedded:
+        return embed(self._anatomy, self._store, batches, self._dtype)
+
+    def _enter(self, way: Passage, step: int) -> None:
+        def part() -> None:
+            with self._observer.phase("forward"):
+                way.enter()
+
+        self._relief.run(lambda: f"the embedding at step {step}", part, lambda: self._fewer_rows(way))
+
+    def _forward(self, way: Passage, asked: _Asked) -> None:
+        """One layer on."""
+
+        def next_layer() -> int:
+            return len(way.inputs) - 1  # another one, once a remedy began anew
+
+        def part() -> None:
+            with self._observer.phase("forward"):
+                index = next_layer()
+                inputs, calls = way.inputs[-1], way.calls(index)
+                if index < self._first_kept():
+                    out = self._layers.forward(index, inputs, calls, asked.step)
+                else:
+                    out, way.graphs[index] = self._layers.keep(index, inputs, calls, asked.step, asked.projector)
+                way.inputs.append(out)
+
+        def remedy() -> Remedy | None:
+            is_kept = next_layer() >= self._first_kept()
+            return self._fewer_graphs(way) if way.graphs or is_kept else self._fewer_rows(way)
+
+        self._relief.run(lambda: f"forward of layer {next_layer()} at step {asked.step}", part, remedy)
+
+    def _through_head(self, way: Passage, asked: _Asked) -> tuple[Head, float, Grads]:
+        """The loss, and back through the head."""
+        step, is_choosing = asked.step, False
+
+        def part() -> tuple[Head, float, Grads]:
+            nonlocal is_choosing
+            with self._observer.phase("head"):
+                way.out_grads = []
+                sampled = asked.sampled_labels
+                sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled else None
+                head = self._head(self._take_output(way, step), way.batches, asked.projector, sampler, asked.chooser)
+                loss, way.out_grads, grads = head.backward()
+                if not math.isfinite(loss):
+                    raise NonFiniteError(
+                        f"The loss is {loss} at step {step}.",
+                        "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
+                    )
+                is_choosing = True
+                return head, loss, grads | head.chosen_grad()
+
+        def remedy() -> Remedy | None:
+            if is_choosing:
+                return None  # the optimizer's basis may have been refreshed
+            return self._fewer_graphs(way) if way.graphs else self._fewer_logits(way)
+
+        return self._relief.run(lambda: f"the head at step {step}", part, remedy)
+
+    def _take_output(self, way: Passage, step: int) -> list[Tensor]:
+        """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
+        last = len(self._anatomy.layers) - 1
+        if len(way.inputs) > last + 1:
+            return way.inputs.pop()
+        if last in way.graphs:
+            return [out.detach() for _, out in way.graphs[last].kept]
+        return self._layers.forward(last, way.inputs[-1], way.calls(last), step)
 
     def _head(
         self,
@@ -193,105 +294,51 @@ class LayerwiseEngine:
         chooser: Choosers = no_choosers,
     ) -> Head:
         parts = (self._anatomy, self._store, self._dtype, self._observer)
-        chunk_bytes = self._chunk_bytes or default_chunk_bytes(self._device)
+        chunk_bytes = self._relief.at_once.chunk_bytes or default_chunk_bytes(self._device)
         return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
 
-    @torch.no_grad()
-    def _forward(self, hidden: list[Tensor], calls: list[list[LayerCall]], step: int) -> list[list[Tensor]]:
-        """All layers; returns the inputs of each layer and, last, the output of the last one."""
-        kept = [hidden]
-        for index in range(len(self._anatomy.layers)):
-            with self._observer.phase("forward"):
-                weights = self._layer_weights(index)
-                out: list[Tensor] = []
-                for which, layer_calls in enumerate(calls):
-                    with self._dropout_stream(step, index, which):
-                        out.append(self._run(index, weights, layer_calls[index], kept[-1][which]))
-                kept.append(out)
-                del weights  # or the next layer's would be made beside them
-        return kept
+    def _backward(self, way: Passage, index: int, asked: _Asked) -> Grads:
+        """One layer back; returns its gradients."""
 
-    def _backward_layer(
-        self,
-        index: int,
-        inputs: list[Tensor],
-        calls: list[LayerCall],
-        out_grads: list[Tensor],
-        step: int,
-        projector: Projectors,
-    ) -> tuple[Grads, list[Tensor]]:
-        """Recompute one layer for every micro-batch and go back through it.
+        def part() -> tuple[Grads, list[Tensor]]:
+            with self._observer.phase("backward"):
+                graph = way.graphs.pop(index, None)
+                inputs, calls = way.inputs[-1], way.calls(index)
+                return self._layers.backward(index, inputs, calls, way.out_grads, asked.step, asked.projector, graph)
 
-        Returns:
-            The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
-            input.
-        """
-        if self._dtype != torch.float16:
-            return self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, 1.0)
-        largest = max(float(grad.abs().amax()) for grad in out_grads)
-        scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
-        for _ in range(_FP16_MAX_TRIES):
-            grads, in_grads = self._backward_layer_scaled(index, inputs, calls, out_grads, step, projector, scale)
-            if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
-                break
-            scale /= _FP16_BACKOFF
-        return grads, in_grads
+        def remedy() -> Remedy | None:
+            # A layer that can't be computed once more has no room for its graph beside others either.
+            if way.graphs or index >= self._first_kept():
+                return self._fewer_graphs(way)
+            # In forward, dropout drew for the micro-batches as they are.
+            return None if self._anatomy.has_dropout else self._fewer_rows(way)
 
-    def _backward_layer_scaled(
-        self,
-        index: int,
-        inputs: list[Tensor],
-        calls: list[LayerCall],
-        out_grads: list[Tensor],
-        step: int,
-        projector: Projectors,
-        scale: float,
-    ) -> tuple[Grads, list[Tensor]]:
-        name = self._anatomy.layer_names[index]
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._layer_weights(index).items()}
-        if self._observer.watches_tensors:
-            for leaf in leaves.values():
-                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
-        products = self._products(name, leaves, projector)
-        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        sums: Grads = {}
-        in_grads: list[Tensor] = []
-        for which, call in enumerate(calls):
-            entering = inputs[which].requires_grad_()
-            # A mode costs some microseconds at every operation: only where it has something to do.
-            with self._dropout_stream(step, index, which), linears if products else nullcontext():
-                out = self._run(index, leaves, call, entering)
-            signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
-            with strictly_repeatable(self._device):
-                out.backward(signal.to(out.dtype))
-            del out, signal
-            assert entering.grad is not None  # the layer's output depends on its input
-            # In fp16 the gradient travels between layers in float32, where it can't underflow.
-            in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
-            entering.grad = None
-            fold_formed(products, leaves)
-            if self._dtype != torch.float32:
-                _fold(sums, leaves)
-        if self._dtype == torch.float32:
-            sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-        sums |= {key: product.sum for key, product in products.items() if product.touched}
-        without = leaves.keys() - sums.keys()
-        if without:
-            raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
-        if scale != 1.0:
-            for grad in sums.values():
-                grad.div_(scale)
-        return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
+        grads, in_grads = self._relief.run(lambda: f"backward of layer {index} at step {asked.step}", part, remedy)
+        way.out_grads = in_grads
+        way.inputs.pop()
+        return grads
 
-    def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
-        """Empty products for those of a layer's weights whose gradient is wanted in one."""
-        products: dict[str, Product] = {}
-        for name, leaf in leaves.items():
-            wanted = projector(f"{layer}.{name}")
-            if wanted is not None:
-                products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
-                self._observer.tag(products[name].sum, "gradients")
-        return products
+    def _first_kept(self) -> int:
+        return len(self._anatomy.layers) - self._relief.at_once.keep_layers
+
+    def _fewer_graphs(self, way: Passage) -> Remedy | None:
+        return self._relief.fewer_graphs(lambda: way.keep_graphs(self._first_kept()))
+
+    def _fewer_logits(self, way: Passage) -> Remedy | None:
+        num_tokens = sum(batch.num_counted for batch in way.batches)
+        shape = self._store[self._anatomy.head_name].shape
+        default_bytes = default_chunk_bytes(self._device)
+        words = shape[0]
+        if not self._store.is_ready(self._anatomy.head_name, self._dtype):
+            chunk_bytes = self._relief.at_once.chunk_bytes or default_bytes
+            words = block_words(shape[0], shape[1] * self._dtype.itemsize, chunk_bytes)
+        return self._relief.fewer_logits(num_tokens, words, default_bytes)
+
+    def _fewer_rows(self, way: Passage) -> Remedy | None:
+        # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
+        return self._relief.fewer_rows(
+            way.batches, lambda most_rows: way.split(most_rows, anew=self._anatomy.has_dropout)
+        )
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
@@ -299,50 +346,3 @@ class LayerwiseEngine:
                 self._observer.tag(grads[name], "gradients")
             apply(grads)
             grads.clear()
-
-    def _tag_gradient(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            self._observer.tag(leaf.grad, "gradients")
-
-    def _layer_weights(self, index: int) -> dict[str, Tensor]:
-        name = self._anatomy.layer_names[index]
-        weights = self._store.materialise(self._store.names(name), self._dtype)
-        for weight in weights.values():
-            self._observer.tag(weight, "weights")
-        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
-
-    def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
-
-    @contextmanager
-    def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
-        """Dropout draws the same numbers in forward and recomputation, and after a resume."""
-        if not self._anatomy.has_dropout:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(key(self._seed, "dropout", step, index, which))
-            yield
-
-    def _to_device(self, batch: MicroBatch) -> MicroBatch:
-        mask = batch.attention_mask
-        return replace(
-            batch,
-            input_ids=batch.input_ids.to(self._device),
-            labels=batch.labels.to(self._device),
-            attention_mask=None if mask is None else mask.to(self._device),
-        )
-
-
-def _fold(sums: Grads, leaves: Grads) -> None:
-    """Add the leaves' half-precision gradients to the float32 sums, and drop them."""
-    for name, leaf in leaves.items():
-        if leaf.grad is None:
-            continue
-        if name in sums:
-            sums[name].add_(leaf.grad)
-        else:
-            sums[name] = leaf.grad.float()
-        leaf.grad = None

@@ -54,10 +54,17 @@ class Product:
         self._matrix = projector.matrix.to(device=device, dtype=dtype)
         self._right = projector.side == "right"
         rank = self._matrix.shape[1]
-        size = (shape[0], rank) if self._right else (rank, shape[1])
-        self.sum = torch.zeros(size, dtype=torch.float32, device=device)
+        self._size, self._device = (shape[0], rank) if self._right else (rank, shape[1]), device
+        self._sum: Tensor | None = None
         # Zeros that nothing was added to are no gradient.
         self.touched = False
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum, float32; there from when it is first asked for, since in forward it is not needed yet."""
+        if self._sum is None:
+            self._sum = torch.zeros(self._size, dtype=torch.float32, device=self._device)
+        return self._sum
 
     @property
     def keeps_little(self) -> bool:

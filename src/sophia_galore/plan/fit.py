@@ -11,7 +11,6 @@ from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.errors import UserError
 from sophia_galore.plan.forecast import Estimate, Forecast
-from sophia_galore.plan.keep import most_kept_layers
 from sophia_galore.plan.ladder import RUNGS, SHORTER, Changes, Rung
 from sophia_galore.plan.reserve import Budget
 from sophia_galore.plan.slowdown import slowdown
@@ -134,7 +133,7 @@ class Fitter:
             if budget.fits(self.forecast(richer).peak_bytes):
                 yield f"{rung.name}, back", richer
                 config = richer
-        most = most_kept_layers(self._estimate(config), budget.tensor_bytes)
+        most = self._estimate(config).most_kept_layers(budget.tensor_bytes)
         wanted = config.engine.keep_layers
         if config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
             yield "kept layers, what is left", changed(config, {"engine.keep_layers": most})

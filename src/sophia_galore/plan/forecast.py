@@ -100,6 +100,15 @@ class Estimate:
             keep_layers=min(keep_layers, self.num_layers),
         )
 
+    def most_kept_layers(self, tensor_bytes: int) -> int:
+        """How many layers can keep their graphs within some bytes; 0 also where even none is too much.
+
+        Args:
+            tensor_bytes: Most bytes that tensors may take.
+        """
+        fitting = (count for count in range(self.num_layers, 0, -1) if self.forecast(count).peak_bytes <= tensor_bytes)
+        return next(fitting, 0)
+
 
 def estimate(
     decided: Decisions,

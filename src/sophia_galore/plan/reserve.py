@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 
 from sophia_galore.config import RunConfig
-
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.plan.facts import DeviceFacts

@@ -148,6 +148,7 @@ def simulate(
             seed=config.training.seed,
             observer=recorder,
             logits_chunk_bytes=settings.logits_chunk_bytes,
+            keep_layers=keep_layers,
         )
         stepper = Stepper(
             engine,

@@ -24,6 +24,7 @@ from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
+from sophia_galore.plan.keep import kept_layers
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
@@ -117,6 +118,7 @@ class _Run:
             seed=config.training.seed,
             observer=self._monitor,
             logits_chunk_bytes=config.memory.logits_chunk_mib * 2**20,
+            keep_layers=kept_layers(config, len(prepared.anatomy.layers)),
         )
         self._stepper = Stepper(
             self._engine,

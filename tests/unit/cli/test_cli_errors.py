@@ -66,7 +66,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "not a key=value": (["training.batch_size"], ["key=value"]),
     "unreadable value": (["training.seed=[1"], ["training.seed=[1"]),
     "no value": (["training.seed="], ["no value"]),
-    "false checkpointing": (["training.gradient_checkpointing=false"], ["gradient_checkpointing"]),
+    "false checkpointing": (["training.gradient_checkpointing=false", "engine.keep_layers=2"], ["keep_layers"]),
     "int8 on and off": (
         ["quantization.enabled=true", "quantization.load_in_8bit=false"],
         ["quantization.load_in_8bit", "contradict"],

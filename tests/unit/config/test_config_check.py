@@ -13,8 +13,22 @@ from sophia_galore.errors import ConfigError
 
 # rule: (words that break it, parts of the message, words one step away that do not)
 CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
-    "no_gradient_checkpointing": [
-        (["gradient_checkpointing=false"], ["recompute", "later version"], ["gradient_checkpointing=true"])
+    "all_layers_or_some": [
+        (
+            ["gradient_checkpointing=false", "engine.keep_layers=2"],
+            ["all layers", "keep_layers: 2"],
+            ["gradient_checkpointing=true", "engine.keep_layers=2"],
+        ),
+        (
+            ["gradient_checkpointing=false", "engine.keep_layers=auto"],
+            ["keep_layers: auto"],
+            ["engine.keep_layers=auto"],
+        ),
+        (
+            ["gradient_checkpointing=false", "engine.keep_layers=0"],
+            ["keep_layers: 0"],
+            ["gradient_checkpointing=false"],
+        ),
     ],
     "int8_on_and_off": [
         (
@@ -161,7 +175,7 @@ def test_the_line_is_named(tmp_path: Path) -> None:
 
 
 def test_several_contradictions_are_one_message() -> None:
-    words = ["training.clip_by=layer", "gradient_checkpointing=false"]
+    words = ["training.clip_by=layer", "gradient_checkpointing=false", "engine.keep_layers=1"]
     with pytest.raises(ConfigError, match="2 problems"):
         load_config(None, words)
 

@@ -23,7 +23,6 @@ from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
 # Where the type allows more than the rules: without these most random configurations would be refused.
 NARROWED: dict[str, st.SearchStrategy[Any]] = {
-    "training.gradient_checkpointing": st.just(True),
     "training.warmup_steps": st.integers(0, 3),
     "training.clip_by": st.just("auto"),
     "training.learning_rate": st.none() | st.floats(1e-12, 10),
@@ -35,6 +34,8 @@ NARROWED: dict[str, st.SearchStrategy[Any]] = {
 
 def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return values_of(arguments[0], {"ge": arguments[1].metadata[0].ge})
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*(values_of(argument, limits) for argument in arguments))
     if origin is typing.Literal:
@@ -89,6 +90,8 @@ def configs(draw: st.DrawFn) -> RunConfig:
     flat = draw(st.fixed_dictionaries({}, optional=choices))
     if flat.get("data.eval") is not None:
         flat.pop("data.eval_fraction", None)
+    if not flat.get("training.gradient_checkpointing", True):
+        flat.pop("engine.keep_layers", None)
     config = RunConfig.model_validate(nested(flat))
     assume(not contradictions(config))
     return config
@@ -110,6 +113,8 @@ def named(name: str) -> RunConfig:
 @example(RunConfig())
 @example(RunConfig.model_validate({"data": {"eval": "x.json"}}))
 @example(RunConfig.model_validate({"data": {"eval": "x.json", "eval_fraction": 0.0}}))
+@example(RunConfig.model_validate({"training": {"gradient_checkpointing": False}}))
+@example(RunConfig.model_validate({"engine": {"keep_layers": "auto"}}))
 @example(RunConfig.model_validate({"training": {"sample_questions": ("1e-3", "yes", "a: b", "# c", "- d", "")}}))
 @example(RunConfig.model_validate({"model": {"name": "a\x85b"}, "data": {"train": "\u2028"}}))
 def test_a_dump_loads_back_to_an_equal_configuration(config: RunConfig) -> None:
@@ -129,10 +134,12 @@ def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
 @settings(max_examples=50, deadline=None)
 @given(configs())
 def test_numbers_as_overrides_arrive_exactly(config: RunConfig) -> None:
+    implied = {"data.eval_fraction": config.data.eval is not None}
+    implied["engine.keep_layers"] = not config.training.gradient_checkpointing
     numbers = {
         name: value
         for name, value in flatten(config).items()
-        if isinstance(value, int | float) and not (name == "data.eval_fraction" and config.data.eval is not None)
+        if isinstance(value, int | float) and not implied.get(name, False)
     }
     loaded = flatten(load_config(None, [f"{name}={json.dumps(value)}" for name, value in numbers.items()]))
     assert {name: loaded[name] for name in numbers} == numbers

@@ -1,0 +1,277 @@
+"""One layer over all micro-batches: forward, and backward by computing it once more or through a graph that was kept.
+
+A layer's weights are there in compute precision while it works, for all micro-batches. Its gradients, or the products
+in their place, add up over the micro-batches; they are whole when its backward is done.
+
+A graph that is kept begins at the layer's own leaves: what entered it is cut off from the layer before. Backward goes
+through it once, micro-batch by micro-batch, and what it passed is freed at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from sophia_galore.engine.capture import LayerCall
+from sophia_galore.engine.determinism import strictly_repeatable
+from sophia_galore.engine.head import Grads
+from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.product import Product, Projectors, fold_formed
+from sophia_galore.engine.projected_linear import ProjectedLinears
+from sophia_galore.errors import RunError
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.store import WeightStore
+from sophia_galore.numerics.random import key
+
+# In fp16 the gradient by a layer's output is scaled so that its largest entry is 1; where sums over
+# tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
+_FP16_BACKOFF = 16.0
+_FP16_MAX_TRIES = 6
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """A layer that is computed with gradients.
+
+    Args:
+        leaves: The weights in compute precision; what the store holds in it already is not copied.
+        products: By name, those of them whose gradient is wanted in a product.
+        linears: Puts the products in place of these gradients while it is entered.
+        kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
+    """
+
+    leaves: Grads
+    products: dict[str, Product]
+    linears: ProjectedLinears
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class Layers:
+    """The layers of a model, run one at a time.
+
+    Args:
+        anatomy: The model's parts; parameters on the meta device.
+        store: The weights.
+        dtype: Compute precision.
+        device: Where the arithmetic runs.
+        seed: The run's seed, for dropout.
+        observer: Is told what tensors are.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        store: WeightStore,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        observer: Observer,
+    ) -> None:
+        self._anatomy, self._store, self._dtype, self._device = anatomy, store, dtype, device
+        self._seed, self._observer = seed, observer
+
+    def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
+        """A layer without dropout, in place of what entered it.
+
+        Args:
+            index: Which layer.
+            hidden: Per micro-batch (B, T, d); replaced by the layer's output.
+            calls: Per micro-batch.
+        """
+        weights = self._weights(index)
+        for which, call in enumerate(calls):
+            hidden[which] = self._run(index, weights, call, hidden[which])
+
+    @torch.no_grad()
+    def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
+        """A layer without a graph.
+
+        Args:
+            index: Which layer.
+            inputs: Per micro-batch (B, T, d).
+            calls: Per micro-batch.
+            step: Number of the optimizer step, for dropout.
+
+        Returns:
+            Per micro-batch (B, T, d).
+        """
+        weights = self._weights(index)
+        out: list[Tensor] = []
+        for which, call in enumerate(calls):
+            with self._dropout_stream(step, index, which):
+                out.append(self._run(index, weights, call, inputs[which]))
+        return out
+
+    def keep(
+        self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, projector: Projectors
+    ) -> tuple[list[Tensor], LayerGraph]:
+        """A layer whose graph is kept for `backward`.
+
+        Args:
+            index: Which layer.
+            inputs: Per micro-batch (B, T, d); no graph goes on before them.
+            calls: Per micro-batch.
+            step: Number of the optimizer step, for dropout.
+            projector: What gradients are wanted times.
+
+        Returns:
+            Per micro-batch (B, T, d), no part of the graph; and the graph.
+        """
+        graph = self._begin(index, projector)
+        for which, call in enumerate(calls):
+            graph.kept.append(self._through(index, graph, call, inputs[which], step, which))
+        return [out.detach() for _, out in graph.kept], graph
+
+    def backward(
+        self,
+        index: int,
+        inputs: Sequence[Tensor],
+        calls: Sequence[LayerCall],
+        out_grads: Sequence[Tensor],
+        step: int,
+        projector: Projectors,
+        graph: LayerGraph | None = None,
+    ) -> tuple[Grads, list[Tensor]]:
+        """Go back through one layer for every micro-batch.
+
+        Args:
+            index: Which layer.
+            inputs: Per micro-batch (B, T, d), what entered the layer.
+            calls: Per micro-batch.
+            out_grads: Per micro-batch (B, T, d), the gradient by the layer's output.
+            step: As in forward.
+            projector: What gradients are wanted times.
+            graph: What `keep` gave; used up. None: the layer is computed once more.
+
+        Returns:
+            The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
+            input.
+        """
+        if self._dtype != torch.float16:
+            return self._backward_scaled(index, inputs, calls, out_grads, step, projector, 1.0, graph)
+        largest = max(float(grad.abs().amax()) for grad in out_grads)
+        scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
+        for _ in range(_FP16_MAX_TRIES):
+            grads, in_grads = self._backward_scaled(index, inputs, calls, out_grads, step, projector, scale, graph)
+            if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
+                break
+            scale /= _FP16_BACKOFF
+            graph = None  # which can be gone through once
+        return grads, in_grads
+
+    def _backward_scaled(
+        self,
+        index: int,
+        inputs: Sequence[Tensor],
+        calls: Sequence[LayerCall],
+        out_grads: Sequence[Tensor],
+        step: int,
+        projector: Projectors,
+        scale: float,
+        graph: LayerGraph | None,
+    ) -> tuple[Grads, list[Tensor]]:
+        name = self._anatomy.layer_names[index]
+        is_kept = graph is not None
+        graph = graph or self._begin(index, projector)
+        leaves, products = graph.leaves, graph.products
+        for product in products.values():
+            self._observer.tag(product.sum, "gradients")
+        sums: Grads = {}
+        in_grads: list[Tensor] = []
+        for which, call in enumerate(calls):
+            if is_kept:
+                entering, out = graph.kept.pop(0)
+            else:
+                entering, out = self._through(index, graph, call, inputs[which], step, which)
+            signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
+            with strictly_repeatable(self._device):
+                out.backward(signal.to(out.dtype))
+            del out, signal
+            assert entering.grad is not None  # the layer's output depends on its input
+            # In fp16 the gradient travels between layers in float32, where it can't underflow.
+            in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
+            del entering
+            fold_formed(products, leaves)
+            if self._dtype != torch.float32:
+                _fold(sums, leaves)
+        if self._dtype == torch.float32:
+            sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+        sums |= {key: product.sum for key, product in products.items() if product.touched}
+        without = leaves.keys() - sums.keys()
+        if without:
+            raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
+        if scale != 1.0:
+            for grad in sums.values():
+                grad.div_(scale)
+        return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
+
+    def _begin(self, index: int, projector: Projectors) -> LayerGraph:
+        leaves = {key: weight.detach().requires_grad_() for key, weight in self._weights(index).items()}
+        if self._observer.watches_tensors:
+            for leaf in leaves.values():
+                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
+        products = self._products(self._anatomy.layer_names[index], leaves, projector)
+        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
+        return LayerGraph(leaves, products, linears)
+
+    def _through(
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, which: int
+    ) -> tuple[Tensor, Tensor]:
+        """A micro-batch with gradients; returns a leaf that shares memory with what enters, and what comes out."""
+        leaf = entering.detach().requires_grad_()
+        # A mode costs some microseconds at every operation: only where it has something to do.
+        with self._dropout_stream(step, index, which), graph.linears if graph.products else nullcontext():
+            return leaf, self._run(index, graph.leaves, call, leaf)
+
+    def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
+        """Empty products for those of a layer's weights whose gradient is wanted in one."""
+        products: dict[str, Product] = {}
+        for name, leaf in leaves.items():
+            wanted = projector(f"{layer}.{name}")
+            if wanted is not None:
+                products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
+        return products
+
+    def _tag_gradient(self, leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            self._observer.tag(leaf.grad, "gradients")
+
+    def _weights(self, index: int) -> dict[str, Tensor]:
+        name = self._anatomy.layer_names[index]
+        weights = self._store.materialise(self._store.names(name), self._dtype)
+        for weight in weights.values():
+            self._observer.tag(weight, "weights")
+        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
+
+    def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
+        out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    @contextmanager
+    def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
+        """Dropout draws the same numbers in forward and recomputation, and after a resume."""
+        if not self._anatomy.has_dropout:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(key(self._seed, "dropout", step, index, which))
+            yield
+
+
+def _fold(sums: Grads, leaves: Grads) -> None:
+    """Add the leaves' half-precision gradients to the float32 sums, and drop them."""
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            continue
+        if name in sums:
+            sums[name].add_(leaf.grad)
+        else:
+            sums[name] = leaf.grad.float()
+        leaf.grad = None
