@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.head import Grads
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Product, Projectors, fold_formed
+from sophia_galore.engine.product import Product, Projectors
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.errors import RunError
 from sophia_galore.model.anatomy import Anatomy
@@ -44,12 +45,14 @@ class LayerGraph:
         products: By name, those of them whose gradient is wanted in a product.
         linears: Puts the products in place of these gradients while it is entered.
         kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
+        sums: In half precision, float32 sums of the gradients so far.
     """
 
     leaves: Grads
     products: dict[str, Product]
     linears: ProjectedLinears
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    sums: Grads = field(default_factory=dict)
 
 
 class Layers:
@@ -131,12 +134,14 @@ class Layers:
     def backward(
         self,
         index: int,
-        inputs: Sequence[Tensor],
+        inputs: list[Tensor],
         calls: Sequence[LayerCall],
-        out_grads: Sequence[Tensor],
+        out_grads: list[Tensor],
         step: int,
         projector: Projectors,
         graph: LayerGraph | None = None,
+        *,
+        spends: bool = False,
     ) -> tuple[Grads, list[Tensor]]:
         """Go back through one layer for every micro-batch.
 
@@ -148,17 +153,22 @@ class Layers:
             step: As in forward.
             projector: What gradients are wanted times.
             graph: What `keep` gave; used up. None: the layer is computed once more.
+            spends: Whether `inputs` and `out_grads` may be let go of, a micro-batch after the other: nobody will go
+                through the layer again.
 
         Returns:
             The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
             input.
         """
         if self._dtype != torch.float16:
+            if not spends:
+                inputs, out_grads = list(inputs), list(out_grads)
             return self._backward_scaled(index, inputs, calls, out_grads, step, projector, 1.0, graph)
         largest = max(float(grad.abs().amax()) for grad in out_grads)
         scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for _ in range(_FP16_MAX_TRIES):
-            grads, in_grads = self._backward_scaled(index, inputs, calls, out_grads, step, projector, scale, graph)
+            again = (list(inputs), calls, list(out_grads))
+            grads, in_grads = self._backward_scaled(index, *again, step, projector, scale, graph)
             if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
                 break
             scale /= _FP16_BACKOFF
@@ -168,40 +178,35 @@ class Layers:
     def _backward_scaled(
         self,
         index: int,
-        inputs: Sequence[Tensor],
+        inputs: list[Tensor],
         calls: Sequence[LayerCall],
-        out_grads: Sequence[Tensor],
+        out_grads: list[Tensor],
         step: int,
         projector: Projectors,
         scale: float,
         graph: LayerGraph | None,
     ) -> tuple[Grads, list[Tensor]]:
+        """`backward`, which uses up what it is given: of a micro-batch that is done nothing stays."""
         name = self._anatomy.layer_names[index]
         is_kept = graph is not None
         graph = graph or self._begin(index, projector)
         leaves, products = graph.leaves, graph.products
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
-        sums: Grads = {}
         in_grads: list[Tensor] = []
         for which, call in enumerate(calls):
-            if is_kept:
-                entering, out = graph.kept.pop(0)
-            else:
-                entering, out = self._through(index, graph, call, inputs[which], step, which)
-            signal = out_grads[which] if scale == 1.0 else out_grads[which] * scale
+            arrived, signal = inputs.pop(0), out_grads.pop(0)
+            entering, out = graph.kept.pop(0) if is_kept else self._through(index, graph, call, arrived, step, which)
+            if scale != 1.0:
+                signal = signal * scale
             with strictly_repeatable(self._device):
                 out.backward(signal.to(out.dtype))
-            del out, signal
+            del arrived, out, signal
             assert entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
             del entering
-            fold_formed(products, leaves)
-            if self._dtype != torch.float32:
-                _fold(sums, leaves)
-        if self._dtype == torch.float32:
-            sums = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+        sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
         without = leaves.keys() - sums.keys()
         if without:
@@ -213,12 +218,29 @@ class Layers:
 
     def _begin(self, index: int, projector: Projectors) -> LayerGraph:
         leaves = {key: weight.detach().requires_grad_() for key, weight in self._weights(index).items()}
-        if self._observer.watches_tensors:
-            for leaf in leaves.values():
-                leaf.register_post_accumulate_grad_hook(self._tag_gradient)
         products = self._products(self._anatomy.layer_names[index], leaves, projector)
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        return LayerGraph(leaves, products, linears)
+        graph = LayerGraph(leaves, products, linears)
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(self._take_gradient, name, products.get(name), graph.sums))
+        return graph
+
+    def _take_gradient(self, name: str, product: Product | None, sums: Grads, leaf: Tensor) -> None:
+        """A weight has its gradient by one micro-batch: in half precision it goes into the sum before the next does."""
+        grad = leaf.grad
+        if grad is None:
+            return  # a product got it
+        self._observer.tag(grad, "gradients")
+        if product is not None:
+            product.add_whole(grad)  # a module used the weight in another way than as linear
+        elif self._dtype == torch.float32:
+            return  # where they add up by themselves
+        elif name in sums:
+            sums[name].add_(grad)
+        else:
+            sums[name] = grad.float()
+            self._observer.tag(sums[name], "gradients")
+        leaf.grad = None
 
     def _through(
         self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, which: int
@@ -237,10 +259,6 @@ class Layers:
             if wanted is not None:
                 products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
         return products
-
-    def _tag_gradient(self, leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            self._observer.tag(leaf.grad, "gradients")
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         name = self._anatomy.layer_names[index]
@@ -263,15 +281,3 @@ class Layers:
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(key(self._seed, "dropout", step, index, which))
             yield
-
-
-def _fold(sums: Grads, leaves: Grads) -> None:
-    """Add the leaves' half-precision gradients to the float32 sums, and drop them."""
-    for name, leaf in leaves.items():
-        if leaf.grad is None:
-            continue
-        if name in sums:
-            sums[name].add_(leaf.grad)
-        else:
-            sums[name] = leaf.grad.float()
-        leaf.grad = None

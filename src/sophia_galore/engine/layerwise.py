@@ -304,7 +304,8 @@ class LayerwiseEngine:
             with self._observer.phase("backward"):
                 graph = way.graphs.pop(index, None)
                 inputs, calls = way.inputs[-1], way.calls(index)
-                return self._layers.backward(index, inputs, calls, way.out_grads, asked.step, asked.projector, graph)
+                parts = (inputs, calls, way.out_grads, asked.step, asked.projector, graph)
+                return self._layers.backward(index, *parts, spends=not self._relief.adapts)
 
         def remedy() -> Remedy | None:
             # A layer that can't be computed once more has no room for its graph beside others either.

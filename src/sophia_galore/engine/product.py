@@ -9,7 +9,7 @@ its output. Where only G A or A^T G is wanted, the order of multiplication is fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -140,17 +140,3 @@ class Terms:
         product = Product(projector, self.shape, torch.float32, self.device)
         self.add_to(product)
         return product.sum
-
-
-def fold_formed(products: Mapping[str, Product], leaves: Mapping[str, Tensor]) -> None:
-    """Add what a weight got as an ordinary gradient, because a module used it in another way than as linear.
-
-    Args:
-        products: By the leaf's name.
-        leaves: Weights; those with a product are without gradient afterwards.
-    """
-    for name, product in products.items():
-        grad = leaves[name].grad
-        if grad is not None:
-            product.add_whole(grad)
-            leaves[name].grad = None

@@ -76,11 +76,14 @@ class Relief:
         on_oom: adapt; or stop: nothing is ever repeated.
         say: Is told each change, in a sentence.
         device: Where memory ran out.
+
+    Attributes:
+        adapts: Whether something may be repeated.
     """
 
     def __init__(self, at_once: AtOnce, on_oom: OnOom, say: Callable[[str], None], device: torch.device) -> None:
         self.at_once = at_once
-        self._adapts, self._say, self._device = on_oom == "adapt", say, device
+        self.adapts, self._say, self._device = on_oom == "adapt", say, device
 
     def run(self, where: Callable[[], str], part: Callable[[], Made], remedy: Callable[[], Remedy | None]) -> Made:
         """Run a part of a step, again and again as long as memory runs out and there is a remedy.
@@ -97,7 +100,7 @@ class Relief:
             try:
                 return part()
             except Exception as error:
-                found = remedy() if self._adapts and lacks_memory(error) else None
+                found = remedy() if self.adapts and lacks_memory(error) else None
                 if found is None:
                     raise
                 place = where()

@@ -149,6 +149,7 @@ def simulate(
             observer=recorder,
             logits_chunk_bytes=settings.logits_chunk_bytes,
             keep_layers=keep_layers,
+            on_oom=config.memory.on_oom,
         )
         stepper = Stepper(
             engine,
