@@ -83,7 +83,7 @@ def take_probe(
     except SophiaGaloreError:
         raise
     except (RuntimeError, MemoryError) as error:
-        raise _failed(error, batches, max_length) from error
+        raise _failed(error, batches, max_length, keeps_graphs=engine.at_once.keep_layers > 0) from error
     without = [name for name in trained if name not in seen]
     if without:
         raise RunError(
@@ -112,7 +112,7 @@ def describe_probe(batches: Sequence[MicroBatch]) -> str:
     return f"{rows} x {columns} tokens in {len(batches)} micro-batch" + ("es" if len(batches) > 1 else "")
 
 
-def _failed(error: Exception, batches: Sequence[MicroBatch], max_length: int) -> RunError:
+def _failed(error: Exception, batches: Sequence[MicroBatch], max_length: int, *, keeps_graphs: bool) -> RunError:
     if not lacks_memory(error):
         return RunError(
             f"The probe step ({describe_probe(batches)}) failed: {short(error)}.",
@@ -122,6 +122,7 @@ def _failed(error: Exception, batches: Sequence[MicroBatch], max_length: int) ->
     reached = f"; its longest example has {longest} tokens" + (", which is max_length" if longest == max_length else "")
     return RunError(
         f"The probe step ({describe_probe(batches)}{reached}) needs more memory than there is: {short(error)}.",
-        "Lower training.max_length or training.batch_size, or use quantization.load_in_8bit=true or "
+        ("Keep fewer graphs (engine.keep_layers), or lower " if keeps_graphs else "Lower ")
+        + "training.max_length or training.batch_size, or use quantization.load_in_8bit=true or "
         "optimizer.state_bits=8.",
     )
