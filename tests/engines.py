@@ -12,6 +12,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.store import WeightStore, load_store
+from sophia_galore.numerics.subspace import Projector, projection_side
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,15 @@ def make_engine(
 ) -> LayerwiseEngine:
     """An engine on the CPU."""
     return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, **more)
+
+
+def everything_projected(anatomy: Anatomy) -> dict[str, Projector]:
+    """A random A with columns of about unit length for each matrix."""
+    draw = torch.Generator().manual_seed(1)
+    made: dict[str, Projector] = {}
+    for name, shape in anatomy.parameter_shapes().items():
+        if len(shape) == 2:
+            side = projection_side(shape)
+            length = shape[1] if side == "right" else shape[0]
+            made[name] = Projector(torch.randn(length, 8, generator=draw) / length**0.5, side)
+    return made

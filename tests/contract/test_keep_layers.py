@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import CPU, load_parts, make_engine
+from engines import CPU, everything_projected, load_parts, make_engine
 from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
@@ -21,7 +21,6 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.numerics.rules import Hyper
-from sophia_galore.numerics.subspace import Projector, projection_side
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import ragged_batches, tiny_model
@@ -38,17 +37,6 @@ def int8_parts(folder: Path) -> tuple[Anatomy, WeightStore]:
         if isinstance(weight, Tensor) and weight.ndim == 2:
             store[name] = quantise(weight.float(), Int8Format(block=16))
     return anatomy, store
-
-
-def everything_projected(anatomy: Anatomy) -> dict[str, Projector]:
-    draw = torch.Generator().manual_seed(1)
-    made: dict[str, Projector] = {}
-    for name, shape in anatomy.parameter_shapes().items():
-        if len(shape) == 2:
-            side = projection_side(shape)
-            length = shape[1] if side == "right" else shape[0]
-            made[name] = Projector(torch.randn(length, 8, generator=draw) / length**0.5, side)
-    return made
 
 
 def run(parts: tuple[Anatomy, WeightStore], keep_layers: int, **more: Any) -> tuple[float, dict[str, Tensor]]:

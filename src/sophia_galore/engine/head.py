@@ -96,6 +96,8 @@ class Head:
             loss, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
+                if anatomy.tied and self._dtype != torch.float32:
+                    now.lay_by()  # the layers' turn is before the embedding's
             del normed
         in_grads, grads = self._through_norm(normed_grad)
         if weight_grad is not None:
@@ -133,6 +135,7 @@ class Head:
         product = self._product if anatomy.tied else self._product_of(anatomy.embed_name)
         self._product = None
         if product is not None:
+            product.take_up()
             product.add_rows(tokens, rows_grad)
             return product.sum
 

@@ -29,7 +29,10 @@ class Observer:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """The engine is in this phase inside the context; contexts nest, the innermost counts."""
+        """The engine is in this phase inside the context; contexts nest, the innermost counts.
+
+        In which order a step goes through them, `engine/layerwise.py` says.
+        """
         yield
 
     def tag(self, tensor: Tensor, category: Category) -> None:

@@ -294,6 +294,8 @@ def test_what_does_not_fit_says_what_helps(
     assert "which is max_length" not in ended.err
     cut = world.train(str(tmp_path / "run"), "training.max_length=28")
     assert_refused(cut, tmp_path / "run", 1, "its longest example has 28 tokens, which is max_length", *expected)
+    kept = world.train(str(tmp_path / "run"), "engine.keep_layers=1")
+    assert_refused(kept, tmp_path / "run", 1, "keep fewer of them (engine.keep_layers)", *expected)
 
 
 def test_another_failure_is_no_riddle(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
