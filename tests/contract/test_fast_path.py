@@ -188,10 +188,10 @@ class _Made(StorageTracker):
         super().__init__(torch.device("cpu"))
         self.given, self.sizes = given, set[int]()
 
-    def _add(self, tensor: Tensor, category: Category) -> None:
-        super()._add(tensor, category)
+    def _add(self, tensor: Tensor, category: Category) -> bool:
         if tensor.untyped_storage().data_ptr() not in self.given:
             self.sizes.add(tensor.untyped_storage().nbytes())
+        return super()._add(tensor, category)
 
 
 class _Early(Observer):

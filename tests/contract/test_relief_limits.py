@@ -186,7 +186,7 @@ def test_other_errors_are_no_reason_to_repeat(tmp_path: Path, monkeypatch: pytes
     tiny_model("llama").save_pretrained(tmp_path)
     engine = make_engine(*load_parts(tmp_path), on_oom="adapt")
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise RuntimeError("something else")
 
     monkeypatch.setattr(engine._layers, "backward", fail)

@@ -290,6 +290,11 @@ class MemoryConfig(Section):
         "effective batch and same numbers up to rounding, and say so.",
     )
 
+    predict: bool = Field(
+        True,
+        description="Find out before the run what it will need, in some seconds, and compare that with what it took; "
+        "changes no number.",
+    )
     logits_chunk_mib: int = Field(
         0,
         ge=0,

@@ -98,6 +98,7 @@ class Head:
                 self._unscale(now)
                 if anatomy.tied and self._dtype != torch.float32:
                     now.lay_by()  # the layers' turn is before the embedding's
+                    self._observer.tag(now.sum, "gradients")
             del normed
         in_grads, grads = self._through_norm(normed_grad)
         if weight_grad is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.timeline import Segment, Sizes
@@ -55,31 +55,16 @@ class PassTrace:
             layout: Which layers stand for which.
             keep_layers: So many of the model's last layers keep their graphs.
         """
-        kinds, num_kept = layout.kind_of, min(keep_layers, len(layout.kind_of))
-        # Of each kind one was run that computes again what it forgot and, if wanted, one more that keeps its graph.
-        places = [
-            *kinds[: len(kinds) - num_kept],
-            *(layout.num_kinds + kind for kind in kinds[len(kinds) - num_kept :]),
-        ]
+        places = layout.places(keep_layers)
         there = [change for place in places for change in self.forward[place]]
-        back = [
-            change
-            for index in reversed(range(len(places)))
-            for change in self._back(places[index], self.forward[kinds[index]][0].exit, is_first=index == 0)
-        ]
-        return [*self.embedding, *there, *self.head, *back, *self.end]
-
-    def _back(self, place: int, entered: Sizes, *, is_first: bool) -> tuple[Change, ...]:
-        # A layer's input, which the layer before left to it, is gone when its backward is over: but the first layer's,
-        # which is the embedding's output and has its own backward to come.
-        backward, handed_on = self.backward[place]
-        was_first = place == 0
-        left = backward.exit
-        if is_first and not was_first:
-            left = plus(left, entered)
-        elif was_first and not is_first:
-            left = minus(left, entered)
-        return Change(backward.phase, backward.peak, left), handed_on
+        back = [change for place in reversed(places[1:]) for change in self.backward[place]]
+        first = self.backward[places[0]]
+        if places[0] != 0:
+            # A layer's input, which the layer before left to it, is gone when its backward is over: but not the first
+            # layer's, which is the embedding's output and has its own backward to come.
+            entered = self.forward[0][0].exit
+            first = (replace(first[0], exit=plus(first[0].exit, entered)), *first[1:])
+        return [*self.embedding, *there, *self.head, *back, *first, *self.end]
 
 
 @dataclass(frozen=True)
@@ -94,10 +79,25 @@ class Layout:
     chosen: tuple[int, ...]
     kind_of: tuple[int, ...]
 
-    @property
-    def num_kinds(self) -> int:
-        """How many kinds of layers there are."""
-        return len(self.chosen)
+    def run(self, *, keeps: bool) -> tuple[int, ...]:
+        """Numbers of the layers to be run: the first one, one of each kind and, if wanted, each of these once more.
+
+        Args:
+            keeps: Whether layers are to be seen that keep their graphs: the last ones that are run.
+        """
+        return (0, *self.chosen * (2 if keeps else 1))
+
+    def places(self, keep_layers: int) -> list[int]:
+        """For each layer of the model, the place of the one that stands for it among those that were run.
+
+        Args:
+            keep_layers: So many of the model's last layers keep their graphs.
+        """
+        first_kept = max(0, len(self.kind_of) - keep_layers)
+        first = [0] if first_kept else []
+        forgetting = [1 + kind for kind in self.kind_of[len(first) : first_kept]]
+        keeping = [1 + len(self.chosen) + kind for kind in self.kind_of[first_kept:]]
+        return [*first, *forgetting, *keeping]
 
 
 def lay_out(kinds: Sequence[Hashable]) -> Layout:

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import keeps_projected_gradients
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.model.anatomy import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
@@ -146,6 +147,21 @@ class RouteFacts:
 
 
 @dataclass(frozen=True)
+class MemoryFacts:
+    """What a run is expected to need, and what there is.
+
+    Args:
+        needed_bytes: Most bytes of tensors at once.
+        limit_bytes: What the process may take on the device; None: any amount.
+        reserve_bytes: Part of the limit that is not for tensors.
+    """
+
+    needed_bytes: int = 0
+    limit_bytes: int | None = None
+    reserve_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that verdicts depend on.
 
@@ -157,6 +173,7 @@ class Facts:
         parameters: Its parameters, in its order.
         data: The data.
         routes: What became of the parameters; None: not known yet.
+        memory: What the run needs, and what there is; None: not known yet.
     """
 
     config: RunConfig
@@ -166,6 +183,24 @@ class Facts:
     parameters: tuple[Param, ...] = ()
     data: DataFacts = DataFacts()
     routes: RouteFacts | None = None
+    memory: MemoryFacts | None = None
+
+    @property
+    def excess_bytes(self) -> int:
+        """Bytes that the run is expected to need beyond what there is for tensors; 0: it fits, or no limit is known."""
+        if self.memory is None or self.memory.limit_bytes is None:
+            return 0
+        return max(0, self.memory.needed_bytes + self.memory.reserve_bytes - self.memory.limit_bytes)
+
+    @property
+    def excess(self) -> str:
+        """The same in words."""
+        return bytes_in_words(self.excess_bytes)
+
+    @property
+    def needed(self) -> str:
+        """What the run is expected to need, in words."""
+        return bytes_in_words(self.memory.needed_bytes) if self.memory else ""
 
     @property
     def freezes_layers(self) -> bool:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.errors import UserError
-from sophia_galore.plan.forecast import Estimate, Forecast
+from sophia_galore.plan.forecast import Forecast
 from sophia_galore.plan.ladder import RUNGS, SHORTER, Changes, Rung
+from sophia_galore.plan.planner import Planner
 from sophia_galore.plan.reserve import Budget
 from sophia_galore.plan.slowdown import slowdown
-from sophia_galore.plan.subject import Subject
-
-# What no forecast depends on, so that one serves for all limits.
-_WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "memory.on_oom", "engine.keep_layers")
 
 
 @dataclass(frozen=True)
@@ -56,16 +53,15 @@ class Fit:
     forecast: Forecast
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fitter:
-    """Finds settings; remembers what settings need, since many limits ask for the same ones.
+    """Finds settings.
 
     Args:
-        subject: What memory is planned for.
+        planner: Knows what settings need.
     """
 
-    subject: Subject
-    _known: dict[str, Estimate] = field(default_factory=dict)
+    planner: Planner
 
     def fit(self, config: RunConfig, budget: Budget, *, may_shorten: bool = False) -> Fit:
         """Find settings that fit.
@@ -79,14 +75,14 @@ class Fitter:
             UserError: Something speaks against what was asked.
         """
         asked, taken = config, dict[Rung, Changes]()
-        forecast = self.forecast(config)
+        forecast = self._forecast(config)
         tries = [self._try("as asked", asked, config, {}, forecast, budget)]
         for rung, changes in self._descend(config, may_shorten):
             if budget.fits(forecast.peak_bytes):
                 break
             candidate = changed(config, changes)
             try:
-                lighter = self.forecast(candidate)
+                lighter = self._forecast(candidate)
             except UserError:
                 continue  # another setting that was asked for forbids it
             if lighter.peak_bytes >= forecast.peak_bytes:
@@ -98,22 +94,14 @@ class Fitter:
             return Fit(tuple(tries), None, _difference(asked, config), forecast)
         for name, richer in self._ascend(asked, config, budget, taken):
             difference = _difference(config, richer)
-            config, forecast = richer, self.forecast(richer)
+            config, forecast = richer, self._forecast(richer)
             tries.append(self._try(name, asked, config, difference, forecast, budget))
         return Fit(tuple(tries), config, _difference(asked, config), forecast)
 
-    def forecast(self, config: RunConfig) -> Forecast:
-        """What settings need; `engine.keep_layers` counts as 0 where it is auto."""
-        kept = config.engine.keep_layers
-        if not config.training.gradient_checkpointing:
-            kept = 10**9
-        return self._estimate(config).forecast(kept if isinstance(kept, int) else 0)
-
-    def _estimate(self, config: RunConfig) -> Estimate:
-        key = repr({name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT})
-        if key not in self._known:
-            self._known[key] = self.subject.estimate(config, keeps=True)
-        return self._known[key]
+    def _forecast(self, config: RunConfig) -> Forecast:
+        """What settings need; with auto, before any graph is kept."""
+        is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
+        return self.planner.forecast(config, 0 if is_open else self.planner.keep_layers(config))
 
     def _descend(self, config: RunConfig, may_shorten: bool) -> Iterator[tuple[Rung, Changes]]:
         """Rung after rung, each for as long as it has something to offer."""
@@ -130,10 +118,10 @@ class Fitter:
         # The last one was needed, or the way down would have ended before it.
         for rung, changes in list(taken.items())[:-1]:
             richer = changed(config, {key: values[key] for key in changes})
-            if budget.fits(self.forecast(richer).peak_bytes):
+            if budget.fits(self._forecast(richer).peak_bytes):
                 yield f"{rung.name}, back", richer
                 config = richer
-        most = self._estimate(config).most_kept_layers(budget.tensor_bytes)
+        most = self.planner.most_kept_layers(config, budget)
         wanted = config.engine.keep_layers
         if config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
             yield "kept layers, what is left", changed(config, {"engine.keep_layers": most})
@@ -147,10 +135,8 @@ class Fitter:
         forecast: Forecast,
         budget: Budget,
     ) -> Try:
-        num_layers = len(self.subject.layer_names)
-        return Try(
-            name, changes, forecast.peak_bytes, budget.fits(forecast.peak_bytes), slowdown(asked, config, num_layers)
-        )
+        fits, factor = budget.fits(forecast.peak_bytes), slowdown(asked, config, self.planner.num_layers)
+        return Try(name, changes, forecast.peak_bytes, fits, factor)
 
 
 def _difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:

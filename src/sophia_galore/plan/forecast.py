@@ -132,23 +132,23 @@ def estimate(
     of_layer = {name: [route for route in decided.routes if route.name.startswith(f"{name}.")] for name in layer_names}
     types = getattr(model_config, "layer_types", None) or [""] * len(layer_names)
     layout = lay_out([(types[index], _kind(name, of_layer[name])) for index, name in enumerate(layer_names)])
-    few = take_layers(model_config, decided.routes, layer_names, layout.chosen * (2 if keeps else 1))
+    few = take_layers(model_config, decided.routes, layer_names, layout.run(keeps=keeps))
     inside = {route.name for routes in of_layer.values() for route in routes}
     around = [route for route in decided.routes if route.name not in inside]
     steps = steps_to_see(around, of_layer[layer_names[-1]], num_steps)
     settings = settings_of(decided)
-    taken = sample(load.train)
+    taken, num_kept = sample(load.train), len(layout.chosen) if keeps else 0
     seen = simulate(
         few,
         settings,
         taken.more,
         steps,
         eval_batches=load.eval,
-        keep_layers=layout.num_kinds if keeps else 0,
+        keep_layers=num_kept,
     )
     passes, batches = seen.steps, seen.batches
     if taken.fewer:
-        less = simulate(few, settings, taken.fewer, steps, keep_layers=layout.num_kinds if keeps else 0)
+        less = simulate(few, settings, taken.fewer, steps, keep_layers=num_kept)
         passes = tuple(
             tuple(extrapolate(a, b, taken.factor) for a, b in zip(one, other, strict=True))
             for one, other in zip(less.steps, seen.steps, strict=True)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sophia_galore.config import RunConfig
 from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.engine.observe import Category
@@ -37,6 +38,7 @@ class RunPlan:
         dense_learning_rate: Peak rate of the others.
         clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
         curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
+        keep_layers: So many last layers keep their graphs through the forward pass.
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
         data_fingerprint: SHA-256 over all token ids and masks.
@@ -57,6 +59,7 @@ class RunPlan:
     dense_learning_rate: float
     clip_by: ClipBy
     curvature_every: int
+    keep_layers: int
     num_train_examples: int
     num_eval_examples: int
     data_fingerprint: str
@@ -101,13 +104,14 @@ class RunPlan:
         }
 
 
-def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset) -> RunPlan:
+def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_layers: int = 0) -> RunPlan:
     """Decide everything that is left to decide.
 
     Args:
         facts: What is known of the configuration, the machine, the model and its parameters.
         model: Where the model is.
         dataset: The tokenised data.
+        keep_layers: So many last layers keep their graphs.
 
     Returns:
         The plan.
@@ -115,9 +119,8 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset) -> RunPla
     Raises:
         UserError: Something speaks against the run; all that does is named.
     """
-    config, training = facts.config, facts.config.training
-    steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
-    num_steps = training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
+    config = facts.config
+    steps_per_epoch, num_steps = count_steps(config, dataset)
     data = replace(facts.data, largest_token=dataset.largest_token, num_steps=num_steps)
     decided = decide_step(replace(facts, data=data))
     facts = decided.facts
@@ -132,6 +135,7 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset) -> RunPla
         dense_learning_rate=dense_learning_rate(config),
         clip_by=decided.clip_by,
         curvature_every=decided.curvature_every,
+        keep_layers=keep_layers,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,
@@ -141,3 +145,15 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset) -> RunPla
         notes=tuple(verdict.sentence() for verdict in decided.verdicts),
         verdicts=decided.verdicts,
     )
+
+
+def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run.
+
+    Args:
+        config: What was asked.
+        dataset: The tokenised data.
+    """
+    training = config.training
+    steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
+    return steps_per_epoch, training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))

@@ -262,5 +262,25 @@ _TRAINING: tuple[Rule, ...] = (
     ),
 )
 
-RULES: tuple[Rule, ...] = (*_MACHINE, *_MODEL, *_DATA, *_TRAINING)
+_MEMORY: tuple[Rule, ...] = (
+    # Words of caution and no refusals: the probe step has the last word, since it measures.
+    Rule(
+        "does_not_fit",
+        lambda f: f.excess_bytes > 0 and f.config.memory.on_oom == "stop",
+        Use(),
+        "This run is expected to need {f.needed} for tensors, {f.excess} more than there is, so that it would stop in "
+        "the probe step.",
+        "sophia-galore plan --fit finds settings that fit.",
+    ),
+    Rule(
+        "does_not_fit_yet",
+        lambda f: f.excess_bytes > 0 and f.config.memory.on_oom == "adapt",
+        Use(),
+        "This run is expected to need {f.needed} for tensors, {f.excess} more than there is: memory.on_oom: adapt will "
+        "make micro-batches smaller, if that is enough.",
+        "sophia-galore plan --fit finds settings that fit.",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (*_MACHINE, *_MODEL, *_DATA, *_TRAINING, *_MEMORY)
 """All of them, in the order in which they are shown."""

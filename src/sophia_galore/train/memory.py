@@ -26,6 +26,7 @@ from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Phase
 from sophia_galore.engine.probe import WHAT_HELPS
+from sophia_galore.engine.timeline import StepCourse
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
 from sophia_galore.plan.reserve import allocator_bytes
@@ -66,7 +67,10 @@ class MemoryMonitor(Observer):
         # To the end, since what is not seen can't be refused.
         self._stays = asked.limit is not None and not self._cuda
         self._tracker = StorageTracker(device) if asked.track_steps or self._stays else None
+        self._course = StepCourse(self._tracker) if self._tracker is not None else None
         self._entered = False
+        self.predicted_bytes: int | None = None
+        """What was expected to be the peak of tensors."""
         self._phases: dict[str, int] = {}
         self._current: list[Phase] = []
         self._began: list[Mapping[str, int]] = []
@@ -127,6 +131,8 @@ class MemoryMonitor(Observer):
         self._began.append(dict(self._tracker.by_category) if self._tracker is not None else {})
         self._shortage = None  # whatever there was before has been overcome
         self._open()
+        if self._course is not None and self._entered and name in _STEP_PHASES:
+            self._course.enter(name)
         try:
             yield
         except Exception as error:
@@ -134,6 +140,8 @@ class MemoryMonitor(Observer):
                 self._shortage = self._look(error)
             raise
         finally:
+            if self._course is not None and self._entered and name in _STEP_PHASES:
+                self._course.leave(name)
             self._settle()
             self._current.pop()
             self._began.pop()
@@ -227,6 +235,8 @@ class MemoryMonitor(Observer):
             "process_bytes": process_bytes(),
         }
         self._steps.append({"step": step, **record})
+        if self._course is not None:
+            self._course.end_step(step)
         self._step_peak_bytes = 0
         if len(self._steps) >= self._track_steps and not self._stays:
             self.stop()
@@ -239,6 +249,8 @@ class MemoryMonitor(Observer):
             Most bytes that were allocated in the phases of a step; None where they were not measured.
         """
         self._settle()
+        if self._course is not None:
+            self._course.forget()
         peak, self._step_peak_bytes = self._step_peak_bytes, 0
         return peak or None
 
@@ -257,6 +269,8 @@ class MemoryMonitor(Observer):
             "device": torch.cuda.get_device_name(self._device) if self._cuda else "cpu",
             "measured_by": measured_by,
             "limit_bytes": self._limit_bytes,
+            "predicted_peak_bytes": self.predicted_bytes,
+            "predicted_ratio": self._ratio(),
             "peak_allocated_bytes": self._peak_bytes or peak_process_bytes(),
             "peak_reserved_bytes": (self._peak_reserved_bytes if self._cuda else self._peak_bytes)
             or peak_process_bytes(),
@@ -264,7 +278,14 @@ class MemoryMonitor(Observer):
             "phases": {phase: self._phases.get(phase, 0) for phase in get_args(Phase)},
             "categories": {category: self._categories.get(category, 0) for category in get_args(Category)},
             "steps": self._steps,
+            "timeline": self._course.highest if self._course is not None else None,
         }
+
+    def _ratio(self) -> float | None:
+        """What was expected, as a multiple of what was measured; None where tensors were not, or no step was made."""
+        if self.predicted_bytes is None or not self._peak_bytes or not self._steps:
+            return None
+        return round(self.predicted_bytes / self._peak_bytes, 4)
 
     def _settle(self) -> None:
         """Credit the peak since the last change of phase to the phase that ends."""

@@ -21,8 +21,10 @@ from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, largest_token
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
-from sophia_galore.plan.plan import RunPlan, make_plan
+from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
+from sophia_galore.plan.planner import Outlook, Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
+from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.folder import refuse_unwritable
@@ -48,6 +50,8 @@ class Prepared:
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
+        planner: Knows what this and other configurations need.
+        outlook: What the run is expected to need; None: that was not asked for.
     """
 
     config: RunConfig
@@ -60,6 +64,8 @@ class Prepared:
     dataset: Dataset
     device: torch.device
     compute_dtype: torch.dtype
+    planner: Planner
+    outlook: Outlook | None
 
 
 def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None = None) -> Prepared:
@@ -106,7 +112,15 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
     )
     listener.data_read(config.data, dataset)
-    plan = make_plan(facts, model=model, dataset=dataset)
+    _, num_steps = count_steps(config, dataset)
+    planner = Planner(
+        subject_of_data(facts, anatomy, dataset, num_steps=num_steps, pad_id=pad_token(tokenizer), source=model.source)
+    )
+    outlook = look_ahead(planner, config) if config.memory.predict else None
+    if outlook is not None:
+        facts = replace(facts, memory=outlook.facts())
+    keep_layers = outlook.forecast.keep_layers if outlook else planner.keep_layers(config)
+    plan = make_plan(facts, model=model, dataset=dataset, keep_layers=keep_layers)
     found = before_loading(Planned(config, plan, model_config, tokenizer, generation_config, dataset, checkpoint))
     plan = replace(plan, notes=(*plan.notes, *found))
     if checkpoint:
@@ -124,6 +138,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         dataset,
         device,
         compute_dtype(facts),
+        planner,
+        outlook,
     )
 
 

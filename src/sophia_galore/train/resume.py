@@ -37,6 +37,7 @@ _FREE = (
     "engine.keep_layers",
     "memory.limit",
     "memory.on_oom",
+    "memory.predict",
     "memory.reserve",
     "memory.track_steps",
 )
@@ -83,7 +84,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         now.pop(key, None)
         saved.pop(key, None)
     # Words, and what follows from the routes, which say more.
-    skip = {"notes", "verdicts", "bytes", "num_trained_parameters", "trained_fraction"}
+    skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
     if config.training.lr_scheduler_type in _ENDLESS:
         skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}

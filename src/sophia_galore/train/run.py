@@ -16,27 +16,22 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
-from sophia_galore.engine.layerwise import LayerwiseEngine
-from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import write_model
-from sophia_galore.model.frozen import Freezer
-from sophia_galore.model.store import DTYPES, WeightStore, load_store
-from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.schedule import schedule
-from sophia_galore.plan.keep import kept_layers
-from sophia_galore.plan.routes import int8_format
+from sophia_galore.plan.advice import advice
+from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
+from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading
 from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
-from sophia_galore.train.shortage import storage_names
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
 
@@ -72,6 +67,9 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
+        if prepared.outlook is not None:
+            monitor.predicted_bytes = prepared.outlook.forecast.peak_bytes
+            monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
         try:
@@ -100,39 +98,17 @@ class _Run:
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
         self._monitor, self._stop = monitor, stop
-        with self._monitor.phase("load"):
-            self._store = self._load_store(going_on=checkpoint is not None)
-            self._optimizer = ParamOptimizer(
-                (route.spec for route in plan.routes if route.spec), seed=config.training.seed, device=prepared.device
-            )
-            if checkpoint:
-                with self._monitor.apart():
-                    self._optimizer.load_named_state(checkpoint.optimizer_state())
-            self._monitor.names = lambda: storage_names(self._store, self._optimizer)
-            self._monitor.tag_state(self._optimizer.named_state().items())
-        self._engine = LayerwiseEngine(
-            prepared.anatomy,
-            self._store,
-            compute_dtype=prepared.compute_dtype,
-            device=prepared.device,
-            seed=config.training.seed,
-            observer=self._monitor,
-            logits_chunk_bytes=config.memory.logits_chunk_mib * 2**20,
-            keep_layers=kept_layers(config, len(prepared.anatomy.layers)),
-        )
-        self._stepper = Stepper(
-            self._engine,
-            self._optimizer,
-            self._store,
-            clip_by=plan.clip_by,
-            curvature_every=plan.curvature_every,
-            max_grad_norm=config.training.max_grad_norm,
+        parts = assemble(prepared, monitor, listener, checkpoint)
+        self._store, self._optimizer, self._engine, self._stepper = (
+            parts.store,
+            parts.optimizer,
+            parts.engine,
+            parts.stepper,
         )
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
-        known_ids = (prepared.tokenizer.pad_token_id, prepared.tokenizer.eos_token_id, 0)
-        self._pad_id = next(token for token in known_ids if token is not None)  # masked, so any id will do
+        self._pad_id = pad_token(prepared.tokenizer)
         for said in after_loading(self._loaded(checkpoint)):
             listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
@@ -265,22 +241,6 @@ class _Run:
         known[when] = dict(zip(questions, given, strict=True))
         write_json(path, known)
         self._listener.answered(when, list(zip(questions, given, strict=True)))
-
-    def _load_store(self, *, going_on: bool) -> WeightStore:
-        prepared = self._prepared
-        frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
-        self._listener.say(f"Loading {prepared.plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
-        return load_store(
-            prepared.folder,
-            prepared.anatomy.parameter_shapes(),
-            tied_head="lm_head.weight" if prepared.anatomy.tied else None,
-            dtype=DTYPES[self._config.model.store],
-            device=prepared.device,
-            int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
-            form=int8_format(self._config.quantization),
-            without_remainders=going_on,
-            frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
-        )
 
     def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:
         return Loaded(

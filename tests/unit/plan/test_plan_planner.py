@@ -1,0 +1,1 @@
+"""What a planner says of a subject: what it needs, what there is, how many layers keep their graphs."""
