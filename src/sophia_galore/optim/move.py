@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from sophia_galore.optim.state import ROW_ALIGNMENT
 
 # Elements of a tensor that are worked on at once: 16 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 22
+_most_blocks: ContextVar[int | None] = ContextVar("most_blocks", default=None)
 
 
 def row_blocks(tensor: Stored) -> Iterator[slice]:
@@ -23,8 +26,23 @@ def row_blocks(tensor: Stored) -> Iterator[slice]:
     num_rows = tensor.shape[0]
     columns = max(1, tensor.numel() // max(1, num_rows))
     step = max(1, _BLOCK_ELEMENTS // columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    for start in range(0, num_rows, step):
+    starts = range(0, num_rows, step)
+    for start in starts[: _most_blocks.get()]:
         yield slice(start, min(start + step, num_rows))
+
+
+@contextmanager
+def two_blocks_of_each() -> Iterator[None]:
+    """Inside the context the third block of rows and all later ones are left out.
+
+    For who watches memory alone: each block leaves it as it found it, and what is left over from one may still be
+    there while the next begins. Numbers are wrong.
+    """
+    token = _most_blocks.set(2)
+    try:
+        yield
+    finally:
+        _most_blocks.reset(token)
 
 
 def opened(weight: Stored, rate: float, weight_decay: float) -> Tensor:

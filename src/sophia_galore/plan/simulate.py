@@ -19,6 +19,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored
+from sophia_galore.optim.move import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.course import PassTrace, minus, parse_passes
 from sophia_galore.plan.route import Route
@@ -132,7 +133,7 @@ def simulate(
     tracker = StorageTracker(_CPU)
     recorder = Recorder(tracker)
     num_layers = len(model.anatomy.layers)
-    with Shadow(), tracker:
+    with Shadow(), two_blocks_of_each(), tracker:
         store = _empty_store(model.routes, int8_format(config.quantization))
         specs = [route.spec for route in model.routes if route.spec]
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=_CPU)
