@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,14 @@ Overrides = Annotated[
 
 def read_config(path: Path, optimizer: str | None, overrides: list[str] | None) -> RunConfig:
     """The configuration that a command line asks for."""
-    words = list(overrides or [])
-    if optimizer is not None:
-        words.append(f"optimizer.type={optimizer}")
-    return load_config(path, words)
+    return load_config(path, given_overrides({"optimizer.type": optimizer}, overrides))
+
+
+def given_overrides(short: Mapping[str, str | None], overrides: list[str] | None) -> list[str]:
+    """The overrides of a command line, those that have an option of their own among them.
+
+    Args:
+        short: Values of such options by the key that they are short for; None: not given.
+        overrides: KEY.PATH=VALUE words.
+    """
+    return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]

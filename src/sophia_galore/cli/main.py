@@ -21,6 +21,7 @@ from sophia_galore.cli.check import check
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
+from sophia_galore.cli.plan import plan
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, short
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("check")(check)
+app.command("plan")(plan)
 app.command("prepare-data")(prepare_data)
 app.command("download")(download)
 app.command("generate")(generate)

@@ -24,7 +24,8 @@ class Try:
     Args:
         name: What was changed, in words.
         changes: The keys that it changed, with their values.
-        peak_bytes: What would be needed.
+        peak_bytes: What would be needed; what stays alone, where that is too much already.
+        is_known: Whether it was found out; False: more than `peak_bytes` is needed.
         fits: Whether that is within the limit.
         slowdown: How many times as long a token is expected to take as with the settings that were asked for.
     """
@@ -32,6 +33,7 @@ class Try:
     name: str
     changes: Mapping[str, Any]
     peak_bytes: int
+    is_known: bool
     fits: bool
     slowdown: float
 
@@ -75,28 +77,35 @@ class Fitter:
             UserError: Something speaks against what was asked.
         """
         asked, taken = config, dict[Rung, Changes]()
-        forecast = self._forecast(config)
-        tries = [self._try("as asked", asked, config, {}, forecast, budget)]
+        needed, is_known = self._needed(config, budget)
+        tries = [self._try("as asked", asked, config, {}, needed, budget, is_known=is_known)]
         for rung, changes in self._descend(config, may_shorten):
-            if budget.fits(forecast.peak_bytes):
+            if budget.fits(needed):
                 break
             candidate = changed(config, changes)
             try:
-                lighter = self._forecast(candidate)
+                less, is_known = self._needed(candidate, budget)
             except UserError:
                 continue  # another setting that was asked for forbids it
-            if lighter.peak_bytes >= forecast.peak_bytes:
+            if is_known and less >= needed:
                 continue
-            config, forecast = candidate, lighter
+            config, needed = candidate, less
             taken[rung] = {**taken.get(rung, {}), **changes}
-            tries.append(self._try(rung.name, asked, config, changes, forecast, budget))
-        if not budget.fits(forecast.peak_bytes):
-            return Fit(tuple(tries), None, _difference(asked, config), forecast)
+            tries.append(self._try(rung.name, asked, config, changes, needed, budget, is_known=is_known))
+        if not budget.fits(needed):
+            return Fit(tuple(tries), None, _difference(asked, config), self._forecast(config))
         for name, richer in self._ascend(asked, config, budget, taken):
             difference = _difference(config, richer)
-            config, forecast = richer, self._forecast(richer)
-            tries.append(self._try(name, asked, config, difference, forecast, budget))
-        return Fit(tuple(tries), config, _difference(asked, config), forecast)
+            config = richer
+            tries.append(self._try(name, asked, config, difference, self._forecast(config).peak_bytes, budget))
+        return Fit(tuple(tries), config, _difference(asked, config), self._forecast(config))
+
+    def _needed(self, config: RunConfig, budget: Budget) -> tuple[int, bool]:
+        """What settings need, and whether that is all; where what stays is too much already, nothing is simulated."""
+        standing = self.planner.standing_bytes(config)
+        if not budget.fits(standing):
+            return standing, False
+        return self._forecast(config).peak_bytes, True
 
     def _forecast(self, config: RunConfig) -> Forecast:
         """What settings need; with auto, before any graph is kept."""
@@ -119,12 +128,12 @@ class Fitter:
         for rung, changes in list(taken.items())[:-1]:
             richer = changed(config, {key: values[key] for key in changes})
             if budget.fits(self._forecast(richer).peak_bytes):
-                yield f"{rung.name}, back", richer
+                yield f"{rung.name} (back)", richer
                 config = richer
         most = self.planner.most_kept_layers(config, budget)
         wanted = config.engine.keep_layers
         if config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
-            yield "kept layers, what is left", changed(config, {"engine.keep_layers": most})
+            yield "kept layers (rest)", changed(config, {"engine.keep_layers": most})
 
     def _try(
         self,
@@ -132,11 +141,13 @@ class Fitter:
         asked: RunConfig,
         config: RunConfig,
         changes: Mapping[str, Any],
-        forecast: Forecast,
+        needed: int,
         budget: Budget,
+        *,
+        is_known: bool = True,
     ) -> Try:
-        fits, factor = budget.fits(forecast.peak_bytes), slowdown(asked, config, self.planner.num_layers)
-        return Try(name, changes, forecast.peak_bytes, fits, factor)
+        factor = slowdown(asked, config, self.planner.num_layers)
+        return Try(name, changes, needed, is_known, budget.fits(needed), factor)
 
 
 def _difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:

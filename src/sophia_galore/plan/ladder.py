@@ -68,7 +68,9 @@ def _smaller_format(config: RunConfig) -> Changes | None:
         return None
     if config.model.store == "fp32":
         return {"model.store": "bf16"}
-    return {"quantization.enabled": True, "quantization.load_in_8bit": None}
+    # Two names of one thing: where both were given, both have to say it.
+    both = {} if config.quantization.load_in_8bit is None else {"quantization.load_in_8bit": True}
+    return {"quantization.enabled": True, **both}
 
 
 def _fewer_state_bits(config: RunConfig) -> Changes | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.errors import ConfigError
+from sophia_galore.plan.decisions import standing_bytes
 from sophia_galore.plan.facts import MemoryFacts
 from sophia_galore.plan.forecast import Estimate, Forecast
 from sophia_galore.plan.reserve import Budget, budget_of
@@ -14,6 +15,8 @@ from sophia_galore.plan.subject import Subject
 
 # What no estimate depends on, so that one serves for all of their values.
 _WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "engine.keep_layers", "training.gradient_checkpointing")
+# What is kept for speed alone shall not be what makes a run fail: a share that is above any error of a forecast seen.
+_MARGIN = 0.01
 
 
 @dataclass
@@ -40,6 +43,14 @@ class Planner:
             keep_layers: So many layers keep their graphs, whatever the configuration says.
         """
         return self._estimate(config, keeps=keep_layers > 0).forecast(keep_layers)
+
+    def standing_bytes(self, config: RunConfig) -> int:
+        """What stays for the whole run, which is arithmetic.
+
+        Raises:
+            UserError: Something speaks against the configuration.
+        """
+        return sum(standing_bytes(self.subject.decide(config).routes).values())
 
     def budget(self, config: RunConfig) -> Budget | None:
         """What a configuration may take; None: there is no limit."""
@@ -68,8 +79,8 @@ class Planner:
         return self.most_kept_layers(config, budget)
 
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
-        """How many layers can keep their graphs; 0 also where even none is too much."""
-        return self._estimate(config, keeps=True).most_kept_layers(budget.tensor_bytes)
+        """How many layers can keep their graphs, with a margin; 0 also where even none is too much."""
+        return self._estimate(config, keeps=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
 
     def _estimate(self, config: RunConfig, *, keeps: bool) -> Estimate:
         values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}

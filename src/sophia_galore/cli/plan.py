@@ -1,0 +1,140 @@
+"""`sophia-galore plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from sophia_galore.cli.arguments import DEFAULT_CONFIG, OptimizerOption, Overrides, given_overrides
+from sophia_galore.cli.plan_tables import plan_of, show_fit, show_outlook
+from sophia_galore.cli.write_back import replace_between_marks, write_config
+from sophia_galore.config import RunConfig, load_config
+from sophia_galore.config.size import bytes_in_words, parse_size
+from sophia_galore.engine.timeline import points_of
+from sophia_galore.errors import ArgumentError, ModelError, UserError
+from sophia_galore.model.specifications import SPECIFICATIONS
+from sophia_galore.plan.advice import in_words
+from sophia_galore.plan.fit import Fitter
+from sophia_galore.plan.matrix import LIMITS, markdown, matrix
+from sophia_galore.plan.planner import Outlook, Planner, look_ahead
+from sophia_galore.plan.subject import look_up
+from sophia_galore.report.plots import plot_timeline
+
+_FITTED = Path("fitted.yaml")
+
+
+def plan(
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help=f"The run's YAML file; without --model {DEFAULT_CONFIG} is taken."),
+    ] = None,
+    optimizer: OptimizerOption = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Short for model.name=...; needs no file.")] = None,
+    memory: Annotated[str | None, typer.Option(help="The card's memory, such as 4GiB; short for memory.limit.")] = None,
+    device: Annotated[
+        Literal["cuda", "cpu"] | None,
+        typer.Option(help="Plan for a CUDA card, which need not be here, or for this CPU; short for training.device."),
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Find settings that fit, and write them to a file.")] = False,
+    shorter: Annotated[
+        bool, typer.Option("--allow-shorter", help="With --fit: max_length may be lowered, if nothing else is enough.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help=f"With --fit: the file to write ({_FITTED}); with --matrix: a text with its marks."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw the course of memory over a step to this PNG.")] = None,
+    all_models: Annotated[
+        bool, typer.Option("--matrix", help="A table of all built-in models: what fits into which card, and how.")
+    ] = False,
+) -> None:
+    """Tell what a run will need, by phase and category, without weights and without a GPU; nothing is downloaded."""
+    short = {"optimizer.type": optimizer, "model.name": model, "memory.limit": memory, "training.device": device}
+    words = given_overrides(short, overrides)
+    if memory is not None:
+        parse_size(memory, name="--memory")
+    asked = load_config(None if config is None and (model or all_models) else config or DEFAULT_CONFIG, words)
+    if all_models:
+        _show_matrix(asked, output)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(text: str) -> None:
+        if not as_json:
+            console.print(text, markup=False)
+
+    planner = Planner(look_up(asked, say, reads_data=config is not None or model is None))
+    if fit:
+        _fit(planner, asked, output, console, as_json=as_json, may_shorten=shorter)
+        return
+    outlook = look_ahead(planner, asked)
+    if outlook is None:
+        raise ModelError(
+            "What layers that bitsandbytes holds take while they compute is its own affair, and not predicted.",
+            "Use quantization.backend=native, or let the probe step of `train` find out.",
+        )
+    if as_json:
+        print(json.dumps(plan_of(planner, asked, outlook), indent=2))
+    else:
+        show_outlook(console, planner, asked, outlook)
+    if picture is not None:
+        say(f"Picture: {_draw(picture, asked, outlook)}")
+
+
+def _fit(
+    planner: Planner, asked: RunConfig, output: Path | None, console: Console, *, as_json: bool, may_shorten: bool
+) -> None:
+    budget = planner.budget(asked)
+    if budget is None:
+        raise ArgumentError("--fit needs a limit to fit into.", "Say how much there is: --memory 4GiB.")
+    found = Fitter(planner).fit(asked, budget, may_shorten=may_shorten)
+    outlook = Outlook(found.forecast, budget)
+    if as_json:
+        print(json.dumps(plan_of(planner, found.config or asked, outlook, found), indent=2))
+    else:
+        show_fit(console, found, budget)
+    if found.config is None:
+        needed = found.forecast.peak_bytes + budget.reserve_bytes
+        hint = "" if may_shorten else "Let examples be shorter (--allow-shorter), "
+        raise UserError(
+            f"No settings fit into {bytes_in_words(budget.limit_bytes)}: the least found needs "
+            f"{bytes_in_words(needed)}, {bytes_in_words(budget.reserve_bytes)} in reserve included.",
+            f"{hint or 'Take '}{'take ' if hint else ''}a smaller model or a larger card. Weights that wait in host "
+            "memory or on disk are not supported yet.",
+        )
+    path = write_config(found.config, output or _FITTED)
+    if not as_json:
+        if found.changes:
+            console.print(f"As words for the command line: {in_words(found.changes)}", markup=False)
+        console.print(f"Written: {path}. Train with: sophia-galore train --config {path}", markup=False)
+        show_outlook(console, planner, found.config, outlook)
+
+
+def _show_matrix(asked: RunConfig, output: Path | None) -> None:
+    rows = []
+    for row in matrix(asked, [known.name for known in SPECIFICATIONS], LIMITS):
+        rows.append(row)
+        if output is not None:
+            print(f"{row.model}: {', '.join(cell or '-' for cell in row.cells)}", flush=True)
+    table = markdown(rows, LIMITS)
+    if output is None:
+        print(table)
+    else:
+        replace_between_marks(output, "plan --matrix", table)
+
+
+def _draw(picture: Path, asked: RunConfig, outlook: Outlook) -> Path:
+    timeline: dict[str, Any] = {"step": 1, "points": points_of(outlook.forecast.course)}
+    return plot_timeline(
+        timeline,
+        picture,
+        title=f"{asked.model.name}: memory over one step, as planned",
+        limit_bytes=outlook.budget.tensor_bytes if outlook.budget else None,
+        predicted_peak_bytes=outlook.forecast.peak_bytes,
+    )

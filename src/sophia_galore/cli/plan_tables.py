@@ -1,0 +1,157 @@
+"""A memory plan on the terminal, and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
+from sophia_galore.config import RunConfig
+from sophia_galore.config.dump import flatten
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.plan.advice import in_words
+from sophia_galore.plan.decisions import standing_bytes
+from sophia_galore.plan.fit import Fit
+from sophia_galore.plan.planner import Outlook, Planner
+from sophia_galore.plan.reserve import Budget
+
+# What decides about memory; the rest of a configuration is in its file.
+_SETTINGS = (
+    "model.name",
+    "model.store",
+    "training.device",
+    "training.max_length",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing",
+    "training.max_grad_norm",
+    "optimizer.type",
+    "optimizer.state_bits",
+    "optimizer.galore.rank",
+    "optimizer.galore.projection_bits",
+    "quantization.enabled",
+    "quantization.load_in_8bit",
+    "quantization.backend",
+    "memory.limit",
+    "memory.reserve",
+    "memory.logits_chunk_mib",
+)
+
+
+def plan_of(planner: Planner, config: RunConfig, outlook: Outlook, found: Fit | None = None) -> dict[str, Any]:
+    """The plan as plain data.
+
+    Args:
+        planner: What it is of.
+        config: The settings that it is for.
+        outlook: What they need, and what there is.
+        found: How they were found, if they were looked for.
+    """
+    decided, forecast, budget = planner.subject.decide(config), outlook.forecast, outlook.budget
+    values = flatten(config)
+    plan: dict[str, Any] = {
+        "model": config.model.name,
+        "source": planner.subject.source,
+        "num_parameters": sum(route.num_elements for route in decided.routes),
+        "device": planner.subject.facts.device.place,
+        "compute_dtype": str(decided.compute_dtype).removeprefix("torch."),
+        "planned_for": planner.subject.load(config).source,
+        "predicted_peak_bytes": forecast.peak_bytes,
+        "phases": dict(forecast.phases),
+        "categories": dict(forecast.categories),
+        "standing_bytes": standing_bytes(decided.routes),
+        "limit_bytes": budget.limit_bytes if budget else None,
+        "reserve_bytes": budget.reserve_bytes if budget else None,
+        "left_bytes": budget.tensor_bytes - forecast.peak_bytes if budget else None,
+        "fits": outlook.fits,
+        "settings": {key: values[key] for key in _SETTINGS} | {"engine.keep_layers": forecast.keep_layers},
+        "notes": [verdict.sentence() for verdict in decided.verdicts],
+    }
+    if found is not None:
+        plan["changes"] = dict(found.changes)
+        plan["tried"] = [
+            {
+                "changed": tried.name,
+                "changes": dict(tried.changes),
+                "predicted_peak_bytes": tried.peak_bytes,
+                "at_least": not tried.is_known,
+                "fits": tried.fits,
+                "slowdown": round(tried.slowdown, 3),
+            }
+            for tried in found.tries
+        ]
+    return plan
+
+
+def show_outlook(console: Console, planner: Planner, config: RunConfig, outlook: Outlook) -> None:
+    """What a configuration needs, by phase and category, and whether it fits."""
+    plan, forecast, budget = plan_of(planner, config, outlook), outlook.forecast, outlook.budget
+    console.print(
+        f"{plan['model']} ({plan['source']}): {plan['num_parameters'] / 1e6:.1f} M parameters, "
+        f"{planner.num_layers} layers; {config.optimizer.type}, {plan['device']}, {plan['compute_dtype']} arithmetic.",
+        markup=False,
+    )
+    console.print(f"Planned for {plan['planned_for']}.", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("phase", "most at once"):
+        table.add_column(name, justify="right" if name != "phase" else "left")
+    for phase, size in forecast.phases.items():
+        style = "bold" if size == forecast.peak_bytes else ""
+        if size:
+            table.add_row(Text(phase, style), Text(bytes_in_words(size), style))
+    console.print(table)
+    stays = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan["standing_bytes"].items() if size)
+    console.print(f"Stays all the time, exactly: {stays}. What comes and goes is simulated. At the peak:", markup=False)
+    limit = budget.tensor_bytes if budget else None
+    width = min(console.width, LEGEND_WIDTH)
+    console.print(memory_bar(plan["categories"], limit_bytes=limit, width=width))
+    console.print(verdict(outlook))
+    if config.training.device == "auto" and planner.subject.facts.device.is_cpu:
+        console.print("That is for this machine, which has no GPU; for a CUDA card: --device cuda.")
+    for note in plan["notes"]:
+        console.print(Text(note, style="yellow"))
+
+
+def verdict(outlook: Outlook) -> Text:
+    """Whether it fits, and by how much."""
+    budget, needed = outlook.budget, outlook.forecast.peak_bytes
+    words = f"Tensors need {bytes_in_words(needed)} at most"
+    if budget is None:
+        return Text(f"{words}. Whether that fits, --memory 4GiB tells.", style="bold")
+    left = budget.tensor_bytes - needed
+    if left >= 0:
+        return Text(f"{words}: fits into {_limit(budget)}, {bytes_in_words(left)} are left.", style="bold green")
+    remedy = "--fit finds settings that fit."
+    return Text(f"{words}: does not fit into {_limit(budget)}, {bytes_in_words(-left)} too much. {remedy}", "bold red")
+
+
+def show_fit(console: Console, found: Fit, budget: Budget) -> None:
+    """The ladder: what was tried, and what it brought."""
+    console.print(f"Fitting into {_limit(budget)}:", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("changed", "to", "need", "fits", "time"):
+        table.add_column(name, justify="left" if name in ("changed", "to") else "right", no_wrap=True)
+    for tried in found.tries:
+        table.add_row(
+            tried.name,
+            in_words(tried.changes).replace(" ", "\n"),
+            ("" if tried.is_known else "> ") + bytes_in_words(tried.peak_bytes),
+            Text("yes", "green") if tried.fits else Text("no", "red"),
+            f"x {tried.slowdown:.2f}",
+        )
+    # A setting that is cut off at the screen's edge is of no use.
+    width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(highlight=False, soft_wrap=True, width=max(width, console.width)).print(table)
+    console.print("need: most bytes of tensors; time: of a token, as expected, against that of what was asked.")
+
+
+def _limit(budget: Budget) -> str:
+    limit = bytes_in_words(budget.limit_bytes)
+    if not budget.reserve_bytes:
+        return limit
+    gaps = f" and {budget.fragmentation:.0%} for gaps" if budget.fragmentation else ""
+    return f"{limit} (less {bytes_in_words(budget.outside_bytes)} for context and other programs{gaps})"

@@ -1,0 +1,60 @@
+"""Files that a command writes beside what a user wrote: never over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sophia_galore import __version__
+from sophia_galore.config import RunConfig, dump_config
+from sophia_galore.errors import EnvironmentProblem, UserError
+
+_MADE_BY = "# Made by `sophia-galore plan --fit`"
+
+
+def write_config(config: RunConfig, path: Path) -> Path:
+    """Write a configuration as YAML.
+
+    Args:
+        config: The configuration.
+        path: Where to; an older file of the same making is replaced.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: Something else is there.
+        EnvironmentProblem: It can't be written.
+    """
+    try:
+        if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MADE_BY):
+            raise UserError(
+                f"{path} exists, and was not made by this command, so it is not replaced.",
+                "Give another name with --output.",
+            )
+        path.write_text(f"{_MADE_BY}, version {__version__}.\n{dump_config(config)}", encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentProblem(f"{path} can't be written: {error}.", "Give another place with --output.") from error
+    return path
+
+
+def replace_between_marks(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the two marks of a name in a text file.
+
+    Args:
+        path: The file.
+        name: Of the marks `<!-- NAME -->` and `<!-- /NAME -->`, each on a line of its own.
+        text: What is to stand between them.
+
+    Raises:
+        UserError: The marks are not there.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error}.", "Name a text file that has the marks.") from error
+    before, found, rest = content.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} has no lines {begin} and {end}.", "Put them where the table is to stand.")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
