@@ -61,8 +61,8 @@ STORES = {
     "int8": ["model.store=bf16", "quantization.enabled=true"],
 }
 OPTIMIZERS = ("galore", "adamw", "apollo")
-LENGTHS = {"tiny": (64, 256), "135M": (64, 256), "0.5B": (32, 128)}
-ACCUMULATIONS = {"tiny": (1, 4), "135M": (1, 4), "0.5B": (1, 3)}
+LENGTHS = {"tiny": (64, 256), "135M": (32, 128), "0.5B": (32, 96)}
+ACCUMULATIONS = {"tiny": (1, 4), "135M": (1, 3), "0.5B": (1, 2)}
 
 
 @dataclass(frozen=True)
