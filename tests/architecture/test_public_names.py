@@ -26,6 +26,10 @@ def test_commands_and_their_options() -> None:
     assert surface == {
         "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
         "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
+        "plan": [
+            *("--allow-shorter", "--config", "--device", "--fit", "--json", "--matrix", "--memory", "--model"),
+            *("--optimizer", "--output", "--picture", "-c", "-m", "-o", "overrides"),
+        ],
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "export": ["--block-size", "--output", "--to", "source"],

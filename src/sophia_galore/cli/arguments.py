@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sophia_galore.config import RunConfig, load_config
+from sophia_galore.errors import ArgumentError
 
 DEFAULT_CONFIG = Path("configs/galore_config.yaml")
 
@@ -32,5 +33,16 @@ def given_overrides(short: Mapping[str, str | None], overrides: list[str] | None
     Args:
         short: Values of such options by the key that they are short for; None: not given.
         overrides: KEY.PATH=VALUE words.
+
+    Raises:
+        ArgumentError: An option and a word say different things about the same key.
     """
-    return [*(overrides or []), *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    words = list(overrides or [])
+    for key, value in short.items():
+        if value is None:
+            continue
+        for word in words:
+            name, _, other = word.partition("=")
+            if name == key and other != value:
+                raise ArgumentError(f"{word} contradicts the option that says {key}={value}.", "Leave one of them out.")
+    return [*words, *(f"{key}={value}" for key, value in short.items() if value is not None)]

@@ -38,14 +38,14 @@ class Shadow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not tensors:
+        # Of the arguments' types those are named that are more than plain tensors; this is said at each operation.
+        if FakeTensor not in types:
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+                return func(*args, **kwargs)
             if _is_counting(func.overloadpacket, args, kwargs):
                 return func(*args, **kwargs)
             with self._fake:
                 return func(*args, **kwargs)
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            return func(*args, **kwargs)
         if func is _aten._local_scalar_dense.default:
             return _reassuring(args[0])
         if func.overloadpacket in _INDEXING:
