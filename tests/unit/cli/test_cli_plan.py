@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from sophia_galore.cli import plan as plan_command
-from sophia_galore.config import load_config
+from sophia_galore.cli.write_back import write_config
+from sophia_galore.config import RunConfig, load_config
+from sophia_galore.config.change import changed
+from sophia_galore.errors import EnvironmentProblem, UserError
 from sophia_galore.plan.matrix import Row
 from unit.cli.tiny_run import World, command
 
@@ -105,13 +108,19 @@ def test_fit_writes_a_configuration_that_is_what_it_says(world: World, tmp_path:
     again = plan_json("--config", str(written))
     assert again["predicted_peak_bytes"] == found["predicted_peak_bytes"]
     assert again["settings"] == found["settings"]
-    # A file of its own making is replaced, another one is not.
-    shown = command("plan", *words, "--fit", "--memory", str(limit))
-    assert shown.code == 0 and "as asked" in shown.out and "sophia-galore train --config fitted.yaml" in shown.out
-    written.write_text("model: {name: mine}\n")
-    refused = command("plan", *words, "--fit", "--memory", str(limit))
-    assert refused.code == 2 and "not made by this command" in refused.err
-    assert written.read_text() == "model: {name: mine}\n"
+
+
+def test_a_file_of_its_own_making_is_replaced_and_no_other(tmp_path: Path) -> None:
+    path, config = tmp_path / "fitted.yaml", RunConfig()
+    write_config(config, path)
+    write_config(changed(config, {"training.seed": 7}), path)
+    assert load_config(path, []) == changed(config, {"training.seed": 7})
+    path.write_text("model: {name: mine}\n")
+    with pytest.raises(UserError, match="not made by this command"):
+        write_config(config, path)
+    assert path.read_text() == "model: {name: mine}\n"
+    with pytest.raises(EnvironmentProblem, match="can't be written"):
+        write_config(config, tmp_path / "nowhere" / "fitted.yaml")
 
 
 def test_where_nothing_fits_the_ladder_is_shown_and_nothing_written(tmp_path: Path) -> None:
