@@ -93,6 +93,8 @@ def prediction_line(memory: Mapping[str, Any]) -> Text | None:
     if predicted_bytes is None:
         return None
     size = bytes_in_words(predicted_bytes)
+    if memory.get("adaptations"):
+        return Text(f"Predicted: {size} for what was asked; memory ran out, so less was taken at once.")
     if ratio is None:
         return Text(f"Predicted: {size}.")
     said = f"Predicted: {size}, {ratio:.2f} of what was measured"

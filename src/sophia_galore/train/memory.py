@@ -71,6 +71,8 @@ class MemoryMonitor(Observer):
         self._entered = False
         self.predicted_bytes: int | None = None
         """What was expected to be the peak of tensors."""
+        self.adaptations: list[str] = []
+        """What was changed when memory ran out, in sentences."""
         self._phases: dict[str, int] = {}
         self._current: list[Phase] = []
         self._began: list[Mapping[str, int]] = []
@@ -271,6 +273,7 @@ class MemoryMonitor(Observer):
             "limit_bytes": self._limit_bytes,
             "predicted_peak_bytes": self.predicted_bytes,
             "predicted_ratio": self._ratio(),
+            "adaptations": self.adaptations,
             "peak_allocated_bytes": self._peak_bytes or peak_process_bytes(),
             "peak_reserved_bytes": (self._peak_reserved_bytes if self._cuda else self._peak_bytes)
             or peak_process_bytes(),
@@ -282,8 +285,11 @@ class MemoryMonitor(Observer):
         }
 
     def _ratio(self) -> float | None:
-        """What was expected, as a multiple of what was measured; None where tensors were not, or no step was made."""
-        if self.predicted_bytes is None or not self._peak_bytes or not self._steps:
+        """What was expected, as a multiple of what was measured.
+
+        None where tensors were not measured, no step was made, or less was taken at once than had been expected.
+        """
+        if self.predicted_bytes is None or not self._peak_bytes or not self._steps or self.adaptations:
             return None
         return round(self.predicted_bytes / self._peak_bytes, 4)
 

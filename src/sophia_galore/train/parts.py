@@ -58,6 +58,11 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
                 optimizer.load_named_state(checkpoint.optimizer_state())
         monitor.names = lambda: storage_names(store, optimizer)
         monitor.tag_state(optimizer.named_state().items())
+
+    def adapted(change: str) -> None:
+        monitor.adaptations.append(change)
+        listener.say(change)
+
     engine = LayerwiseEngine(
         prepared.anatomy,
         store,
@@ -68,7 +73,7 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
         logits_chunk_bytes=config.memory.logits_chunk_mib * 2**20,
         keep_layers=plan.keep_layers,
         on_oom=config.memory.on_oom,
-        say=listener.say,
+        say=adapted,
     )
     stepper = Stepper(
         engine,
