@@ -12,7 +12,16 @@ import torch
 from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError, UserError
-from sophia_galore.plan.facts import BitsandbytesFacts, DataFacts, DeviceFacts, Facts, MemoryFacts, ModelFacts, Param, RouteFacts
+from sophia_galore.plan.facts import (
+    BitsandbytesFacts,
+    DataFacts,
+    DeviceFacts,
+    Facts,
+    MemoryFacts,
+    ModelFacts,
+    Param,
+    RouteFacts,
+)
 from sophia_galore.plan.rules import RULES, compute_dtype, optimizer
 from sophia_galore.plan.verdicts import Decided, FallBack, Refuse, Rule, Use, decide, settled
 
