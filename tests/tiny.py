@@ -44,12 +44,16 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
 }
 
 
+def tiny_config(family: str = "llama", *, tied: bool = True, **more: Any) -> Any:
+    """The Hugging Face configuration of three small layers."""
+    kind, extra = FAMILIES[family]
+    return kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
+
+
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **more: Any) -> Any:
     """A randomly initialised Hugging Face model of three small layers, float32."""
     torch.manual_seed(seed)
-    kind, extra = FAMILIES[family]
-    config = kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tied=tied, **more)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Fresh norms and biases are all equal; a swap of two of them would not be seen.

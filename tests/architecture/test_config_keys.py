@@ -20,6 +20,7 @@ KEYS = [
     "memory.limit",
     "memory.logits_chunk_mib",
     "memory.on_oom",
+    "memory.predict",
     "memory.reserve",
     "memory.track_steps",
     "model.cache_dir",

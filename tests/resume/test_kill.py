@@ -29,6 +29,7 @@ SETTINGS = [
     "optimizer.galore.update_proj_gap=4",
     "checkpoint.save_every_steps=2",
     "memory.track_steps=1",
+    "memory.predict=false",
 ]
 # What each kind adds: between them every rule's and every format's state goes to disk and comes back.
 KINDS: dict[str, list[str]] = {

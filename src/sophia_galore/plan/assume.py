@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -103,10 +103,22 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
     """
     if len(batches) <= _MOST_BATCHES:
         return Sample((), tuple(batches), 0.0)
-    # What memory a phase takes grows with the tokens of all, and has a part that depends on the largest one alone.
+    # What memory a phase takes grows with the tokens of all, or with the counted ones, and has a part that depends on
+    # the largest micro-batch alone.
     largest, rest = batches[0], batches[1:]
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
     half, most = _MOST_BATCHES // 2, _MOST_BATCHES
     wanted = 1 + num_tokens / usual.input_ids.numel()
+    usual = _counting(usual, sum(batch.num_counted for batch in rest) / (wanted - 1))
     return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))
+
+
+def _counting(batch: MicroBatch, num_counted: float) -> MicroBatch:
+    """The same tokens, of which another number counts."""
+    ids = batch.input_ids
+    may_count = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
+    places = may_count.flatten().nonzero().flatten()[: round(num_counted)]
+    labels = torch.full_like(ids, IGNORED)
+    labels.view(-1)[places] = ids.view(-1)[places]
+    return replace(batch, labels=labels, num_counted=len(places))

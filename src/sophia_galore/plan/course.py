@@ -56,15 +56,30 @@ class PassTrace:
             keep_layers: So many of the model's last layers keep their graphs.
         """
         places = layout.places(keep_layers)
+        first_kept = max(0, len(places) - keep_layers)
         there = [change for place in places for change in self.forward[place]]
-        back = [change for place in reversed(places[1:]) for change in self.backward[place]]
-        first = self.backward[places[0]]
-        if places[0] != 0:
-            # A layer's input, which the layer before left to it, is gone when its backward is over: but not the first
-            # layer's, which is the embedding's output and has its own backward to come.
-            entered = self.forward[0][0].exit
-            first = (replace(first[0], exit=plus(first[0].exit, entered)), *first[1:])
-        return [*self.embedding, *there, *self.head, *back, *first, *self.end]
+        back: list[Change] = []
+        for index in reversed(range(len(places))):
+            passed, *more = self.backward[places[index]]
+            # What a layer was given by one that forgets is gone when its backward is over. What one gave that keeps
+            # its graph stays in that, and so it was where the layer that stands for this one was seen.
+            if index == first_kept > 0 and keep_layers:
+                passed = replace(passed, exit=minus(passed.exit, self.forward[0][0].exit))
+            back += [passed, *more]
+        changes = [*self.embedding, *there, *self.head, *back, *self.end]
+        # At the end all is let go of that was kept of any layer, be it one of those that were run or not.
+        left = self._sum_of_exits()
+        for change in changes[:-1]:
+            left = minus(left, change.exit)
+        return [*changes[:-1], replace(changes[-1], exit=left)]
+
+    def _sum_of_exits(self) -> Sizes:
+        """What a pass leaves behind."""
+        layers = [change for layer in (*self.forward, *self.backward) for change in layer]
+        left: Sizes = Counter()
+        for change in (*self.embedding, *self.head, *layers, *self.end):
+            left = plus(left, change.exit)
+        return left
 
 
 @dataclass(frozen=True)
@@ -83,9 +98,14 @@ class Layout:
         """Numbers of the layers to be run: the first one, one of each kind and, if wanted, each of these once more.
 
         Args:
-            keeps: Whether layers are to be seen that keep their graphs: the last ones that are run.
+            keeps: Whether layers are to be seen that keep their graphs, each after another one that does.
         """
-        return (0, *self.chosen * (2 if keeps else 1))
+        return (0, *self.chosen, self.chosen[-1], *self.chosen) if keeps else (0, *self.chosen)
+
+    @property
+    def num_kept(self) -> int:
+        """How many of the layers that are run, the last ones, are to keep their graphs if any are."""
+        return 1 + len(self.chosen)
 
     def places(self, keep_layers: int) -> list[int]:
         """For each layer of the model, the place of the one that stands for it among those that were run.
@@ -96,7 +116,7 @@ class Layout:
         first_kept = max(0, len(self.kind_of) - keep_layers)
         first = [0] if first_kept else []
         forgetting = [1 + kind for kind in self.kind_of[len(first) : first_kept]]
-        keeping = [1 + len(self.chosen) + kind for kind in self.kind_of[first_kept:]]
+        keeping = [2 + len(self.chosen) + kind for kind in self.kind_of[first_kept:]]
         return [*first, *forgetting, *keeping]
 
 

@@ -137,7 +137,7 @@ def estimate(
     around = [route for route in decided.routes if route.name not in inside]
     steps = steps_to_see(around, of_layer[layer_names[-1]], num_steps)
     settings = settings_of(decided)
-    taken, num_kept = sample(load.train), len(layout.chosen) if keeps else 0
+    taken, num_kept = sample(load.train), layout.num_kept if keeps else 0
     seen = simulate(
         few,
         settings,

@@ -3,7 +3,7 @@
 Floating-point tensors are made fake: PyTorch's `FakeTensor` has shape, precision and a storage of the right size in
 which nothing lies. Integers that say how many there are of something (token ids, labels, masks, positions) stay
 real, since shapes follow from their values. Where code asks a fake tensor for a value, it is told that all is well:
-everything is finite, and what was never written to holds nothing but zeros.
+everything is finite, and what was made as zeros and never written to holds nothing but zeros.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ _COUNTING = (_aten.arange, _aten.zeros, _aten.ones, _aten.full, _aten.scalar_ten
 # Codes of eight bits and less are the bytes of something large.
 _KEPT = (torch.int64, torch.bool)
 _INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_)
+# What fills a tensor from a generator, which fake tensors do not know how to take.
+_DRAWING = (_aten.exponential_,)
+_ZEROING = (_aten.zeros, _aten.zeros_like, _aten.new_zeros, _aten.zero_)
+# Whose results have only the form of what they are given.
+_FORMING = (_aten.empty_like, _aten.new_empty, _aten.ones_like, _aten.new_ones, _aten.full_like, _aten.new_full)
+# Not 1, by which nobody needs to scale: a factor that is found from it is applied, as it would be in practice.
+_USUAL = 0.5
 
 
 class Shadow(TorchDispatchMode):
@@ -37,22 +44,26 @@ class Shadow(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # which is asked for as often as all else together
         kwargs = kwargs or {}
-        # Of the arguments' types those are named that are more than plain tensors; this is said at each operation.
-        if FakeTensor not in types:
-            if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-                return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not tensors:
             if _is_counting(func.overloadpacket, args, kwargs):
                 return func(*args, **kwargs)
-            with self._fake:
-                return func(*args, **kwargs)
-        if func is _aten._local_scalar_dense.default:
+            out = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        elif not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return func(*args, **kwargs)
+        elif func is _aten._local_scalar_dense.default:
             return _reassuring(args[0])
-        if func.overloadpacket in _INDEXING:
-            args = (args[0], _by_number(args[1]), *args[2:])
-        out = func(*args, **kwargs)
-        if func.overloadpacket is _aten.any:
-            _mark_as_no(out)
+        elif func.overloadpacket in _DRAWING:
+            out = args[0]
+        else:
+            if func.overloadpacket in _INDEXING:
+                args = (args[0], _by_number(args[1]), *args[2:])
+            # Not by calling it, which would come here only after it asked the tensors' own class.
+            out = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        _note_zeros(func, tensors, out)
         return out
 
 
@@ -78,12 +89,32 @@ def _by_number(indices: Any) -> list[Any]:
     return numbered
 
 
-def _mark_as_no(answer: Tensor) -> None:
-    vars(answer)["says_no"] = True
+def _note_zeros(func: Any, tensors: list[Tensor], out: Any) -> None:
+    """Remember of storages whether they hold nothing but zeros: what is computed from zeros alone counts as zeros."""
+    operation = func.overloadpacket
+    if operation is _aten.any:
+        # Of a comparison, which looks for what is wrong, none is true.
+        are_zeros = tensors[0].dtype == torch.bool or _is_zero(tensors[0])
+    else:
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        follows = bool(tensors) and not draws and operation not in _FORMING and all(map(_is_zero, tensors))
+        are_zeros = operation in _ZEROING or (follows and not _is_bool(out))
+    if are_zeros or func._schema.is_mutable:
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, FakeTensor):
+                vars(leaf.untyped_storage())["zeros"] = are_zeros
+
+
+def _is_bool(out: Any) -> bool:
+    return isinstance(out, Tensor) and out.dtype == torch.bool
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and vars(tensor.untyped_storage()).get("zeros", False)
 
 
 def _reassuring(asked: Tensor) -> bool | int | float:
     """The value of a fake tensor of one element."""
     if asked.dtype == torch.bool:
-        return not vars(asked).get("says_no", False)
-    return 1.0 if asked.dtype.is_floating_point else 1
+        return not _is_zero(asked)
+    return _USUAL if asked.dtype.is_floating_point else 1

@@ -194,9 +194,9 @@ def _empty_store(routes: Sequence[Route], form: Int8Format) -> WeightStore:
     for route in routes:
         if route.format == "int8":
             rows, columns = route.shape
-            codes = torch.zeros(rows, columns, dtype=torch.int8)
-            scales = torch.zeros(rows, form.num_scales(columns), dtype=torch.bfloat16)
+            codes = torch.empty(rows, columns, dtype=torch.int8)
+            scales = torch.empty(rows, form.num_scales(columns), dtype=torch.bfloat16)
             weights[route.name] = Int8Tensor(codes, scales, form)
         else:
-            weights[route.name] = torch.zeros(route.shape, dtype=DTYPES[route.format])
+            weights[route.name] = torch.empty(route.shape, dtype=DTYPES[route.format])
     return WeightStore(weights)

@@ -141,7 +141,7 @@ def test_evaluations_are_where_they_should_be(words: list[str], steps: list[int]
 
 
 def test_what_was_configured_is_kept_and_reads_back(world: World, finished: Path) -> None:
-    asked = load_config(world.config, [f"training.output_dir={finished}"])
+    asked = load_config(world.config, [f"training.output_dir={finished}", "memory.predict=false"])
     assert load_config(finished / "run_config.yaml") == asked
 
 

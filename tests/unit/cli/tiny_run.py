@@ -59,8 +59,9 @@ class World:
         return self.folder / "config.yaml"
 
     def train(self, output: str, *words: str) -> Ended:
-        """`train` into a folder of this world."""
-        return command("train", "--config", str(self.config), f"training.output_dir={self.folder / output}", *words)
+        """`train` into a folder of this world; how much memory it will need is not found out, which takes a second."""
+        asked = (f"training.output_dir={self.folder / output}", "memory.predict=false", *words)
+        return command("train", "--config", str(self.config), *asked)
 
 
 def make_world(folder: Path) -> World:

@@ -34,6 +34,10 @@ NARROWED: dict[str, st.SearchStrategy[Any]] = {
 
 def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation == Size:
+        return st.integers(LEAST_BYTES, 2**63 - 1)
+    if annotation == SizeOrZero:
+        return st.just(0) | values_of(Size, {})
     if origin is typing.Annotated:
         return values_of(arguments[0], {"ge": arguments[1].metadata[0].ge})
     if origin in (typing.Union, types.UnionType):
@@ -46,10 +50,6 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
         return st.none()
     if annotation is bool:
         return st.booleans()
-    if annotation == Size:
-        return st.integers(LEAST_BYTES, 2**63 - 1)
-    if annotation == SizeOrZero:
-        return st.just(0) | values_of(Size, {})
     if annotation is int:
         top = limits["lt"] - 1 if "lt" in limits else limits.get("le")
         return st.integers(limits.get("ge", 0), top)

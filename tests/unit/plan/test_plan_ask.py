@@ -27,7 +27,8 @@ def test_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2080")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert ask_device(GPU) == DeviceFacts("cuda:0", "RTX 2080", (7, 5), real_bf16=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 8 * 2**30))
+    assert ask_device(GPU) == DeviceFacts("cuda:0", "RTX 2080", (7, 5), real_bf16=False, total_bytes=8 * 2**30)
 
 
 class Library:

@@ -29,6 +29,7 @@ def act_gpus(monkeypatch: pytest.MonkeyPatch, count: int, *, real_bf16: bool = T
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if real_bf16 else (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 8 * 2**30))
 
 
 def config_for(compute_dtype: str) -> RunConfig:

@@ -1,1 +1,130 @@
 """What a planner says of a subject: what it needs, what there is, how many layers keep their graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from planning import asked, tiny_subject
+from sophia_galore.config import load_config
+from sophia_galore.config.schema import RunConfig
+from sophia_galore.errors import ConfigError
+from sophia_galore.plan.facts import DeviceFacts, MemoryFacts
+from sophia_galore.plan.forecast import Estimate
+from sophia_galore.plan.planner import Planner, look_ahead
+from sophia_galore.plan.reserve import Budget
+from sophia_galore.plan.subject import Subject
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    """Of a model of seven layers; what it found out serves all tests."""
+    return Planner(tiny_subject(num_layers=7))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 0),
+        (["engine.keep_layers=2"], 2),
+        (["engine.keep_layers=99"], 7),
+        (["gradient_checkpointing=false"], 7),
+        (["gradient_checkpointing=true"], 0),
+    ],
+)
+def test_how_many_layers_keep_their_graphs(words: list[str], expected: int, planner: Planner) -> None:
+    assert planner.keep_layers(load_config(None, words)) == expected
+
+
+def test_as_many_as_there_is_room_for_takes_a_limit(planner: Planner) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.limit leaves room for, but there is no limit") as caught:
+        planner.keep_layers(load_config(None, ["engine.keep_layers=auto"]))
+    assert "Set memory.limit" in caught.value.remedy
+
+
+def test_as_many_as_there_is_room_for(planner: Planner) -> None:
+    peaks = [planner.forecast(asked(), count).peak_bytes for count in range(8)]
+    # A kept graph replaces one that would be made again in any case, so the first one is for nothing.
+    assert peaks == sorted(peaks) and peaks[1] < peaks[2] < peaks[7]
+    for count in (1, 3, 7):
+        values = {"engine.keep_layers": "auto", "memory.limit": peaks[count]}
+        assert planner.keep_layers(asked(values)) == count
+        assert planner.keep_layers(asked({**values, "memory.limit": peaks[count] - 1})) == count - 1 or count == 1
+    assert planner.keep_layers(asked({"engine.keep_layers": "auto", "memory.limit": peaks[0] - 1})) == 0
+    assert planner.most_kept_layers(asked(), Budget(peaks[7] + MIB, outside_bytes=MIB)) == 7
+    assert planner.most_kept_layers(asked(), Budget(peaks[7], outside_bytes=1)) == 6
+
+
+class Counting:
+    """A subject that notes what was estimated."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.calls = subject, list[tuple[RunConfig, bool]]()
+        self.facts, self.layer_names = subject.facts, subject.layer_names
+
+    def estimate(self, config: RunConfig, *, keeps: bool) -> Estimate:
+        self.calls.append((config, keeps))
+        return self.subject.estimate(config, keeps=keeps)
+
+
+@pytest.fixture
+def counted() -> Iterator[tuple[Planner, list[tuple[RunConfig, bool]]]]:
+    subject: Any = Counting(tiny_subject(num_layers=2))
+    yield Planner(subject), subject.calls
+
+
+def test_one_estimate_serves_for_many_limits(counted: tuple[Planner, list[tuple[RunConfig, bool]]]) -> None:
+    planner, calls = counted
+    for limit in (1, 2, 3, 4):
+        config = asked({"memory.limit": limit * MIB, "memory.reserve": limit, "engine.keep_layers": limit % 2})
+        assert planner.forecast(config, 0).peak_bytes > 0
+    assert len(calls) == 1
+    for config in (asked({"engine.keep_layers": "auto", "memory.limit": 2 * MIB}), asked()):
+        assert planner.most_kept_layers(config, Budget(64 * MIB)) == 2
+    assert [keeps for _, keeps in calls] == [False, True]
+    planner.forecast(asked({"model.store": "bf16"}), 0)
+    assert len(calls) == 3, "another format is another question"
+
+
+def test_the_outlook_is_what_rules_look_at(planner: Planner) -> None:
+    free = look_ahead(planner, asked())
+    assert free is not None and free.fits is None and free.budget is None
+    assert free.facts() == MemoryFacts(free.forecast.peak_bytes)
+    peak = free.forecast.peak_bytes
+    outlook = look_ahead(planner, asked({"memory.limit": peak + 100, "memory.reserve": 100}))
+    assert outlook is not None and outlook.fits is True
+    assert outlook.facts() == MemoryFacts(peak, peak + 100, 100)
+    tight = look_ahead(planner, asked({"memory.limit": peak + 100, "memory.reserve": 101}))
+    assert tight is not None and tight.fits is False
+
+
+def test_of_frozen_layers_nothing_is_known(planner: Planner) -> None:
+    words = {"quantization.enabled": True, "quantization.backend": "bitsandbytes", "optimizer.type": "adamw"}
+    assert look_ahead(planner, asked(words)) is None
+
+
+def test_without_a_limit_the_cards_size_is_one() -> None:
+    subject = tiny_subject(num_layers=1)
+    card = replace(subject.facts, device=DeviceFacts("cuda:0", "a card", (8, 0), real_bf16=True, total_bytes=2**33))
+    known = Planner(replace(subject, facts=card)).budget(asked({"memory.reserve": 2**30}))
+    assert known == Budget(2**33, 2**30)
+    assert Planner(subject).budget(asked()) is None
+
+
+def test_a_forecast_adds_up(planner: Planner) -> None:
+    forecast = planner.forecast(asked(), 0)
+    assert sum(forecast.categories.values()) == forecast.peak_bytes == max(forecast.phases.values())
+    assert forecast.course[0].phase == "forward" and forecast.course[-1].phase == "step"
+    assert max(segment.peak.total() for segment in forecast.course) <= forecast.peak_bytes
+    assert (
+        forecast.phases["load"]
+        == sum(forecast.categories[name] for name in ("weights", "optimizer state"))
+        + (forecast.categories["projections"])
+    )
+    # Each layer's forward once, the head twice (and with the embedding's), each backward with its step.
+    assert [segment.phase for segment in forecast.course].count("forward") == 1 + 7

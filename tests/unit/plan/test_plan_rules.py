@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError, UserError
-from sophia_galore.plan.facts import BitsandbytesFacts, DataFacts, DeviceFacts, Facts, ModelFacts, Param, RouteFacts
+from sophia_galore.plan.facts import (
+    BitsandbytesFacts,
+    DataFacts,
+    DeviceFacts,
+    Facts,
+    MemoryFacts,
+    ModelFacts,
+    Param,
+    RouteFacts,
+)
 from sophia_galore.plan.rules import RULES, compute_dtype, optimizer
 from sophia_galore.plan.verdicts import Decided, FallBack, Refuse, Rule, Use, decide, settled
 
@@ -27,6 +37,8 @@ PARAMS = (Param("embed", (320, 64), part="embed"), Param("q", (64, 64), is_linea
 MODEL = ModelFacts("llama", 512, 320, name="some/model")
 DATA = DataFacts(largest_token=319, largest_known=319, num_steps=10)
 FEW, MOST = RouteFacts(0.2, 2, 1), RouteFacts(0.8, 2, 1)
+GIB = 2**30
+TOO_MUCH = MemoryFacts(needed_bytes=3 * GIB + GIB // 2, limit_bytes=4 * GIB, reserve_bytes=GIB)
 
 
 def asked(**sections: Any) -> RunConfig:
@@ -73,6 +85,11 @@ def with_model(**changes: Any) -> Facts:
 
 def with_data(**changes: Any) -> Facts:
     return facts(data=replace(DATA, **changes))
+
+
+def on_oom(what: str, memory: MemoryFacts | None = TOO_MUCH) -> Facts:
+    known = facts(memory=memory)
+    return replace(known, config=changed(known.config, {"memory.on_oom": what}))
 
 
 SKIPS = {"load_in_8bit": True, "skip": ["q", "nix*"]}
@@ -289,6 +306,27 @@ CASES: dict[str, Case] = {
         "use",
         ["over the whole model is clipped to 0.5", "full gradients are formed"],
         [clipping("auto", MOST), clipping("layer", FEW), facts()],
+    ),
+    "does_not_fit": Case(
+        [on_oom("stop"), on_oom("stop", replace(TOO_MUCH, needed_bytes=4 * GIB))],
+        "use",
+        ["GiB for tensors", "more than there is", "stop in the probe step", "plan --fit finds settings"],
+        [
+            on_oom("adapt"),
+            on_oom("stop", None),
+            on_oom("stop", replace(TOO_MUCH, limit_bytes=None)),
+            on_oom("stop", replace(TOO_MUCH, needed_bytes=3 * GIB)),  # to the byte
+        ],
+    ),
+    "does_not_fit_yet": Case(
+        [on_oom("adapt")],
+        "use",
+        ["to need 3.50 GiB for tensors, 512 MiB more than there is", "adapt will make micro-batches smaller", "--fit"],
+        [
+            on_oom("stop"),
+            on_oom("adapt", None),
+            on_oom("adapt", replace(TOO_MUCH, reserve_bytes=GIB // 2)),
+        ],
     ),
 }
 ROWS = {rule.key: rule for rule in RULES}

@@ -18,7 +18,7 @@ from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.model.store import WeightStore
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.train import run
+from sophia_galore.train import parts, run
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
@@ -168,14 +168,14 @@ STORES: dict[str, tuple[Callable[[WeightStore], None], list[str], list[str]]] = 
 @pytest.mark.parametrize("name", STORES)
 def test_a_broken_weight_is_named(name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, words, expected = STORES[name]
-    load = run.load_store
+    load = parts.load_store
 
     def damaged(*given: Any, **more: Any) -> WeightStore:
         store = load(*given, **more)
         damage(store)
         return store
 
-    monkeypatch.setattr(run, "load_store", damaged)
+    monkeypatch.setattr(parts, "load_store", damaged)
     ended = world.train(str(tmp_path / "run"), *words, "memory.track_steps=0")
     assert_refused(ended, tmp_path / "run", 2, *expected, "Download the model again")
 

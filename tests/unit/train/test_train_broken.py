@@ -29,7 +29,12 @@ def test_a_model_that_is_not_finite_is_not_written(
         return found
 
     monkeypatch.setattr(Stepper, "take", breaking)
-    words = ["training.max_steps=2", "memory.track_steps=0", f"training.output_dir={tmp_path / 'out'}"]
+    words = [
+        "training.max_steps=2",
+        "memory.track_steps=0",
+        "memory.predict=false",
+        f"training.output_dir={tmp_path / 'out'}",
+    ]
     if not evaluates:
         words += ["data.eval_fraction=0"]
     message = "evaluation loss is nan" if evaluates else r"model\.norm\.weight holds values that are not finite"

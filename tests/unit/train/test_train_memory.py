@@ -19,12 +19,15 @@ KEYS = [
     "device",
     "measured_by",
     "limit_bytes",
+    "predicted_peak_bytes",
+    "predicted_ratio",
     "peak_allocated_bytes",
     "peak_reserved_bytes",
     "peak_process_bytes",
     "phases",
     "categories",
     "steps",
+    "timeline",
 ]
 PHASES = ["load", "forward", "head", "backward", "step", "eval"]
 CATEGORIES = ["weights", "gradients", "optimizer state", "projections", "activations", "logits", "other"]

@@ -22,7 +22,7 @@ from sophia_galore.train.run import train
 from tiny import write_tiny_data
 from unit.cli.tiny_run import World, make_world, sha256
 
-FIRST = ["checkpoint.save_every_steps=2", "memory.track_steps=0", "training.max_steps=3"]
+FIRST = ["checkpoint.save_every_steps=2", "memory.track_steps=0", "memory.predict=false", "training.max_steps=3"]
 
 
 @pytest.fixture(scope="module")

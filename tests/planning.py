@@ -1,0 +1,64 @@
+"""What tests of the planner share: subjects without a folder, and configurations from dotted keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sophia_galore.config.change import changed
+from sophia_galore.config.schema import RunConfig
+from sophia_galore.model.skeleton import build_skeleton
+from sophia_galore.plan.ask import ask_model, ask_parameters
+from sophia_galore.plan.assume import Load, assumed_load
+from sophia_galore.plan.facts import DeviceFacts, Facts
+from sophia_galore.plan.subject import Subject
+from tiny import VOCAB, tiny_config
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "optimizer.galore.rank": 8,
+    "optimizer.apollo.rank": 8,
+    "optimizer.galore.update_proj_gap": 3,
+    "training.max_length": 16,
+    "training.gradient_accumulation_steps": 2,
+}
+"""Settings that suit a tiny model."""
+
+
+def asked(values: dict[str, Any] | None = None) -> RunConfig:
+    """A configuration for a tiny model, with some keys set."""
+    return changed(RunConfig(), {**SMALL, **(values or {})})
+
+
+def subject_of(
+    model_config: Any,
+    *,
+    load: Callable[[RunConfig], Load] | None = None,
+    num_steps: int = 10,
+    device: DeviceFacts | None = None,
+) -> Subject:
+    """What is planned for, of a model that is nowhere on disk."""
+    anatomy = build_skeleton(model_config, CPU)
+    facts = Facts(
+        RunConfig(),
+        device=device or DeviceFacts(),
+        model=ask_model(model_config),
+        parameters=ask_parameters(anatomy),
+    )
+    return Subject(
+        facts,
+        model_config,
+        anatomy.layer_names,
+        load or (lambda config: assumed_load(config, VOCAB)),
+        lambda config: config.training.max_steps or num_steps,
+        "a test",
+    )
+
+
+def tiny_subject(family: str = "llama", *, tied: bool = True, num_layers: int = 3, **more: Any) -> Subject:
+    """A tiny model."""
+    types = ["sliding_attention", "full_attention"] * num_layers
+    layers = {"layer_types": types[:num_layers]} if family.startswith("gemma") else {}
+    return subject_of(tiny_config(family, tied=tied, num_hidden_layers=num_layers, **layers), **more)

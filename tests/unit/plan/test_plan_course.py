@@ -1,0 +1,125 @@
+"""A model's course, put together from few layers, is that of all of them run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from planning import asked, tiny_subject
+from sophia_galore.engine.timeline import Segment
+from sophia_galore.plan.course import Change, Layout, PassTrace, extrapolate, follow, lay_out, minus, parse_passes, plus
+from sophia_galore.plan.forecast import estimate, settings_of
+from sophia_galore.plan.simulate import simulate, take_layers
+
+NUM_LAYERS = 4
+# Family, settings, and how many layers keep their graphs; the attention of Gemma 3 is of two kinds in turn.
+CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "llama": ("llama", {}, (1, 3)),
+    "qwen2 in fp16": ("qwen2", {"training.compute_dtype": "fp16", "optimizer.type": "adamw"}, (0,)),
+    "gemma3 in int8": ("gemma3", {"quantization.enabled": True, "training.max_length": 24}, (0,)),
+    "gemma3": ("gemma3", {}, (2, 4)),
+    "two passes": ("llama", {"optimizer.type": "sophia"}, (0,)),
+    "clipped by the model": ("gemma3", {"training.max_grad_norm": 1.0}, (1,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_course_of_few_layers_is_that_of_all(name: str) -> None:
+    family, values, counts = CASES[name]
+    config = asked({"optimizer.galore.stagger": False, **values})
+    subject = tiny_subject(family, tied=family != "qwen2", num_layers=NUM_LAYERS, num_steps=1)
+    decided, load = subject.decide(config), subject.load(config)
+    given = (decided, subject.model_config, subject.layer_names, load)
+    found = estimate(*given, num_steps=1, keeps=counts != (0,))
+    whole = take_layers(subject.model_config, decided.routes, subject.layer_names, range(NUM_LAYERS))
+    for keep_layers in counts:
+        seen = simulate(whole, settings_of(decided), load.train, (1,), keep_layers=keep_layers)
+        assert seen.batches == found.batches
+        changes = [change for passed in seen.steps[0] for change in run_as_it_was(passed)]
+        real = follow(plus(found.standing, found.batches), changes)
+        composed = found.forecast(keep_layers)
+        assert composed.peak_bytes == max(segment.peak.total() for segment in real)
+        assert_same(composed.course, real)
+
+
+def assert_same(composed: Sequence[Segment], real: Sequence[Segment]) -> None:
+    """To the byte; but of the first layer that keeps its graph the peak may be somewhat less than was taken for it."""
+    assert [segment.phase for segment in composed] == [segment.phase for segment in real]
+    not_exact = 0
+    for number, (one, other) in enumerate(zip(composed, real, strict=True)):
+        assert (one.entry, one.exit) == (other.entry, other.exit), f"segment {number}, {one.phase}"
+        if one.peak != other.peak:
+            not_exact += 1
+            assert 1 < one.peak.total() / other.peak.total() < 1.01
+    assert not_exact <= 1
+
+
+def run_as_it_was(passed: PassTrace) -> list[Change]:
+    there = [change for layer in passed.forward for change in layer]
+    back = [change for layer in reversed(passed.backward) for change in layer]
+    return [*passed.embedding, *there, *passed.head, *back, *passed.end]
+
+
+def test_the_last_layer_of_each_kind_stands_for_it() -> None:
+    layout = lay_out(["a", "b", "a", "a", "b"])
+    assert layout == Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1))
+    assert layout.run(keeps=False) == (0, 3, 4)
+    assert layout.run(keeps=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
+
+
+@pytest.mark.parametrize(
+    ("keep_layers", "places"),
+    [
+        (0, [0, 2, 1, 1, 2]),
+        (1, [0, 2, 1, 1, 5]),
+        (3, [0, 2, 4, 4, 5]),
+        (5, [4, 5, 4, 4, 5]),
+        (9, [4, 5, 4, 4, 5]),
+    ],
+)
+def test_which_layer_stands_where(keep_layers: int, places: list[int]) -> None:
+    assert Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1)).places(keep_layers) == places
+
+
+def trace(size: int) -> PassTrace:
+    def change(phase: Any, factor: int) -> Change:
+        return Change(phase, Counter(activations=factor * size, other=7), Counter(activations=size))
+
+    return PassTrace(
+        (change("forward", 1),),
+        ((change("forward", 2),),),
+        (change("head", 3), change("step", 4)),
+        ((change("backward", 5), change("step", 6)),),
+        (change("backward", 7), change("head", 8), change("step", 9)),
+    )
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.0, 20), (1.0, 30), (2.5, 45)])
+def test_more_is_on_a_line_through_two(factor: float, expected: int) -> None:
+    assert extrapolate(trace(10), trace(20), factor) == trace(expected)
+
+
+def test_following_changes_adds_them_up() -> None:
+    changes = [
+        Change("forward", Counter(activations=5), Counter(activations=3)),
+        Change("backward", Counter(activations=1, gradients=4), Counter(activations=-3)),
+    ]
+    assert follow({"weights": 10}, changes) == [
+        Segment("forward", Counter(weights=10), Counter(weights=10, activations=5), Counter(weights=10, activations=3)),
+        Segment(
+            "backward",
+            Counter(weights=10, activations=3),
+            Counter(weights=10, activations=4, gradients=4),
+            Counter(weights=10),
+        ),
+    ]
+    assert minus({"a": 1}, {"a": 3, "b": 1}) == {"a": -2, "b": -1}
+
+
+def test_another_order_of_phases_is_refused() -> None:
+    empty: Counter[str] = Counter()
+    with pytest.raises(AssertionError, match="not in the order"):
+        parse_passes([Segment("forward", empty, empty, empty)], 2)
