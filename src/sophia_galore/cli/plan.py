@@ -130,7 +130,7 @@ def _show_matrix(asked: RunConfig, output: Path | None) -> None:
 
 
 def _draw(picture: Path, asked: RunConfig, outlook: Outlook) -> Path:
-    timeline: dict[str, Any] = {"step": 1, "points": points_of(outlook.forecast.course)}
+    timeline: dict[str, Any] = {"step": outlook.forecast.step, "points": points_of(outlook.forecast.course)}
     return plot_timeline(
         timeline,
         picture,

@@ -35,7 +35,8 @@ class Forecast:
         peak_bytes: Most bytes of tensors at once, on the device.
         phases: The same within each phase.
         categories: What the peak consists of.
-        course: The course of the step in which it is reached.
+        course: The course of the step that needs most.
+        step: That step's number.
         keep_layers: So many layers keep their graphs.
     """
 
@@ -43,6 +44,7 @@ class Forecast:
     phases: Mapping[Phase, int]
     categories: Mapping[Category, int]
     course: tuple[Segment, ...]
+    step: int
     keep_layers: int
 
 
@@ -54,14 +56,14 @@ class Estimate:
         standing: Bytes by category that stay for the whole run.
         batches: Bytes by category of the micro-batches.
         layout: Which layers stand for which.
-        steps: The passes of each step that may be the one with the peak.
+        steps: The passes of each step that may be the one with the peak, by its number.
         evaluation: Bytes by category that an evaluation takes beside what stands; None: there is none.
     """
 
     standing: Sizes
     batches: Sizes
     layout: Layout
-    steps: tuple[tuple[PassTrace, ...], ...]
+    steps: Mapping[int, tuple[PassTrace, ...]]
     evaluation: Sizes | None
 
     @property
@@ -76,17 +78,17 @@ class Estimate:
             keep_layers: So many of the last layers keep their graphs; above 0 only where that was simulated.
         """
         before = plus(self.standing, self.batches)
-        courses = [
-            follow(before, [change for each in step for change in each.changes(self.layout, keep_layers)])
-            for step in self.steps
-        ]
-        tops = [max(course, key=lambda segment: segment.peak.total()) for course in courses]
+        courses = {
+            number: follow(before, [change for each in passes for change in each.changes(self.layout, keep_layers)])
+            for number, passes in self.steps.items()
+        }
+        tops = {number: max(course, key=_peak_bytes) for number, course in courses.items()}
         phases: Counter[Phase] = Counter(dict.fromkeys(get_args(Phase), 0))
         phases["load"] = self.standing.total()
-        for segment in (segment for course in courses for segment in course):
-            phases[segment.phase] = max(phases[segment.phase], segment.peak.total())
-        which = max(range(len(tops)), key=lambda index: tops[index].peak.total())
-        top, categories = tops[which].peak.total(), tops[which].peak
+        for segment in (segment for course in courses.values() for segment in course):
+            phases[segment.phase] = max(phases[segment.phase], _peak_bytes(segment))
+        step = max(tops, key=lambda number: _peak_bytes(tops[number]))
+        top, categories = _peak_bytes(tops[step]), tops[step].peak
         if self.evaluation is not None:
             evaluating = plus(self.standing, self.evaluation)
             phases["eval"] = evaluating.total()
@@ -96,7 +98,8 @@ class Estimate:
             peak_bytes=top,
             phases=dict(phases),
             categories={category: categories[category] for category in get_args(Category)},
-            course=tuple(courses[which]),
+            course=tuple(courses[step]),
+            step=step,
             keep_layers=min(keep_layers, self.num_layers),
         )
 
@@ -159,9 +162,13 @@ def estimate(
         standing=standing,
         batches=batches,
         layout=layout,
-        steps=passes,
+        steps=dict(zip(steps, passes, strict=True)),
         evaluation=seen.evaluation,
     )
+
+
+def _peak_bytes(segment: Segment) -> int:
+    return segment.peak.total()
 
 
 def settings_of(decided: Decisions) -> Settings:
