@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import ConfigError
 from sophia_galore.plan.decisions import standing_bytes
 from sophia_galore.plan.facts import MemoryFacts
@@ -106,6 +107,13 @@ class Outlook:
     def fits(self) -> bool | None:
         """Whether there is enough; None: there is no limit."""
         return None if self.budget is None else self.budget.fits(self.forecast.peak_bytes)
+
+    def sentence(self) -> str:
+        """The same for the user."""
+        needed = bytes_in_words(self.forecast.peak_bytes)
+        if self.budget is None:
+            return f"Expected: {needed} of tensors at most."
+        return f"Expected: {needed} of tensors at most, of {bytes_in_words(self.budget.tensor_bytes)} that there are."
 
     def facts(self) -> MemoryFacts:
         """The same as what verdicts look at."""

@@ -126,6 +126,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     if checkpoint:
         plan = _as_begun(plan, checkpoint.plan)
     listener.planned(plan)
+    if outlook is not None:
+        listener.say(outlook.sentence())
     listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
     return Prepared(
         config,
