@@ -16,10 +16,11 @@ from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import Prepared
 from tiny import write_tiny_data, write_tiny_model
 
-# Of the peak and of each phase of a step. The worst seen here is 0.4 %, where small tensors come and go within a
-# phase; the bar is what is promised to users.
+# Of the peak and of each phase of a step; it is what is promised to users. Most peaks here are exact to 0.03 %. The
+# worst is 0.8 % too low, where a step's micro-batches need masks that the longest examples do not; of a single phase
+# it is 1.2 % too high, where what is looked at once is of another shape than in these two steps.
 TOLERANCE = 0.03
-# Of more micro-batches than are run, by a line through two numbers of them; the data are ragged.
+# The same of more micro-batches than are run; the worst seen are 0.6 % of the peak and 1.1 % of a phase.
 EXTRAPOLATED = 0.03
 
 FAMILIES = {"llama": True, "qwen2": False, "gemma3": True}  # tied or not
@@ -102,7 +103,6 @@ def deviations(forecast: Forecast, report: dict[str, Any]) -> dict[str, float]:
 
 def assert_near(forecast: Forecast, report: dict[str, Any], tolerance: float = TOLERANCE) -> None:
     found = deviations(forecast, report)
-    print("DEV", {key: round(value, 4) for key, value in found.items()})
     assert all(abs(value) <= tolerance for value in found.values()), found
     assert report["predicted_peak_bytes"] == forecast.peak_bytes
     assert report["predicted_ratio"] == round(1 + found["peak"], 4)

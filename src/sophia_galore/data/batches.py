@@ -159,8 +159,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> MicroBatch:
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         input_ids[row, :length] = example.input_ids
         attention_mask[row, :length] = 1
-        targets = example.input_ids[1:].to(torch.int64)
-        labels[row, : length - 1] = targets.masked_fill(~example.counted[1:], IGNORED)
+        # Copied before it is cut: a view of an example, which was there before, would count as memory of the step.
+        targets = example.input_ids.to(torch.int64).masked_fill_(~example.counted, IGNORED)
+        labels[row, : length - 1] = targets[1:]
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask if min(lengths) < max(lengths) else None,

@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.reserve import allocator_bytes, outside_bytes
+from sophia_galore.plan.facts import DeviceFacts
+from sophia_galore.plan.reserve import (
+    ASSUMED_OUTSIDE_BYTES,
+    FRAGMENTATION,
+    Budget,
+    allocator_bytes,
+    budget_of,
+    outside_bytes,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30
@@ -39,3 +48,41 @@ def test_a_limit_that_others_use_up_is_refused() -> None:
     with pytest.raises(EnvironmentProblem, match=r"1.00 GiB\) leaves nothing to tensors: 1.00 GiB") as caught:
         allocator_bytes(GPU, GIB, None)
     assert "memory.reserve" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("budget", "tensor_bytes"),
+    [
+        (Budget(1000), 1000),
+        (Budget(1000, outside_bytes=400), 600),
+        (Budget(1000, outside_bytes=1200), 0),
+        (Budget(1050, fragmentation=0.05), 1000),
+        (Budget(1000, outside_bytes=370, fragmentation=0.05), 600),
+    ],
+)
+def test_a_budget_to_the_byte(budget: Budget, tensor_bytes: int) -> None:
+    assert budget.tensor_bytes == tensor_bytes
+    assert budget.tensor_bytes + budget.reserve_bytes == budget.limit_bytes
+    assert budget.fits(tensor_bytes) and not budget.fits(tensor_bytes + 1)
+
+
+CARD = DeviceFacts("cuda:0", "a card", (8, 0), real_bf16=True, total_bytes=8 * GIB)
+AWAY = DeviceFacts("cuda:0", "a CUDA card", real_bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "expected"),
+    [
+        ({}, DeviceFacts(), None),
+        ({}, AWAY, None),
+        ({"limit": 4 * GIB}, DeviceFacts(), Budget(4 * GIB)),
+        ({"limit": 4 * GIB, "reserve": GIB}, DeviceFacts(), Budget(4 * GIB, GIB)),
+        ({"limit": 4 * GIB}, AWAY, Budget(4 * GIB, ASSUMED_OUTSIDE_BYTES, FRAGMENTATION)),
+        ({"limit": 4 * GIB, "reserve": 0}, AWAY, Budget(4 * GIB)),
+        ({"limit": 4 * GIB}, CARD, Budget(4 * GIB, GIB, FRAGMENTATION)),
+        ({}, CARD, Budget(8 * GIB, GIB, FRAGMENTATION)),
+        ({"reserve": 2 * GIB}, CARD, Budget(8 * GIB, 2 * GIB)),
+    ],
+)
+def test_what_a_run_may_take(memory: dict[str, int], device: DeviceFacts, expected: Budget | None) -> None:
+    assert budget_of(RunConfig.model_validate({"memory": memory}), device) == expected

@@ -33,7 +33,9 @@ def test_what_exists_stays_what_it_is_and_a_fake_argument_makes_a_fake_result() 
         table = torch.zeros(4, 2)
         assert not is_fake(weight * 2) and is_fake(weight @ table.T)
         assert is_fake(table[tokens]) and table[tokens].shape == (3, 2)
+        assert weight.add_(table) is weight and not is_fake(weight), "what would be written is dropped"
         assert not is_fake(tokens + 1) and (tokens == 3).sum().item() == 2
+    assert weight.tolist() == [[1.0, 1.0]] * 4
 
 
 def test_a_real_mask_gives_the_right_shape() -> None:
