@@ -108,7 +108,7 @@ def write_data(path: Path) -> None:
     path.write_text(json.dumps(texts), encoding="utf-8")
 
 
-def measure(case: Case, folder: Path, data: Path, run: Path, threads: int) -> dict[str, Any]:
+def measure(case: Case, folder: Path, data: Path, run: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the command, and read what it reported."""
     settings = [
         f"model.name={folder}",
@@ -124,11 +124,12 @@ def measure(case: Case, folder: Path, data: Path, run: Path, threads: int) -> di
         "optimizer.galore.rank=32",
         "optimizer.apollo.rank=32",
         *STORES[case.store],
+        *arguments.overrides,
     ]
     config = run.with_suffix(".yaml")
     config.write_text("training:\n  seed: 42\n", encoding="utf-8")
     command = [sys.executable, "-m", "sophia_galore", "train", "--config", str(config), *settings]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         return {"failed": done.stderr[-500:]}
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="show the file as a table and do nothing else")
+    parser.add_argument("overrides", nargs="*", help="KEY.PATH=VALUE words for every run")
     arguments = parser.parse_args()
     known = arguments.output.read_text(encoding="utf-8").splitlines() if arguments.output.exists() else []
     lines = [json.loads(line) for line in known]
@@ -181,7 +183,7 @@ def main() -> None:
             folder = Path(work) / f"{case.size}-{case.architecture}"
             if not folder.exists():
                 write_model(folder, case, tokenizer)
-            line = asdict(case) | measure(case, folder, data, Path(work) / "run", arguments.threads)
+            line = asdict(case) | measure(case, folder, data, Path(work) / "run", arguments)
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(case, line.get("predicted_ratio", "failed"), flush=True)
