@@ -38,14 +38,20 @@ class Arithmetic:
 
     num_layers = NUM_LAYERS
 
-    def __init__(self, limit: int | None = None, forbidden: tuple[str, Any] = ("", None)) -> None:
-        self.limit, self.forbidden = limit, forbidden
+    def __init__(
+        self, limit: int | None = None, forbidden: tuple[str, Any] = ("", None), *, is_standing_known: bool = False
+    ) -> None:
+        self.limit, self.forbidden, self.is_standing_known = limit, forbidden, is_standing_known
 
     def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
         key, value = self.forbidden
         if key and flatten(config)[key] == value:
             raise ConfigError("That is not possible.", "Do without.")
-        return Forecast(needed(config, keep_layers), {}, {}, (), keep_layers)
+        return Forecast(needed(config, keep_layers), {}, {}, (), 1, keep_layers)
+
+    def standing_bytes(self, config: RunConfig) -> int:
+        self.forecast(config, 0)  # forbids what that forbids
+        return needed(changed(config, {"training.max_length": 0}), 0) if self.is_standing_known else 0
 
     def budget(self, config: RunConfig) -> Budget | None:
         return None if self.limit is None else Budget(self.limit)
@@ -92,7 +98,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"training.batch_size": 1, "training.gradient_accumulation_steps": 4},
     ],
     "logits": [{"memory.logits_chunk_mib": 16}, {"memory.logits_chunk_mib": 4}],
-    "weight format": [{"model.store": "bf16"}, {"quantization.enabled": True, "quantization.load_in_8bit": None}],
+    "weight format": [{"model.store": "bf16"}, {"quantization.enabled": True}],
     "state bits": [{"optimizer.state_bits": 16}, {"optimizer.state_bits": 8}],
     "projection bits": [{"optimizer.galore.projection_bits": 4}],
     "rank": [{"optimizer.galore.rank": rank} for rank in (64, 32, 16, 8)],
@@ -141,7 +147,7 @@ def test_what_fits_is_left_alone_but_for_layers_that_may_keep_their_graphs() -> 
     assert found.tries[0].fits and found.tries[0].slowdown == 1.0
     more = fit(config_of(), 10**9)
     assert more.changes == {KEPT: NUM_LAYERS}
-    assert [each.name for each in more.tries] == ["as asked", "kept layers, what is left"]
+    assert [each.name for each in more.tries] == ["as asked", "kept layers (rest)"]
 
 
 def test_it_stops_as_soon_as_it_fits() -> None:
@@ -172,14 +178,14 @@ def test_what_was_not_needed_is_given_back() -> None:
     found = fit(config_of(**{KEPT: 0}), limit)
     assert found.changes == {"model.store": "bf16"}
     names = [each.name for each in found.tries]
-    assert "micro-batch" in names and "micro-batch, back" in names and "logits, back" in names
+    assert "micro-batch" in names and "micro-batch (back)" in names and "logits (back)" in names
     assert found.forecast.peak_bytes <= limit
 
 
 def test_room_that_is_left_goes_to_kept_layers() -> None:
     found = fit(config_of(**{KEPT: "auto"}), peak(**{KEPT: 1}) + 5)
     assert found.config is not None and found.config.engine.keep_layers == 1
-    assert found.tries[-1].name == "kept layers, what is left" and found.tries[-1].fits
+    assert found.tries[-1].name == "kept layers (rest)" and found.tries[-1].fits
 
 
 @pytest.mark.parametrize("may_shorten", [False, True])
@@ -200,6 +206,15 @@ def test_where_nothing_fits_there_are_no_settings() -> None:
 def test_what_other_settings_forbid_is_passed_over() -> None:
     found = fit(config_of(), 20_900, forbidden=("quantization.enabled", True))
     assert found.changes.get("model.store") == "bf16" and "quantization.enabled" not in found.changes
+
+
+def test_what_stays_may_be_too_much_already_and_then_nothing_is_simulated() -> None:
+    limit = peak(**{"model.store": "bf16", KEPT: 0})
+    known = fit(config_of(**{KEPT: 0}), limit, is_standing_known=True)
+    assert [each.is_known for each in known.tries if each.name in ("as asked", "micro-batch", "logits")] == [False] * 5
+    assert known.tries[0].peak_bytes < needed(config_of(**{KEPT: 0}), 0), "at least so much"
+    simulated = fit(config_of(**{KEPT: 0}), limit)
+    assert known.changes == simulated.changes and known.forecast == simulated.forecast
 
 
 @settings(max_examples=150, deadline=None)
