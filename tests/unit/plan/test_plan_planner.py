@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -52,12 +53,18 @@ def test_as_many_as_there_is_room_for(planner: Planner) -> None:
     # A kept graph replaces one that would be made again in any case, so the first one is for nothing.
     assert peaks == sorted(peaks) and peaks[1] < peaks[2] < peaks[7]
     for count in (1, 3, 7):
-        values = {"engine.keep_layers": "auto", "memory.limit": peaks[count]}
+        values = {"engine.keep_layers": "auto", "memory.limit": with_margin(peaks[count])}
         assert planner.keep_layers(asked(values)) == count
-        assert planner.keep_layers(asked({**values, "memory.limit": peaks[count] - 1})) == count - 1 or count == 1
+        assert planner.keep_layers(asked({**values, "memory.limit": peaks[count]})) == count - 1 or count == 1
     assert planner.keep_layers(asked({"engine.keep_layers": "auto", "memory.limit": peaks[0] - 1})) == 0
-    assert planner.most_kept_layers(asked(), Budget(peaks[7] + MIB, outside_bytes=MIB)) == 7
+    room = with_margin(peaks[7])
+    assert planner.most_kept_layers(asked(), Budget(room + MIB, outside_bytes=MIB)) == 7
     assert planner.most_kept_layers(asked(), Budget(peaks[7], outside_bytes=1)) == 6
+
+
+def with_margin(peak_bytes: int) -> int:
+    """What has to be there for graphs that are kept for speed alone: 1 % more than they need."""
+    return math.ceil(peak_bytes / 0.99) + 1
 
 
 class Counting:
