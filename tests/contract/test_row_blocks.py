@@ -86,10 +86,11 @@ class Largest(StorageTracker):
 
     largest = 0
 
-    def _add(self, tensor: Tensor, category) -> None:  # type: ignore[no-untyped-def]
+    def _add(self, tensor: Tensor, category) -> bool:  # type: ignore[no-untyped-def]
         before = self.allocated_bytes
-        super()._add(tensor, category)
+        fits = super()._add(tensor, category)
         self.largest = max(self.largest, self.allocated_bytes - before)
+        return fits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

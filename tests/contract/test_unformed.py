@@ -153,11 +153,12 @@ class _Largest(StorageTracker):
         super().__init__(CPU)
         self.codes, self.largest = codes, 0
 
-    def _add(self, tensor: Tensor, category: Any) -> None:
-        super()._add(tensor, category)
+    def _add(self, tensor: Tensor, category: Any) -> bool:
+        fits = super()._add(tensor, category)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.codes:
             self.largest = max(self.largest, storage.nbytes())
+        return fits
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
