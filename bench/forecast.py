@@ -78,10 +78,12 @@ class Case:
 
 
 def grid(sizes: list[str]) -> Iterator[Case]:
-    """All cases of some sizes."""
+    """All cases of some sizes, shuffled, so that a part of the grid says something about all of it."""
     for size in sizes:
         axes = (ARCHITECTURES, STORES, OPTIMIZERS, LENGTHS[size], ACCUMULATIONS[size])
-        yield from (Case(size, *values) for values in itertools.product(*axes))
+        cases = [Case(size, *values) for values in itertools.product(*axes)]
+        random.Random(0).shuffle(cases)
+        yield from cases
 
 
 def write_model(folder: Path, case: Case, tokenizer: Path) -> None:
