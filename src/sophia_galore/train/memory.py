@@ -71,6 +71,8 @@ class MemoryMonitor(Observer):
         self._entered = False
         self.predicted_bytes: int | None = None
         """What was expected to be the peak of tensors."""
+        self.expected_step: int | None = None
+        """The step that was expected to need most: its storages are followed too."""
         self.adaptations: list[str] = []
         """What was changed when memory ran out, in sentences."""
         self._phases: dict[str, int] = {}
@@ -240,7 +242,13 @@ class MemoryMonitor(Observer):
         if self._course is not None:
             self._course.end_step(step)
         self._step_peak_bytes = 0
-        if len(self._steps) >= self._track_steps and not self._stays:
+        if (
+            self._stays
+            or len(self._steps) < self._track_steps
+            or (self._track_steps and step + 1 == self.expected_step)
+        ):
+            self._follow()
+        else:
             self.stop()
         return record
 
@@ -264,7 +272,9 @@ class MemoryMonitor(Observer):
         elif self._stays:
             measured_by = "storage tracker (the whole run)"
         elif self._tracker is not None:
-            measured_by = f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps)"
+            measured_by = f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps"
+            later = self.expected_step if (self.expected_step or 0) > self._track_steps else None
+            measured_by += f", step {later})" if later else ")"
         else:
             measured_by = "resident size of the process"
         return {
@@ -287,9 +297,11 @@ class MemoryMonitor(Observer):
     def _ratio(self) -> float | None:
         """What was expected, as a multiple of what was measured.
 
-        None where tensors were not measured, no step was made, or less was taken at once than had been expected.
+        None where tensors were not measured, the step that was expected to need most was not among them, or less was
+        taken at once than had been expected.
         """
-        if self.predicted_bytes is None or not self._peak_bytes or not self._steps or self.adaptations:
+        measured = {record["step"] for record in self._steps if record["allocated_bytes"] is not None}
+        if self.predicted_bytes is None or self.expected_step not in measured or self.adaptations:
             return None
         return round(self.predicted_bytes / self._peak_bytes, 4)
 

@@ -68,7 +68,8 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
         if prepared.outlook is not None:
-            monitor.predicted_bytes = prepared.outlook.forecast.peak_bytes
+            forecast = prepared.outlook.forecast
+            monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)

@@ -156,3 +156,9 @@ def test_the_prediction_is_judged(ratio: float | None, words: str, style: str) -
 @pytest.mark.parametrize("memory", [{}, {"predicted_peak_bytes": None, "predicted_ratio": None}])
 def test_without_a_prediction_nothing_is_said(memory: dict[str, Any]) -> None:
     assert prediction_line(memory) is None
+
+
+def test_what_was_asked_is_not_held_against_what_had_to_be_made_smaller() -> None:
+    line = prediction_line({"predicted_peak_bytes": 2**30, "predicted_ratio": None, "adaptations": ["Memory ran out."]})
+    assert line is not None
+    assert line.plain == "Predicted: 1.00 GiB for what was asked; memory ran out, so less was taken at once."

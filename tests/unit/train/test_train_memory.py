@@ -21,6 +21,7 @@ KEYS = [
     "limit_bytes",
     "predicted_peak_bytes",
     "predicted_ratio",
+    "adaptations",
     "peak_allocated_bytes",
     "peak_reserved_bytes",
     "peak_process_bytes",
@@ -205,3 +206,26 @@ def test_on_a_gpu_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     assert report["peak_allocated_bytes"] == max(report["phases"].values()) == 2500
     assert report["peak_reserved_bytes"] == 5000
     assert report["phases"]["load"] == 1000
+
+
+def test_the_step_that_was_expected_to_need_most_is_followed_too() -> None:
+    with MemoryMonitor(CPU, MemoryConfig(track_steps=1)) as monitor:
+        monitor.predicted_bytes, monitor.expected_step = 4 * 300, 4
+        for step in range(1, 6):
+            one_step(monitor, 300 if step == 4 else 100, step)
+            if step < 4:
+                assert monitor.report()["predicted_ratio"] is None, "it has not been measured yet"
+        report = monitor.report()
+    assert [entry["allocated_bytes"] is not None for entry in report["steps"]] == [True, False, False, True, False]
+    assert report["peak_allocated_bytes"] == 4 * 300 and report["predicted_ratio"] == 1.0
+    assert report["timeline"]["step"] == 4 and "first 1 steps, step 4" in report["measured_by"]
+
+
+def test_a_run_that_took_less_at_once_is_not_compared() -> None:
+    with MemoryMonitor(CPU, MemoryConfig(track_steps=1)) as monitor:
+        monitor.predicted_bytes, monitor.expected_step = 10**6, 1
+        monitor.adaptations.append("Memory ran out in the head at step 1: from here on tiles are smaller.")
+        one_step(monitor, 100, 1)
+    report = monitor.report()
+    assert report["predicted_peak_bytes"] == 10**6 and report["predicted_ratio"] is None
+    assert report["adaptations"] == monitor.adaptations
