@@ -335,11 +335,12 @@ def test_ctrl_c_in_the_probe_stops_with_nothing_begun(
         os.kill(os.getpid(), signal.SIGINT)
         return original(engine, *given, **more)
 
+    before = signal.getsignal(signal.SIGINT)
     replace_step(monkeypatch, interrupted)
     ended = world.train(str(tmp_path / "run"))
     assert ended.code == 130 and ended.err.strip() == "Error: Stopped."
     assert not (tmp_path / "run").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_in_python_says_it_to_its_listener(world: World, tmp_path: Path) -> None:
