@@ -18,6 +18,9 @@ from sophia_galore.numerics.random import generator
 IGNORED = -100
 """The label of a position whose next token does not count."""
 
+# Steps that are looked at for the largest one: more would take seconds and find little more.
+_MOST_STEPS = 20_000
+
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
@@ -100,6 +103,43 @@ def window(
     size = batch_size * accumulation
     chosen = epoch_order(len(examples), seed, epoch)[index * size : (index + 1) * size]
     return _micro_batches([examples[i] for i in chosen], batch_size, pad_id)
+
+
+def largest_step(
+    examples: Sequence[Example], *, seed: int, num_steps: int, batch_size: int, accumulation: int, pad_id: int
+) -> list[MicroBatch]:
+    """The micro-batches of that step of a run which has most tokens, padding included.
+
+    Args:
+        examples: All training examples.
+        seed: The run's seed.
+        num_steps: Optimizer steps of the run; of very many the first ones are looked at.
+        batch_size: Examples in a micro-batch.
+        accumulation: Micro-batches in a step.
+        pad_id: The token id to pad with.
+    """
+    size, num_windows = batch_size * accumulation, windows(len(examples), batch_size, accumulation)
+    order: list[int] = []
+    largest, place = 0, (0, 0)
+    for step in range(min(num_steps, _MOST_STEPS)):
+        epoch, index = divmod(step, num_windows)
+        if index == 0:
+            order = epoch_order(len(examples), seed, epoch)
+        lengths = [examples[i].num_tokens for i in order[index * size : (index + 1) * size]]
+        parts = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+        num_tokens = sum(len(part) * max(part) for part in parts)
+        if num_tokens > largest:
+            largest, place = num_tokens, (epoch, index)
+    epoch, index = place
+    return window(
+        examples,
+        seed=seed,
+        epoch=epoch,
+        index=index,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        pad_id=pad_id,
+    )
 
 
 def eval_batches(examples: Sequence[Example], batch_size: int, pad_id: int) -> list[MicroBatch]:

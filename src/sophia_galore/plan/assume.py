@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches, largest_window
+from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches, largest_step, largest_window
 from sophia_galore.data.dataset import Dataset
 
 _MOST_BATCHES = 8
@@ -21,11 +21,13 @@ class Load:
 
     Args:
         train: The micro-batches of the largest step.
+        probe: Those of the probe step, which may be larger; empty: there is none, or none that is larger.
         eval: Those that are evaluated together; empty: there is no evaluation.
         source: Where they come from, in words.
     """
 
     train: tuple[MicroBatch, ...]
+    probe: tuple[MicroBatch, ...]
     eval: tuple[MicroBatch, ...]
     source: str
 
@@ -45,21 +47,30 @@ class Sample:
     factor: float
 
 
-def load_of_data(config: RunConfig, dataset: Dataset, pad_id: int) -> Load:
-    """The largest micro-batches that a step can have, and those that are evaluated first, which are the longest.
+def load_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Load:
+    """What a run works on: its largest step, its probe step, and what is evaluated first, which is the longest.
 
     Args:
         config: What was asked.
         dataset: The tokenised data.
+        num_steps: Steps of the run.
         pad_id: The token id to pad with.
     """
     training = config.training
     size, together = training.batch_size, training.gradient_accumulation_steps
-    train = largest_window(dataset.train, batch_size=size, accumulation=together, pad_id=pad_id)
+    shape = {"batch_size": size, "accumulation": together, "pad_id": pad_id}
+    train = largest_step(dataset.train, seed=training.seed, num_steps=num_steps, **shape)
+    probe = largest_window(dataset.train, **shape) if training.probe_step else []
+    if _sizes(probe) == _sizes(train):
+        probe = []  # it needs no more than a first step
     evaluated = eval_batches(dataset.eval, batch_size=size, pad_id=pad_id)[:together]
-    longest = max(batch.input_ids.shape[1] for batch in train)
+    longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
     words = f"the longest examples of {config.data.train}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
-    return Load(tuple(train), tuple(evaluated), f"{words} tokens")
+    return Load(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
+
+
+def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+    return sorted((*batch.input_ids.shape, batch.num_counted) for batch in batches)
 
 
 def assumed_load(config: RunConfig, vocab_size: int) -> Load:
@@ -74,7 +85,7 @@ def assumed_load(config: RunConfig, vocab_size: int) -> Load:
     batches = full_batches(size, together, length, vocab_size)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     source = f"examples of training.max_length: {together} x {size} x {length} tokens"
-    return Load(batches, batches if evaluates else (), source)
+    return Load(batches, (), batches if evaluates else (), source)
 
 
 def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
@@ -99,13 +110,13 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
     """Take so few micro-batches that running them is quick.
 
     Args:
-        batches: All of them, the largest one first.
+        batches: All of them.
     """
     if len(batches) <= _MOST_BATCHES:
         return Sample((), tuple(batches), 0.0)
     # What memory a phase takes grows with the tokens of all, or with the counted ones, and has a part that depends on
     # the largest micro-batch alone.
-    largest, rest = batches[0], batches[1:]
+    largest, *rest = sorted(batches, key=lambda batch: -batch.input_ids.numel())
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
     half, most = _MOST_BATCHES // 2, _MOST_BATCHES

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.observe import Category, Phase
 from sophia_galore.engine.timeline import Segment, Sizes
@@ -49,21 +50,34 @@ class Forecast:
 
 
 @dataclass(frozen=True)
+class StepTrace:
+    """What one step does.
+
+    Args:
+        batches: Bytes by category of its micro-batches.
+        passes: Its passes through the model.
+    """
+
+    batches: Sizes
+    passes: tuple[PassTrace, ...]
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What single layers were seen to do, from which the forecast for any number of kept layers follows.
 
     Args:
         standing: Bytes by category that stay for the whole run.
-        batches: Bytes by category of the micro-batches.
         layout: Which layers stand for which.
-        steps: The passes of each step that may be the one with the peak, by its number.
+        steps: Each step that may be the one with the peak, by its number.
+        probe: The probe step, where it may need more than they do.
         evaluation: Bytes by category that an evaluation takes beside what stands; None: there is none.
     """
 
     standing: Sizes
-    batches: Sizes
     layout: Layout
-    steps: Mapping[int, tuple[PassTrace, ...]]
+    steps: Mapping[int, StepTrace]
+    probe: StepTrace | None
     evaluation: Sizes | None
 
     @property
@@ -77,18 +91,16 @@ class Estimate:
         Args:
             keep_layers: So many of the last layers keep their graphs; above 0 only where that was simulated.
         """
-        before = plus(self.standing, self.batches)
-        courses = {
-            number: follow(before, [change for each in passes for change in each.changes(self.layout, keep_layers)])
-            for number, passes in self.steps.items()
-        }
-        tops = {number: max(course, key=_peak_bytes) for number, course in courses.items()}
+        courses = {number: self._course(trace, keep_layers) for number, trace in self.steps.items()}
+        step = max(courses, key=lambda number: max(map(_peak_bytes, courses[number])))
+        followed = [*courses.values(), *([self._course(self.probe, keep_layers)] if self.probe else [])]
+        segments = [segment for course in followed for segment in course]
         phases: Counter[Phase] = Counter(dict.fromkeys(get_args(Phase), 0))
         phases["load"] = self.standing.total()
-        for segment in (segment for course in courses.values() for segment in course):
+        for segment in segments:
             phases[segment.phase] = max(phases[segment.phase], _peak_bytes(segment))
-        step = max(tops, key=lambda number: _peak_bytes(tops[number]))
-        top, categories = _peak_bytes(tops[step]), tops[step].peak
+        highest = max(segments, key=_peak_bytes)
+        top, categories = _peak_bytes(highest), highest.peak
         if self.evaluation is not None:
             evaluating = plus(self.standing, self.evaluation)
             phases["eval"] = evaluating.total()
@@ -102,6 +114,10 @@ class Estimate:
             step=step,
             keep_layers=min(keep_layers, self.num_layers),
         )
+
+    def _course(self, trace: StepTrace, keep_layers: int) -> list[Segment]:
+        changes = [change for each in trace.passes for change in each.changes(self.layout, keep_layers)]
+        return follow(plus(self.standing, trace.batches), changes)
 
     def most_kept_layers(self, tensor_bytes: int) -> int:
         """How many layers can keep their graphs within some bytes; 0 also where even none is too much.
@@ -139,31 +155,27 @@ def estimate(
     inside = {route.name for routes in of_layer.values() for route in routes}
     around = [route for route in decided.routes if route.name not in inside]
     steps = steps_to_see(around, of_layer[layer_names[-1]], num_steps)
-    settings = settings_of(decided)
-    taken, num_kept = sample(load.train), layout.num_kept if keeps else 0
-    seen = simulate(
-        few,
-        settings,
-        taken.more,
-        steps,
-        eval_batches=load.eval,
-        keep_layers=num_kept,
-    )
-    passes, batches = seen.steps, seen.batches
-    if taken.fewer:
-        less = simulate(few, settings, taken.fewer, steps, keep_layers=num_kept)
-        passes = tuple(
-            tuple(extrapolate(a, b, taken.factor) for a, b in zip(one, other, strict=True))
-            for one, other in zip(less.steps, seen.steps, strict=True)
-        )
-        batches = Counter({"other": sum(_bytes_of(batch) for batch in load.train)})
-    standing: Sizes = Counter(standing_bytes(decided.routes))
+    settings, num_kept = settings_of(decided), layout.num_kept if keeps else 0
+
+    def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:
+        taken = sample(batches)
+        more = simulate(few, settings, taken.more, numbers, keep_layers=num_kept, probes=probes)
+        if not taken.fewer:
+            return [StepTrace(more.batches, passes) for passes in more.steps]
+        less = simulate(few, settings, taken.fewer, numbers, keep_layers=num_kept, probes=probes)
+        of_all: Sizes = Counter({"other": sum(_bytes_of(batch) for batch in batches)})
+        return [
+            StepTrace(of_all, tuple(extrapolate(a, b, taken.factor) for a, b in zip(one, other, strict=True)))
+            for one, other in zip(less.steps, more.steps, strict=True)
+        ]
+
+    evaluated = simulate(few, settings, (), (), eval_batches=load.eval) if load.eval else None
     return Estimate(
-        standing=standing,
-        batches=batches,
+        standing=Counter(standing_bytes(decided.routes)),
         layout=layout,
-        steps=dict(zip(steps, passes, strict=True)),
-        evaluation=seen.evaluation,
+        steps=dict(zip(steps, see(load.train, steps), strict=True)),
+        probe=see(load.probe, [1], probes=True)[0] if load.probe else None,
+        evaluation=evaluated.evaluation if evaluated else None,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.engine.timeline import Recorder, Segment, Sizes
 from sophia_galore.engine.tracker import StorageTracker
@@ -118,6 +119,7 @@ def simulate(
     *,
     eval_batches: Sequence[MicroBatch] = (),
     keep_layers: int = 0,
+    probes: bool = False,
 ) -> Simulated:
     """Take steps without memory, and write down what each phase would have needed.
 
@@ -128,6 +130,7 @@ def simulate(
         steps: Numbers of the steps.
         eval_batches: What is evaluated at once; empty: nothing is.
         keep_layers: So many of the model's last layers keep their graphs.
+        probes: Whether to take a probe step in place of each step.
     """
     config = settings.config
     tracker = StorageTracker(_CPU)
@@ -168,8 +171,21 @@ def simulate(
         own = [_copy(batch) for batch in batches]
         of_batches = minus(tracker.by_category, standing)
         passes: list[tuple[PassTrace, ...]] = []
+        held = {spec.name: spec.held_shape for spec in specs} if settings.clip_by == "model" else {}
         for step in steps:
-            stepper.take(own, step=step, factor=1.0)
+            if probes:
+                take_probe(
+                    engine,
+                    own,
+                    step=step,
+                    optimizer=optimizer,
+                    trained=(),
+                    held_shapes=held,
+                    max_length=0,
+                    stopped=lambda: False,
+                )
+            else:
+                stepper.take(own, step=step, factor=1.0)
             passes.append(parse_passes(recorder.take(), num_layers))
     return Simulated(tuple(passes), of_batches, evaluation)
 

@@ -21,6 +21,7 @@ from sophia_galore.plan.decisions import Decisions, decide_step
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DeviceFacts, Facts
 from sophia_galore.plan.forecast import Estimate, estimate
+from sophia_galore.plan.plan import count_steps
 from sophia_galore.plan.rules import RULES
 from sophia_galore.plan.verdicts import decide
 
@@ -93,7 +94,7 @@ def subject_of_data(
         facts,
         anatomy.model.config,
         anatomy.layer_names,
-        lambda config: load_of_data(config, dataset, pad_id),
+        lambda config: load_of_data(config, dataset, num_steps, pad_id),
         lambda config: num_steps,
         source,
     )
@@ -135,7 +136,7 @@ def look_up(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) 
         def load(asked: RunConfig) -> Load:
             training = asked.training
             dataset = load_data(asked.data, max_length=training.max_length, seed=training.seed, tokenizer=tokenizer)
-            return load_of_data(asked, dataset, pad_id)
+            return load_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id)
 
     else:
 

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophia_galore.data.batches import IGNORED, MicroBatch, collate, epoch_order, eval_batches, window, windows
+from sophia_galore.data.batches import (
+    IGNORED,
+    MicroBatch,
+    collate,
+    epoch_order,
+    eval_batches,
+    largest_step,
+    window,
+    windows,
+)
 from sophia_galore.data.example import Example
 
 PAD = 0
@@ -103,3 +112,23 @@ def test_eval_batches_hold_everything_once_longest_first(examples: list[Example]
 
 def test_no_examples_no_batches() -> None:
     assert eval_batches([], 4, PAD) == []
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=23),
+    batch_size=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    num_steps=st.integers(1, 30),
+    seed=st.integers(0, 5),
+)
+def test_the_largest_step_is_one_of_the_run_and_none_is_larger(
+    lengths: list[int], batch_size: int, accumulation: int, num_steps: int, seed: int
+) -> None:
+    examples = [Example.of([1] * length, [True] * length, "") for length in lengths]
+    shape = {"seed": seed, "batch_size": batch_size, "accumulation": accumulation, "pad_id": 0}
+    found = largest_step(examples, num_steps=num_steps, **shape)
+    each = windows(len(examples), batch_size, accumulation)
+    run = [window(examples, epoch=step // each, index=step % each, **shape) for step in range(num_steps)]
+    numbers = [sum(batch.input_ids.numel() for batch in batches) for batches in run]
+    shapes = [[batch.input_ids.shape for batch in batches] for batches in run]
+    assert [batch.input_ids.shape for batch in found] == shapes[numbers.index(max(numbers))]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sophia_galore.config import load_config
+from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError
 from sophia_galore.model import reach
@@ -64,11 +65,14 @@ def test_data_that_are_here_are_read(folder: Path) -> None:
     load = subject.load(config)
     assert load.source.startswith("the longest examples of ") and " 3 x 2 x " in load.source
     assert load.train[0].input_ids.shape[0] == 2 and load.train[0].input_ids.shape[1] < 64
-    assert load.train[0].num_tokens == max(batch.num_tokens for batch in load.train)
+    # The probe step has the longest examples of all, the largest step those that come together.
+    numbers = [sum(batch.input_ids.numel() for batch in batches) for batches in (load.train, load.probe)]
+    assert numbers[0] < numbers[1]
+    assert subject.load(changed(config, {"training.probe_step": False})).probe == ()
     assert load.eval and subject.num_steps(config) == 5
     cut = config_of(folder, "training.max_length=24", "data.eval_fraction=0")
     shorter = subject.load(cut)
-    assert shorter.train[0].input_ids.shape[1] == 24 and shorter.eval == ()
+    assert max(batch.input_ids.shape[1] for batch in shorter.train) == 24 and shorter.eval == ()
 
 
 @pytest.mark.parametrize("missing", ["data", "tokenizer", "wish"])
