@@ -23,7 +23,7 @@ def advice(planner: Planner, config: RunConfig) -> str:
     budget = planner.budget(config)
     if budget is None:
         return WHAT_HELPS
-    found = Fitter(planner).fit(config, budget)
+    found = Fitter(planner).fit(config, budget, fills=False)  # somebody waits
     needed = bytes_in_words(found.forecast.peak_bytes)
     if found.config is None:
         enough = bytes_in_words(found.forecast.peak_bytes + budget.reserve_bytes)

@@ -65,13 +65,14 @@ class Fitter:
 
     planner: Planner
 
-    def fit(self, config: RunConfig, budget: Budget, *, may_shorten: bool = False) -> Fit:
+    def fit(self, config: RunConfig, budget: Budget, *, may_shorten: bool = False, fills: bool = True) -> Fit:
         """Find settings that fit.
 
         Args:
             config: What was asked.
             budget: What there is.
             may_shorten: Whether examples may be made shorter, in the end.
+            fills: Whether what is left is used for kept graphs, which takes another look.
 
         Raises:
             UserError: Something speaks against what was asked.
@@ -94,7 +95,7 @@ class Fitter:
             tries.append(self._try(rung.name, asked, config, changes, needed, budget, is_known=is_known))
         if not budget.fits(needed):
             return Fit(tuple(tries), None, _difference(asked, config), self._forecast(config))
-        for name, richer in self._ascend(asked, config, budget, taken):
+        for name, richer in self._ascend(asked, config, budget, taken, fills=fills):
             difference = _difference(config, richer)
             config = richer
             tries.append(self._try(name, asked, config, difference, self._forecast(config).peak_bytes, budget))
@@ -120,7 +121,7 @@ class Fitter:
                 config = changed(config, changes)
 
     def _ascend(
-        self, asked: RunConfig, config: RunConfig, budget: Budget, taken: Mapping[Rung, Changes]
+        self, asked: RunConfig, config: RunConfig, budget: Budget, taken: Mapping[Rung, Changes], *, fills: bool
     ) -> Iterator[tuple[str, RunConfig]]:
         """Take back what turned out not to be needed, and use what is left for speed."""
         values = flatten(asked)
@@ -130,6 +131,8 @@ class Fitter:
             if budget.fits(self._forecast(richer).peak_bytes):
                 yield f"{rung.name} (back)", richer
                 config = richer
+        if not fills:
+            return
         most = self.planner.most_kept_layers(config, budget)
         wanted = config.engine.keep_layers
         if config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
