@@ -170,8 +170,6 @@ def extrapolate(fewer: PassTrace, more: PassTrace, factor: float) -> PassTrace:
     """
 
     def line(one: Change, other: Change) -> Change:
-        # What a phase needs at its peak may come to be of another moment; the larger of the two slopes is on the safe
-        # side there, and they agree where it does not.
         return Change(
             other.phase,
             _beyond(one.peak, other.peak, factor),

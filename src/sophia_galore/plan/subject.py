@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
+from sophia_galore.config.schema import DataConfig
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.shapes import find_shape
@@ -133,9 +135,12 @@ def look_up(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) 
         tokenizer = load_tokenizer(shape.folder, trust_remote_code=config.model.trust_remote_code)
         pad_id = pad_token(tokenizer)
 
+        @cache  # a plan asks for the same data under many settings
+        def read(data: DataConfig, max_length: int, seed: int) -> Dataset:
+            return load_data(data, max_length=max_length, seed=seed, tokenizer=tokenizer)
+
         def load(asked: RunConfig) -> Load:
-            training = asked.training
-            dataset = load_data(asked.data, max_length=training.max_length, seed=training.seed, tokenizer=tokenizer)
+            dataset = read(asked.data, asked.training.max_length, asked.training.seed)
             return load_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id)
 
     else:
