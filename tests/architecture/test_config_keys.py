@@ -13,6 +13,7 @@ KEYS = [
     "data.format",
     "data.max_eval_examples",
     "data.max_train_examples",
+    "data.seed",
     "data.too_long",
     "data.train",
     "engine.keep_layers",

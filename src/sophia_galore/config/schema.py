@@ -70,6 +70,13 @@ class DataConfig(Section):
     )
     max_eval_examples: int | None = Field(None, ge=1, description="Use at most so many evaluation examples.")
     max_train_examples: int | None = Field(None, ge=1, description="Use at most so many training examples.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Which examples are held out, and which ones a maximum keeps; null: from training.seed. Set it, and "
+        "runs with several training.seed are measured on the same examples.",
+    )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = Field(
         "auto", description="How a record is laid out; auto: recognised by its fields and named in the output."
     )

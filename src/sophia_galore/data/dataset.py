@@ -91,7 +91,7 @@ def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreT
     Args:
         config: The data section of the configuration.
         max_length: Longest example in tokens.
-        seed: The run's seed; it fixes the split and which examples a maximum keeps.
+        seed: The run's seed; it fixes the split and which examples a maximum keeps, unless `data.seed` does.
         tokenizer: The model's tokenizer.
 
     Returns:
@@ -101,6 +101,7 @@ def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreT
         DataError: Something in the data can't be used; the message names file, place and field.
         EnvironmentProblem: A file may not be read.
     """
+    seed = seed if config.seed is None else config.seed
     conversations, found = _conversations(config.train, config.format)
     num_shared = 0
     if config.eval is None:

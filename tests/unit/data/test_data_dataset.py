@@ -72,6 +72,22 @@ def test_eval_by_fraction(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) ->
     assert texts(other.eval, tokenizer) != held
 
 
+def test_a_seed_of_the_data_alone_holds_out_the_same_examples_for_every_run(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write(tmp_path / "x.jsonl", TWENTY)
+    found = {
+        load_data(
+            DataConfig(train=path, eval_fraction=0.2, max_train_examples=10, seed=7),
+            max_length=100,
+            seed=seed,
+            tokenizer=tokenizer,
+        ).fingerprint
+        for seed in (0, 1, 2)
+    }
+    assert found == {load(tokenizer, train=path, eval_fraction=0.2, max_train_examples=10, seed=7).fingerprint}
+
+
 def test_no_eval(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = load(tokenizer, train=write(tmp_path / "x.jsonl", TWENTY), eval_fraction=0)
     assert len(data.train) == 20 and data.eval == []
