@@ -17,6 +17,8 @@ from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.listener import Listener
 
 _LONGEST_EXAMPLE = 900
+_REPEATED = 0.5
+"""Evaluation data of which more than this share is told by repetition alone measure repetition."""
 
 
 class Terminal(Listener):
@@ -56,6 +58,16 @@ class Terminal(Listener):
             self.console.print(
                 f"{dataset.summary.num_shared} training records are in the evaluation data too: "
                 "its loss will look better than it is.",
+                style="bold yellow",
+                markup=False,
+            )
+
+        repeated = dataset.repetition
+        if repeated is not None and repeated.share > _REPEATED:
+            self.console.print(
+                f"The evaluation data repeat the training data: {repeated.share:.0%} of what is counted can be told "
+                f"from word sequences of the training data alone (loss {repeated.loss:.2f}), so a low eval loss will "
+                "say little.",
                 style="bold yellow",
                 markup=False,
             )

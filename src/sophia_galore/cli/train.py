@@ -36,12 +36,14 @@ def train(
     """Fine-tune all weights of a model."""
     asked = read_config(config, optimizer, overrides)
     terminal = Terminal(asked.training.logging_steps)
+    words = ["train", "--config", str(config), *_words(optimizer, overrides)]
     try:
         result = run.train(
             asked,
             terminal,
             resume=resume is not None,
             resume_from=None if resume in (None, "latest") else Path(resume),
+            command=shlex.join(["sophia-galore", *words]),
         )
     finally:
         terminal.close()
@@ -49,9 +51,8 @@ def train(
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
         # After going back to an older checkpoint, the newest one is not the one that was just made.
         is_newest = checkpoints(result.folder)[-1:] == [result.saved]
-        resume_word = "--resume" if is_newest else f"--resume={result.saved}"
-        words = ["--config", str(config), resume_word, *_words(optimizer, overrides)]
-        terminal.say(f"Go on with: sophia-galore train {shlex.join(words)}")
+        words.insert(3, "--resume" if is_newest else f"--resume={result.saved}")
+        terminal.say(f"Go on with: sophia-galore {shlex.join(words)}")
         return
     pictures = [plot_loss(result.folder), plot_memory(result.folder)]
     _compare_answers(terminal, result.folder)

@@ -74,7 +74,7 @@ class DataConfig(Section):
         None,
         ge=0,
         lt=2**63,
-        description="Which examples are held out, and which ones a maximum keeps; null: from training.seed. Set it, and "
+        description="Which examples are held out, and which ones a maximum keeps; null: as training.seed. Set it, and "
         "runs with several training.seed are measured on the same examples.",
     )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = Field(

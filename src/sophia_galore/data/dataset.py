@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sophia_galore.config.schema import DataConfig
@@ -13,6 +14,7 @@ from sophia_galore.data.example import Example
 from sophia_galore.data.formats import detect_format, to_conversation
 from sophia_galore.data.read import read_records
 from sophia_galore.data.render import Tokenised, tokenise
+from sophia_galore.data.repetition import Repetition, repetition
 from sophia_galore.data.split import in_seeded_order, split_off
 from sophia_galore.errors import DataError
 
@@ -78,6 +80,11 @@ class Dataset:
     format: str
     summary: DataSummary
     fingerprint: str
+
+    @cached_property
+    def repetition(self) -> Repetition | None:
+        """How far the evaluation examples repeat the training examples; None without an evaluation."""
+        return repetition(self.train, self.eval)
 
     @property
     def largest_token(self) -> int:

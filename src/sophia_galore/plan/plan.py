@@ -42,6 +42,10 @@ class RunPlan:
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
         data_fingerprint: SHA-256 over all token ids and masks.
+        num_shared: Training records whose text is in the evaluation data too.
+        repetition_loss: What a mere count of the training examples' token sequences reaches on the evaluation examples,
+            in nats a token; None without an evaluation.
+        repetition_share: Share of their counted tokens that it foretells, from 0 to 1; None without an evaluation.
         steps_per_epoch: Optimizer steps in a pass over the data.
         num_steps: Optimizer steps of the run.
         routes: One a parameter.
@@ -63,6 +67,9 @@ class RunPlan:
     num_train_examples: int
     num_eval_examples: int
     data_fingerprint: str
+    num_shared: int
+    repetition_loss: float | None
+    repetition_share: float | None
     steps_per_epoch: int
     num_steps: int
     routes: tuple[Route, ...]
@@ -120,6 +127,7 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
         UserError: Something speaks against the run; all that does is named.
     """
     config = facts.config
+    repeated = dataset.repetition
     steps_per_epoch, num_steps = count_steps(config, dataset)
     data = replace(facts.data, largest_token=dataset.largest_token, num_steps=num_steps)
     decided = decide_step(replace(facts, data=data))
@@ -139,6 +147,9 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,
+        num_shared=dataset.summary.num_shared,
+        repetition_loss=repeated.loss if repeated else None,
+        repetition_share=repeated.share if repeated else None,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         routes=decided.routes,

@@ -43,6 +43,12 @@ class Checkpoint:
     plan: dict[str, Any]
     config: dict[str, Any]
 
+    def memory_report(self) -> dict[str, Any]:
+        """What was measured until it was made; {} in one of a version that did not write that."""
+        path = self.folder / "memory_report.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """The saved state tensors."""
         from safetensors.torch import load_file

@@ -19,6 +19,7 @@ PLAN = "plan.json"
 CONFIG = "run_config.yaml"
 ANSWERS = "answers.json"
 MEMORY_REPORT = "memory_report.json"
+ENVIRONMENT = "environment.json"
 TRAINER_STATE = "trainer_state.json"
 MODEL = "model.safetensors"
 

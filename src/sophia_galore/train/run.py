@@ -23,9 +23,11 @@ from sophia_galore.plan.advice import advice
 from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
+from sophia_galore.train.memory_parts import joined
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading
@@ -36,7 +38,14 @@ from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
 
 
-def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    listener: Listener,
+    *,
+    resume: bool = False,
+    resume_from: Path | None = None,
+    command: str = "",
+) -> RunResult:
     """Carry out a run.
 
     Args:
@@ -44,6 +53,7 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
         listener: Hears what happens.
         resume: Go on from a checkpoint of the run's folder.
         resume_from: That checkpoint; None: the newest complete one.
+        command: What was typed to start the run, for its records.
 
     Returns:
         How it ended.
@@ -73,6 +83,7 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
+            write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
         try:
             with monitor.explaining(run.way_back):
                 return run.carry_out()
@@ -99,6 +110,7 @@ class _Run:
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
         self._monitor, self._stop = monitor, stop
+        self._checkpoint = checkpoint
         parts = assemble(prepared, monitor, listener, checkpoint)
         self._store, self._optimizer, self._engine, self._stepper = (
             parts.store,
@@ -146,7 +158,7 @@ class _Run:
         with contextlib.suppress(OSError):
             self._log.close()
             write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
-            write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
+            write_json(self._folder / names.MEMORY_REPORT, self._memory())
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -218,6 +230,7 @@ class _Run:
                 names.PLAN: self._plan.to_json(),
                 "run_config.json": flatten(self._config),
                 names.TRAINER_STATE: self._trainer_state(),
+                names.MEMORY_REPORT: self._memory(),
             },
             keep_last=self._config.checkpoint.keep_last,
         )
@@ -286,6 +299,13 @@ class _Run:
             epochs=plan.num_steps / plan.steps_per_epoch,
         )
 
+    def _memory(self) -> dict[str, Any]:
+        """The memory report of the whole run, of what came before a checkpoint as well."""
+        report, checkpoint = self._monitor.report(), self._checkpoint
+        if checkpoint is None or not (earlier := checkpoint.memory_report()):
+            return report
+        return joined(earlier, report, up_to_step=checkpoint.step)
+
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(
             folder=self._folder,
@@ -293,7 +313,7 @@ class _Run:
             finished=finished,
             saved=None if finished else self._saved,
             eval_losses=eval_losses(self._log.records),
-            memory=self._monitor.report(),
+            memory=self._memory(),
         )
 
     def _refuse_broken_weights(self) -> None:

@@ -26,6 +26,7 @@ FILES = [
     "generation_config.json",
     "metrics.jsonl",
     "trainer_state.json",
+    "environment.json",
     "memory_report.json",
     "plan.json",
     "run_config.yaml",

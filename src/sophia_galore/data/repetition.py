@@ -1,0 +1,134 @@
+"""What an evaluation loss is worth: how much of the evaluation text can be told from the training text by counting.
+
+A model of word sequences that knows nothing but the training examples predicts each token from the ones before it, by
+Witten and Bell's interpolation (IEEE Trans. Inf. Theory 37(4), 1991, their method C, as in Chen and Goodman, 1996):
+
+    p_n(w | h) = (c(h w) + t(h) p_{n-1}(w | h')) / (c(h) + t(h))        p_{-1} = 1 / V
+
+with c the counts in the training examples, t(h) the number of different tokens seen after the n tokens h, and h' the
+last n - 1 of them. On texts that repeat each other its loss is near 0, and so will be any model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sophia_galore.data.example import Example
+
+ORDER = 7
+"""Tokens before the predicted one that are looked at, at most."""
+
+MOST_TRAIN_TOKENS = 500_000
+"""Examples beyond so many tokens are not read: it is for data of small runs, and takes a second."""
+
+MOST_EVAL_TOKENS = 50_000
+
+_PREDICTED = 0.5
+"""A token with more than this probability is told from repetition alone."""
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+
+Keys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How far the evaluation examples repeat the training examples.
+
+    Args:
+        loss: Of a model of token sequences that has read the training examples, on the counted tokens of the evaluation
+            examples, in nats a token.
+        share: Share of these tokens to which it gives more than half of the probability, from 0 to 1.
+    """
+
+    loss: float
+    share: float
+
+
+def repetition(train: Sequence[Example], eval: Sequence[Example]) -> Repetition | None:
+    """Count token sequences of the training examples, and predict the evaluation examples from them.
+
+    Args:
+        train: Training examples; the first half a million tokens are read.
+        eval: Evaluation examples; of the first 50,000 tokens those that count are predicted.
+
+    Returns:
+        Loss and share; None without an evaluation.
+    """
+    seen, _ = _joined(train, MOST_TRAIN_TOKENS)
+    asked, counted = _joined(eval, MOST_EVAL_TOKENS)
+    if not counted.any():
+        return None
+    vocabulary = 1 + max(int(seen.tokens.max(initial=0)), int(asked.tokens.max()))
+    probability = np.full(len(asked.tokens), 1 / vocabulary)
+    for order in range(ORDER + 1):
+        probability = _interpolated(seen, asked, probability, order)
+    counted_probability = probability[counted]
+    return Repetition(
+        loss=float(-np.log(counted_probability).mean()), share=float((counted_probability > _PREDICTED).mean())
+    )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Examples one after the other: token ids, and the place of each token in its own example, both (T,)."""
+
+    tokens: Keys
+    places: NDArray[np.int64]
+
+    def contexts(self, order: int) -> Keys:
+        """A key for the `order` tokens before each token, (T,); only where that many are in the example is it one."""
+        keys = np.zeros(len(self.tokens), dtype=np.uint64)
+        for distance in range(order, 0, -1):
+            keys[distance:] = (keys[distance:] + self.tokens[:-distance] + np.uint64(1)) * _BASE
+        return _mixed(keys)
+
+
+def _joined(examples: Sequence[Example], most: int) -> tuple[_Text, NDArray[np.bool_]]:
+    """So many examples that they hold `most` tokens or a few more, and which of their tokens count."""
+    chosen, num_tokens = [], 0
+    for example in examples:
+        if num_tokens >= most:
+            break
+        chosen.append(example)
+        num_tokens += example.num_tokens
+    none = np.zeros(0, dtype=np.int64)
+    tokens = np.concatenate([none, *(example.input_ids.numpy() for example in chosen)]).astype(np.uint64)
+    places = np.concatenate([none, *(np.arange(example.num_tokens) for example in chosen)])
+    counted = np.concatenate([none.astype(np.bool_), *(example.counted.numpy() for example in chosen)])
+    return _Text(tokens, places), counted
+
+
+def _interpolated(seen: _Text, asked: _Text, lower: NDArray[np.float64], order: int) -> NDArray[np.float64]:
+    """Probabilities by contexts of `order` tokens, (T,), from those by contexts of one token less."""
+    contexts = seen.contexts(order)[seen.places >= order]
+    pairs = _mixed(contexts + seen.tokens[seen.places >= order] * _BASE)
+    pair_keys, first, pair_counts = np.unique(pairs, return_index=True, return_counts=True)
+    context_keys, context_counts = np.unique(contexts, return_counts=True)
+    kinds_keys, kinds_counts = np.unique(contexts[first], return_counts=True)
+    asked_contexts = asked.contexts(order)
+    asked_pairs = _mixed(asked_contexts + asked.tokens * _BASE)
+    whole = asked.places >= order
+    count = np.where(whole, _counts_of(asked_pairs, pair_keys, pair_counts), 0)
+    total = np.where(whole, _counts_of(asked_contexts, context_keys, context_counts), 0)
+    kinds = np.where(whole, _counts_of(asked_contexts, kinds_keys, kinds_counts), 0)
+    return np.where(total > 0, (count + kinds * lower) / np.maximum(total + kinds, 1), lower)
+
+
+def _counts_of(keys: Keys, known: Keys, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The count of each key, 0 of those that are not known; `known` is sorted."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=np.int64)
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[places] == keys, counts[places], 0)
+
+
+def _mixed(keys: Keys) -> Keys:
+    """Keys whose bits depend on all bits of the given ones, so that 64 bits tell sequences apart (splitmix64)."""
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return keys ^ (keys >> np.uint64(31))
