@@ -30,6 +30,8 @@ def test_commands_and_their_options() -> None:
             *("--allow-shorter", "--config", "--device", "--fit", "--json", "--matrix", "--memory", "--model"),
             *("--optimizer", "--output", "--picture", "-c", "-m", "-o", "overrides"),
         ],
+        "compare": ["--output", "--seeds", "words"],
+        "report": ["--output", "runs"],
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "export": ["--block-size", "--output", "--to", "source"],

@@ -18,11 +18,13 @@ from rich.console import Console
 
 from sophia_galore import __version__
 from sophia_galore.cli.check import check
+from sophia_galore.cli.compare import compare
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
 from sophia_galore.cli.plan import plan
 from sophia_galore.cli.prepare_data import prepare_data
+from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, short
 
@@ -41,6 +43,8 @@ app.command("check")(check)
 app.command("plan")(plan)
 app.command("prepare-data")(prepare_data)
 app.command("download")(download)
+app.command("compare")(compare)
+app.command("report")(report)
 app.command("generate")(generate)
 app.command("export")(export)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.config import RunConfig, dump_config
+from sophia_galore.config import RunConfig, load_config
+from sophia_galore.errors import UserError
 from sophia_galore.train import folder as names
 
 
@@ -38,6 +39,19 @@ def eval_losses(lines: Iterable[Mapping[str, Any]]) -> list[tuple[int, float]]:
     return [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
 
 
+def asked_of(folder: Path) -> RunConfig | None:
+    """What was asked of the run in a folder; None if there is none, or it asks for what this version does not know.
+
+    Args:
+        folder: The run's folder.
+    """
+    path = folder / names.CONFIG
+    try:
+        return load_config(path) if path.is_file() else None
+    except UserError:
+        return None
+
+
 def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
     """The result of a run that was carried out to its end with this very configuration.
 
@@ -48,9 +62,9 @@ def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
     Returns:
         The result, or None if the run is not finished or was another one.
     """
+    if asked_of(folder) != config:
+        return None
     try:
-        if (folder / names.CONFIG).read_text(encoding="utf-8") != dump_config(config):
-            return None
         state = json.loads((folder / names.TRAINER_STATE).read_text(encoding="utf-8"))
         memory = json.loads((folder / names.MEMORY_REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

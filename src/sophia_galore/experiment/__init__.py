@@ -1,0 +1,1 @@
+"""Several runs that answer one question: which they are, and how they are carried out."""
