@@ -29,7 +29,7 @@ def document_of(comparison: Comparison) -> Document:
     """
     groups, results = comparison.groups, comparison.results
     names = [group.name for group in groups]
-    title = f"Run {names[0]}" if len(results) == 1 else "Comparison: " + ", ".join(names)
+    title = f"Run: {names[0]}" if len(results) == 1 else "Comparison: " + ", ".join(names)
     opening: list[Part] = [Paragraph(_finding(groups))]
     if comparison.doubts:
         opening.append(Points([doubt.message for doubt in comparison.doubts], warns=True))

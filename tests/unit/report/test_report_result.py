@@ -1,0 +1,133 @@
+"""The numbers of a run and of several, against the same ones by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+
+from made_runs import MIB, write_run
+from sophia_galore.errors import UserError
+from sophia_galore.report.comparison import compared, read_runs
+from sophia_galore.report.result import result_of
+from sophia_galore.report.run import read_run
+from sophia_galore.report.summary import summary
+
+
+def test_every_number_of_a_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", tokens=100, tokens_per_second=[10.0, 50.0, 50.0, 25.0])
+    result = result_of(read_run(folder))
+    assert result.to_json() == {
+        "name": "a",
+        "optimizer": "galore",
+        "seed": 42,
+        "eval_loss": [2.6, 2.4],
+        "eval_loss_before": 3.1,
+        "peak_allocated_bytes": 900 * MIB,
+        "peak_reserved_bytes": 901 * MIB,
+        "peak_process_bytes": 1800 * MIB,
+        "seconds_per_epoch": 9.0,  # 10 + 2 + 2 + 4 seconds in two epochs
+        "tokens_per_second": round(400 / 18, 3),
+        "trained_fraction": 1.0,
+        "state_bytes": 250 * MIB,
+        "step": 4,
+        "num_steps": 4,
+        "finished": True,
+        "failure": "",
+        "tokens": 400,
+    }
+
+
+def test_a_run_that_is_under_way_has_the_numbers_so_far(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=[3.0], evals={0: 3.1}, finished=False)
+    result = result_of(read_run(folder))
+    assert (result.step, result.finished, result.eval_loss, result.eval_loss_before) == (1, False, (), 3.1)
+    assert result.peak_allocated_bytes == 900 * MIB - 1  # of the records, as there is no memory report yet
+    assert result.peak_process_bytes is None
+    assert result.seconds_per_epoch == 4.0  # 2 seconds for half an epoch
+
+
+def test_before_the_first_step_there_is_little(tmp_path: Path) -> None:
+    result = result_of(read_run(write_run(tmp_path / "a", losses=[], evals={}, finished=False)))
+    assert (result.step, result.eval_loss, result.seconds_per_epoch, result.tokens_per_second) == (0, (), None, None)
+
+
+def test_of_several_evaluations_in_an_epoch_the_last_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", evals={1: 2.9, 2: 2.8, 3: 2.7})
+    assert result_of(read_run(folder)).eval_loss == (2.8, 2.7)
+    assert result_of(read_run(folder)).eval_loss_before is None
+
+
+def test_means_spreads_and_differences_within_a_seed(tmp_path: Path) -> None:
+    ends = {"first": (2.4, 3.4), "second": (2.5, 3.3), "third": (9.0,)}
+    runs = [
+        read_run(write_run(tmp_path / f"{name}{seed}", seed=seed, evals={2: end + 1, 4: end}), name=name)
+        for name, values in ends.items()
+        for seed, end in enumerate(values)
+    ]
+    first, second, third = summary([result_of(run) for run in runs])
+    assert first.seeds == (0, 1) and third.seeds == (0,)
+    assert first.final_eval_loss is not None and first.final_eval_loss.mean == pytest.approx(2.9, rel=1e-15)
+    assert first.final_eval_loss.deviation == stdev([2.4, 3.4])
+    assert first.difference is None
+    assert second.difference is not None and second.difference.mean == pytest.approx(0.0, abs=1e-15)
+    # The seeds are a nat apart, but the two never differ by more than 0.1 within one.
+    assert second.difference.deviation == pytest.approx(stdev([0.1, -0.1]), rel=1e-12)
+    assert third.final_eval_loss is not None and third.final_eval_loss.deviation is None
+    assert [loss.mean if loss else None for loss in third.eval_loss] == [10.0, 9.0]
+
+
+def test_an_unfinished_run_is_no_end_result(tmp_path: Path) -> None:
+    done = read_run(write_run(tmp_path / "a"))
+    under_way = read_run(write_run(tmp_path / "b", losses=[3.0, 2.9], evals={2: 1.0}, finished=False))
+    first, second = summary([result_of(done), result_of(under_way)])
+    assert second.final_eval_loss is None and second.difference is None
+    assert first.final_eval_loss is not None
+    assert "a, 2.4000" in _finding(compared([done, under_way]))
+
+
+def _finding(comparison: object) -> str:
+    from sophia_galore.report.document import Paragraph
+    from sophia_galore.report.sections import document_of
+
+    opening = document_of(comparison).opening[0]  # type: ignore[arg-type]
+    assert isinstance(opening, Paragraph)
+    return opening.text
+
+
+def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    names = ["x/runs/galore-seed1", "x/runs/galore-seed2", "x/runs/adamw-seed1", "x/runs/old-seed1.previous-1"]
+    for name in names:
+        write_run(tmp_path / name, seed=int(name.split("-seed")[1][0]))
+    write_run(tmp_path / "y/galore-seed1", seed=1)
+    runs = read_runs([tmp_path / "x"])
+    assert [(run.name, run.seed) for run in runs] == [("adamw", 1), ("galore", 1), ("galore", 2)]
+    both = read_runs([tmp_path / "x/runs/galore-seed1", tmp_path / "y/galore-seed1"])
+    assert [run.name for run in both] == ["runs/galore", "y/galore"]
+    with pytest.raises(UserError, match="is named twice"):
+        read_runs([tmp_path / "x", tmp_path / "x/runs/adamw-seed1"])
+
+
+BROKEN = {
+    "no folder": (None, None, "is no folder"),
+    "no plan": ("plan.json", None, "can't be read"),
+    "plan is no JSON": ("plan.json", "{", "is no JSON"),
+    "plan is a list": ("plan.json", "[]", "is not what a run writes"),
+    "plan lacks an entry": ("plan.json", "{}", "lacks 'num_steps'"),
+    "no configuration": ("run_config.yaml", None, "can't be read"),
+    "configuration is no YAML": ("run_config.yaml", "a: [", "is not what a run writes"),
+    "environment is no JSON": ("environment.json", "x", "is no JSON"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_damaged_folder_is_named(case: str, tmp_path: Path) -> None:
+    name, text, message = BROKEN[case]
+    folder = tmp_path / "run"
+    if name is not None:
+        write_run(folder)
+        (folder / name).unlink() if text is None else (folder / name).write_text(text)
+    with pytest.raises(UserError, match=message) as raised:
+        read_run(folder)
+    assert raised.value.remedy
