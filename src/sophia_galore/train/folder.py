@@ -20,6 +20,7 @@ CONFIG = "run_config.yaml"
 ANSWERS = "answers.json"
 MEMORY_REPORT = "memory_report.json"
 TRAINER_STATE = "trainer_state.json"
+TRACKERS = "trackers.json"
 MODEL = "model.safetensors"
 
 

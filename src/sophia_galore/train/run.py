@@ -24,7 +24,7 @@ from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
@@ -34,6 +34,7 @@ from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
+from sophia_galore.train.trackers import Trackers
 
 
 def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume_from: Path | None = None) -> RunResult:
@@ -56,6 +57,8 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
     if resume and not resume_from and (finished := finished_result(folder, config)):
         listener.say(f"The run in {folder} is finished: all of its {finished.step} steps are done.")
         return finished
+    if config.training.report_to:
+        listener = Listeners(listener, Trackers(config, listener.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:
@@ -73,11 +76,14 @@ def train(config: RunConfig, listener: Listener, *, resume: bool = False, resume
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
+        failed = True
         try:
             with monitor.explaining(run.way_back):
-                return run.carry_out()
+                result = run.carry_out()
+            failed = False
+            return result
         finally:
-            run.close()
+            run.close(failed=failed)
 
 
 class _Run:
@@ -118,6 +124,7 @@ class _Run:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
         self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
+        listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
         """All steps that are left, or until a stop is requested."""
@@ -127,7 +134,7 @@ class _Run:
         started_s, first = time.monotonic(), self._last_step
         for step in range(self._last_step + 1, self._plan.num_steps + 1):
             record = self._step(step)
-            self._log.add(record)
+            self._record(record)
             seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
             self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if self._evaluates_after(step):
@@ -140,13 +147,14 @@ class _Run:
         self._ask("after")
         return self._result(finished=True)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Write what is known at the end, whether the run succeeded or failed, and close the records."""
         # A full disk has been told already by whoever met it first.
         with contextlib.suppress(OSError):
             self._log.close()
             write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
             write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
+        self._listener.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -194,8 +202,12 @@ class _Run:
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
         epoch = round(step / self._plan.steps_per_epoch, 6)
-        self._log.add({"step": step, "epoch": epoch, "eval_loss": eval_loss})
+        self._record({"step": step, "epoch": epoch, "eval_loss": eval_loss})
         self._listener.evaluated(step, eval_loss)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._log.add(record)
+        self._listener.recorded(record)
 
     def _evaluates_after(self, step: int) -> bool:
         every = self._config.training.eval_every_steps or self._plan.steps_per_epoch
