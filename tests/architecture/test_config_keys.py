@@ -74,6 +74,7 @@ KEYS = [
     "training.max_steps",
     "training.output_dir",
     "training.probe_step",
+    "training.report_to",
     "training.sample_max_new_tokens",
     "training.sample_questions",
     "training.seed",

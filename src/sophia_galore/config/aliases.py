@@ -81,6 +81,7 @@ ALIASES: dict[str, Alias] = {
     "fp16": _flag("fp16"),
     "fp32": _flag("fp32"),
     "logging_steps": Alias("training.logging_steps"),
+    "report_to": Alias("training.report_to"),
     "eval_steps": Alias("training.eval_every_steps"),
     "save_steps": Alias("checkpoint.save_every_steps"),
     "save_total_limit": Alias("checkpoint.keep_last"),

@@ -116,8 +116,7 @@ def _hint(key: Key, value: object) -> str:
             return "Write true or false. "
         if (key.takes(int) or key.takes(float)) and _NUMBER.fullmatch(value):
             return "Write the number without quotes, commas or underscores. "
-        options = key.accepts.removeprefix("one of ").split(", ") if key.accepts.startswith("one of ") else []
-        near = nearest(value, options)
+        near = nearest(value, key.accepts.rpartition("one of ")[2].split(", ") if "one of " in key.accepts else [])
         return f"Did you mean {near}? " if near else ""
     if key.takes(str) and isinstance(value, bool | int | float):
         return f'If text is meant, write "{show(value)}" in quotes. '

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sophia_galore.config.size import Size, SizeOrZero
+from sophia_galore.config.tracker import TrackerNames
 
 OptimizerName = Literal["galore", "adamw", "sophia", "apollo", "apollo_mini", "scale"]
 StoreFormat = Literal["fp32", "bf16"]
@@ -133,6 +134,11 @@ class TrainingConfig(Section):
         0, ge=0, description="Evaluate every so many steps; 0: at the start, after each epoch and at the end."
     )
     logging_steps: int = Field(1, ge=1, description="Print a line every so many steps (each step is recorded).")
+    report_to: TrackerNames = Field(
+        (),
+        description="Trackers that are told every record as it is written to metrics.jsonl; a single name or none may "
+        "be written without brackets. Each needs its package; nothing of the model is sent to it.",
+    )
     sample_questions: tuple[str, ...] = Field(
         (), description="Questions that the model answers before and after training, for you to compare."
     )

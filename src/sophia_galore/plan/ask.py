@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from sophia_galore.config.tracker import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.plan.facts import MIN_BITSANDBYTES, BitsandbytesFacts, DeviceFacts, ModelFacts, Param
@@ -66,6 +69,17 @@ def ask_bitsandbytes(device: torch.device) -> BitsandbytesFacts:
     finally:
         log.setLevel(level)
     return BitsandbytesFacts(version)
+
+
+def ask_trackers(names: Iterable[TrackerName]) -> tuple[TrackerName, ...]:
+    """Those trackers whose package is not installed. None is imported: that takes seconds.
+
+    Args:
+        names: The trackers that are asked for.
+    """
+    # Trackers write into folders of their own names: one beside the program would pass for a package without a file.
+    found = {name: importlib.util.find_spec(name) for name in names}
+    return tuple(name for name, spec in found.items() if spec is None or spec.origin is None)
 
 
 def ask_model(model_config: Any, *, name: str = "", instead_of: str = "") -> ModelFacts:

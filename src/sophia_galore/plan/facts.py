@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.config.tracker import TrackerName
 from sophia_galore.model.anatomy import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
@@ -169,6 +170,7 @@ class Facts:
         config: What was asked.
         device: Where the arithmetic runs.
         bitsandbytes: The package; None: it is not needed, and was not looked for.
+        missing_trackers: Those of `training.report_to` whose package is not installed.
         model: The model.
         parameters: Its parameters, in its order.
         data: The data.
@@ -179,6 +181,7 @@ class Facts:
     config: RunConfig
     device: DeviceFacts = DeviceFacts()
     bitsandbytes: BitsandbytesFacts | None = None
+    missing_trackers: tuple[TrackerName, ...] = ()
     model: ModelFacts = ModelFacts()
     parameters: tuple[Param, ...] = ()
     data: DataFacts = DataFacts()
@@ -201,6 +204,11 @@ class Facts:
     def needed(self) -> str:
         """What the run is expected to need, in words."""
         return bytes_in_words(self.memory.needed_bytes) if self.memory else ""
+
+    @property
+    def missing_extras(self) -> str:
+        """The extras that bring the trackers that are missing, as pip takes them."""
+        return ",".join(self.missing_trackers)
 
     @property
     def freezes_layers(self) -> bool:

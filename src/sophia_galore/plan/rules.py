@@ -105,6 +105,13 @@ _MACHINE: tuple[Rule, ...] = (
         'Install one that does (pip install -U "sophia-galore[bitsandbytes]"; python -m bitsandbytes says what it '
         "lacks), or use quantization.backend=native.",
     ),
+    Rule(
+        "tracker_missing",
+        lambda f: bool(f.missing_trackers),
+        Refuse(EnvironmentProblem),
+        "training.report_to asks for what is not installed: {f.missing_extras}.",
+        'Install it with: pip install -e ".[{f.missing_extras}]", or leave it out of training.report_to.',
+    ),
 )
 
 _MODEL: tuple[Rule, ...] = (

@@ -21,6 +21,7 @@ ANSWERS = "answers.json"
 MEMORY_REPORT = "memory_report.json"
 ENVIRONMENT = "environment.json"
 TRAINER_STATE = "trainer_state.json"
+TRACKERS = "trackers.json"
 MODEL = "model.safetensors"
 
 

@@ -30,6 +30,7 @@ from sophia_galore.engine.timeline import StepCourse
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
 from sophia_galore.plan.reserve import allocator_bytes
+from sophia_galore.train.memory_parts import joined
 from sophia_galore.train.shortage import Shortage
 
 # What happens within an optimizer step; loading and evaluation are not a step's memory.
@@ -73,6 +74,8 @@ class MemoryMonitor(Observer):
         """What was expected to be the peak of tensors."""
         self.expected_step: int | None = None
         """The step that was expected to need most: its storages are followed too."""
+        self.earlier: Mapping[str, Any] = {}
+        """The report of what the run did before the checkpoint that it goes on from; {}: nothing."""
         self.adaptations: list[str] = []
         """What was changed when memory ran out, in sentences."""
         self._phases: dict[str, int] = {}
@@ -265,7 +268,11 @@ class MemoryMonitor(Observer):
         return peak or None
 
     def report(self) -> dict[str, Any]:
-        """Everything that was measured, as plain data."""
+        """Everything that was measured in all parts of the run, as plain data."""
+        report = self._report()
+        return joined(self.earlier, report) if self.earlier else report
+
+    def _report(self) -> dict[str, Any]:
         self._settle()
         if self._cuda:
             measured_by = "CUDA allocator (categories: storage tracker, loading to the first steps)"

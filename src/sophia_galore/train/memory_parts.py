@@ -8,7 +8,7 @@ from typing import Any
 _PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes")
 
 
-def joined(earlier: Mapping[str, Any], later: Mapping[str, Any], *, up_to_step: int) -> dict[str, Any]:
+def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """The report of two parts of a run.
 
     Peaks are the larger ones. What a peak consists of, and what was predicted for it, comes from the part that had it.
@@ -16,11 +16,9 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any], *, up_to_step: 
     Args:
         earlier: The memory report so far, as it lies in the checkpoint that the run went on from.
         later: The report of what came after.
-        up_to_step: The checkpoint's step; what the earlier part did after it was done again.
     """
     highest = max((earlier, later), key=lambda part: part.get("peak_allocated_bytes") or 0)
     phases = [part.get("phases") or {} for part in (earlier, later)]
-    steps = [line for line in earlier.get("steps") or [] if line["step"] <= up_to_step]
     adaptations = [*(earlier.get("adaptations") or []), *(later.get("adaptations") or [])]
     return {
         **later,
@@ -29,5 +27,5 @@ def joined(earlier: Mapping[str, Any], later: Mapping[str, Any], *, up_to_step: 
         "measured_by": later["measured_by"] if highest is later else earlier.get("measured_by", ""),
         "phases": {name: max(part.get(name) or 0 for part in phases) for name in {**phases[0], **phases[1]}},
         "adaptations": list(dict.fromkeys(adaptations)),
-        "steps": [*steps, *(later.get("steps") or [])],
+        "steps": [*(earlier.get("steps") or []), *(later.get("steps") or [])],
     }

@@ -18,7 +18,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
-from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, largest_token
+from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, ask_trackers, largest_token
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     _refuse_surroundings(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
-    facts = Facts(config, device=ask_device(device))
+    facts = Facts(config, device=ask_device(device), missing_trackers=ask_trackers(config.training.report_to))
     if facts.freezes_layers:
         facts = replace(facts, bitsandbytes=ask_bitsandbytes(device))
     # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.

@@ -30,6 +30,7 @@ _FREE = (
     "training.clip_by",
     "training.gradient_checkpointing",
     "training.probe_step",
+    "training.report_to",
     "training.sample_",
     "optimizer.",
     "checkpoint.",

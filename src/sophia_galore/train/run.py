@@ -25,9 +25,8 @@ from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
-from sophia_galore.train.memory_parts import joined
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading
@@ -36,6 +35,7 @@ from sophia_galore.train.result import RunResult, eval_losses, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
+from sophia_galore.train.trackers import Trackers
 
 
 def train(
@@ -66,6 +66,8 @@ def train(
     if resume and not resume_from and (finished := finished_result(folder, config)):
         listener.say(f"The run in {folder} is finished: all of its {finished.step} steps are done.")
         return finished
+    if config.training.report_to:
+        listener = Listeners(listener, Trackers(config, listener.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:
@@ -77,6 +79,7 @@ def train(
         stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
+        monitor.earlier = checkpoint.memory_report() if checkpoint else {}
         if prepared.outlook is not None:
             forecast = prepared.outlook.forecast
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
@@ -84,11 +87,14 @@ def train(
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
             write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
+        failed = True
         try:
             with monitor.explaining(run.way_back):
-                return run.carry_out()
+                result = run.carry_out()
+            failed = False
+            return result
         finally:
-            run.close()
+            run.close(failed=failed)
 
 
 class _Run:
@@ -110,7 +116,6 @@ class _Run:
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
         self._monitor, self._stop = monitor, stop
-        self._checkpoint = checkpoint
         parts = assemble(prepared, monitor, listener, checkpoint)
         self._store, self._optimizer, self._engine, self._stepper = (
             parts.store,
@@ -130,6 +135,7 @@ class _Run:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
         self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
+        listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
         """All steps that are left, or until a stop is requested."""
@@ -139,7 +145,7 @@ class _Run:
         started_s, first = time.monotonic(), self._last_step
         for step in range(self._last_step + 1, self._plan.num_steps + 1):
             record = self._step(step)
-            self._log.add(record)
+            self._record(record)
             seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
             self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if self._evaluates_after(step):
@@ -152,13 +158,14 @@ class _Run:
         self._ask("after")
         return self._result(finished=True)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Write what is known at the end, whether the run succeeded or failed, and close the records."""
         # A full disk has been told already by whoever met it first.
         with contextlib.suppress(OSError):
             self._log.close()
             write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
-            write_json(self._folder / names.MEMORY_REPORT, self._memory())
+            write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
+        self._listener.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -206,8 +213,12 @@ class _Run:
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
         epoch = round(step / self._plan.steps_per_epoch, 6)
-        self._log.add({"step": step, "epoch": epoch, "eval_loss": eval_loss})
+        self._record({"step": step, "epoch": epoch, "eval_loss": eval_loss})
         self._listener.evaluated(step, eval_loss)
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._log.add(record)
+        self._listener.recorded(record)
 
     def _evaluates_after(self, step: int) -> bool:
         every = self._config.training.eval_every_steps or self._plan.steps_per_epoch
@@ -230,7 +241,7 @@ class _Run:
                 names.PLAN: self._plan.to_json(),
                 "run_config.json": flatten(self._config),
                 names.TRAINER_STATE: self._trainer_state(),
-                names.MEMORY_REPORT: self._memory(),
+                names.MEMORY_REPORT: self._monitor.report(),
             },
             keep_last=self._config.checkpoint.keep_last,
         )
@@ -299,13 +310,6 @@ class _Run:
             epochs=plan.num_steps / plan.steps_per_epoch,
         )
 
-    def _memory(self) -> dict[str, Any]:
-        """The memory report of the whole run, of what came before a checkpoint as well."""
-        report, checkpoint = self._monitor.report(), self._checkpoint
-        if checkpoint is None or not (earlier := checkpoint.memory_report()):
-            return report
-        return joined(earlier, report, up_to_step=checkpoint.step)
-
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(
             folder=self._folder,
@@ -313,7 +317,7 @@ class _Run:
             finished=finished,
             saved=None if finished else self._saved,
             eval_losses=eval_losses(self._log.records),
-            memory=self._memory(),
+            memory=self._monitor.report(),
         )
 
     def _refuse_broken_weights(self) -> None:

@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "fp16": ("true", "fp16"),
     "fp32": ("true", "fp32"),
     "logging_steps": ("10", 10),
+    "report_to": ("wandb", ("wandb",)),
     "eval_steps": ("11", 11),
     "save_steps": ("12", 12),
     "save_total_limit": ("4", 4),

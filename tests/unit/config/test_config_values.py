@@ -57,6 +57,11 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("optimizer.betas", "0.9", ["a list of 2 values"]),
     ("training.sample_questions", "why?", ["a list, each item text"]),
     ("training.sample_questions", "[1]", ["each item text"]),
+    ("training.report_to", "all", ["each item one of tensorboard, trackio, wandb, mlflow", '"all"']),
+    ("training.report_to", "tensorbord", ["Did you mean tensorboard?"]),
+    ("training.report_to", "[wandb, none]", ['["wandb", "none"]']),
+    ("training.report_to", "[3]", ["a list", "[3]"]),
+    ("training.report_to", "null", ["a list", "got null"]),
 ]
 
 ACCEPTED: list[tuple[str, str, object]] = [
@@ -79,6 +84,11 @@ ACCEPTED: list[tuple[str, str, object]] = [
     ("model.name", "Qwen/Qwen2-0.5B", "Qwen/Qwen2-0.5B"),
     ("optimizer.betas", "[0, 9e-1]", (0.0, 0.9)),
     ("training.sample_questions", "[a, 'b: c']", ("a", "b: c")),
+    ("training.report_to", "none", ()),
+    ("training.report_to", "[none]", ()),
+    ("training.report_to", "[]", ()),
+    ("training.report_to", "trackio", ("trackio",)),
+    ("training.report_to", "[wandb, mlflow, wandb]", ("wandb", "mlflow")),
 ]
 
 

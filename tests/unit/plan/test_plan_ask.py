@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, largest_token
+from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_trackers, largest_token
 from sophia_galore.plan.facts import BitsandbytesFacts, DeviceFacts
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -107,6 +108,17 @@ def test_the_package_that_is_here() -> None:
     pytest.importorskip("bitsandbytes")
     found = ask_bitsandbytes(CPU)
     assert found.version is not None and found.problem is None
+
+
+def test_trackers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorboard", "wandb", "mlflow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "__init__.py").write_text("raise AssertionError('it is not imported')")
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)  # what wandb leaves behind is no package
+    assert ask_trackers(("tensorboard", "wandb", "mlflow")) == ("wandb", "mlflow")
+    assert ask_trackers(()) == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

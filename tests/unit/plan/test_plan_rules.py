@@ -140,6 +140,13 @@ CASES: dict[str, Case] = {
         ],
         EnvironmentProblem,
     ),
+    "tracker_missing": Case(
+        [facts(missing_trackers=("wandb", "mlflow"))],
+        "refuse",
+        ["asks for what is not installed: wandb,mlflow.", 'pip install -e ".[wandb,mlflow]"', "leave it out"],
+        [facts(), facts(training={"report_to": ("wandb",)})],
+        EnvironmentProblem,
+    ),
     "another_model": Case(
         [with_model(instead_of="big/model")],
         "fall back to some/model",

@@ -30,18 +30,18 @@ def part(peak_bytes: int, steps: list[int], **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("first", "second"), [(100, 70), (70, 100)])
 def test_the_highest_peak_and_what_belongs_to_it_are_kept(first: int, second: int) -> None:
-    earlier, later = part(first, [1, 2, 3], adaptations=["a"]), part(second, [3, 4], adaptations=["a", "b"])
-    whole = joined(earlier, later, up_to_step=2)
+    earlier, later = part(first, [1, 2], adaptations=["a"]), part(second, [3, 4], adaptations=["a", "b"])
+    whole = joined(earlier, later)
     highest = earlier if first > second else later
     for key in ("categories", "timeline", "predicted_peak_bytes", "peak_allocated_bytes", "measured_by"):
         assert whole[key] == highest[key], key
     assert whole["peak_process_bytes"] == 200
     assert whole["phases"] == {"load": 50, "forward": 100}
-    assert [line["step"] for line in whole["steps"]] == [1, 2, 3, 4]  # step 3 was done again
+    assert [line["step"] for line in whole["steps"]] == [1, 2, 3, 4]
     assert whole["adaptations"] == ["a", "b"]
     assert set(whole) == set(later)
 
 
 def test_what_was_not_measured_stays_unknown() -> None:
     unknown = part(0, [1], peak_allocated_bytes=None, peak_reserved_bytes=None)
-    assert joined(unknown, unknown, up_to_step=1)["peak_allocated_bytes"] is None
+    assert joined(unknown, unknown)["peak_allocated_bytes"] is None

@@ -15,6 +15,16 @@ from sophia_galore.train.run import train
 from unit.cli.tiny_run import make_world
 
 
+class Ears(Listener):
+    """Hears how runs end."""
+
+    def __init__(self) -> None:
+        self.failed: list[bool] = []
+
+    def closed(self, *, failed: bool) -> None:
+        self.failed.append(failed)
+
+
 @pytest.mark.parametrize("evaluates", [True, False])
 def test_a_model_that_is_not_finite_is_not_written(
     evaluates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,5 +49,6 @@ def test_a_model_that_is_not_finite_is_not_written(
         words += ["data.eval_fraction=0"]
     message = "evaluation loss is nan" if evaluates else r"model\.norm\.weight holds values that are not finite"
     with pytest.raises(NonFiniteError, match=message):
-        train(load_config(world.config, words), Listener())
+        train(load_config(world.config, words), ears := Ears())
+    assert ears.failed == [True]
     assert not (tmp_path / "out" / "model.safetensors").exists()

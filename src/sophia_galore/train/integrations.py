@@ -1,0 +1,228 @@
+"""The trackers: how a run is begun, told about and ended in each of them.
+
+Three are driven by the callbacks of Hugging Face's Trainer, as Trainer drives them, so that curves have the names that
+its users know: `train/loss`, `eval/loss`, `train/learning_rate`. A callback is never given the model: nothing of it can
+be uploaded, and nothing can be hooked into it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config.tracker import TrackerName
+
+PROJECT = "sophia-galore"
+"""What runs are gathered under, where the tracker's own environment variable does not say."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a tracker is told when a run begins.
+
+    Args:
+        folder: The run's folder; its name is the run's.
+        settings: What was asked and what is planned, by dotted key, as plain data.
+        after_step: The step that the run goes on after; 0: a new run.
+        known_as: What the tracker called this run when it began it; empty: it did not.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    after_step: int
+    known_as: str = ""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A run that a tracker follows.
+
+    Args:
+        tell: Takes a step and its numbers.
+        end: Ends it; takes whether the run failed.
+        name: What the tracker calls the run, to find it again; empty: it is found without.
+        is_new: Whether the tracker knows nothing of earlier steps.
+    """
+
+    tell: Callable[[int, Mapping[str, float]], None]
+    end: Callable[[bool], None]
+    name: str = ""
+    is_new: bool = True
+
+
+def begin_tensorboard(run: Beginning) -> Tracked:
+    """Event files in the run's folder. When it goes on, what was written of steps that are taken again disappears."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    folder = run.folder / "tensorboard"
+    goes_on = run.after_step > 0 and folder.exists()
+    writer = SummaryWriter(str(folder), purge_step=run.after_step + 1 if goes_on else None)
+    trainer = _AsTrainer(TensorBoardCallback(writer), run, run.settings)
+    return Tracked(trainer.tell, lambda failed: trainer.end(), is_new=not goes_on)
+
+
+def begin_wandb(run: Beginning) -> Tracked:
+    """A run of Weights & Biases, with its local files in the run's folder. One that is open already is written to."""
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    ours = None
+    if wandb.run is None:
+        ours = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=run.folder.name,
+            id=run.known_as or None,
+            resume="allow" if run.known_as else None,
+            dir=os.environ.get("WANDB_DIR", str(run.folder)),
+            # Else what is printed is uploaded, and with it what the model says and was taught.
+            settings=None if "WANDB_CONSOLE" in os.environ else wandb.Settings(console="off"),
+        )
+    # They ask for the model: for its files, and for hooks in it.
+    with _unset("WANDB_LOG_MODEL", "WANDB_WATCH"):
+        trainer = _AsTrainer(WandbCallback(), run, run.settings)
+
+    def end(failed: bool) -> None:
+        trainer.end()
+        if ours is not None:
+            ours.finish(exit_code=int(failed))
+
+    return Tracked(trainer.tell, end, name=ours.id if ours else "", is_new=not run.known_as)
+
+
+def begin_mlflow(run: Beginning) -> Tracked:
+    """A run of MLflow, in a database in the run's folder or where MLFLOW_TRACKING_URI says."""
+    import mlflow
+    from transformers.integrations import MLflowCallback
+
+    # By the variable, which can be taken back, and which the processes that MLflow starts see.
+    is_local = not mlflow.is_tracking_uri_set()
+    folder = (run.folder / "mlflow").absolute()
+    if is_local:
+        folder.mkdir(exist_ok=True)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+
+    def away() -> None:
+        if is_local:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+    ours = None
+    try:
+        if mlflow.active_run() is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            experiment = mlflow.get_experiment_by_name(name)
+            # Where nothing is said, artifacts have a place in the folder that the program runs in, made at once.
+            place = folder.as_uri() if is_local else None
+            experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment(name, place)
+            ours = mlflow.start_run(run.known_as or None, experiment_id=experiment_id, run_name=run.folder.name)
+        # What a run was begun with can't be changed in it, such as the steps of one that goes on.
+        fixed = mlflow.active_run().data.params
+        settings = {key: value for key, value in run.settings.items() if key not in fixed}
+        trainer = _AsTrainer(MLflowCallback(), run, settings)
+    except BaseException:
+        away()
+        raise
+
+    def end(failed: bool) -> None:
+        try:
+            trainer.end()
+            if ours is not None:
+                mlflow.end_run("FAILED" if failed else "FINISHED")
+        finally:
+            away()
+
+    return Tracked(trainer.tell, end, name=ours.info.run_id if ours else "", is_new=not run.known_as)
+
+
+def begin_trackio(run: Beginning) -> Tracked:
+    """A run of Trackio, in its folder on this machine (TRACKIO_DIR).
+
+    By its own few calls: Trainer's callback finds a run by its name alone, so that a new one would go on with another
+    of that name, counts its points itself instead of taking the step, and makes a Space when it ends on one.
+    """
+    import trackio
+    from transformers.integrations.integration_utils import rewrite_logs
+
+    name = run.known_as
+    if not name:
+        try:
+            taken = {each.name for each in trackio.Api().runs(PROJECT)}
+        except ValueError:
+            taken = set()  # the first run of all
+        # A run is found again by its name, which has to be its own.
+        names = chain([run.folder.name], (f"{run.folder.name}-{number}" for number in count(2)))
+        name = next(each for each in names if each not in taken)
+    # A Space would be made, public for most people, and waited for.
+    with _unset("TRACKIO_SPACE_ID"):
+        followed = trackio.init(
+            PROJECT,
+            name=name,
+            config=dict(run.settings),
+            resume="allow" if run.known_as else "never",
+            embed=False,
+        )
+
+    def tell(step: int, numbers: Mapping[str, float]) -> None:
+        followed.log({**rewrite_logs(numbers), "train/global_step": step}, step=step)
+
+    return Tracked(tell, lambda failed: trackio.finish(), name=name, is_new=not run.known_as)
+
+
+BEGIN: dict[TrackerName, Callable[[Beginning], Tracked]] = {
+    "tensorboard": begin_tensorboard,
+    "trackio": begin_trackio,
+    "wandb": begin_wandb,
+    "mlflow": begin_mlflow,
+}
+"""How a run is begun in each tracker."""
+
+
+class _AsTrainer:
+    """Calls one of Trainer's callbacks as Trainer does.
+
+    Args:
+        callback: The callback.
+        run: The run that begins.
+        settings: What the tracker shows as the run's hyper-parameters.
+    """
+
+    def __init__(self, callback: Any, run: Beginning, settings: Mapping[str, Any]) -> None:
+        from transformers import TrainerControl, TrainerState, TrainingArguments
+
+        class Arguments(TrainingArguments):  # type: ignore[misc]
+            """The fields that a callback may read, and our settings as what it shows."""
+
+            def __post_init__(self) -> None:
+                """Nothing: it would set up a device and processes, and we have ours."""
+
+            def to_dict(self) -> dict[str, Any]:
+                return dict(settings)
+
+        self._callback = callback
+        self._arguments = Arguments(output_dir=str(run.folder), run_name=run.folder.name)
+        self._state, self._control = TrainerState(global_step=run.after_step), TrainerControl()
+        self._callback.on_train_begin(self._arguments, self._state, self._control)
+
+    def tell(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Hand over what a step brought."""
+        self._state.global_step = step
+        self._callback.on_log(self._arguments, self._state, self._control, logs=dict(numbers))
+
+    def end(self) -> None:
+        """The run is over."""
+        self._callback.on_train_end(self._arguments, self._state, self._control)
+
+
+@contextmanager
+def _unset(*names: str) -> Iterator[None]:
+    """Inside the context the environment has no such variables."""
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)

@@ -1,0 +1,112 @@
+"""Live trackers hear what `metrics.jsonl` is told, and nothing depends on them: one that fails is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.dump import flatten
+from sophia_galore.config.tracker import TrackerName
+from sophia_galore.errors import short
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.train import folder as names
+from sophia_galore.train.integrations import BEGIN, Beginning, Tracked
+from sophia_galore.train.listener import Listener
+
+# What a plan settles that was left open, or that the data say.
+_PLANNED = (
+    "model_source",
+    "device",
+    "compute_dtype",
+    "learning_rate",
+    "dense_learning_rate",
+    "num_parameters",
+    "num_trained_parameters",
+    "num_train_examples",
+    "num_eval_examples",
+    "num_steps",
+    "data_fingerprint",
+)
+
+
+class Trackers(Listener):
+    """Forwards every record to the trackers that were asked for.
+
+    A tracker starts when the run's folder is open, in which some of them write, and ends with the run. What each calls
+    the run is kept in the run's folder, so that a run that goes on is the same one there. One that begins when a run
+    goes on is told the records from before.
+
+    Args:
+        config: What was asked.
+        say: Takes a sentence for the user.
+    """
+
+    def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._plan: RunPlan | None = None
+        self._open: dict[TrackerName, Tracked] = {}
+
+    def planned(self, plan: RunPlan) -> None:
+        """Keep the plan: trackers show it."""
+        self._plan = plan
+
+    def opened(self, folder: Path, *, after_step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Begin the run in each tracker, or go on with it."""
+        path = folder / names.TRACKERS
+        with self._surviving(*self._config.training.report_to):
+            # Of a new run nothing is known, whatever lies in the folder.
+            known = json.loads(path.read_text(encoding="utf-8")) if after_step and path.exists() else {}
+            settings = self._settings()
+            for name in self._config.training.report_to:
+                with self._surviving(name):
+                    begin = Beginning(folder, settings, after_step, known_as=known.get(name, ""))
+                    self._open[name] = BEGIN[name](begin)
+            called = {name: tracked.name for name, tracked in self._open.items() if tracked.name}
+            if known | called != known:
+                names.write_json(path, known | called)
+        for record in records:
+            self._tell(record, [name for name, tracked in self._open.items() if tracked.is_new])
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        """Tell every tracker."""
+        self._tell(record, list(self._open))
+
+    def closed(self, *, failed: bool) -> None:
+        """End the run in every tracker."""
+        for name in list(self._open):
+            with self._surviving(name):
+                self._open[name].end(failed)
+        self._open.clear()
+
+    def _settings(self) -> dict[str, Any]:
+        """What was asked and what is planned, as JSON holds it."""
+        planned = {f"plan.{key}": getattr(self._plan, key) for key in _PLANNED} if self._plan else {}
+        settings: dict[str, Any] = json.loads(json.dumps(flatten(self._config) | planned))
+        return settings
+
+    def _tell(self, record: Mapping[str, Any], trackers: Sequence[TrackerName]) -> None:
+        numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+        for name in trackers:
+            if name in self._open:
+                with self._surviving(name):
+                    self._open[name].tell(record["step"], numbers)
+
+    @contextmanager
+    def _surviving(self, *trackers: TrackerName) -> Iterator[None]:
+        """What fails inside is said, and its trackers are left out from then on; the run does not notice."""
+        try:
+            yield
+        except Exception as error:  # whatever a tracker raises, it is no reason to lose a run
+            for name in trackers:
+                if tracked := self._open.pop(name, None):
+                    # Else the next run in this process would go on with what is left of it.
+                    with suppress(Exception):
+                        tracked.end(True)
+            self._say(
+                f"{', '.join(trackers)} can't be told more: {short(error)}. The run goes on without, and "
+                f"{names.METRICS} has every record."
+            )
