@@ -1,16 +1,19 @@
 """Memory and time of a configuration at the shapes of Qwen2-0.5B, with random weights.
 
     python bench/shapes.py
+    python bench/shapes.py --write outputs/shapes
 
 Writes a model folder with Qwen2-0.5B's shapes and random weights, and examples that are exactly
 `max_length` tokens long, then trains for two steps through the ordinary command, with whatever
-`--config` says. The numbers come from the run's own memory_report.json.
+`--config` says. The numbers come from the run's own memory_report.json. With `--write` it only writes model and data, and
+prints the words with which `sophia-galore compare` compares configurations at these shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -61,13 +64,18 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="smollm2-135m")
     parser.add_argument("--sample", type=Path, default=Path("data/sample_data.json"))
     parser.add_argument("--layers", type=int, default=QWEN2_05B["num_hidden_layers"])
+    parser.add_argument("--write", type=Path, help="only write model and data, into this folder")
     parser.add_argument("overrides", nargs="*", help="KEY.PATH=VALUE words for the configuration")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
+        folder = arguments.write or Path(work)
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer = resolve_model(ModelConfig(name=arguments.tokenizer), print).folder
         write_model(folder / "model", tokenizer, arguments.layers)
         write_data(folder / "data.json", arguments.sample, num_examples=24)
+        if arguments.write:
+            print(shlex.join([f"model.name={folder / 'model'}", f"data.train={folder / 'data.json'}"]))
+            return
         # In a process of its own: making the weights must not count into the run's resident size.
         command = [sys.executable, "-m", "sophia_galore", "train", "--config", arguments.config]
         settings = [
