@@ -5,8 +5,8 @@
 
 Writes a model folder with Qwen2-0.5B's shapes and random weights, and examples that are exactly
 `max_length` tokens long, then trains for two steps through the ordinary command, with whatever
-`--config` says. The numbers come from the run's own memory_report.json. With `--write` it only writes model and data, and
-prints the words with which `sophia-galore compare` compares configurations at these shapes.
+`--config` says. The numbers come from the run's own memory_report.json. With `--write` it only writes model
+and data, and prints the words with which `sophia-galore compare` compares configurations at these shapes.
 """
 
 from __future__ import annotations
