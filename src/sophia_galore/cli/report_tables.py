@@ -41,7 +41,10 @@ def show_report(console: Console, comparison: Comparison) -> None:
 def _table(table: document.Table) -> Table:
     shown = Table(box=box.SIMPLE_HEAD)
     for place, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
+        if place == 0:
+            shown.add_column(column, overflow="fold")
+        else:  # a heading may be broken, a number not
+            shown.add_column(column, justify="right", min_width=max(len(row[place]) for row in table.rows))
     for row in table.rows:
         shown.add_row(*(cell.replace("[", "\\[") for cell in row))
     return shown

@@ -55,7 +55,7 @@ def draw_losses(runs: Sequence[Run]) -> Figure:
     rows = -(-len(looks) // 3)
     figure = new_figure(9.6, 4.7 + 0.25 * rows)
     height = figure.get_size_inches()[1]
-    headline(figure, "Loss", "nats a token; points: evaluation, after as many tokens and as much time in steps")
+    headline(figure, "Loss", "nats a token; points: evaluation, faint lines: training, smoothed")
     top = 1 - (1.35 + 0.25 * rows) / height
     grid = figure.add_gridspec(1, 2, left=0.075, right=0.975, top=top, bottom=0.6 / height, wspace=0.14)
     left = figure.add_subplot(grid[0])

@@ -71,10 +71,9 @@ def _finding(groups: Sequence[Group]) -> str:
 
 def _losses(groups: Sequence[Group]) -> Table:
     num_epochs = max((len(group.eval_loss) for group in groups), default=0)
-    first = groups[0].name
     columns = ["run", "optimizer", "seeds", *(f"epoch {number + 1}" for number in range(num_epochs))]
     if len(groups) > 1:
-        columns.append(f"difference to {first}")
+        columns.append("against the first")
     rows = []
     for group in groups:
         losses = [*group.eval_loss, *[None] * (num_epochs - len(group.eval_loss))]
