@@ -11,6 +11,12 @@ import sophia_galore
 from sophia_galore.cli.main import app
 
 
+ANSWERING = [
+    *("--compare-base", "--device", "--format", "--max-new-tokens", "--seed", "--system", "--temperature", "--top-p"),
+    "model",
+]
+
+
 def test_public_names() -> None:
     assert sorted(sophia_galore.__all__) == ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
     for name in sophia_galore.__all__:
@@ -33,7 +39,8 @@ def test_commands_and_their_options() -> None:
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "export": ["--block-size", "--output", "--to", "source"],
-        "generate": ["--max-new-tokens", "--seed", "--temperature", "model", "prompt"],
+        "generate": [*ANSWERING, "prompt"],
+        "chat": ANSWERING,
     }
 
 

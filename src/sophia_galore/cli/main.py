@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from sophia_galore import __version__
+from sophia_galore.cli.chat import chat
 from sophia_galore.cli.check import check
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
@@ -42,6 +43,7 @@ app.command("plan")(plan)
 app.command("prepare-data")(prepare_data)
 app.command("download")(download)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("export")(export)
 
 
