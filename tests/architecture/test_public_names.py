@@ -10,7 +10,6 @@ import typer
 import sophia_galore
 from sophia_galore.cli.main import app
 
-
 ANSWERING = [
     *("--compare-base", "--device", "--format", "--max-new-tokens", "--seed", "--system", "--temperature", "--top-p"),
     "model",

@@ -47,12 +47,13 @@ def chat(
     with ExitStack() as stack:
         found = weights_of(model, compare_base=compare_base)
         models = [stack.enter_context(opened(weights, held, place)) for weights in found]
+        dialogues = [Dialogue(loaded, system) for loaded in models]
         # At least as much of what the model reads is for the conversation.
         longest = min(max_new_tokens, *(loaded.num_positions // 2 for loaded in models))
         if longest < max_new_tokens:
             notice(f"Answers have {longest} tokens at most, half of what the model reads.")
         settings = Settings(longest, temperature, top_p, seed)
-        session = ChatSession([Dialogue(loaded, system) for loaded in models], settings)
+        session = ChatSession(dialogues, settings)
         session.greet()
         for line in _lines():
             if not session.take(line):

@@ -18,7 +18,7 @@ class Turn:
 
     Args:
         question: The user's.
-        answer: The model's, without spaces around it; not empty.
+        answer: The model's, as it was said; not only spaces.
         is_whole: Whether the model itself ended it.
     """
 
@@ -102,10 +102,10 @@ class Dialogue:
 
     def keep(self, asked: Asked, given: Answer) -> bool:
         """Make a question and its answer part of the history; False: the answer is empty, so they are not."""
-        text = given.text.strip()
-        if text:
-            self.turns.append(Turn(asked.question, text, given.end == "done"))
-        return bool(text)
+        says_something = bool(given.text.strip())
+        if says_something:
+            self.turns.append(Turn(asked.question, given.text, given.end == "done"))
+        return says_something
 
     def record(self) -> str:
         """The whole conversation as a line of a JSONL file that a run can train on.
@@ -121,5 +121,7 @@ class Dialogue:
     def _messages(self, question: str | None, first: int) -> list[Message]:
         messages: list[Message] = [("system", self.system)] if self.system else []
         for turn in self.turns[first:]:
-            messages += [("user", turn.question), ("assistant", turn.answer)]
+            # A template puts its own marks around an answer; in plain text, the space before it belongs to it.
+            said = turn.answer.strip() if self.loaded.has_chat_template else turn.answer
+            messages += [("user", turn.question), ("assistant", said)]
         return messages if question is None else [*messages, ("user", question)]

@@ -54,7 +54,7 @@ def find_weights(name: str, say: Say) -> Weights:
     saved = checkpoints(path)
     if saved:
         say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
-        return Weights(resolve_model(ModelConfig(name=str(saved[-1])), say).folder, str(saved[-1]))
+        return _newest(saved, say)
     if (path / names.MODEL).is_file():
         say(f"The run in {name} goes on and has no checkpoint yet: the model that it ended with before answers.")
         return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
@@ -92,6 +92,15 @@ def find_start(trained: Weights, say: Say) -> Weights:
             f"The model that {trained.title} was before training, {name}, can't be had: {error.cause}",
             "Put it there again, or leave --compare-base out.",
         ) from error
+
+
+def _newest(saved: list[Path], say: Say) -> Weights:
+    """The last of a run's checkpoints."""
+    try:
+        return Weights(resolve_model(ModelConfig(name=str(saved[-1])), say).folder, str(saved[-1]))
+    except ModelError as error:
+        remedy = f"Take the one before it: {saved[-2]}" if saved[1:] else "There is no other checkpoint."
+        raise CheckpointError(error.cause, remedy) from error
 
 
 def _is_finished(run: Path) -> bool:
