@@ -117,6 +117,17 @@ def test_a_format_is_that_of_the_exported_folder(held: str, run: Path, tmp_path:
     assert answer_of(run, "--format", held) == answer_of(tmp_path / held)
 
 
+def test_updates_that_are_not_in_the_codes_yet_are_answered_with(world: World, talker: Path) -> None:
+    """A checkpoint between two refreshes of a basis."""
+    words = ["quantization.load_in_8bit=true", "quantization.fold=refresh", "optimizer.galore.update_proj_gap=9"]
+    words += [f"model.name={talker}", "training.max_steps=3", "checkpoint.save_every_steps=2"]
+    assert world.train("folded", *words, "training.learning_rate=0.02").code == 0
+    saved = world.folder / "folded" / "checkpoint-2"
+    decoded = answer_of(saved, "--format", "fp32")
+    assert answer_of(saved) == decoded == answer_of(saved, "--format", "int8")
+    assert decoded != answer_of(talker, "--format", "int8"), "the codes alone are still those from the beginning"
+
+
 ERRORS: dict[str, tuple[list[str], list[str]]] = {
     "no such format": (["--format", "int4"], ["int4"]),
     "no such device": (["--device", "gpu"], ["--device gpu is no device"]),
