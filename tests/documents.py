@@ -21,22 +21,6 @@ MARKS = {
 }
 """Why a block of commands is not run."""
 
-PENDING: tuple[str, ...] = (
-    "sophia-galore compare",
-    "sophia-galore report",
-    "sophia-galore chat",
-    "--compare-base",
-    "training.report_to",
-    ".[tensorboard]",
-    "would not see the same data",
-    "measured on the same tokens as",
-    "nothing to compare",
-    "of other settings than are asked for now",
-    "no complete checkpoint in it",
-    "what it was before training",
-)
-"""What the documents speak of already, and the code has not yet."""
-
 _FENCE = re.compile(r"^```(\w*)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -90,8 +74,3 @@ def file_name(block: Block) -> str | None:
 def named_files() -> set[str]:
     """Files that the documents tell their reader to write."""
     return {name for page in TYPED for block in blocks(page, "yaml") if (name := file_name(block))}
-
-
-def is_pending(line: str) -> bool:
-    """Whether a line needs what is not there yet."""
-    return any(words in line for words in PENDING)

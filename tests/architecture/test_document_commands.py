@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import typer
 
-from documents import DOCUMENTS, MARKS, READMES, ROOT, TYPED, blocks, is_pending, named_files, prose, read, shell_lines
+from documents import DOCUMENTS, MARKS, READMES, ROOT, TYPED, blocks, named_files, prose, read, shell_lines
 from sophia_galore.cli.main import app
 from sophia_galore.config.aliases import ALIASES
 from sophia_galore.config.keys import known_keys
@@ -54,8 +54,6 @@ COMMANDS = list(dict.fromkeys(line for name in (*TYPED, "CONTRIBUTING.md") for l
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_exist(line: str) -> None:
-    if is_pending(line):
-        pytest.skip("not there yet")
     program, *words = shlex.split(line)
     program = program.removeprefix(".venv/bin/")
     if program == "sophia-galore":
@@ -125,4 +123,4 @@ def test_extras_exist() -> None:
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     named = {found for name in (*TYPED, *READMES) for found in EXTRA.findall(read(name))}
     assert len(named) >= 2
-    assert {extra.strip(".[]") for extra in named if not is_pending(extra)} <= set(extras)
+    assert {extra.strip(".[]") for extra in named} <= set(extras)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from document_folder import make_folder, python_names, write_data, write_small
-from documents import ROOT, TYPED, Block, blocks, file_name, is_pending
+from documents import ROOT, TYPED, Block, blocks, file_name
 from unit.cli.tiny_run import Ended, command
 
 WITH_CODE = [name for name in TYPED if any(not block.mark for block in blocks(name) if block.language != "text")]
@@ -34,8 +34,7 @@ def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pyte
     for block in blocks(name):
         if block.language == "bash" and not block.mark:
             for line in block.lines:
-                if not is_pending(line):
-                    follow(line, folder, monkeypatch)
+                follow(line, folder, monkeypatch)
         elif block.language == "python":
             names = python_names() if names is None else names
             exec(compile(block.text, name, "exec"), names)

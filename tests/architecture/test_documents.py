@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import sophia_galore
-from documents import DOCUMENTS, PAGES, READMES, ROOT, TYPED, Block, blocks, is_pending, prose, read
+from documents import DOCUMENTS, PAGES, READMES, ROOT, TYPED, Block, blocks, prose, read
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.dump import config_reference
 from sophia_galore.config.keys import known_keys, sections
@@ -58,7 +58,7 @@ def test_keys_in_backticks_exist(name: str) -> None:
     spans = [found[1] for span in CODE_SPAN.findall(prose(name)) if (found := DOTTED.match(span))]
     for word in spans:
         # Files, names of torch and of a model's weights are no keys.
-        if word.rpartition(".")[2] in {*FILE_ENDINGS, "weight"} or word.startswith("torch.") or is_pending(word):
+        if word.rpartition(".")[2] in {*FILE_ENDINGS, "weight"} or word.startswith("torch."):
             continue
         assert word in known or word == "key.path", f"{name} speaks of {word}"
 

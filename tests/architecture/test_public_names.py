@@ -10,6 +10,11 @@ import typer
 import sophia_galore
 from sophia_galore.cli.main import app
 
+ANSWERING = [
+    *("--compare-base", "--device", "--format", "--max-new-tokens", "--seed", "--system", "--temperature", "--top-p"),
+    "model",
+]
+
 
 def test_public_names() -> None:
     assert sorted(sophia_galore.__all__) == ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
@@ -35,7 +40,8 @@ def test_commands_and_their_options() -> None:
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "export": ["--block-size", "--output", "--to", "source"],
-        "generate": ["--max-new-tokens", "--seed", "--temperature", "model", "prompt"],
+        "generate": [*ANSWERING, "prompt"],
+        "chat": ANSWERING,
     }
 
 

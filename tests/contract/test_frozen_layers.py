@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import CPU, load_frozen_parts, load_parts, make_engine
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.engine.generate import _loaded, _whole, answer
+from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.loaded import loaded
+from sophia_galore.engine.whole import whole_model
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.frozen import Frozen8bit
@@ -198,7 +200,7 @@ def test_answers_are_those_of_the_decoded_model(tmp_path: Path) -> None:
     world = World(write_tiny_model(tmp_path, "qwen2"))
     twin = decoded_twin("qwen2", world.store).float().eval()
     tokens = torch.arange(3, 40)[None]
-    with torch.no_grad(), _whole(world.anatomy, world.store) as model:
+    with torch.no_grad(), whole_model(world.anatomy, world.store) as model:
         got, expected = model(tokens).logits, twin(tokens).logits
     assert float((got - expected).norm() / expected.norm()) <= 1e-2  # worst over 12 seeds: 3.3e-3
 
@@ -209,8 +211,8 @@ def test_a_checkpoint_answers_without_bitsandbytes(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     found = []
     for folder in folders:
-        with torch.no_grad(), _loaded(folder, CPU) as model:
-            found.append(model(torch.arange(3, 40)[None]).logits)
+        with torch.no_grad(), loaded(folder, "auto", CPU) as it:
+            found.append(it.model(torch.arange(3, 40)[None]).logits)
     assert torch.equal(*found)
 
 

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from sophia_galore import __version__
+from sophia_galore.cli.chat import chat
 from sophia_galore.cli.check import check
 from sophia_galore.cli.compare import compare
 from sophia_galore.cli.download import download
@@ -46,6 +47,7 @@ app.command("download")(download)
 app.command("compare")(compare)
 app.command("report")(report)
 app.command("generate")(generate)
+app.command("chat")(chat)
 app.command("export")(export)
 
 

@@ -1,21 +1,105 @@
-"""Answers of the model, by Hugging Face's own `generate` over the stored weights."""
+"""Answers of a model, by Hugging Face's own `generate`, and their text as it comes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from sophia_galore.engine.whole import whole_model
+from sophia_galore.errors import ModelError, short
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.frozen import Frozen8bit
-from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
-from sophia_galore.model.store import INT8_FILE, WeightStore, open_store
-from sophia_galore.numerics.int8 import Packed
+from sophia_galore.model.store import WeightStore
+
+Message = tuple[str, str]
+"""Who speaks (system, user or assistant), and what is said."""
+
+_HALF_A_CHARACTER = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an answer is drawn.
+
+    Args:
+        max_new_tokens: Longest answer in tokens.
+        temperature: 0: always the likeliest token.
+        top_p: Above temperature 0, draw from the likeliest tokens that together have this probability.
+        seed: Of the draws at temperatures above 0.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        text: Without special tokens.
+        tokens: All that were generated, the one that ended the answer among them.
+        end: Whether the model ended it, `max_new_tokens` cut it, or the user did.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    end: Literal["done", "cut", "interrupted"]
+
+
+class Stream:
+    """The text of an answer, as soon as it is certain; what transformers calls a streamer.
+
+    A character may take several tokens, and a token's space depends on the one before it. So a token is shown as
+    what it adds to the text of its neighbours before it, once that text does not end within a character.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        on_text: Takes each new part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None = None) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._tokens: list[int] = []
+        self._parts: list[str] = []
+        # Tokens from `_start` on are decoded; those before `_shown` have been shown.
+        self._start = self._shown = 0
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take (1, T) tokens of the prompt, then (1,) token at a time."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._tokens += value.flatten().tolist()
+        self._show(certain=False)
+
+    def end(self) -> None:
+        """Show what is left; also where a character never became whole."""
+        self._show(certain=True)
+
+    def given(self, end: Literal["done", "cut", "interrupted"]) -> Answer:
+        """What has been said so far."""
+        self._show(certain=True)
+        return Answer("".join(self._parts), tuple(self._tokens), end)
+
+    def _show(self, *, certain: bool) -> None:
+        before, text = self._decode(self._shown), self._decode(len(self._tokens))
+        if len(text) <= len(before) or (text.endswith(_HALF_A_CHARACTER) and not certain):
+            return
+        self._start, self._shown = self._shown, len(self._tokens)
+        self._parts.append(text[len(before) :])
+        if self._on_text is not None:
+            self._on_text(self._parts[-1])
+
+    def _decode(self, stop: int) -> str:
+        tokens = self._tokens[self._start : stop]
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def answer(
@@ -45,131 +129,116 @@ def answer(
     answers: list[str] = []
     if not questions:
         return answers
-    with _whole(anatomy, store) as model:
+    settings = Settings(max_new_tokens)
+    with whole_model(anatomy, store) as model:
         for question in questions:
-            prompt = prompt_tokens(tokenizer, question).to(device)
-            out = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-            answers.append(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip())
+            prompt = prompt_tokens(tokenizer, [("user", question)]).to(device)
+            answers.append(generate(model, prompt, settings, Stream(tokenizer), tokenizer=tokenizer).text.strip())
     return answers
 
 
-def prompt_tokens(tokenizer: Any, question: str) -> torch.Tensor:
-    """(1, T) token ids of a question as the model expects it."""
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": question}]
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(question, return_tensors="pt")
-    tokens: torch.Tensor = encoded["input_ids"]
-    return tokens
-
-
-@contextmanager
-def _whole(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
-    """The model with the stored weights in their places; those that must be decoded are there while they work only."""
-    names = {
-        id(parameter): name
-        for name, parameter in anatomy.model.named_parameters()
-        if not isinstance(store[name], Frozen8bit)  # which its module holds and decodes itself
-    }
-    places = [
-        (module, key, parameter)
-        for module in anatomy.model.modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in names
-    ]
-    dtype = store.plain_dtype()
-    hooks: list[RemovableHandle] = []
-    whole: dict[int, nn.Parameter] = {}
-    for module, key, meta in places:
-        stored = store[names[id(meta)]]
-        if isinstance(stored, Tensor):
-            value = stored
-        else:
-            # It says shape, precision and device, which the model is asked for, and takes no memory.
-            value = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
-            hooks += _decode_while_working(module, key, stored, dtype)
-        whole.setdefault(id(meta), nn.Parameter(value, requires_grad=False))
-    was_training = anatomy.model.training
-    try:
-        for module, key, meta in places:
-            setattr(module, key, whole[id(meta)])
-        anatomy.model.eval()
-        yield anatomy.model
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, key, meta in places:
-            setattr(module, key, meta)
-        anatomy.model.train(was_training)
-
-
-def _decode_while_working(module: nn.Module, key: str, stored: Packed, dtype: torch.dtype) -> list[RemovableHandle]:
-    """Hooks that put a module's decoded weight in its place before its forward, and take it away after."""
-    placeholder: list[Any] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        placeholder.append(getattr(module, key))
-        if isinstance(module, nn.Embedding):  # of which a few rows will do
-            tokens, places = torch.unique(args[0], return_inverse=True)
-            setattr(module, key, nn.Parameter(stored[tokens].dequantise(dtype), requires_grad=False))
-            return (places, *args[1:])
-        setattr(module, key, nn.Parameter(stored.dequantise(dtype), requires_grad=False))
-        return args
-
-    def after(module: nn.Module, args: Any, out: Any) -> None:
-        setattr(module, key, placeholder.pop())
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-
-def stream_answer(folder: Path, question: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Print the answer of a model folder token by token.
+def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
+    """A conversation as the model expects it, up to where its next answer begins.
 
     Args:
-        folder: A model folder.
-        question: What to ask.
-        max_new_tokens: Longest answer in tokens.
-        temperature: 0: always the likeliest token.
-        seed: Of the draws at temperatures above 0.
+        tokenizer: The model's tokenizer.
+        messages: The conversation, the last message the user's. Without a chat template it is one text: an answer
+            follows its question at once, and the next question begins a line.
+
+    Returns:
+        (1, T) token ids.
+
+    Raises:
+        ModelError: The model's chat template refuses the conversation.
     """
-    from transformers import TextStreamer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # the answer is what is to be seen
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(folder)
-    prompt = prompt_tokens(tokenizer, question).to(device)
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with _loaded(folder, device) as model:
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-
-
-@contextmanager
-def _loaded(folder: Path, device: torch.device) -> Iterator[Any]:
-    """The model of a folder; one in eight bits stays so."""
-    from transformers import AutoModelForCausalLM
-
-    if (folder / INT8_FILE).is_file():
-        with _whole(build_skeleton(load_model_config(folder), device), open_store(folder, device)) as model:
-            yield model
+    # What a terminal could not decode has no place in a tokenizer.
+    clean = [(role, text.encode("utf-8", "replace").decode("utf-8")) for role, text in messages]
+    if tokenizer.chat_template:
+        turns = [{"role": role, "content": text} for role, text in clean]
+        try:
+            encoded = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            roles = ", ".join(dict.fromkeys(role for role, _ in clean))
+            raise ModelError(
+                f"The model's chat template refuses a conversation of {roles}: {short(error)}.",
+                "Leave the system message out."
+                if "system" in roles
+                else "Repair chat_template in the model's tokenizer files.",
+            ) from error
     else:
-        yield AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        text = "".join(f"\n{text}" if role == "user" and place else text for place, (role, text) in enumerate(clean))
+        encoded = tokenizer(text, return_tensors="pt", verbose=False)
+    tokens: torch.Tensor = encoded["input_ids"]
+    return tokens.long()
+
+
+def stop_tokens(*holders: Any) -> list[int]:
+    """The tokens that end an answer.
+
+    Args:
+        holders: What may name them as `eos_token_id`: a tokenizer, generation settings, a model's configuration;
+            None names none.
+
+    Returns:
+        Their ids in order.
+    """
+    found: set[int] = set()
+    for holder in holders:
+        given = getattr(holder, "eos_token_id", None)
+        found |= {int(token) for token in (given if isinstance(given, list | tuple) else [given]) if token is not None}
+    return sorted(token for token in found if token >= 0)
+
+
+def generate(
+    model: Any,
+    prompt: torch.Tensor,
+    settings: Settings,
+    stream: Stream,
+    *,
+    tokenizer: Any,
+    generation_config: Any = None,
+) -> Answer:
+    """Answer once.
+
+    Args:
+        model: A whole Hugging Face model.
+        prompt: (1, T) token ids, where the model is.
+        settings: How the answer is drawn.
+        stream: Takes the tokens; after an interruption it has what was said until then.
+        tokenizer: The model's tokenizer.
+        generation_config: The settings that come with the model, such as a penalty for repetition; those of
+            `settings` go before them. None: it has none.
+
+    Returns:
+        The answer.
+    """
+    # As transformers has it: what generation_config.json says goes before config.json.
+    stops = stop_tokens(tokenizer, generation_config if stop_tokens(generation_config) else model.config)
+    asked = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
+    samples = settings.temperature > 0
+    asked.update(
+        max_new_tokens=settings.max_new_tokens,
+        max_length=None,
+        num_beams=1,
+        num_return_sequences=1,
+        use_cache=True,
+        do_sample=samples,
+        temperature=settings.temperature if samples else None,
+        top_p=settings.top_p if samples else None,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+    )
+    if not samples:
+        asked.top_k = None
+    if samples:
+        torch.manual_seed(settings.seed)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=asked,
+        streamer=stream,
+    )
+    said = stream.given("done")
+    return said if said.tokens and said.tokens[-1] in stops else stream.given("cut")

@@ -120,6 +120,7 @@ def load_store(
     form: Int8Format = _INT8,
     without_remainders: bool = False,
     frozen: Freezer | None = None,
+    as_packed: bool = False,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
@@ -137,6 +138,7 @@ def load_store(
         without_remainders: Leave out updates that are not in the codes yet: a run that goes on has them among its
             optimizer's state.
         frozen: What puts weights into bitsandbytes' modules, and which; those are neither in `dtype` nor in `form`.
+        as_packed: Leave what is in eight bits already as it is, in whichever format.
 
     Returns:
         The store.
@@ -160,15 +162,16 @@ def load_store(
             )
         freezes = frozen is not None and name in frozen.names
         target = QUANTISED_FROM if freezes else form if name in int8 else dtype
+        keeps = as_packed and not isinstance(weight, Tensor)
         if without_remainders and isinstance(weight, FoldedTensor):
             weight = weight.base
         if not (freezes and isinstance(weight, RowInt8)):
-            weight = convert(weight, target, torch.device("cpu") if freezes else device)
+            weight = convert(weight, None if keeps else target, torch.device("cpu") if freezes else device)
         if not is_finite(name, weight):
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in "
                 f"{'int8' if isinstance(target, Int8Format) else target}.",
-                "Download the model again.",
+                "Download the model again, or take a format of a wider range.",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
@@ -189,19 +192,10 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
     Raises:
         ModelError: As for `read_weights`.
     """
-    weights: dict[str, Stored] = {}
-    for _, name, weight in read_weights(folder):
-        if isinstance(weight, RowInt8):
-            weights[name] = weight.copied_to(device)
-        elif isinstance(weight, FoldedTensor):
-            weights[name] = _folded_copy(weight, device)
-        else:
-            own = weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8
-            weights[name] = convert(weight, own, device)
-    return WeightStore(weights)
+    return WeightStore({name: convert(weight, None, device) for _, name, weight in read_weights(folder)})
 
 
-def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.device) -> Stored:
+def convert(weight: Stored, target: torch.dtype | Int8Format | None, device: torch.device) -> Stored:
     """A weight in another format, or a copy in the same one; eight bits are rounded to nearest.
 
     But a remainder goes into codes of the same format without bias, as it would at the next refresh: it is smaller
@@ -209,9 +203,15 @@ def convert(weight: Stored, target: torch.dtype | Int8Format, device: torch.devi
 
     Args:
         weight: As it was read.
-        target: The format.
+        target: The format; None: the weight's own.
         device: Where the result lives.
     """
+    if target is None:
+        if isinstance(weight, RowInt8):
+            return weight.copied_to(device)
+        if isinstance(weight, FoldedTensor):
+            return _folded_copy(weight, device)
+        target = weight.dtype if isinstance(weight, Tensor) else _form(weight) or _INT8
     if isinstance(target, Int8Format):
         if isinstance(weight, FoldedTensor) and weight.base.form.block == target.block:
             base = _int8_copy(weight.base, target, device)

@@ -7,11 +7,12 @@ import torch
 from sophia_galore.errors import EnvironmentProblem
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, option: str = "training.device=") -> torch.device:
     """The device that the user asked for, or the best there is.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
+        option: What the user wrote in front of it, for messages.
 
     Returns:
         The device, with its index if it is a GPU.
@@ -24,20 +25,20 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise EnvironmentProblem(f"training.device={name} is no device.", "Use cpu, cuda, cuda:N, or auto.") from error
+        raise EnvironmentProblem(f"{option}{name} is no device.", "Use cpu, cuda, cuda:N, or auto.") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise EnvironmentProblem(f"training.device={name} is not supported.", "Use cpu, cuda, cuda:N, or auto.")
+        raise EnvironmentProblem(f"{option}{name} is not supported.", "Use cpu, cuda, cuda:N, or auto.")
     if not torch.cuda.is_available():
         raise EnvironmentProblem(
-            f"training.device={name}, but PyTorch finds no GPU.",
-            "Install a CUDA build of PyTorch and the GPU's driver, or use training.device=cpu.",
+            f"{option}{name}, but PyTorch finds no GPU.",
+            f"Install a CUDA build of PyTorch and the GPU's driver, or use {option}cpu.",
         )
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise EnvironmentProblem(
-            f"training.device={name}, but there are only {torch.cuda.device_count()} GPUs.",
+            f"{option}{name}, but there are only {torch.cuda.device_count()} GPUs.",
             f"Use cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
         )
     # Questions about "the" GPU, such as which arithmetic it has, are answered for the current one.

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tiny import write_tiny_model
 from unit.cli.tiny_run import World, make_world
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def talker(world: World) -> Path:
+    """A model that says different things to different questions; the world's own repeats itself."""
+    return write_tiny_model(world.folder / "talker", tied=False, seed=1)
+
+
+@pytest.fixture(scope="session")
+def trained_talker(world: World, talker: Path) -> Path:
+    """A finished run from it, with checkpoints of steps 2 and 4, whose answers are others than before."""
+    words = [f"model.name={talker}", "training.max_steps=5", "checkpoint.save_every_steps=2"]
+    words += ["training.learning_rate=6e-4", "training.lr_scheduler_type=constant"]
+    ended = world.train("talker-run", "--optimizer", "adamw", *words)
+    assert ended.code == 0, ended.err
+    return world.folder / "talker-run"

@@ -1,0 +1,93 @@
+"""What `generate` and `chat` have in common: options, loading, and where notices go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from sophia_galore.engine.generate import Answer
+from sophia_galore.engine.loaded import Held, Loaded, loaded
+from sophia_galore.errors import OutOfMemory, lacks_memory, short
+from sophia_galore.plan.device import choose_device
+from sophia_galore.train.trained import Weights, find_start, find_weights
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A run's folder, a checkpoint, a model folder, a hub id or an alias.")
+]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
+TopPOption = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Above temperature 0, draw from the likeliest tokens of this probability."),
+]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="For temperatures above 0.")]
+SystemOption = Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before everything.")]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda", help="Where it answers; cuda:N for one of several.")
+]
+FormatOption = Annotated[
+    Held, typer.Option("--format", help="How weights are held; auto: as they lie in the folder; int8: half of bf16.")
+]
+CompareOption = Annotated[
+    bool, typer.Option("--compare-base", help="The model from before training answers too, side by side.")
+]
+
+
+def notices() -> Console:
+    """Where everything goes that is not an answer: answers alone can be piped."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def notice(text: str) -> None:
+    """A line that is not an answer."""
+    notices().print(text, style="dim", markup=False)
+
+
+def weights_of(model: str, *, compare_base: bool) -> list[Weights]:
+    """The weights that answer under a name, before them those from before training, if asked for."""
+    found = find_weights(model, notice)
+    return [find_start(found, notice), found] if compare_base else [found]
+
+
+@contextmanager
+def opened(weights: Weights, held: Held, device: torch.device, *, is_said: bool = True) -> Iterator[Loaded]:
+    """Load weights for the time of a context, and say what helps if memory is short.
+
+    Args:
+        weights: Which.
+        held: The format that they are held in.
+        device: Where they answer.
+        is_said: Whether a line on the terminal says so while they are loaded.
+    """
+    with ExitStack() as stack:
+        try:
+            with notices().status(f"Loading {weights.title} ...") if is_said else nullcontext():
+                model = stack.enter_context(loaded(weights.folder, held, device, title=weights.title))
+            yield model
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            remedy = "Take --format int8, a smaller --max-new-tokens, or --device cpu."
+            raise OutOfMemory(f"Out of memory: {short(error)}.", remedy) from error
+
+
+def show_text(text: str) -> None:
+    """A part of an answer, at once and as it is."""
+    print(text, end="", flush=True)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` asks for."""
+    return choose_device(name, "--device ")
+
+
+def say_cut(given: Sequence[Answer], max_new_tokens: int) -> None:
+    """Say so if an answer was not ended by the model."""
+    lengths = [len(answer.tokens) for answer in given if answer.end == "cut"]
+    if lengths:
+        why = "--max-new-tokens allows more" if max(lengths) >= max_new_tokens else "the model has no more positions"
+        notice(f"(Cut after {max(lengths)} tokens: {why}.)")

