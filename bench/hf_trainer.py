@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 from torch.utils.data import Dataset, SequentialSampler
 
 from measured import Measured
@@ -33,11 +34,13 @@ class TrainerOptions:
         optim: Its `optim`.
         optim_args: Its `optim_args`.
         targets: Its `optim_target_modules`.
+        compiles: Whether it compiles its step, which torch refuses to do where operations are followed.
     """
 
     optim: str
     optim_args: str | None = None
     targets: tuple[str, ...] = ()
+    compiles: bool = False
 
 
 class PlainTensorTracker(StorageTracker):
@@ -48,11 +51,19 @@ class PlainTensorTracker(StorageTracker):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
-
         if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _plain_tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors that a value of an optimizer's state consists of."""
+    if not isinstance(value, torch.Tensor):
+        return []
+    if not is_traceable_wrapper_subclass_type(type(value)):
+        return [value]
+    names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [plain for name in names for plain in _plain_tensors(getattr(value, name))]
 
 
 def micro_batches(config: RunConfig) -> list[list[MicroBatch]]:
@@ -127,6 +138,18 @@ def run_trainer(
             self.seconds.append(time.perf_counter() - self.began_s)
             self.peak_process_bytes = peak_process_bytes()
 
+    class NotFollowed(TrainerCallback):
+        """Takes the tracker off while the optimizer works, and counts its state afterwards."""
+
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            tracker.__exit__(None, None, None)
+
+        def on_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+            tracker.__enter__()
+            for state in optimizer.state.values():
+                for tensor in (tensor for value in state.values() for tensor in _plain_tensors(value)):
+                    tracker.tag(tensor, "optimizer state")
+
     training, save_every = config.training, config.checkpoint.save_every_steps
     arguments = TrainingArguments(
         output_dir=config.run_folder,
@@ -164,7 +187,10 @@ def run_trainer(
     checkpoint = str(resume_from) if resume_from else None
     peak_tracked_bytes = None
     if tracked:
-        with PlainTensorTracker(torch.device("cpu")) as tracker:
+        tracker = PlainTensorTracker(torch.device("cpu"))
+        if options.compiles:
+            trainer.add_callback(NotFollowed())
+        with tracker:
             for tensor in (*model.parameters(), *model.buffers()):
                 tracker.tag(tensor, "weights")
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -36,6 +36,8 @@ class Side:
         targets: Modules whose matrices it projects.
         one_micro_batch: Whether to take the whole effective batch as one padded micro-batch where the side refuses
             the common setting.
+        compiles: Whether its step is compiled.
+        remark: What its row has to say.
     """
 
     title: str
@@ -45,6 +47,8 @@ class Side:
     optim_args: str | None = None
     targets: tuple[str, ...] = ()
     one_micro_batch: bool = False
+    compiles: bool = False
+    remark: str = ""
 
     @property
     def is_ours(self) -> bool:
@@ -56,7 +60,7 @@ class Side:
         """What the Trainer is told."""
         from hf_trainer import TrainerOptions
 
-        return TrainerOptions(self.optim, self.optim_args, self.targets)
+        return TrainerOptions(self.optim, self.optim_args, self.targets, self.compiles)
 
 
 _KEPT = "training.gradient_checkpointing=false"
@@ -85,7 +89,13 @@ SIDES: dict[str, Side] = {
     "trainer-apollo": Side(
         "Trainer, apollo_adamw", (2e-4, 4e-4, 8e-4), optim="apollo_adamw", optim_args=_LOW_RANK, targets=_LINEARS
     ),
-    "trainer-adamw8bit": Side("Trainer, AdamW8bit of torchao", (2e-4,), optim="adamw_torch_8bit"),
+    "trainer-adamw8bit": Side(
+        "Trainer, AdamW8bit of torchao",
+        (2e-4,),
+        optim="adamw_torch_8bit",
+        compiles=True,
+        remark="its compiled step is not followed by the tracker, the state that it leaves is",
+    ),
     "ours-galore": Side("ours, GaLore", (1.6e-3,), settings=(_GALORE,)),
     "ours-galore-kept": Side("ours, GaLore, all graphs kept", (1.6e-3,), settings=(_GALORE, _KEPT)),
     "ours-galore-bf16": Side("ours, GaLore, bf16 weights", (1.6e-3,), settings=(_GALORE, "model.store=bf16")),

@@ -53,6 +53,8 @@ class Row:
             self.remark(f"{began}: {line['failed']}")
         elif line["kind"] == "memory":
             self.tracked_bytes = line["peak_tracked_bytes"]
+            if self.side.remark:
+                self.remark(self.side.remark)
         elif line["kind"] == "resume":
             self.resumes = line["same_bits"]
             if "reason" in line:
