@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 _LONGEST_REASON = 160
+# What makes a terminal write bold or in colours.
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says first, short enough for a table."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    """The first sentence of what an error says, short enough for a table."""
+    lines = (_ESCAPES.sub("", line).strip() for line in str(error).splitlines())
+    first = next((line for line in lines if line), "")
+    sentence = re.split(r"(?<=[.!?])\s", first)[0]
+    said = f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
     return said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."

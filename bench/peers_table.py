@@ -100,6 +100,10 @@ class Column:
         values = self.values(row)
         return statistics.median(values.values()) if values else None
 
+    def level(self, one: float, other: float) -> bool:
+        """Whether two numbers are the same as they are written: less than that is rounding."""
+        return self.shown(one) == self.shown(other)
+
 
 def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.0f}"
@@ -162,7 +166,9 @@ def _cells(row: Row, rows: Sequence[Row], base: Row | None) -> list[str]:
     for column in COLUMNS:
         value = column.value(row)
         shown = "-" if value is None else column.shown(value)
-        cells.append(f"**{shown}**" if value is not None and value == best(rows, column) else shown)
+        first = best(rows, column)
+        leads = value is not None and first is not None and column.level(value, first)
+        cells.append(f"**{shown}**" if leads else shown)
         if column.ratio:
             cells.append(_ratio(column.values(row), column.values(base) if base else {}))
     resumes = {None: "-", True: "**yes**", False: "no"}[row.resumes]
@@ -184,7 +190,7 @@ def _behind(rows: Sequence[Row]) -> list[str]:
     told = []
     for column in COLUMNS:
         best_value, our_value = best(rows, column), best(ours, column)
-        if best_value is None or our_value == best_value:
+        if best_value is None or (our_value is not None and column.level(our_value, best_value)):
             continue
         first = _named(rows, column, best_value)
         if our_value is None:
@@ -204,7 +210,7 @@ def _behind(rows: Sequence[Row]) -> list[str]:
 
 def _named(rows: Sequence[Row], column: Column, value: float) -> str:
     title = next(row.side.title for row in rows if column.value(row) == value)
-    return f"{title} with {column.shown(value)}"
+    return f"{title.removeprefix('ours, ')} with {column.shown(value)}"
 
 
 def _about(lines: Sequence[Line]) -> list[str]:

@@ -174,7 +174,15 @@ def test_digests_tell_weights_apart(work: Work, tmp_path: Path) -> None:
     assert weights_sha256(again) == weights_sha256(Path(work.model)) != weights_sha256(other)
 
 
-def test_a_reason_is_one_short_line() -> None:
-    assert reason(ValueError("\n first \nsecond")) == "ValueError: first"
-    assert reason(KeyError()) == "KeyError"
-    assert len(reason(RuntimeError("x" * 500))) == 160
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("\n first line \nsecond"), "ValueError: first line"),
+        (RuntimeError("It failed. Two ways lead on."), "RuntimeError: It failed."),
+        (RuntimeError("\x1b[1mIt failed\x1b[0m: see 1.2"), "RuntimeError: It failed: see 1.2"),
+        (KeyError(), "KeyError"),
+        (RuntimeError("x" * 500), "RuntimeError: " + "x" * 143 + "..."),
+    ],
+)
+def test_a_reason_is_one_short_sentence(error: Exception, said: str) -> None:
+    assert reason(error) == said
