@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from sophia_galore.config.schema import ModelConfig
 from sophia_galore.model.source import resolve_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes import write_data, write_model
+from shapes import QWEN2_05B, write_data, write_model
 
 SIDES: dict[str, tuple[str, ...]] = {
     "trainer-adamw": (),
@@ -69,108 +68,19 @@ def load_config_for(arguments: argparse.Namespace, side: str, output: str) -> An
     )
 
 
-def run_ours(arguments: argparse.Namespace, side: str) -> list[tuple[int, float]]:
-    """Tokens and seconds of each step of ours."""
-    from sophia_galore.train.listener import Listener
-    from sophia_galore.train.run import train
-
-    class Times(Listener):
-        steps: list[tuple[int, float]] = []  # noqa: RUF012
-
-        def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
-            self.steps.append((record["tokens"], record["tokens"] / record["tokens_per_second"]))
-
-    with tempfile.TemporaryDirectory() as folder:
-        listener = Times()
-        train(load_config_for(arguments, side, folder), listener)
-        return listener.steps
-
-
-def run_trainer(arguments: argparse.Namespace) -> list[tuple[int, float]]:
-    """Tokens and seconds of each step of the Trainer, on the very micro-batches that ours takes."""
-    import torch
-    from torch.utils.data import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-
-    from sophia_galore.data.batches import window
-    from sophia_galore.data.dataset import load_data
-
-    config = load_config_for(arguments, "ours-adamw", "unused")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    data = load_data(config.data, max_length=arguments.max_length, seed=config.training.seed, tokenizer=tokenizer)
-    batches, tokens = [], []
-    for step in range(arguments.steps):
-        chosen = window(
-            data.train,
-            seed=config.training.seed,
-            epoch=0,
-            index=step,
-            batch_size=arguments.batch_size,
-            accumulation=arguments.accumulation,
-            pad_id=tokenizer.pad_token_id,
-        )
-        tokens.append(sum(batch.num_tokens for batch in chosen))
-        for batch in chosen:
-            # The Trainer's model shifts labels itself.
-            labels = torch.full_like(batch.labels, -100)
-            labels[:, 1:] = batch.labels[:, :-1]
-            ones = torch.ones_like(batch.input_ids)
-            mask = ones if batch.attention_mask is None else batch.attention_mask
-            batches.append({"input_ids": batch.input_ids, "attention_mask": mask, "labels": labels})
-
-    class Batches(Dataset):  # type: ignore[type-arg]
-        def __len__(self) -> int:
-            return len(batches)
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            return batches[index]
-
-    class Times(TrainerCallback):
-        marks: list[float] = []  # noqa: RUF012
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.marks.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.marks[-1] = time.perf_counter() - self.marks[-1]
-
-    with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=arguments.accumulation,
-            max_steps=arguments.steps,
-            learning_rate=2e-4,
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            optim="adamw_torch",
-            max_grad_norm=0.0,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-        )
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        times = Times()
-        trainer = Trainer(
-            model=model, args=settings, train_dataset=Batches(), data_collator=lambda rows: rows[0], callbacks=[times]
-        )
-        # In the order given: the batches are made already.
-        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(batches)  # type: ignore[method-assign]
-        trainer.train()
-    return list(zip(tokens, times.marks, strict=True))
-
-
 def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one side here and now."""
-    from sophia_galore.train.memory import peak_process_bytes
+    with tempfile.TemporaryDirectory() as folder:
+        if side == "trainer-adamw":
+            from hf_trainer import TrainerOptions, run_trainer
 
-    steps = run_trainer(arguments) if side == "trainer-adamw" else run_ours(arguments, side)
-    tokens, seconds = (sum(values) for values in zip(*steps[1:], strict=True))
-    return {"tokens_per_second": tokens / seconds, "peak_process_bytes": float(peak_process_bytes())}
+            measured = run_trainer(load_config_for(arguments, "ours-adamw", folder), TrainerOptions("adamw_torch"))
+        else:
+            from ours import run_ours
+
+            measured = run_ours(load_config_for(arguments, side, folder))
+    tokens, seconds = (sum(values) for values in zip(*measured.steps[1:], strict=True))
+    return {"tokens_per_second": tokens / seconds, "peak_process_bytes": float(measured.peak_process_bytes)}
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -215,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         if arguments.shapes:
             folder = Path(work)
-            write_model(folder / "model", Path(arguments.model))
+            write_model(folder / "model", Path(arguments.model), QWEN2_05B["num_hidden_layers"])
             num_examples = arguments.steps * arguments.accumulation * arguments.batch_size
             write_data(folder / "data.json", Path("data/sample_data.json"), num_examples)
             arguments.model, arguments.data = str(folder / "model"), str(folder / "data.json")
