@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sophia_galore.optim.choices import Apollo, GaLore, Sophia
     from sophia_galore.optim.watch import watch
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
 
 _HOMES = {"Apollo": "choices", "GaLore": "choices", "Sophia": "choices", "attach": "attach", "watch": "watch"}
