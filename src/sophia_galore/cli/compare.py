@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.status import Status
 
 from sophia_galore.cli.report_tables import show_report
+from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError, UserError
 from sophia_galore.experiment.children import Stopped, carry_out
 from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
@@ -97,7 +98,10 @@ def _show_differences(console: Console, trials: list[Trial]) -> None:
     found = differences(trials)
     console.print("What differs: " + ("" if found else "nothing."), markup=False)
     for key, values in found.items():
-        said = ", ".join(f"{value} in {name}" for name, value in values.items())
+        names: dict[str, list[str]] = {}
+        for name, value in values.items():
+            names.setdefault(value if isinstance(value, str) else show(value), []).append(name)
+        said = "; ".join(f"{value} in {', '.join(where)}" for value, where in names.items())
         console.print(f"  {key}: {said}", markup=False)
 
 

@@ -177,10 +177,10 @@ def _measured_by(runs: Sequence[Run]) -> str:
 
 
 def machine_in_words(machine: dict[str, Any]) -> str:
-    """`2 cores of an AMD EPYC, 2 threads, 24 GiB, Linux ...`"""
+    """`2 cores, AMD EPYC, threads: 2, 24,105 MiB, Linux-6.1`"""
     words = [
         str(machine.get("gpu") or ""),
-        f"{machine.get('num_cores')} cores, {machine.get('processor')}, {machine.get('num_threads')} threads",
+        f"{machine.get('num_cores')} cores, {machine.get('processor')}, threads: {machine.get('num_threads')}",
         mebibytes(machine.get("memory_bytes") or 0),
         str(machine.get("system")),
     ]

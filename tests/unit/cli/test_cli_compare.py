@@ -118,7 +118,7 @@ def test_every_field_of_the_json(whole: Compared, world: World, pair: list[str])
 
 def test_what_the_terminal_says(whole: Compared) -> None:
     out = whole.ended.out
-    assert "optimizer.type: galore in galore, adamw in adamw" in out
+    assert "optimizer.type: galore in galore; adamw in adamw" in out
     assert "Run 2 of 2: adamw, seed 42" in out
     assert "Lowest eval loss at the end: " in out
     assert f"Report: {whole.output / 'report.html'}" in out

@@ -98,7 +98,7 @@ def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
     assert "| galore | 4.0 ± 0.0 | 50.0 ± 0.0 |" in markdown
     assert "| optimizer.type | galore | adamw |" in markdown
     assert "Lowest eval loss at the end: adamw, 2.3000 ± 0.0000 nats a token; against it galore +4.35%." in markdown
-    assert "2 cores, a processor, 2 threads" in markdown
+    assert "2 cores, a processor, threads: 2" in markdown
     assert "sophia-galore compare x\nsophia-galore train --config galore1.yaml\n" in markdown
 
 
