@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sophia_galore.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK, GAP, SCALE = 128, 20, 0.25
+RANK, GAP, SCALE = 128, 200, 0.25
 BASE = "trainer-adamw"
 """The side that the others are compared with."""
 
@@ -105,6 +105,7 @@ SIDES: dict[str, Side] = {
         settings=(_GALORE, "quantization.load_in_8bit=true", "optimizer.state_bits=8"),
     ),
     "ours-adamw": Side("ours, AdamW", (2e-4,), settings=(_ADAMW,)),
+    "ours-adamw-kept": Side("ours, AdamW, all graphs kept", (2e-4,), settings=(_ADAMW, _KEPT)),
 }
 
 
