@@ -10,7 +10,7 @@ train: install
 	$(BIN)/sophia-galore train --config configs/quickstart.yaml
 
 test: install lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check src tests bench examples
