@@ -11,7 +11,7 @@ from typing import Any
 from sophia_galore.errors import UserError
 from sophia_galore.report.doubts import Doubt, doubts
 from sophia_galore.report.result import Result, result_of
-from sophia_galore.report.run import PLAN_FILE, Run, read_run
+from sophia_galore.report.run import PLAN_FILE, Run, begun, read_run
 from sophia_galore.report.summary import Group, summary
 
 RUNS = "runs"
@@ -107,11 +107,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: A folder is named twice, or is no run's.
     """
-    whole = [run for folder in folders for run in _runs_in(folder.resolve())]
+    found = [run for folder in folders for run in _runs_in(Path(folder))]
+    whole = [folder.resolve() for folder in found]
     if len(set(whole)) < len(whole):
         twice = next(folder for place, folder in enumerate(whole) if folder in whole[:place])
         raise UserError(f"{twice} is named twice.", "Name each run once.")
-    runs = [read_run(folder) for folder in whole]
+    runs = [read_run(folder) for folder in found]
     depth = 1
     while len({(_called(run, depth), run.seed) for run in runs}) < len(runs):
         depth += 1
@@ -124,15 +125,15 @@ def holds_runs(folder: Path) -> bool:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The runs that a folder stands for: itself, or those of a comparison, without what was moved aside."""
+    """The runs that a folder stands for: itself, or those of a comparison in the order in which they were begun."""
     if not holds_runs(folder):
         return [folder]
-    found = sorted(path for path in (folder / RUNS).iterdir() if (path / PLAN_FILE).exists())
+    found = [path for path in (folder / RUNS).iterdir() if (path / PLAN_FILE).exists()]
     found = [path for path in found if not re.search(r"\.previous-\d+$", path.name)]
     if not found:
         raise UserError(f"In {folder} no run has begun yet.", "Wait until one has, or name the folder of a run.")
-    return found
+    return sorted(found, key=lambda path: (begun(path), path.name))
 
 
 def _called(run: Run, depth: int) -> str:
-    return "/".join(run.folder.parts[-depth:]).removesuffix(f"-seed{run.seed}")
+    return "/".join(run.folder.resolve().parts[-depth:]).removesuffix(f"-seed{run.seed}")

@@ -95,6 +95,12 @@ def read_run(folder: Path, *, name: str = "", failure: str = "") -> Run:
     )
 
 
+def begun(folder: Path) -> str:
+    """When a run was started, as a text that sorts by time; "" where that is not known."""
+    path = folder / ENVIRONMENT_FILE
+    return str(_json(path).get("started", "")) if path.exists() else ""
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "evaluation data that repeat the training data": (
         {**OTHER, "plan": {"repetition_share": 0.97, "repetition_loss": 0.08}},
         "repetition",
-        "tells 97% of the counted tokens and reaches a loss of 0.080, less than the untrained model's 3.10",
+        "tells 97% of the counted tokens and reaches a loss of 0.080, less than the untrained model. A low eval loss",
     ),
     "a count of sequences beats the untrained model": (
         {**OTHER, "plan": {"repetition_share": 0.4, "repetition_loss": 3.0}},
@@ -104,6 +104,12 @@ def test_low_losses_that_repetition_explains_are_not_too_low(tmp_path: Path) -> 
     templated = {"evals": {0: 3.1, 4: 0.0045}, "plan": {"repetition_share": 0.99, "repetition_loss": 0.02}}
     (doubt,) = doubts_of(tmp_path, {**OTHER, **templated})
     assert doubt.kind == "repetition"
+
+
+def test_a_model_that_knew_nothing_is_no_sign_of_repetition(tmp_path: Path) -> None:
+    """Random weights are beaten by any count, on whatever text."""
+    random = {"evals": {0: 12.1, 4: 11.9}, "plan": {"repetition_share": 0.02, "repetition_loss": 8.0}}
+    assert doubts_of(tmp_path, {**OTHER, **random}) == []
 
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
