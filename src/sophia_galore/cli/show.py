@@ -14,11 +14,10 @@ from sophia_galore.config.schema import DataConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
+from sophia_galore.report.doubts import REPEATED
 from sophia_galore.train.listener import Listener
 
 _LONGEST_EXAMPLE = 900
-_REPEATED = 0.5
-"""Evaluation data of which more than this share is told by repetition alone measure repetition."""
 
 
 class Terminal(Listener):
@@ -63,7 +62,7 @@ class Terminal(Listener):
             )
 
         repeated = dataset.repetition
-        if repeated is not None and repeated.share > _REPEATED:
+        if repeated is not None and repeated.share > REPEATED:
             self.console.print(
                 f"The evaluation data repeat the training data: {repeated.share:.0%} of what is counted can be told "
                 f"from word sequences of the training data alone (loss {repeated.loss:.2f}), so a low eval loss will "

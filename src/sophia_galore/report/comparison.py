@@ -113,9 +113,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         twice = next(folder for place, folder in enumerate(whole) if folder in whole[:place])
         raise UserError(f"{twice} is named twice.", "Name each run once.")
     runs = [read_run(folder) for folder in found]
+    deepest = max(len(folder.parts) for folder in whole)
     depth = 1
     while len({(_called(run, depth), run.seed) for run in runs}) < len(runs):
         depth += 1
+        if depth > deepest:  # `a` and `a-seed42`, side by side: only the ending tells them apart
+            return [replace(run, name=folder.name) for run, folder in zip(runs, whole, strict=True)]
     return [replace(run, name=_called(run, depth)) for run in runs]
 
 

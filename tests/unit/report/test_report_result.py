@@ -105,6 +105,9 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert [(run.name, run.seed) for run in runs] == [("adamw", 1), ("galore", 1), ("galore", 2)]
     both = read_runs([tmp_path / "x/runs/galore-seed1", tmp_path / "y/galore-seed1"])
     assert [run.name for run in both] == ["runs/galore", "y/galore"]
+    write_run(tmp_path / "z/a")
+    write_run(tmp_path / "z/a-seed42")
+    assert [run.name for run in read_runs([tmp_path / "z/a", tmp_path / "z/a-seed42"])] == ["a", "a-seed42"]
     with pytest.raises(UserError, match="is named twice"):
         read_runs([tmp_path / "x", tmp_path / "x/runs/adamw-seed1"])
 
