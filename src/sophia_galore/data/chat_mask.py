@@ -90,11 +90,11 @@ def chat_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, 
     for i in range(1, len(ids)):
         # transformers ends a span at the first token of its last character, which may be four tokens long.
         counted[i] |= counted[i - 1] and offsets[i] == offsets[i - 1] and offsets[i][0] < offsets[i][1]
-    if conversation.num_context:
-        context = conversation.messages[: conversation.num_context]
+    if num_context := _num_context(conversation):
+        context = conversation.messages[:num_context]
         head = _apply(conversation, context, tokenizer, chat_template=template, tokenize=True, return_dict=False)
         if ids[: len(head)] != list(head):
-            raise _unstable(conversation, conversation.num_context)
+            raise _unstable(conversation, num_context)
         counted[: len(head)] = [False] * len(head)
     return ids, counted
 
@@ -121,11 +121,19 @@ def span_tokens(text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrain
     return list(encoded["input_ids"]), counted
 
 
+def _num_context(conversation: Conversation) -> int:
+    """The number of messages at the beginning whose answers don't count."""
+    passed = [
+        i for i, message in enumerate(conversation.messages) if message.role == "assistant" and not message.counts
+    ]
+    return passed[-1] + 1 if passed else 0
+
+
 def _require_answers(conversation: Conversation, whole: str) -> None:
     """Refuses templates that leave an answer's text out, as those of some vision models do with plain strings."""
-    for role, content in conversation.messages[conversation.num_context :]:
+    for message in conversation.messages[_num_context(conversation) :]:
         # The last line only: templates may rewrite what stands before it (thinking parts).
-        if role == "assistant" and content.strip().splitlines()[-1].strip() not in whole:
+        if message.role == "assistant" and message.content.strip().splitlines()[-1].strip() not in whole:
             raise DataError(
                 f"{conversation.where}: the model's chat template leaves out the text of an assistant turn.",
                 "Use the tokenizer of a text model; this template may expect another kind of messages.",
@@ -135,8 +143,8 @@ def _require_answers(conversation: Conversation, whole: str) -> None:
 def _from_spans(conversation: Conversation, whole: str, tokenizer: PreTrainedTokenizerBase) -> Masked:
     messages = conversation.messages
     spans = []
-    for index, (role, content) in enumerate(messages):
-        if role != "assistant" or index < conversation.num_context:
+    for index, message in enumerate(messages):
+        if message.role != "assistant" or not message.counts:
             continue
         if index == 0:
             raise DataError(
@@ -151,8 +159,8 @@ def _from_spans(conversation: Conversation, whole: str, tokenizer: PreTrainedTok
         begin = len(prompt)
         if prompt == _apply(conversation, messages[:index], tokenizer, tokenize=False):
             # The template has no generation prompt: the header of the turn is not the assistant's to say.
-            begin += max(turn[begin:].find(content.strip()), 0)
-        spans.append((begin, _end_of_turn(turn, content)))
+            begin += max(turn[begin:].find(message.content.strip()), 0)
+        spans.append((begin, _end_of_turn(turn, message.content)))
     return span_tokens(whole, spans, tokenizer)
 
 
@@ -167,7 +175,7 @@ def _apply(
 ) -> Any:
     from jinja2 import TemplateError
 
-    chat = [{"role": role, "content": content} for role, content in messages]
+    chat = [message.for_template() for message in messages]
     try:
         return tokenizer.apply_chat_template(chat, **options)
     except Exception as error:  # a template is a program: it may fail in any way

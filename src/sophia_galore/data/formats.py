@@ -12,6 +12,7 @@ A field that is null counts as absent, since tables fill their gaps with nulls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sophia_galore.data.conversation import Conversation, Message, checked_string, listed, present, string_field
 from sophia_galore.data.record import Record
@@ -92,10 +93,11 @@ def _alpaca(record: Record) -> Conversation:
     answer = _filled(string_field(record, "output"), record, "output")
     question = "\n".join(part for part in (instruction, context) if part.strip())
     _filled(question, record, "instruction")
-    messages: list[Message] = [("system", system)] if system.strip() else []
+    messages: list[Message] = [Message("system", system)] if system.strip() else []
     for index, (asked, answered) in enumerate(_history(record)):
-        messages += [("user", asked), ("assistant", _filled(answered, record, f"history[{index}][1]"))]
-    messages += [("user", question), ("assistant", answer)]
+        answered = _filled(answered, record, f"history[{index}][1]")
+        messages += [Message("user", asked), Message("assistant", answered)]
+    messages += [Message("user", question), Message("assistant", answer)]
     return Conversation(tuple(messages), record.where)
 
 
@@ -140,11 +142,11 @@ def _prompt_completion(record: Record) -> Conversation:
     if not isinstance(prompt, list) and not isinstance(completion, list):
         asked = _filled(string_field(record, "prompt"), record, "prompt")
         answer = _filled(string_field(record, "completion"), record, "completion")
-        return Conversation((("user", asked), ("assistant", answer)), record.where, kind="completion")
-    context = turns(record, "prompt")
+        return Conversation((Message("user", asked), Message("assistant", answer)), record.where, kind="completion")
+    context = tuple(replace(message, counts=False) for message in turns(record, "prompt"))
     answers = turns(Record({"completion": completion}, record.where), "completion")
     require_answer(answers, record.where, "completion")
-    return Conversation(context + answers, record.where, num_context=len(context))
+    return Conversation(context + answers, record.where)
 
 
 def _text(record: Record) -> Conversation:

@@ -92,8 +92,8 @@ def _example(
     elif has_template:
         ids, counted = chat_tokens(conversation, tokenizer, template)
     elif conversation.kind == "completion":
-        (_, prompt), (_, completion) = conversation.messages
-        ids, counted = _plain(tokenizer, prompt, completion)
+        prompt, completion = conversation.messages
+        ids, counted = _plain(tokenizer, prompt.content, completion.content)
     else:
         raise DataError(
             f"{conversation.where}: this is a conversation, but the model's tokenizer has no chat template.",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sophia_galore.data.conversation import Message, checked_string, string_field
+from sophia_galore.data.conversation import Message, Role, checked_string, string_field
 from sophia_galore.data.record import Record
 from sophia_galore.errors import DataError
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "user": "user",
     "human": "user",
@@ -26,7 +26,7 @@ def turns(record: Record, field: str) -> tuple[Message, ...]:
         field: The field; its items are {"role", "content"} or {"from", "value"}.
 
     Returns:
-        The messages as (role, content), roles in their standard names. A field ``system`` of
+        The messages, roles in their standard names. A field ``system`` of
         the record goes in front.
 
     Raises:
@@ -50,11 +50,11 @@ def turns(record: Record, field: str) -> tuple[Message, ...]:
     system = string_field(record, "system", required=False)
     if not system:
         return messages
-    if messages and messages[0][0] == "system":
+    if messages and messages[0].role == "system":
         raise DataError(
             f"{record.where}: there is a field `system`, and `{field}[0]` is a system message too.", "Keep one of them."
         )
-    return (("system", system), *messages)
+    return (Message("system", system), *messages)
 
 
 def require_answer(messages: tuple[Message, ...], where: str, field: str) -> None:
@@ -68,7 +68,7 @@ def require_answer(messages: tuple[Message, ...], where: str, field: str) -> Non
     Raises:
         DataError: There is no assistant turn, or an empty one.
     """
-    answers = [content for role, content in messages if role == "assistant"]
+    answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
         raise DataError(
             f"{where}: the field `{field}` has no assistant turn, so there is nothing to learn.",
@@ -99,4 +99,4 @@ def _turn(item: Any, where: str, name: str) -> Message:
         raise DataError(f"{where}: `{name}` calls a tool, which is not supported.", "Remove the record.")
     if item.get(content_key) is None:
         raise DataError(f"{where}: the field `{name}.{content_key}` is missing.", "Write the message's text there.")
-    return ROLES[role], checked_string(item[content_key], where, f"{name}.{content_key}")
+    return Message(ROLES[role], checked_string(item[content_key], where, f"{name}.{content_key}"))

@@ -55,7 +55,7 @@ def record(fields: dict[str, Any], where: str = WHERE) -> Record:
 def test_formats(fields: dict[str, Any], format: str, messages: list[tuple[str, str]]) -> None:
     assert detect_format([record(fields)]) == format
     conversation = to_conversation(record(fields), format)
-    assert list(conversation.messages) == messages
+    assert [(message.role, message.content) for message in conversation.messages] == messages
     assert conversation.where == WHERE
     assert conversation.text == (fields["text"] if format == "text" else "")
 
@@ -63,8 +63,8 @@ def test_formats(fields: dict[str, Any], format: str, messages: list[tuple[str, 
 def test_kinds_and_context() -> None:
     strings = to_conversation(record({"prompt": "q", "completion": "a"}), "prompt_completion")
     lists = to_conversation(record({"prompt": [Q, A, Q], "completion": [A]}), "prompt_completion")
-    assert (strings.kind, strings.num_context) == ("completion", 0)
-    assert (lists.kind, lists.num_context) == ("chat", 3)
+    assert strings.kind == "completion" and all(message.counts for message in strings.messages)
+    assert lists.kind == "chat" and [message.counts for message in lists.messages] == [False, False, False, True]
     assert to_conversation(record({"text": "t"}), "text").kind == "text"
 
 
@@ -172,7 +172,7 @@ def test_anything_converts_or_is_refused_by_its_place(values: dict[str, Any], fo
         assert error.cause.startswith(WHERE)
     else:
         assert conversation.text.strip() or any(
-            role == "assistant" and content.strip() for role, content in conversation.messages
+            message.role == "assistant" and message.content.strip() for message in conversation.messages
         )
 
 

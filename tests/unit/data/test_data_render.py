@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import chat_template_utils as trl_templates
 
 from sophia_galore.data.chat_mask import training_template
-from sophia_galore.data.conversation import Conversation
+from sophia_galore.data.conversation import Conversation, Message
 from sophia_galore.data.render import Example, describe, tokenise
 from sophia_galore.errors import DataError, ModelError
 
@@ -26,8 +26,9 @@ UNMARKED = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %
 
 
 def chat(*contents: str, num_context: int = 0) -> Conversation:
-    roles = ["user", "assistant"] * len(contents)
-    return Conversation(tuple(zip(roles, contents, strict=False)), "x.jsonl:3", num_context=num_context)
+    roles = ("user", "assistant")
+    turns = (Message(roles[i % 2], content, counts=i >= num_context) for i, content in enumerate(contents))
+    return Conversation(tuple(turns), "x.jsonl:3")
 
 
 def one(conversation: Conversation, tokenizer: Any, max_length: int = 10_000) -> Example:
@@ -101,7 +102,7 @@ def test_the_counted_text_is_what_the_assistant_says(tokenizer: PreTrainedTokeni
     example = one(conversation, tokenizer)
     runs = describe(example, tokenizer)
     ids = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in conversation.messages], return_dict=False
+        [message.for_template() for message in conversation.messages], return_dict=False
     )
     assert example.input_ids.tolist() == ids
     assert not example.counted[0]
@@ -121,7 +122,9 @@ def test_a_template_without_a_generation_prompt_does_not_count_the_header(make_t
 
 
 def test_completions_as_strings(make_tokenizer: MakeTokenizer, tokenizer: PreTrainedTokenizerFast) -> None:
-    conversation = Conversation((("user", "The capital is"), ("assistant", " Paris")), "x:1", kind="completion")
+    conversation = Conversation(
+        (Message("user", "The capital is"), Message("assistant", " Paris")), "x:1", kind="completion"
+    )
     assert counted_text(conversation, tokenizer) == [" Paris<|im_end|>"]
     bare = make_tokenizer(None)
     assert segments(conversation, bare) == [("The capital is", False), (" Paris<|im_end|>", True)]
@@ -129,7 +132,8 @@ def test_completions_as_strings(make_tokenizer: MakeTokenizer, tokenizer: PreTra
 
 def test_a_completion_that_merges_with_the_prompt_still_counts(make_tokenizer: MakeTokenizer) -> None:
     bare = make_tokenizer(None)
-    conversation = Conversation((("user", "The capital of "), ("assistant", "France")), "x:1", kind="completion")
+    turns = (Message("user", "The capital of "), Message("assistant", "France"))
+    conversation = Conversation(turns, "x:1", kind="completion")
     assert bare.tokenize(" France") == ["ĠFrance"]
     assert counted_text(conversation, bare) == [" France<|im_end|>"]
 
@@ -229,7 +233,7 @@ def test_a_template_that_fails_on_every_chat_is_the_models_fault(
 
 
 def test_a_chat_that_the_assistant_begins(make_tokenizer: MakeTokenizer, tokenizer: PreTrainedTokenizerFast) -> None:
-    begun = Conversation((("assistant", "A"), ("user", "b"), ("assistant", "C")), "x.jsonl:3")
+    begun = Conversation((Message("assistant", "A"), Message("user", "b"), Message("assistant", "C")), "x.jsonl:3")
     with pytest.raises(DataError, match=r"x.jsonl:3: the first turn is the assistant's"):
         one(begun, tokenizer)
     assert counted_text(begun, make_tokenizer(MARKED)) == ["A<|im_end|>", "C<|im_end|>"]
