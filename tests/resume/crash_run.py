@@ -31,6 +31,14 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 }
 
 
+def crash_run(moment: str, count: int, arguments: list[str]) -> int:
+    """The command line, in this process, until it ends or dies; returns its exit code."""
+    torch.set_num_threads(1)
+    if moment != "never":
+        kill_at(moment, count)
+    return main(arguments)
+
+
 def kill_at(moment: str, count: int) -> None:
     """Arrange the process's death."""
     owner, name = MOMENTS[moment]
@@ -48,7 +56,4 @@ def kill_at(moment: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] != "never":
-        kill_at(sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+    sys.exit(crash_run(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))
