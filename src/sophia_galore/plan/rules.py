@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from sophia_galore.config.schema import OptimizerName
+from sophia_galore.config.schema_optimizer import OptimizerName
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.model.anatomy import SUPPORTED
 from sophia_galore.model.store import DTYPES
