@@ -128,6 +128,35 @@ class TrainingConfig(Section):
     eval_every_steps: int = Field(
         0, ge=0, description="Evaluate every so many steps; 0: at the start, after each epoch and at the end."
     )
+    early_stopping_patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the run, as a finished one, after so many evaluations in a row without an improvement. The "
+        "one before the first step is the first to improve on; null: go through all steps.",
+    )
+    early_stopping_threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1e9,
+        description="What the eval loss must fall by, below the lowest one so far, to count as an improvement.",
+    )
+    load_best_model: bool = Field(
+        False,
+        description="The final model is the one with the lowest eval loss instead of the last one: it is saved as a "
+        "checkpoint at each new lowest, and that one is kept, whatever keep_last says.",
+    )
+    neftune_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1e9,
+        description="Noise on embeddings in training, uniform within alpha / sqrt(tokens of the example x width) "
+        "(NEFTune, Jain et al., arXiv 2310.05914), such as 5; null or 0: none.",
+    )
+    trainable: tuple[str, ...] | None = Field(
+        None,
+        description="Names of the weights that are trained, the others are frozen; * stands for anything. A pattern "
+        "must match a weight; null: all are trained.",
+    )
     logging_steps: int = Field(1, ge=1, description="Print a line every so many steps (each step is recorded).")
     report_to: TrackerNames = Field(
         (),

@@ -123,11 +123,13 @@ class DataFacts:
         largest_token: Largest token id that occurs in them.
         largest_known: Largest token id that the tokenizer knows.
         num_steps: Optimizer steps of the run; 0: not known yet.
+        num_evaluations: Evaluations after a step; None: not known yet.
     """
 
     largest_token: int = -1
     largest_known: int = -1
     num_steps: int = 0
+    num_evaluations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,12 @@ class Facts:
     def folds_late(self) -> bool:
         """Whether updates are to go into weights in eight bits when the basis is refreshed."""
         return self.has_native_int8 and self.config.quantization.fold == "refresh"
+
+    @property
+    def looks_at_eval_losses(self) -> bool:
+        """Whether something depends on the evaluations of the run."""
+        training = self.config.training
+        return training.early_stopping_patience is not None or training.load_best_model
 
     @property
     def emulates_bf16(self) -> bool:

@@ -47,6 +47,12 @@ def _exceeds_vocabulary(token: int, facts: Facts) -> bool:
     return facts.model.vocab_size is not None and token >= facts.model.vocab_size
 
 
+def _exceeds_evaluations(facts: Facts) -> bool:
+    patience, found = facts.config.training.early_stopping_patience, facts.data.num_evaluations
+    # The last evaluation is at the end of the run, which can't come earlier by that.
+    return patience is not None and found is not None and 0 < found <= patience
+
+
 def _never_projects(facts: Facts) -> bool:
     return facts.routes is not None and not facts.routes.num_projected and optimizer(facts) in PROJECTING
 
@@ -190,6 +196,30 @@ _DATA: tuple[Rule, ...] = (
         Refuse(),
         "training.warmup_steps is {f.config.training.warmup_steps}, but the run has only {f.data.num_steps} steps.",
         "Lower training.warmup_steps, or train for longer.",
+    ),
+    Rule(
+        "nothing_measured",
+        lambda f: f.data.num_evaluations == 0 and f.looks_at_eval_losses,
+        Refuse(),
+        "training.early_stopping_patience and training.load_best_model look at eval losses, but the data leave no "
+        "example to evaluate on.",
+        "Set data.eval, or give more data.",
+    ),
+    Rule(
+        "patience_too_long",
+        lambda f: _exceeds_evaluations(f),
+        Use(),
+        "training.early_stopping_patience is {f.config.training.early_stopping_patience}, but the run has only "
+        "{f.data.num_evaluations} evaluation(s) after a step, the last one at its end: it can't end early.",
+        "Lower it, or evaluate more often (training.eval_every_steps).",
+    ),
+    Rule(
+        "one_to_choose",
+        lambda f: f.config.training.load_best_model and f.data.num_evaluations == 1,
+        Use(),
+        "training.load_best_model has nothing to choose from: the only evaluation after a step is at the end of the "
+        "run.",
+        "Evaluate more often (training.eval_every_steps).",
     ),
 )
 
