@@ -172,6 +172,22 @@ _MODEL: tuple[Rule, ...] = (
         "quantization.skip: '{f.unmatched_skip}' matches no weight of this model.",
         "Weights have names such as {f.parameters[0].name}; * stands for anything.",
     ),
+    Rule(
+        "trainable_unmatched",
+        lambda f: f.unmatched_trainable is not None,
+        Refuse(),
+        "training.trainable: '{f.unmatched_trainable}' matches no weight of this model.",
+        "{f.nearest_trainable}Weights have names such as {f.parameters[0].name}; * stands for anything, as in "
+        "model.layers.0.*.",
+    ),
+    Rule(
+        "trainable_held",
+        lambda f: f.held_trainable is not None,
+        Refuse(),
+        "training.trainable: '{f.held_trainable}' matches only weights that bitsandbytes holds in eight bits, which "
+        "can't be trained.",
+        "Leave it out, or use quantization.backend=native.",
+    ),
 )
 
 _DATA: tuple[Rule, ...] = (
@@ -251,7 +267,8 @@ _TRAINING: tuple[Rule, ...] = (
         "nothing_projected",
         _never_projects,
         FallBack("projection", "adamw"),
-        "No matrix has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW trains everything.",
+        "No matrix {f.in_question}has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW "
+        "trains everything.",
         "Lower the rank.",
     ),
     Rule(
