@@ -69,7 +69,8 @@ def trained_share(plan: RunPlan) -> Text:
     """How much of the model is trained; red where that is not all of it."""
     # Rounded down: what is not trained must not be rounded away.
     percent = math.floor(1000 * plan.trained_fraction) / 10
-    return Text(f"{percent:g}% of the parameters are trained", style="" if percent == 100 else "bold red")
+    share = f"{percent:g}%" if percent or not plan.num_trained_parameters else "less than 0.1%"
+    return Text(f"{share} of the parameters are trained", style="" if percent == 100 else "bold red")
 
 
 def verdict_line(verdict: Decided) -> Text:

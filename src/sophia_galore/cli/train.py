@@ -57,7 +57,7 @@ def train(
     pictures = [plot_loss(result.folder), plot_memory(result.folder)]
     _compare_answers(terminal, result.folder)
     if result.eval_losses:
-        (first, before), (_, after) = result.eval_losses[0], result.eval_losses[-1]
+        (first, before), (_, after) = result.eval_losses[0], result.exported or result.eval_losses[-1]
         start = "before" if first == 0 else f"after step {first}"
         terminal.console.print(
             f"Eval loss {before:.4f} {start}, {after:.4f} after training: {after - before:+.4f} nats a token.",

@@ -88,6 +88,17 @@ ALIASES: dict[str, Alias] = {
     "optim": Alias("optimizer.type", _OPTIMIZERS, closed=True),
     "adam_epsilon": Alias("optimizer.eps"),
     "load_in_8bit": Alias("quantization.load_in_8bit"),
+    "early_stopping_patience": Alias("training.early_stopping_patience"),
+    "early_stopping_threshold": Alias("training.early_stopping_threshold"),
+    "load_best_model_at_end": Alias("training.load_best_model"),
+    "neftune_noise_alpha": Alias("training.neftune_alpha"),
+    "unfrozen_parameters": Alias("training.trainable"),
+}
+
+# What can be asked for in one way only, which is how it is: it needs no key, and other wishes are refused.
+_FIXED: dict[str, tuple[tuple[object, ...], str]] = {
+    "metric_for_best_model": (("eval_loss", "loss"), "Evaluations measure the loss, and nothing else."),
+    "greater_is_better": ((False,), "The best eval loss is the lowest one."),
 }
 
 
@@ -98,24 +109,35 @@ def alias_of(name: str) -> Alias | None:
     return ALIASES.get(name.removeprefix("training."))
 
 
-def translate(given: Given) -> Given | Problem:
+def translate(given: Given) -> Given | Problem | None:
     """One given value under our own key and in our own words.
 
     Args:
         given: As written; our own keys and unknown names come back unchanged.
 
     Returns:
-        The value for the target key (`Denied` for a flag that is false), or the problem with it.
+        The value for the target key (`Denied` for a flag that is false), or the problem with it; None: it asks for what
+        is always so.
     """
+    if (word := given.key.removeprefix("training.")) in _FIXED:
+        values, why = _FIXED[word]
+        if any(_is(given.value, value) for value in values):
+            return None
+        accepted = " or ".join(show(value) for value in values)
+        return Problem(given.where, f"{given.written} takes {accepted} only; got {show(given.value)}", why)
     alias = alias_of(given.key)
     if alias is None:
         return given
     for theirs, ours in alias.values.items():
-        # `1 == True` in Python, but not in a configuration.
-        if type(theirs) is type(given.value) and theirs == given.value:
+        if _is(given.value, theirs):
             return replace(given, key=alias.target, value=ours)
     if alias.closed:
         accepted = ", ".join(show(value).strip('"') for value in alias.values)
         cause = f"{given.written} takes one of {accepted}; got {show(given.value)}"
         return Problem(given.where, cause, f"Write one of these, or set {alias.target} itself.")
     return replace(given, key=alias.target)
+
+
+def _is(given: object, value: object) -> bool:
+    """Equality in which, as in a configuration, `1` is not `true`."""
+    return type(given) is type(value) and given == value

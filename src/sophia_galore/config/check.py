@@ -42,6 +42,10 @@ def _both_eval_sources(config: RunConfig) -> bool:
     return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
 
 
+def _measures_nothing(config: RunConfig) -> bool:
+    return config.data.eval is None and config.data.eval_fraction == 0
+
+
 def _is_galore(config: RunConfig) -> bool:
     # What the galore section says is of no effect otherwise, so that `--optimizer adamw` works on the same file.
     return config.optimizer.type == "galore"
@@ -163,11 +167,38 @@ RULES: dict[str, Rule] = {
         "Remove data.eval_fraction to evaluate on data.eval, or data.eval to hold out a share of the training data.",
     ),
     "nothing_to_evaluate": Rule(
-        lambda c: c.training.eval_every_steps > 0 and c.data.eval is None and c.data.eval_fraction == 0,
+        lambda c: c.training.eval_every_steps > 0 and _measures_nothing(c),
         ("training.eval_every_steps", "data.eval_fraction"),
         "training.eval_every_steps is {c.training.eval_every_steps}, but there is nothing to evaluate on: data.eval is "
         "null and data.eval_fraction is 0",
         "Set data.eval or data.eval_fraction, or set training.eval_every_steps to 0.",
+    ),
+    "nothing_to_stop_by": Rule(
+        lambda c: c.training.early_stopping_patience is not None and _measures_nothing(c),
+        ("training.early_stopping_patience", "data.eval_fraction"),
+        "training.early_stopping_patience looks at eval losses, but there is nothing to evaluate on: data.eval is null "
+        "and data.eval_fraction is 0",
+        "Set data.eval or data.eval_fraction, or leave out training.early_stopping_patience.",
+    ),
+    "threshold_alone": Rule(
+        lambda c: c.training.early_stopping_threshold > 0 and c.training.early_stopping_patience is None,
+        ("training.early_stopping_threshold", "training.early_stopping_patience"),
+        "training.early_stopping_threshold ({c.training.early_stopping_threshold:g}) says what counts as an "
+        "improvement, but without training.early_stopping_patience nothing looks at that",
+        "Set training.early_stopping_patience, such as 3, or leave the threshold out.",
+    ),
+    "nothing_to_choose_by": Rule(
+        lambda c: c.training.load_best_model and _measures_nothing(c),
+        ("training.load_best_model", "data.eval_fraction"),
+        "training.load_best_model takes the model with the lowest eval loss, but there is nothing to evaluate on: "
+        "data.eval is null and data.eval_fraction is 0",
+        "Set data.eval or data.eval_fraction, or leave out training.load_best_model.",
+    ),
+    "trains_nothing": Rule(
+        lambda c: c.training.trainable == (),
+        ("training.trainable",),
+        "training.trainable is empty, so that no weight would be trained",
+        'Name weights, such as ["model.layers.2*", "lm_head.weight"], or leave it out to train all.',
     ),
     "reserve_takes_all": Rule(
         lambda c: c.memory.limit is not None and (c.memory.reserve or 0) >= c.memory.limit,

@@ -53,6 +53,8 @@ def _translated(entries: Iterable[Given | Problem], problems: list[Problem]) -> 
     """The entries under known keys; everything else goes to `problems`."""
     for entry in entries:
         result = entry if isinstance(entry, Problem) else translate(entry)
+        if result is None:
+            continue
         if isinstance(result, Problem):
             problems.append(result)
         elif result.key in keys():

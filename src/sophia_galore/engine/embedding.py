@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall, capture_calls
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
+from sophia_galore.numerics.random import generator
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Embedded:
 
     Args:
         tokens: (U,) the different token ids of the effective batch, sorted.
-        rows: (U, d) their embeddings in compute precision; a leaf of the graph.
+        rows: (U, d) their embeddings in compute precision; a leaf of the graph, unless they are frozen.
         hidden: Per micro-batch (B, T, d), part of the graph of `rows`.
         calls: Per micro-batch one call a layer.
     """
@@ -50,7 +52,59 @@ class Embedded:
         return total
 
 
-def embed(anatomy: Anatomy, store: WeightStore, batches: Sequence[MicroBatch], dtype: torch.dtype) -> Embedded:
+@dataclass(frozen=True)
+class Noise:
+    """Noise on embeddings in training (NEFTune, Jain et al., arXiv 2310.05914, algorithm 1).
+
+    Uniform in (-1, 1), times alpha / sqrt(L d): L are the tokens of the example itself, without padding. It is a
+    function of seed, step and the row's place in the effective batch, so that it is the same however rows are padded,
+    split or gone through again, and after a resume. Gradients take it for a constant.
+
+    Args:
+        alpha: Its size.
+        seed: The run's seed.
+        step: Number of the optimizer step.
+    """
+
+    alpha: float
+    seed: int
+    step: int
+
+    @torch.no_grad()
+    def add_to(self, embedded: Tensor, batch: MicroBatch, first_row: int) -> None:
+        """Add it to the embeddings of a micro-batch, in place; padding gets none.
+
+        Args:
+            embedded: (B, T, d).
+            batch: The micro-batch.
+            first_row: Rows of the effective batch that come before it.
+        """
+        width = embedded.shape[-1]
+        for row, lengths in enumerate(_example_lengths(batch)):
+            draw = generator(self.seed, "neftune", self.step, first_row + row, device=embedded.device)
+            start = 0
+            for length in lengths:
+                noise = torch.empty(length, width, device=embedded.device).uniform_(-1, 1, generator=draw)
+                embedded[row, start : start + length].add_(noise, alpha=self.alpha / math.sqrt(length * width))
+                start += length
+
+
+def _example_lengths(batch: MicroBatch) -> list[tuple[int, ...]]:
+    """For each row, the tokens of the examples that lie in it."""
+    if batch.attention_mask is None:
+        return [(batch.input_ids.shape[1],)] * len(batch.input_ids)
+    return [(length,) for length in batch.attention_mask.sum(1).tolist()]
+
+
+def embed(
+    anatomy: Anatomy,
+    store: WeightStore,
+    batches: Sequence[MicroBatch],
+    dtype: torch.dtype,
+    *,
+    trains: bool = True,
+    noise: Noise | None = None,
+) -> Embedded:
     """Look up the tokens of an effective batch, and learn how the layers are called.
 
     Args:
@@ -58,6 +112,8 @@ def embed(anatomy: Anatomy, store: WeightStore, batches: Sequence[MicroBatch], d
         store: The weights.
         batches: Micro-batches on the device of the weights.
         dtype: Compute precision.
+        trains: Whether the embedding's weight wants a gradient.
+        noise: What is added to the embeddings; None: nothing.
 
     Returns:
         Hidden states and calls, with a graph back to the rows if gradients are enabled.
@@ -65,11 +121,15 @@ def embed(anatomy: Anatomy, store: WeightStore, batches: Sequence[MicroBatch], d
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True
     )
-    rows = store.rows(anatomy.embed_name, tokens, dtype).requires_grad_(torch.is_grad_enabled())
+    rows = store.rows(anatomy.embed_name, tokens, dtype).requires_grad_(trains and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
+    num_rows = 0
     for batch, places_flat in zip(batches, places.split([b.input_ids.numel() for b in batches]), strict=True):
         embedded = functional_call(anatomy.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
+        if noise is not None:
+            noise.add_to(embedded, batch, num_rows)
+        num_rows += len(batch.input_ids)
         first, layer_calls = capture_calls(anatomy, embedded, batch.attention_mask)
         hidden.append(first)
         calls.append(layer_calls)

@@ -7,7 +7,7 @@ estimate of the curvature is made of (arXiv 2305.14342, algorithm 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Head:
         chooser: Where `projector` wants nothing: who says what the gradient is wanted times, having seen it in
             products; each of these takes the logits once more.
         chunk_bytes: Bytes of the float32 logits that are worked on at once.
+        frozen: Names of weights that get no gradient.
 
     Attributes:
         labels: (N,) int64, the labels of the counted positions, micro-batch after micro-batch; drawn ones are
@@ -60,13 +61,14 @@ class Head:
         *,
         chooser: Choosers = no_choosers,
         chunk_bytes: int,
+        frozen: Collection[str] = (),
     ) -> None:
         self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
         self._shapes = [part.shape for part in hidden]
         self._counted = [batch.labels != -100 for batch in batches]
         self.labels = torch.cat([batch.labels[mask] for batch, mask in zip(batches, self._counted, strict=True)])
         self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
-        self._projector, self._chooser = projector, chooser
+        self._projector, self._chooser, self._frozen = projector, chooser, frozen
         self._product = self._product_of(anatomy.head_name)
         self._normed: Tensor | None = None
         # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
@@ -87,12 +89,13 @@ class Head:
             if they can be known now, of the untied head's weight or their product.
         """
         anatomy = self._anatomy
-        now, later = self._product, self._product is None and (anatomy.tied or self._is_chosen())
+        now, trains = self._product, anatomy.head_name not in self._frozen
+        later = trains and now is None and (anatomy.tied or self._is_chosen())
         with torch.no_grad():
             normed = self._norm(self._entering, self._norm_weights())
             if later:
                 self._normed = normed  # for the weight's gradient
-            weight_grad = None if now or later else self._zero_grad()
+            weight_grad = self._zero_grad() if trains and not (now or later) else None
             loss, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
@@ -172,7 +175,11 @@ class Head:
         """Gradients by the hidden states and by the norm's weights; of the norm's graph a part exists at a time."""
         entering, sums = self._entering, Grads()
         del self._entering
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._norm_weights().items()}
+        norm = self._anatomy.norm_name
+        leaves = {
+            key: weight.detach().requires_grad_(f"{norm}.{key}" not in self._frozen)
+            for key, weight in self._norm_weights().items()
+        }
         for part, part_grad in zip(entering.split(_NORM_TOKENS), normed_grad.split(_NORM_TOKENS), strict=True):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
@@ -183,7 +190,7 @@ class Head:
                 if weight.grad is not None:
                     sums[key] = sums[key].add_(weight.grad) if key in sums else weight.grad.float()
                     weight.grad = None
-        grads = {f"{self._anatomy.norm_name}.{key}": total / self._scale for key, total in sums.items()}
+        grads = {f"{norm}.{key}": total / self._scale for key, total in sums.items()}
         return self._scatter(entering), grads
 
     def _is_chosen(self) -> bool:
@@ -236,7 +243,7 @@ class Head:
 
     def _product_of(self, name: str) -> Product | None:
         """For the weight of the head or the embedding, a new product if one is wanted; float32, as the logits are."""
-        wanted = self._projector(name)
+        wanted = self._projector(name) if name not in self._frozen else None
         if wanted is None:
             return None
         weight = self._store[name]

@@ -10,7 +10,7 @@ through it once, micro-batch by micro-batch, and what it passed is freed at once
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,7 +41,8 @@ class LayerGraph:
     """A layer that is computed with gradients.
 
     Args:
-        leaves: The weights in compute precision; what the store holds in it already is not copied.
+        leaves: The weights in compute precision; what the store holds in it already is not copied. Those that are
+            trained want a gradient.
         products: By name, those of them whose gradient is wanted in a product.
         linears: Puts the products in place of these gradients while it is entered.
         kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
@@ -65,6 +66,7 @@ class Layers:
         device: Where the arithmetic runs.
         seed: The run's seed, for dropout.
         observer: Is told what tensors are.
+        frozen: Names of weights that get no gradient.
     """
 
     def __init__(
@@ -75,9 +77,10 @@ class Layers:
         device: torch.device,
         seed: int,
         observer: Observer,
+        frozen: Collection[str] = (),
     ) -> None:
         self._anatomy, self._store, self._dtype, self._device = anatomy, store, dtype, device
-        self._seed, self._observer = seed, observer
+        self._seed, self._observer, self._frozen = seed, observer, frozen
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
         """A layer without dropout, in place of what entered it.
@@ -208,20 +211,27 @@ class Layers:
             del entering
         sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
-        without = leaves.keys() - sums.keys()
+        trained = [key for key, leaf in leaves.items() if leaf.requires_grad]
+        without = set(trained) - sums.keys()
         if without:
             raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
         if scale != 1.0:
             for grad in sums.values():
                 grad.div_(scale)
-        return {f"{name}.{key}": sums[key] for key in leaves}, in_grads
+        return {f"{name}.{key}": sums[key] for key in trained}, in_grads
 
     def _begin(self, index: int, projector: Projectors) -> LayerGraph:
-        leaves = {key: weight.detach().requires_grad_() for key, weight in self._weights(index).items()}
-        products = self._products(self._anatomy.layer_names[index], leaves, projector)
+        layer = self._anatomy.layer_names[index]
+        leaves = {
+            key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
+            for key, weight in self._weights(index).items()
+        }
+        products = self._products(layer, leaves, projector)
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
         graph = LayerGraph(leaves, products, linears)
         for name, leaf in leaves.items():
+            if not leaf.requires_grad:
+                continue
             leaf.register_post_accumulate_grad_hook(partial(self._take_gradient, name, products.get(name), graph.sums))
         return graph
 
@@ -255,7 +265,7 @@ class Layers:
         """Empty products for those of a layer's weights whose gradient is wanted in one."""
         products: dict[str, Product] = {}
         for name, leaf in leaves.items():
-            wanted = projector(f"{layer}.{name}")
+            wanted = projector(f"{layer}.{name}") if leaf.requires_grad else None
             if wanted is not None:
                 products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
         return products

@@ -29,59 +29,34 @@ relies on it:
     head or backward   the embedding's gradient; `head` if it is tied, since then there are logits once more
     step               it is handed on
 
-A part that is repeated enters its phase again. Evaluation is one phase `eval`.
+A part that is repeated enters its phase again. Evaluation is one phase `eval`. Layers in and before which all weights
+are frozen are not gone back through, but are phases all the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
-from sophia_galore.engine.embedding import Embedded, embed
+from sophia_galore.engine.embedding import Noise, embed
 from sophia_galore.engine.head import Grads, Head
 from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.passage import Passage, to_device
+from sophia_galore.engine.passage import Asked, Passage, StepResult, to_device
 from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
 from sophia_galore.engine.relief import AtOnce, OnOom, Relief, Remedy, silent
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.anatomy import Anatomy, count_idle_layers
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.random import generator
 
 Apply = Callable[[Grads], None]
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step found.
-
-    Args:
-        loss: Mean cross-entropy over the counted tokens of the effective batch, in nats; of drawn labels, if
-            they were drawn.
-        num_tokens: Tokens of the effective batch, padding not included.
-        num_counted: Tokens whose loss counts.
-    """
-
-    loss: float
-    num_tokens: int
-    num_counted: int
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What `step` was asked."""
-
-    step: int
-    projector: Projectors
-    chooser: Choosers
-    sampled_labels: bool
 
 
 class LayerwiseEngine:
@@ -100,6 +75,8 @@ class LayerwiseEngine:
         on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
             with fewer kept graphs, smaller tiles of logits or smaller micro-batches, and goes on like that.
         say: Is told in a sentence what was adapted.
+        frozen: Names of weights that get no gradient.
+        neftune_alpha: Size of the noise on embeddings in a step (`Noise`); 0: none.
     """
 
     def __init__(
@@ -115,6 +92,8 @@ class LayerwiseEngine:
         keep_layers: int = 0,
         on_oom: OnOom = "stop",
         say: Callable[[str], None] = silent,
+        frozen: Collection[str] = (),
+        neftune_alpha: float = 0.0,
     ) -> None:
         self._anatomy = anatomy
         self._store = store
@@ -122,9 +101,13 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
-        at_once = AtOnce(min(keep_layers, len(anatomy.layers)), logits_chunk_bytes)
+        self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
+        self._trains_embedding = anatomy.embed_name not in self._frozen
+        trained = [name for name in anatomy.parameter_shapes() if name not in self._frozen]
+        self._num_idle = count_idle_layers(anatomy.layer_names, anatomy.embed_name, trained)
+        at_once = AtOnce(min(keep_layers, len(anatomy.layers) - self._num_idle), logits_chunk_bytes)
         self._relief = Relief(at_once, on_oom, say, device)
-        self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer)
+        self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer, self._frozen)
 
     @property
     def at_once(self) -> AtOnce:
@@ -163,8 +146,9 @@ class LayerwiseEngine:
             NonFiniteError: The loss is not finite; `apply` was not called.
         """
         anatomy, observer = self._anatomy, self._observer
-        asked = _Asked(step, projector, chooser, sampled_labels)
-        way = self._set_out(batches)
+        asked = Asked(step, projector, chooser, sampled_labels)
+        noise = Noise(self._neftune_alpha, self._seed, step) if self._neftune_alpha else None
+        way = self._set_out(batches, noise)
         self._enter(way, step)
         while len(way.inputs) <= len(anatomy.layers):
             self._forward(way, asked)
@@ -172,10 +156,13 @@ class LayerwiseEngine:
         self._hand_on(apply, grads)
         for index in reversed(range(len(anatomy.layers))):
             self._hand_on(apply, self._backward(way, index, asked))
+        rows_grad, grads = None, {}
         with observer.phase("backward"):
-            rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
+            if self._trains_embedding:
+                rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
         with observer.phase("head" if anatomy.tied else "backward"):
-            grads = {anatomy.embed_name: head.embedding_grad(way.embedded.tokens, rows_grad)}
+            if rows_grad is not None:
+                grads = {anatomy.embed_name: head.embedding_grad(way.embedded.tokens, rows_grad)}
         self._hand_on(apply, grads)
         return StepResult(loss, sum(batch.num_tokens for batch in batches), sum(batch.num_counted for batch in batches))
 
@@ -195,7 +182,7 @@ class LayerwiseEngine:
         anatomy.model.eval()
 
         def forward() -> list[Tensor]:
-            embedded = self._embed(way.batches)
+            embedded = way.embed(way.batches)
             hidden = list(embedded.hidden)
             for index in range(len(anatomy.layers)):
                 self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
@@ -213,12 +200,10 @@ class LayerwiseEngine:
         finally:
             anatomy.model.train(was_training)
 
-    def _set_out(self, batches: Sequence[MicroBatch]) -> Passage:
+    def _set_out(self, batches: Sequence[MicroBatch], noise: Noise | None = None) -> Passage:
         on_device = [to_device(batch, self._device) for batch in batches]
-        return Passage(on_device, self._embed, self._relief.at_once.most_rows)
-
-    def _embed(self, batches: Sequence[MicroBatch]) -> Embedded:
-        return embed(self._anatomy, self._store, batches, self._dtype)
+        how = partial(embed, self._anatomy, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise)
+        return Passage(on_device, how, self._relief.at_once.most_rows)
 
     def _enter(self, way: Passage, step: int) -> None:
         def part() -> None:
@@ -227,7 +212,7 @@ class LayerwiseEngine:
 
         self._relief.run(lambda: f"the embedding at step {step}", part, lambda: self._fewer_rows(way))
 
-    def _forward(self, way: Passage, asked: _Asked) -> None:
+    def _forward(self, way: Passage, asked: Asked) -> None:
         """One layer on."""
 
         def next_layer() -> int:
@@ -249,7 +234,7 @@ class LayerwiseEngine:
 
         self._relief.run(lambda: f"forward of layer {next_layer()} at step {asked.step}", part, remedy)
 
-    def _through_head(self, way: Passage, asked: _Asked) -> tuple[Head, float, Grads]:
+    def _through_head(self, way: Passage, asked: Asked) -> tuple[Head, float, Grads]:
         """The loss, and back through the head."""
         step, is_choosing = asked.step, False
 
@@ -293,12 +278,16 @@ class LayerwiseEngine:
         sampler: torch.Generator | None = None,
         chooser: Choosers = no_choosers,
     ) -> Head:
-        parts = (self._anatomy, self._store, self._dtype, self._observer)
+        parts = (self._anatomy, self._store, self._dtype, self._observer, hidden, batches, projector, sampler)
         chunk_bytes = self._relief.at_once.chunk_bytes or default_chunk_bytes(self._device)
-        return Head(*parts, hidden, batches, projector, sampler, chooser=chooser, chunk_bytes=chunk_bytes)
+        return Head(*parts, chooser=chooser, chunk_bytes=chunk_bytes, frozen=self._frozen)
 
-    def _backward(self, way: Passage, index: int, asked: _Asked) -> Grads:
+    def _backward(self, way: Passage, index: int, asked: Asked) -> Grads:
         """One layer back; returns its gradients."""
+        if index < self._num_idle:
+            with self._observer.phase("backward"):
+                way.inputs.pop()
+                return {}
 
         def part() -> tuple[Grads, list[Tensor]]:
             with self._observer.phase("backward"):
@@ -343,6 +332,8 @@ class LayerwiseEngine:
 
     def _hand_on(self, apply: Apply, grads: Grads) -> None:
         with self._observer.phase("step"), torch.no_grad():
+            if not grads:
+                return  # all of them are frozen
             for name in grads:  # no name for a gradient itself: it would live as long as `apply` runs
                 self._observer.tag(grads[name], "gradients")
             apply(grads)

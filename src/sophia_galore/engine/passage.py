@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,41 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.embedding import Embedded
 from sophia_galore.engine.layer import LayerGraph
+from sophia_galore.engine.product import Choosers, Projectors
 from sophia_galore.engine.relief import split_rows
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a step was asked.
+
+    Args:
+        step: Its number.
+        projector: What gradients are wanted times.
+        chooser: Who says what gradients are wanted times, having seen them.
+        sampled_labels: Whether labels are drawn.
+    """
+
+    step: int
+    projector: Projectors
+    chooser: Choosers
+    sampled_labels: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found.
+
+    Args:
+        loss: Mean cross-entropy over the counted tokens of the effective batch, in nats; of drawn labels, if
+            they were drawn.
+        num_tokens: Tokens of the effective batch, padding not included.
+        num_counted: Tokens whose loss counts.
+    """
+
+    loss: float
+    num_tokens: int
+    num_counted: int
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -31,7 +65,7 @@ class Passage:
 
     Args:
         batches: The micro-batches, on the device of the weights.
-        enter: Embeds micro-batches.
+        embed: Embeds micro-batches.
 
     Attributes:
         batches: The micro-batches, as they are split by now.
@@ -42,10 +76,10 @@ class Passage:
     """
 
     def __init__(
-        self, batches: Sequence[MicroBatch], enter: Callable[[Sequence[MicroBatch]], Embedded], most_rows: int | None
+        self, batches: Sequence[MicroBatch], embed: Callable[[Sequence[MicroBatch]], Embedded], most_rows: int | None
     ) -> None:
         self.batches = list(batches)
-        self._embed = enter
+        self.embed = embed
         self._embedded: Embedded | None = None
         self.inputs: list[list[Tensor]] = []
         self.graphs: dict[int, LayerGraph] = {}
@@ -61,7 +95,7 @@ class Passage:
 
     def enter(self) -> None:
         """Through the embedding."""
-        self._embedded = self._embed(self.batches)
+        self._embedded = self.embed(self.batches)
         self.inputs = [[first.detach() for first in self._embedded.hidden]]
 
     def calls(self, index: int) -> list[LayerCall]:

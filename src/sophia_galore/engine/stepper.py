@@ -8,7 +8,8 @@ from typing import Literal
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.head import Grads
-from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.passage import StepResult
 from sophia_galore.engine.product import Chooser, Choosers, Projectors
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.store import WeightStore

@@ -7,6 +7,7 @@ something else than the model computes.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,21 @@ class Anatomy:
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear)
         ]
+
+
+def count_idle_layers(layer_names: Sequence[str], embed_name: str, trained: Collection[str]) -> int:
+    """How many of the first layers no gradient has to go through: none of their weights is trained, nor is anything
+    before them.
+
+    Args:
+        layer_names: The layers, as prefixes of their parameters' names without the final dot.
+        embed_name: The embedding's weight.
+        trained: Names of the weights that are trained.
+    """
+    if embed_name in trained:
+        return 0
+    active = (index for index, name in enumerate(layer_names) if any(each.startswith(f"{name}.") for each in trained))
+    return next(active, len(layer_names))
 
 
 def check_supported(config: Any) -> None:

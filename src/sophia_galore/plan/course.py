@@ -56,7 +56,7 @@ class PassTrace:
             keep_layers: So many of the model's last layers keep their graphs.
         """
         places = layout.places(keep_layers)
-        first_kept = max(0, len(places) - keep_layers)
+        first_kept = max(layout.num_idle, len(places) - keep_layers)
         there = [change for place in places for change in self.forward[place]]
         back: list[Change] = []
         for index in reversed(range(len(places))):
@@ -89,10 +89,13 @@ class Layout:
     Args:
         chosen: For each kind of layer, the number of the one that stands for it.
         kind_of: For each layer of the model, its kind.
+        num_idle: So many of the first layers are not gone back through, and keep no graph. They share no kind with the
+            others.
     """
 
     chosen: tuple[int, ...]
     kind_of: tuple[int, ...]
+    num_idle: int = 0
 
     def run(self, *, keeps: bool) -> tuple[int, ...]:
         """Numbers of the layers to be run: the first one, one of each kind and, if wanted, each of these once more.
@@ -100,12 +103,18 @@ class Layout:
         Args:
             keeps: Whether layers are to be seen that keep their graphs, each after another one that does.
         """
-        return (0, *self.chosen, self.chosen[-1], *self.chosen) if keeps else (0, *self.chosen)
+        active = self._active
+        return (0, *self.chosen, active[-1], *active) if keeps and active else (0, *self.chosen)
 
     @property
     def num_kept(self) -> int:
         """How many of the layers that are run, the last ones, are to keep their graphs if any are."""
-        return 1 + len(self.chosen)
+        return 1 + len(self._active) if self._active else 0
+
+    @property
+    def _active(self) -> tuple[int, ...]:
+        """Those of the chosen ones that may keep their graphs."""
+        return tuple(index for index in self.chosen if index >= self.num_idle)
 
     def places(self, keep_layers: int) -> list[int]:
         """For each layer of the model, the place of the one that stands for it among those that were run.
@@ -113,22 +122,25 @@ class Layout:
         Args:
             keep_layers: So many of the model's last layers keep their graphs.
         """
-        first_kept = max(0, len(self.kind_of) - keep_layers)
+        first_kept = max(self.num_idle, len(self.kind_of) - keep_layers)
         first = [0] if first_kept else []
         forgetting = [1 + kind for kind in self.kind_of[len(first) : first_kept]]
-        keeping = [2 + len(self.chosen) + kind for kind in self.kind_of[first_kept:]]
+        # The kinds of idle layers come first, and are not among those that are run once more.
+        before = 2 + len(self._active)
+        keeping = [before + kind for kind in self.kind_of[first_kept:]]
         return [*first, *forgetting, *keeping]
 
 
-def lay_out(kinds: Sequence[Hashable]) -> Layout:
+def lay_out(kinds: Sequence[Hashable], num_idle: int = 0) -> Layout:
     """Choose one layer of each kind, the last one.
 
     Args:
         kinds: The kind of each layer of the model.
+        num_idle: So many of the first layers are not gone back through.
     """
     last = {kind: index for index, kind in enumerate(kinds)}
     order = list(last)
-    return Layout(tuple(last.values()), tuple(order.index(kind) for kind in kinds))
+    return Layout(tuple(last.values()), tuple(order.index(kind) for kind in kinds), num_idle)
 
 
 def parse_passes(segments: Sequence[Segment], num_layers: int) -> tuple[PassTrace, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
+from sophia_galore.model.anatomy import count_idle_layers
 from sophia_galore.plan.facts import Facts, RouteFacts
 from sophia_galore.plan.route import Route
 from sophia_galore.plan.routes import route_all
@@ -83,10 +84,24 @@ def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
     """What rules look at of all routes together."""
     # Frozen parameters have no gradient.
     specs = [route.spec for route in routes if route.spec]
+    num_trained = sum(math.prod(spec.shape) for spec in specs)
     subspaces = [spec.subspace for spec in specs if spec.subspace]
     return RouteFacts(
-        kept_share=sum(math.prod(spec.held_shape) for spec in specs) / sum(math.prod(spec.shape) for spec in specs),
+        # Where nothing is trained, a rule refuses the run.
+        kept_share=sum(math.prod(spec.held_shape) for spec in specs) / max(1, num_trained),
         num_projected=len(subspaces),
         num_fast=sum(subspace.fast for subspace in subspaces),
         num_folded=sum(subspace.folds_late for subspace in subspaces),
     )
+
+
+def num_idle_layers(decided: Decisions, layer_names: Sequence[str]) -> int:
+    """How many of the first layers are not gone back through: in them and before them nothing is trained.
+
+    Args:
+        decided: What will be done in a step.
+        layer_names: The layers, as prefixes of their parameters' names without the final dot.
+    """
+    trained = [route.name for route in decided.routes if route.trained]
+    embed_name = next((param.name for param in decided.facts.parameters if param.part == "embed"), "")
+    return count_idle_layers(layer_names, embed_name, trained)

@@ -13,12 +13,16 @@ from fnmatch import fnmatchcase
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import keeps_projected_gradients
+from sophia_galore.config.nearest import nearest
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.config.tracker import TrackerName
 from sophia_galore.model.anatomy import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
 """The first version whose eight-bit products run on every device."""
+
+TIED_HEAD = "lm_head.weight"
+"""The other name of an embedding that is the head as well."""
 
 # Clipping by the model keeps what steps need of the gradients; beyond this share it would be the gradients themselves.
 _LARGEST_KEPT_SHARE = 0.5
@@ -93,6 +97,11 @@ class Param:
         """The product of its sides."""
         return math.prod(self.shape)
 
+    def goes_by(self, pattern: str) -> bool:
+        """Whether a pattern is one for its name; a head that is the embedding has both names."""
+        names = [self.name, *([TIED_HEAD] if self.is_head and self.part == "embed" else [])]
+        return any(fnmatchcase(name, pattern) for name in names)
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -123,11 +132,13 @@ class DataFacts:
         largest_token: Largest token id that occurs in them.
         largest_known: Largest token id that the tokenizer knows.
         num_steps: Optimizer steps of the run; 0: not known yet.
+        num_evaluations: Evaluations after a step; None: not known yet.
     """
 
     largest_token: int = -1
     largest_known: int = -1
     num_steps: int = 0
+    num_evaluations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -226,6 +237,12 @@ class Facts:
         return self.has_native_int8 and self.config.quantization.fold == "refresh"
 
     @property
+    def looks_at_eval_losses(self) -> bool:
+        """Whether something depends on the evaluations of the run."""
+        training = self.config.training
+        return training.early_stopping_patience is not None or training.load_best_model
+
+    @property
     def emulates_bf16(self) -> bool:
         """Whether the device would only emulate bfloat16."""
         return not self.device.is_cpu and not self.device.real_bf16
@@ -247,6 +264,35 @@ class Facts:
         skips = self.config.quantization.skip if self.has_native_int8 and self.parameters else ()
         names = [param.name for param in self.parameters]
         return next((skip for skip in skips if not any(fnmatchcase(name, skip) for name in names)), None)
+
+    @property
+    def unmatched_trainable(self) -> str | None:
+        """The first pattern of `training.trainable` that matches no parameter; None: all do."""
+        wanted = (self.config.training.trainable or ()) if self.parameters else ()
+        return next((one for one in wanted if not any(param.goes_by(one) for param in self.parameters)), None)
+
+    @property
+    def held_trainable(self) -> str | None:
+        """The first pattern of `training.trainable` all of whose parameters bitsandbytes holds; None: there is none."""
+        if not self.freezes_layers or self.unmatched_trainable is not None:
+            return None
+        wanted = (self.config.training.trainable or ()) if self.parameters else ()
+        return next(
+            (one for one in wanted if all(param.is_linear for param in self.parameters if param.goes_by(one))), None
+        )
+
+    @property
+    def in_question(self) -> str:
+        """Which weights are trained, in words that follow what they are; empty: all that can be."""
+        return "" if self.config.training.trainable is None else "of training.trainable "
+
+    @property
+    def nearest_trainable(self) -> str:
+        """What the pattern that matches none was probably meant to be, in words."""
+        names = [param.name for param in self.parameters]
+        modules = dict.fromkeys(name.rsplit(".", depth)[0] for depth in (1, 2, 3) for name in names)
+        found = nearest((self.unmatched_trainable or "").rstrip("*").rstrip("."), [*names, *modules])
+        return f"Did you mean {found}{'' if found in names else '.*'}? " if found else ""
 
     @property
     def is_buildable(self) -> bool:

@@ -19,7 +19,7 @@ from sophia_galore.engine.observe import Category, Phase
 from sophia_galore.engine.timeline import Segment, Sizes
 from sophia_galore.plan.assume import Load, sample
 from sophia_galore.plan.course import Layout, PassTrace, extrapolate, follow, lay_out, plus
-from sophia_galore.plan.decisions import Decisions, standing_bytes
+from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.route import Route
 from sophia_galore.plan.simulate import Settings, simulate, take_layers
@@ -85,6 +85,11 @@ class Estimate:
         """Layers of the model."""
         return len(self.layout.kind_of)
 
+    @property
+    def num_active_layers(self) -> int:
+        """Those of them that are gone back through: the others have no use for a graph."""
+        return self.num_layers - self.layout.num_idle
+
     def forecast(self, keep_layers: int = 0) -> Forecast:
         """The forecast.
 
@@ -112,7 +117,7 @@ class Estimate:
             categories={category: categories[category] for category in get_args(Category)},
             course=tuple(courses[step]),
             step=step,
-            keep_layers=min(keep_layers, self.num_layers),
+            keep_layers=min(keep_layers, self.num_active_layers),
         )
 
     def _course(self, trace: StepTrace, keep_layers: int) -> list[Segment]:
@@ -125,7 +130,8 @@ class Estimate:
         Args:
             tensor_bytes: Most bytes that tensors may take.
         """
-        fitting = (count for count in range(self.num_layers, 0, -1) if self.forecast(count).peak_bytes <= tensor_bytes)
+        most = self.num_active_layers
+        fitting = (count for count in range(most, 0, -1) if self.forecast(count).peak_bytes <= tensor_bytes)
         return next(fitting, 0)
 
 
@@ -150,11 +156,17 @@ def estimate(
     """
     of_layer = {name: [route for route in decided.routes if route.name.startswith(f"{name}.")] for name in layer_names}
     types = getattr(model_config, "layer_types", None) or [""] * len(layer_names)
-    layout = lay_out([(types[index], _kind(name, of_layer[name])) for index, name in enumerate(layer_names)])
+    num_idle = num_idle_layers(decided, layer_names)
+    layout = lay_out(
+        # A layer that is frozen and is gone back through does something else than one that is not.
+        [(types[index], index < num_idle, _kind(name, of_layer[name])) for index, name in enumerate(layer_names)],
+        num_idle,
+    )
     few = take_layers(model_config, decided.routes, layer_names, layout.run(keeps=keeps))
     inside = {route.name for routes in of_layer.values() for route in routes}
     around = [route for route in decided.routes if route.name not in inside]
-    steps = steps_to_see(around, of_layer[layer_names[-1]], num_steps)
+    last = next((name for name in reversed(layer_names) if any(r.trained for r in of_layer[name])), layer_names[-1])
+    steps = steps_to_see(around, of_layer[last], num_steps)
     settings, num_kept = settings_of(decided), layout.num_kept if keeps else 0
 
     def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:
@@ -210,7 +222,7 @@ def steps_to_see(around: Sequence[Route], last: Sequence[Route], num_steps: int)
 
     Args:
         around: Routes of what is in no layer.
-        last: Routes of the last layer.
+        last: Routes of the last layer, or of the last one that is trained.
         num_steps: Steps of the run.
     """
     fast = [route for route in around if _is_fast(route)]

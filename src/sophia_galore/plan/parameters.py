@@ -69,6 +69,17 @@ def is_skipped(facts: Facts, param: Param) -> bool:
     return facts.has_native_int8 and param.is_matrix and any(fnmatchcase(param.name, skip) for skip in skips)
 
 
+def is_left_out(facts: Facts, param: Param) -> bool:
+    """Whether a parameter is none of those that were to be trained."""
+    wanted = facts.config.training.trainable
+    return wanted is not None and not any(param.goes_by(pattern) for pattern in wanted)
+
+
+def is_held_frozen(facts: Facts, param: Param) -> bool:
+    """Whether a parameter is held by bitsandbytes, which can't change it."""
+    return facts.freezes_layers and param.is_linear
+
+
 def route_of(facts: Facts, param: Param) -> Routing:
     """Evaluate the tables for one parameter.
 
@@ -93,10 +104,11 @@ def _is_rounded_less(facts: Facts, param: Param) -> bool:
 ROUTES: tuple[ParamRule, ...] = (
     ParamRule(
         "frozen",
-        lambda f, p: f.freezes_layers and p.is_linear,
+        is_held_frozen,
         "held in eight bits by bitsandbytes",
         FROZEN,
     ),
+    ParamRule("not_trainable", lambda f, p: is_left_out(f, p), "frozen: not in training.trainable", FROZEN),
     ParamRule(
         "instead",
         lambda f, p: optimizer(f) != f.config.optimizer.type,

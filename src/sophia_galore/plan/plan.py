@@ -129,7 +129,13 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
     config = facts.config
     repeated = dataset.repetition
     steps_per_epoch, num_steps = count_steps(config, dataset)
-    data = replace(facts.data, largest_token=dataset.largest_token, num_steps=num_steps)
+    measured = range(1, num_steps + 1) if dataset.eval else ()
+    data = replace(
+        facts.data,
+        largest_token=dataset.largest_token,
+        num_steps=num_steps,
+        num_evaluations=sum(evaluates_after(step, config, steps_per_epoch, num_steps) for step in measured),
+    )
     decided = decide_step(replace(facts, data=data))
     facts = decided.facts
     return RunPlan(
@@ -168,3 +174,16 @@ def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
     training = config.training
     steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
     return steps_per_epoch, training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
+
+
+def evaluates_after(step: int, config: RunConfig, steps_per_epoch: int, num_steps: int) -> bool:
+    """Whether a run with evaluation examples is evaluated after a step.
+
+    Args:
+        step: The step, counted from 1.
+        config: What was asked.
+        steps_per_epoch: Optimizer steps of an epoch.
+        num_steps: Optimizer steps of the run.
+    """
+    every = config.training.eval_every_steps or steps_per_epoch
+    return step % every == 0 or step == num_steps

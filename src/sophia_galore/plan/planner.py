@@ -8,7 +8,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import ConfigError
-from sophia_galore.plan.decisions import standing_bytes
+from sophia_galore.plan.decisions import num_idle_layers, standing_bytes
 from sophia_galore.plan.facts import MemoryFacts
 from sophia_galore.plan.forecast import Estimate, Forecast
 from sophia_galore.plan.reserve import Budget, budget_of
@@ -68,9 +68,9 @@ class Planner:
         """
         asked = config.engine.keep_layers
         if not config.training.gradient_checkpointing:
-            return self.num_layers
+            return self._num_active_layers(config)
         if asked != "auto":
-            return min(asked, self.num_layers)
+            return min(asked, self._num_active_layers(config)) if asked else 0
         budget = self.budget(config)
         if budget is None:
             raise ConfigError(
@@ -82,6 +82,10 @@ class Planner:
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
         """How many layers can keep their graphs, with a margin; 0 also where even none is too much."""
         return self._estimate(config, keeps=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
+
+    def _num_active_layers(self, config: RunConfig) -> int:
+        """Layers that are gone back through: the others have no use for a graph."""
+        return self.num_layers - num_idle_layers(self.subject.decide(config), self.subject.layer_names)
 
     def _estimate(self, config: RunConfig, *, keeps: bool) -> Estimate:
         values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}

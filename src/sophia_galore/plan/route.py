@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,3 +100,8 @@ class Route:
             "why": self.why,
             "because": list(self.because),
         }
+
+
+def frozen_names(routes: Iterable[Route]) -> frozenset[str]:
+    """Names of the parameters that are not trained."""
+    return frozenset(route.name for route in routes if not route.trained)

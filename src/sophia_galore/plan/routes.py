@@ -14,7 +14,7 @@ from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, apollo_scale, settled_bits
 from sophia_galore.plan.facts import Facts, Param
-from sophia_galore.plan.parameters import PROJECTED, Routing, is_skipped, rank, route_of
+from sophia_galore.plan.parameters import PROJECTED, Routing, is_held_frozen, is_skipped, rank, route_of
 from sophia_galore.plan.route import FROZEN, Format, Route
 from sophia_galore.plan.rules import RULES, optimizer
 from sophia_galore.plan.verdicts import decide
@@ -113,7 +113,7 @@ def int8_format(config: QuantizationConfig) -> Int8Format:
 def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Route:
     """The route of one parameter; `place` in [0, 1) spreads refreshes of bases over the gap."""
     config, kind = facts.config, optimizer(facts)
-    form, num_bytes = _held(facts, param, frozen=routing.rule == FROZEN)
+    form, num_bytes = _held(facts, param)
     spec: ParamSpec | None
     if routing.rule == FROZEN:
         spec, rule = None, FROZEN
@@ -131,9 +131,9 @@ def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Rou
     return Route(param.name, param.shape, spec, form, num_bytes, rule, routing.reason, routing.remarks, routing.keys)
 
 
-def _held(facts: Facts, param: Param, *, frozen: bool) -> tuple[Format, int]:
+def _held(facts: Facts, param: Param) -> tuple[Format, int]:
     """The format of a stored weight, and its bytes."""
-    if frozen:
+    if is_held_frozen(facts, param):
         # A byte a weight, and a float32 scale a row.
         return "bnb8", param.num_elements + 4 * param.shape[0]
     if facts.has_native_int8 and param.is_matrix and not is_skipped(facts, param):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from sophia_galore.config.schema import OptimizerName
+from sophia_galore.config.schema_optimizer import OptimizerName
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.model.anatomy import SUPPORTED
 from sophia_galore.model.store import DTYPES
@@ -45,6 +45,12 @@ def _asks_for_outsized_clipping(facts: Facts) -> bool:
 
 def _exceeds_vocabulary(token: int, facts: Facts) -> bool:
     return facts.model.vocab_size is not None and token >= facts.model.vocab_size
+
+
+def _exceeds_evaluations(facts: Facts) -> bool:
+    patience, found = facts.config.training.early_stopping_patience, facts.data.num_evaluations
+    # The last evaluation is at the end of the run, which can't come earlier by that.
+    return patience is not None and found is not None and 0 < found <= patience
 
 
 def _never_projects(facts: Facts) -> bool:
@@ -166,6 +172,22 @@ _MODEL: tuple[Rule, ...] = (
         "quantization.skip: '{f.unmatched_skip}' matches no weight of this model.",
         "Weights have names such as {f.parameters[0].name}; * stands for anything.",
     ),
+    Rule(
+        "trainable_unmatched",
+        lambda f: f.unmatched_trainable is not None,
+        Refuse(),
+        "training.trainable: '{f.unmatched_trainable}' matches no weight of this model.",
+        "{f.nearest_trainable}Weights have names such as {f.parameters[0].name}; * stands for anything, as in "
+        "model.layers.0.*.",
+    ),
+    Rule(
+        "trainable_held",
+        lambda f: f.held_trainable is not None,
+        Refuse(),
+        "training.trainable: '{f.held_trainable}' matches only weights that bitsandbytes holds in eight bits, which "
+        "can't be trained.",
+        "Leave it out, or use quantization.backend=native.",
+    ),
 )
 
 _DATA: tuple[Rule, ...] = (
@@ -190,6 +212,30 @@ _DATA: tuple[Rule, ...] = (
         Refuse(),
         "training.warmup_steps is {f.config.training.warmup_steps}, but the run has only {f.data.num_steps} steps.",
         "Lower training.warmup_steps, or train for longer.",
+    ),
+    Rule(
+        "nothing_measured",
+        lambda f: f.data.num_evaluations == 0 and f.looks_at_eval_losses,
+        Refuse(),
+        "training.early_stopping_patience and training.load_best_model look at eval losses, but the data leave no "
+        "example to evaluate on.",
+        "Set data.eval, or give more data.",
+    ),
+    Rule(
+        "patience_too_long",
+        lambda f: _exceeds_evaluations(f),
+        Use(),
+        "training.early_stopping_patience is {f.config.training.early_stopping_patience}, but the run has only "
+        "{f.data.num_evaluations} evaluation(s) after a step, the last one at its end: it can't end early.",
+        "Lower it, or evaluate more often (training.eval_every_steps).",
+    ),
+    Rule(
+        "one_to_choose",
+        lambda f: f.config.training.load_best_model and f.data.num_evaluations == 1,
+        Use(),
+        "training.load_best_model has nothing to choose from: the only evaluation after a step is at the end of the "
+        "run.",
+        "Evaluate more often (training.eval_every_steps).",
     ),
 )
 
@@ -221,7 +267,8 @@ _TRAINING: tuple[Rule, ...] = (
         "nothing_projected",
         _never_projects,
         FallBack("projection", "adamw"),
-        "No matrix has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW trains everything.",
+        "No matrix {f.in_question}has both sides above the rank of optimizer.type={f.config.optimizer.type}: AdamW "
+        "trains everything.",
         "Lower the rank.",
     ),
     Rule(

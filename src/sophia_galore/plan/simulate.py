@@ -23,7 +23,7 @@ from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored
 from sophia_galore.optim.move import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.course import PassTrace, minus, parse_passes
-from sophia_galore.plan.route import Route
+from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.plan.shadow import Shadow
 
@@ -154,6 +154,8 @@ def simulate(
             logits_chunk_bytes=settings.logits_chunk_bytes,
             keep_layers=keep_layers,
             on_oom=config.memory.on_oom,
+            frozen=frozen_names(model.routes),
+            neftune_alpha=config.training.neftune_alpha or 0.0,
         )
         stepper = Stepper(
             engine,

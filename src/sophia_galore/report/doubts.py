@@ -10,7 +10,18 @@ from typing import Any, Literal
 
 from sophia_galore.report.run import Run
 
-Kind = Literal["identical", "overlap", "repetition", "too low", "rerouted", "data", "budget", "machine", "unfinished"]
+Kind = Literal[
+    "identical",
+    "overlap",
+    "repetition",
+    "too low",
+    "rerouted",
+    "data",
+    "budget",
+    "ended early",
+    "machine",
+    "unfinished",
+]
 
 NOVEL_LOSS = 0.3
 """Nats a token below which no language model gets on text that it can't have seen. The best published ones stay above
@@ -59,7 +70,8 @@ def doubts(runs: Sequence[Run]) -> list[Doubt]:
     """
     num_runs = len(runs)
     each = [doubt for run in runs for doubt in (*_rerouted(run), *_overlap(run), *_repetition(run), *_too_low(run))]
-    return [*_identical(runs), *_together(each, num_runs), *_differing(runs), *_together(_unfinished(runs), num_runs)]
+    ends = [*_ended_early(runs), *_unfinished(runs)]
+    return [*_identical(runs), *_together(each, num_runs), *_differing(runs), *_together(ends, num_runs)]
 
 
 def _identical(runs: Sequence[Run]) -> list[Doubt]:
@@ -204,6 +216,20 @@ def _differing(runs: Sequence[Run]) -> list[Doubt]:
         )
         found.append(Doubt("machine", labels, f"The runs were made with different {what}: do not compare their times."))
     return found
+
+
+def _ended_early(runs: Sequence[Run]) -> list[Doubt]:
+    """Of one run alone it is no reason for doubt."""
+    return [
+        Doubt(
+            "ended early",
+            (label(run),),
+            f"ended early, after step {run.step} of {run.num_steps} (training.early_stopping_patience): compare losses "
+            "at equal tokens, not at the end.",
+        )
+        for run in runs
+        if run.ended_early and len(runs) > 1
+    ]
 
 
 def _unfinished(runs: Sequence[Run]) -> list[Doubt]:

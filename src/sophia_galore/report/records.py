@@ -11,6 +11,7 @@ from sophia_galore.errors import UserError
 from sophia_galore.report.json_fields import number, optional_bytes, optional_number, whole_number
 
 METRICS_FILE = "metrics.jsonl"
+_WAITED = "evaluations_without_improvement"
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,43 @@ class TrainLine:
 
 @dataclass(frozen=True)
 class EvalLine:
-    """One evaluation, after `step` optimizer steps."""
+    """One evaluation, after `step` optimizer steps.
+
+    Args:
+        step: How many.
+        epoch: Passes over the data so far.
+        eval_loss: Mean loss, in nats a token.
+        waited: Evaluations in a row, this one the last, that brought no improvement; None: nobody counted.
+    """
 
     step: int
     epoch: float | None
+    eval_loss: float
+    waited: int | None = None
+
+
+@dataclass(frozen=True)
+class ExportLine:
+    """Which model was written in the end, where that was chosen by its eval loss.
+
+    Args:
+        step: Optimizer steps that it has seen.
+        eval_loss: Its loss.
+    """
+
+    step: int
     eval_loss: float
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """All steps and evaluations of a run, each in the order of the steps."""
+    """All steps and evaluations of a run, each in the order of the steps, and which model was written, if that was
+    chosen.
+    """
 
     train: tuple[TrainLine, ...]
     eval: tuple[EvalLine, ...]
+    exported: ExportLine | None = None
 
 
 def read_metrics(run_dir: Path) -> Metrics:
@@ -75,18 +100,24 @@ def read_metrics(run_dir: Path) -> Metrics:
     path = Path(run_dir) / METRICS_FILE
     train: list[TrainLine] = []
     evals: list[EvalLine] = []
+    exported: ExportLine | None = None
     for where, record in _records(path):
         step = whole_number(record, "step", where)
         epoch = optional_number(record, "epoch", where)
         if "eval_loss" in record:
             evals = [line for line in evals if line.step != step]
-            evals.append(EvalLine(step, epoch, number(record, "eval_loss", where)))
+            waited = whole_number(record, _WAITED, where) if _WAITED in record else None
+            evals.append(EvalLine(step, epoch, number(record, "eval_loss", where), waited))
+        elif "exported_step" in record:
+            loss = number(record, "exported_eval_loss", where)
+            exported = ExportLine(whole_number(record, "exported_step", where), loss)
         else:
+            exported = None
             if train and train[-1].step >= step:
                 train = [line for line in train if line.step < step]
                 evals = [line for line in evals if line.step < step]
             train.append(_train_line(record, step, epoch, where))
-    return Metrics(tuple(train), tuple(sorted(evals, key=lambda line: line.step)))
+    return Metrics(tuple(train), tuple(sorted(evals, key=lambda line: line.step)), exported)
 
 
 def _train_line(record: dict[str, Any], step: int, epoch: float | None, where: str) -> TrainLine:

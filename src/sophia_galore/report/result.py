@@ -34,6 +34,9 @@ class Result:
         finished: Whether it came to its end.
         failure: How it ended, if it failed.
         tokens: Tokens that it was trained on.
+        ended_early: Whether that was before all steps were done, since the eval loss did not improve any more.
+        exported_step: Steps that the final model has seen, if it was chosen by its eval loss.
+        exported_eval_loss: Its eval loss.
     """
 
     name: str
@@ -53,6 +56,16 @@ class Result:
     finished: bool
     failure: str
     tokens: int
+    ended_early: bool = False
+    exported_step: int | None = None
+    exported_eval_loss: float | None = None
+
+    @property
+    def final_eval_loss(self) -> float | None:
+        """Eval loss of the final model; of a run that is not finished, the last one; None: it was not evaluated."""
+        if self.exported_eval_loss is not None:
+            return self.exported_eval_loss
+        return self.eval_loss[-1] if self.eval_loss else None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -86,6 +99,9 @@ def result_of(run: Run) -> Result:
         finished=run.finished,
         failure=run.failure,
         tokens=int(tokens),
+        ended_early=run.ended_early,
+        exported_step=run.metrics.exported.step if run.metrics.exported else None,
+        exported_eval_loss=run.metrics.exported.eval_loss if run.metrics.exported else None,
     )
 
 

@@ -61,8 +61,17 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all of them are done and the model is written."""
-        return self.step >= self.num_steps and (self.folder / MODEL_FILE).is_file()
+        """Whether all of them are done, or it ended early, and the model is written."""
+        return (self.step >= self.num_steps or self.ended_early) and (self.folder / MODEL_FILE).is_file()
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether its patience was used up before all steps were done (`training.early_stopping_patience`)."""
+        patience = self.config.get("training.early_stopping_patience")
+        if patience is None or not self.metrics.eval or self.step >= self.num_steps:
+            return False
+        last = self.metrics.eval[-1]
+        return last.step == self.step and last.waited is not None and last.waited >= patience
 
 
 def read_run(folder: Path, *, name: str = "", failure: str = "") -> Run:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sophia_galore.report.comparison import Comparison
 from sophia_galore.report.document import Code, Document, Paragraph, Part, Picture, Points, Section, Table
-from sophia_galore.report.doubts import differing_keys
+from sophia_galore.report.doubts import differing_keys, label
 from sophia_galore.report.result import Result, Spread
 from sophia_galore.report.run import Run
 from sophia_galore.report.style import mebibytes
@@ -119,7 +119,7 @@ def _each(results: Sequence[Result]) -> Table:
             [
                 result.name,
                 str(result.seed),
-                f"{result.step} of {result.num_steps}",
+                f"{result.step} of {result.num_steps}" + (", ended early" if result.ended_early else ""),
                 _UNKNOWN if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}",
                 *losses,
                 *[_UNKNOWN] * (num_epochs - len(losses)),
@@ -152,6 +152,7 @@ def _making(comparison: Comparison) -> list[Part]:
         f"fingerprint {comparison.data_fingerprint or 'not the same for all'}.",
         f"Steps: {plan['num_steps']}, {plan['steps_per_epoch']} an epoch.",
     ]
+    lines += [f"{run_label}: {said}." for run_label, said in _endings(comparison)]
     if comparison.machine:
         lines.append("Machine: " + machine_in_words(comparison.machine) + ".")
     if comparison.versions:
@@ -169,6 +170,21 @@ def _making(comparison: Comparison) -> list[Part]:
     if commands := [comparison.command, *comparison.run_commands]:
         parts.append(Code([command for command in commands if command]))
     return parts
+
+
+def _endings(comparison: Comparison) -> list[tuple[str, str]]:
+    """For each run that did not simply go through all steps and end with the last model, what it did."""
+    found = []
+    for run, result in zip(comparison.runs, comparison.results, strict=True):
+        said = [f"ended early, after step {result.step} of {result.num_steps}"] if result.ended_early else []
+        if result.exported_eval_loss is not None:
+            said.append(
+                f"the final model is the best one, after step {result.exported_step}, with an eval loss of "
+                f"{result.exported_eval_loss:.4f}"
+            )
+        if said:
+            found.append((label(run), "; ".join(said)))
+    return found
 
 
 def _measured_by(runs: Sequence[Run]) -> str:

@@ -19,8 +19,8 @@ class Group:
         optimizer: What trained them.
         seeds: In the order of the runs.
         eval_loss: By epoch.
-        final_eval_loss: After the last epoch.
-        difference: Of the last epoch's loss from that of the first group with the same seed, in nats a token. What
+        final_eval_loss: Of the final model: after the last epoch, or of the best one, where that was asked for.
+        difference: Of the final model's loss from that of the first group with the same seed, in nats a token. What
             seeds have in common (the examples, their order) is not in its spread; None for the first group.
         peak_allocated_bytes: Most bytes of live tensors at once.
         peak_reserved_bytes: Most bytes that the allocator held.
@@ -64,10 +64,8 @@ def summary(results: Sequence[Result]) -> list[Group]:
 
 
 def _group(results: Sequence[Result], against: Sequence[Result]) -> Group:
-    # A run that is still under way has fewer epochs; its last one is not the others' last.
-    finished = [result for result in results if result.finished and result.eval_loss]
-    reached = {result.seed: result.eval_loss[-1] for result in against if result.finished and result.eval_loss}
-    differences = [result.eval_loss[-1] - reached[result.seed] for result in finished if result.seed in reached]
+    finals, reached = _final_losses(results), _final_losses(against)
+    differences = [loss - reached[seed] for seed, loss in finals.items() if seed in reached]
 
     def over_seeds(field: str) -> Spread | None:
         return spread([getattr(result, field) for result in results])
@@ -77,7 +75,7 @@ def _group(results: Sequence[Result], against: Sequence[Result]) -> Group:
         optimizer=results[0].optimizer,
         seeds=tuple(result.seed for result in results),
         eval_loss=tuple(spread(losses) for losses in zip_longest(*(result.eval_loss for result in results))),
-        final_eval_loss=spread([result.eval_loss[-1] for result in finished]),
+        final_eval_loss=spread(list(finals.values())),
         difference=spread(differences),
         peak_allocated_bytes=over_seeds("peak_allocated_bytes"),
         peak_reserved_bytes=over_seeds("peak_reserved_bytes"),
@@ -87,6 +85,13 @@ def _group(results: Sequence[Result], against: Sequence[Result]) -> Group:
         trained_fraction=results[0].trained_fraction,
         state_bytes=results[0].state_bytes,
     )
+
+
+def _final_losses(results: Sequence[Result]) -> dict[int, float]:
+    """The final models' eval losses by seed."""
+    # A run that is still under way has fewer epochs; its last one is not the others' last.
+    found = {result.seed: result.final_eval_loss for result in results if result.finished}
+    return {seed: loss for seed, loss in found.items() if loss is not None}
 
 
 def _plain(value: Spread | None) -> dict[str, Any] | None:

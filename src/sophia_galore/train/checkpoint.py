@@ -7,13 +7,14 @@ either the whole checkpoint or a hidden folder that the next save removes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError, EnvironmentProblem
+from sophia_galore.train.progress import Evaluation, evaluations_of
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -49,6 +51,11 @@ class Checkpoint:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
+    def evaluations(self) -> list[Evaluation]:
+        """Those of the run until it was made."""
+        state = json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return evaluations_of(state.get("log_history", []))
+
     def optimizer_state(self) -> dict[str, Tensor]:
         """The saved state tensors."""
         from safetensors.torch import load_file
@@ -64,6 +71,7 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     documents: Mapping[str, Any],
     keep_last: int,
+    keep_steps: Collection[int] = (),
 ) -> Path:
     """Write `checkpoint-STEP`, then delete the oldest ones beyond `keep_last`.
 
@@ -74,6 +82,7 @@ def save_checkpoint(
         write_model: Writes the model's files into a folder.
         documents: JSON documents by file name.
         keep_last: How many checkpoints stay.
+        keep_steps: Steps whose checkpoints stay beside them, however old.
 
     Returns:
         The checkpoint's folder.
@@ -84,7 +93,7 @@ def save_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final = run_folder / f"checkpoint-{step}"
+    final = checkpoint_folder(run_folder, step)
     beside = run_folder / f".checkpoint-{step}.tmp"
     try:
         for left in run_folder.glob(".checkpoint-*.tmp"):
@@ -107,10 +116,20 @@ def save_checkpoint(
         shutil.rmtree(beside, ignore_errors=True)
         raise _disk_problem(error, final) from error
     others = [path for path in checkpoints(run_folder) if path != final]
-    spare = [*others[: max(0, len(others) + 1 - keep_last)], *run_folder.glob(".checkpoint-*.tmp")]
-    for old in spare:
-        shutil.rmtree(old, ignore_errors=True)  # what can't be deleted costs space, not the run
+    stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
+    for old in others[: max(0, len(others) + 1 - keep_last)]:
+        if old not in stay:
+            # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
+            with contextlib.suppress(OSError):
+                old.rename(run_folder / f".{old.name}.old.tmp")
+    for left in run_folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # what can't be deleted costs space, not the run
     return final
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would."""
+    return run_folder / f"checkpoint-{step}"
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

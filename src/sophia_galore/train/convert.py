@@ -47,7 +47,7 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
     output = output.absolute()
     _refuse_output(output)
     checkpoint = find_checkpoint(source.parent, source) if is_checkpoint(source) else None
-    resumable = checkpoint is not None and to in _STORES and all(route["trained"] for route in _routes(checkpoint))
+    resumable = checkpoint is not None and to in _STORES and "bnb8" not in _formats(checkpoint)
     from safetensors import SafetensorError
 
     form = Int8Format(block_size)
@@ -149,6 +149,11 @@ def _settings(to: Target, form: Int8Format, store: str) -> dict[str, Any]:
         "quantization.rounding": "stochastic",
         "quantization.fold": "step",
     }
+
+
+def _formats(checkpoint: Checkpoint) -> set[str]:
+    """Formats that its weights are in."""
+    return {route.get("format", "") for route in _routes(checkpoint)}
 
 
 def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:

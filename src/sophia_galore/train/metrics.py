@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-_STATE_KEYS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss")
+_STATE_KEYS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "eval_loss",
+    "exported_step",
+    "exported_eval_loss",
+)
 
 
 class MetricsLog:

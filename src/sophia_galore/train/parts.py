@@ -9,6 +9,7 @@ from sophia_galore.engine.stepper import Stepper
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.listener import Listener
@@ -74,6 +75,8 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
         keep_layers=plan.keep_layers,
         on_oom=config.memory.on_oom,
         say=adapted,
+        frozen=frozen_names(plan.routes),
+        neftune_alpha=config.training.neftune_alpha or 0.0,
     )
     stepper = Stepper(
         engine,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from pathlib import Path
@@ -15,13 +14,16 @@ from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
 from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
-from sophia_galore.engine.generate import answer
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
+from sophia_galore.plan.plan import evaluates_after
 from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
+from sophia_galore.train import progress
+from sophia_galore.train.answers import When, ask
+from sophia_galore.train.best import open_best
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
@@ -31,7 +33,7 @@ from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading
 from sophia_galore.train.prepare import Prepared, prepare
-from sophia_galore.train.result import RunResult, eval_losses, finished_result
+from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype
@@ -64,7 +66,7 @@ def train(
     """
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
-        listener.say(f"The run in {folder} is finished: all of its {finished.step} steps are done.")
+        listener.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
         return finished
     if config.training.report_to:
         listener = Listeners(listener, Trackers(config, listener.say))
@@ -135,6 +137,10 @@ class _Run:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
         self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
+        self._evaluations = checkpoint.evaluations() if checkpoint else []
+        self._patience = progress.patience_of(config)
+        self._best = open_best(config, checkpoint, self._evaluations, folder, listener.say)
+        write_json(folder / names.TRAINER_STATE, self._trainer_state())
         listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
@@ -144,16 +150,22 @@ class _Run:
             self._evaluate(0)
         started_s, first = time.monotonic(), self._last_step
         for step in range(self._last_step + 1, self._plan.num_steps + 1):
+            if progress.patience_is_used_up(self._evaluations, self._patience):
+                break
             record = self._step(step)
             self._record(record)
             seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
             self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
-            if self._evaluates_after(step):
+            if evaluates_after(step, self._config, self._plan.steps_per_epoch, self._plan.num_steps):
                 self._evaluate(step)
-            if self._stop.requested or self._saves_after(step):
+            if self._stop.requested or self._saves_after(step) or self._best.is_new(step, self._evaluations):
                 self._save(step)
             if self._stop.requested and step < self._plan.num_steps:
                 return self._result(finished=False)
+        if self._patience and self._last_step < self._plan.num_steps:
+            why = progress.why_it_ends(self._evaluations, self._patience, self._plan.num_steps)
+            self._listener.say(f"Ended early: {why}.")
+        self._go_back_to_best()
         self._write_final_model()
         self._ask("after")
         return self._result(finished=True)
@@ -189,8 +201,7 @@ class _Run:
         self._last_step = step
         memory = self._monitor.end_step(step)
         return {
-            "step": step,
-            "epoch": round(step / plan.steps_per_epoch, 6),
+            **self._at(step),
             "loss": result.loss,
             "learning_rate": plan.learning_rate * factor,
             "grad_norm": norm,
@@ -212,17 +223,16 @@ class _Run:
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
-        epoch = round(step / self._plan.steps_per_epoch, 6)
-        self._record({"step": step, "epoch": epoch, "eval_loss": eval_loss})
+        self._evaluations.append(progress.Evaluation(step, eval_loss))
+        self._record(self._at(step) | {"eval_loss": eval_loss} | progress.waiting(self._evaluations, self._patience))
         self._listener.evaluated(step, eval_loss)
+
+    def _at(self, step: int) -> dict[str, Any]:
+        return {"step": step, "epoch": round(step / self._plan.steps_per_epoch, 6)}
 
     def _record(self, record: dict[str, Any]) -> None:
         self._log.add(record)
         self._listener.recorded(record)
-
-    def _evaluates_after(self, step: int) -> bool:
-        every = self._config.training.eval_every_steps or self._plan.steps_per_epoch
-        return step % every == 0 or step == self._plan.num_steps
 
     def _saves_after(self, step: int) -> bool:
         settings = self._config.checkpoint
@@ -232,6 +242,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         self._refuse_broken_weights()
+        self._best.saving(step, self._evaluations)
         self._saved = save_checkpoint(
             self._folder,
             step,
@@ -244,28 +255,15 @@ class _Run:
                 names.MEMORY_REPORT: self._monitor.report(),
             },
             keep_last=self._config.checkpoint.keep_last,
+            keep_steps=self._best.steps,
         )
         self._last_saved_s = time.monotonic()
 
-    def _ask(self, when: str) -> None:
-        """Answer the sample questions, and keep the answers beside those from before training."""
-        questions = self._config.training.sample_questions
-        if not questions:
-            return
-        with self._monitor.phase("eval"):
-            given = answer(
-                self._prepared.anatomy,
-                self._store,
-                self._prepared.tokenizer,
-                questions,
-                max_new_tokens=self._config.training.sample_max_new_tokens,
-                device=self._prepared.device,
-            )
-        path = self._folder / names.ANSWERS
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        known[when] = dict(zip(questions, given, strict=True))
-        write_json(path, known)
-        self._listener.answered(when, list(zip(questions, given, strict=True)))
+    def _ask(self, when: When) -> None:
+        if self._config.training.sample_questions:
+            with self._monitor.phase("eval"):
+                given = ask(self._prepared, self._store, self._folder, when)
+            self._listener.answered(when, given)
 
     def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:
         return Loaded(
@@ -301,14 +299,22 @@ class _Run:
         dtype = final_dtype(self._config)
         replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
+    def _go_back_to_best(self) -> None:
+        """Let the weights be those of the lowest eval loss, if that was asked for."""
+        with self._monitor.apart():
+            best = self._best.go_back(self._store, self._optimizer, self._evaluations, last_step=self._last_step)
+        if best:
+            self._record(self._at(self._last_step) | {"exported_step": best.step, "exported_eval_loss": best.loss})
+
     def _trainer_state(self) -> dict[str, Any]:
         plan = self._plan
-        return self._log.trainer_state(
+        records = self._log.trainer_state(
             step=self._last_step,
             epoch=self._last_step / plan.steps_per_epoch,
             num_steps=plan.num_steps,
             epochs=plan.num_steps / plan.steps_per_epoch,
         )
+        return records | progress.trainer_words(self._evaluations, self._patience, self._best.path)
 
     def _result(self, *, finished: bool) -> RunResult:
         return RunResult(
@@ -318,6 +324,8 @@ class _Run:
             saved=None if finished else self._saved,
             eval_losses=eval_losses(self._log.records),
             memory=self._monitor.report(),
+            exported=exported(self._log.records),
+            early=self._last_step < self._plan.num_steps,
         )
 
     def _refuse_broken_weights(self) -> None:

@@ -12,7 +12,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.store import DTYPES
-from sophia_galore.plan.plan import RunPlan
+from sophia_galore.plan.plan import RunPlan, evaluates_after
 from sophia_galore.train.folder import nearest_folder
 
 # Beside the tensors: the tokenizer (the largest are some 35 MB), the plan, the records.
@@ -43,7 +43,7 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
     """Find out what a run will write.
 
     One checkpoint more than are kept: a new one is complete before an old one goes. And one even where none was
-    asked for: that of a run that is stopped.
+    asked for: that of a run that is stopped. The best one stays beside those that are kept.
 
     Args:
         config: What was asked.
@@ -57,7 +57,12 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         to_come = plan.num_steps // settings.save_every_steps - done // settings.save_every_steps
     if settings.save_every_minutes:
         to_come = max(0, plan.num_steps - done)  # how many nobody knows; after each step at most
-    at_once = min(settings.keep_last, kept + to_come) - min(settings.keep_last, kept) + 1
+    most = settings.keep_last
+    if config.training.load_best_model:
+        steps = range(done + 1, plan.num_steps + 1)
+        to_come += sum(evaluates_after(step, config, plan.steps_per_epoch, plan.num_steps) for step in steps)
+        most += 1
+    at_once = min(most, kept + to_come) - min(most, kept) + 1
     dtype = final_dtype(config)
     model_bytes = plan.num_parameters * dtype.itemsize if dtype else plan.ledger["weights"]
     return Space(at_once, sum(plan.ledger.values()) + _DOCUMENTS_BYTES, model_bytes + _DOCUMENTS_BYTES)

@@ -20,6 +20,7 @@ from sophia_galore.model.cache import Say
 from sophia_galore.model.source import find_local, resolve_model
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import checkpoints, is_checkpoint
+from sophia_galore.train.progress import ended_early
 
 _HUBS = ("hf", "modelscope", "pypi")
 
@@ -105,8 +106,9 @@ def _newest(saved: list[Path], say: Say) -> Weights:
 
 def _is_finished(run: Path) -> bool:
     """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
-    num_steps, step = _read(run / names.PLAN).get("num_steps"), _read(run / names.TRAINER_STATE).get("global_step")
-    goes_on = isinstance(num_steps, int) and isinstance(step, int) and step < num_steps
+    state = _read(run / names.TRAINER_STATE)
+    num_steps, step = _read(run / names.PLAN).get("num_steps"), state.get("global_step")
+    goes_on = isinstance(num_steps, int) and isinstance(step, int) and step < num_steps and not ended_early(state)
     return (run / names.MODEL).is_file() and not goes_on
 
 

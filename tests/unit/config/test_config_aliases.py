@@ -46,7 +46,16 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "optim": ("adamw_torch", "adamw"),
     "adam_epsilon": ("1e-6", 1e-6),
     "load_in_8bit": ("false", False),
+    "early_stopping_patience": ("3", 3),
+    "early_stopping_threshold": ("0.01", 0.01),
+    "load_best_model_at_end": ("true", True),
+    "neftune_noise_alpha": ("5", 5.0),
+    "unfrozen_parameters": ('["*norm*"]', ("*norm*",)),
 }
+
+
+# Keys without which another one would do nothing.
+NEEDED = {"early_stopping_threshold": ("early_stopping_patience", "2")}
 
 
 def test_every_alias_has_an_example_and_a_field() -> None:
@@ -61,8 +70,9 @@ def test_an_alias_reaches_its_key(tmp_path: Path, name: str, prefix: str) -> Non
     if prefix and name == "max_steps":
         value = "0"  # there it is our own key, whose "off" is 0
     path = tmp_path / "run.yaml"
-    path.write_text(f"{prefix}{name}: {value}\n")
-    for config in (load_config(path), load_config(None, [f"{prefix}{name}={value}"])):
+    given = {f"{prefix}{name}": value, **dict([NEEDED[name]] if name in NEEDED else [])}
+    path.write_text("".join(f"{key}: {text}\n" for key, text in given.items()))
+    for config in (load_config(path), load_config(None, [f"{key}={text}" for key, text in given.items()])):
         assert flatten(config)[ALIASES[name].target] == expected
 
 
@@ -92,6 +102,10 @@ CONFLICTS: list[tuple[str, list[str]]] = [
     ("optim: adafactor\n", ["run.yaml:1", "adamw_torch", "galore_adamw_layerwise", "adafactor"]),
     ("bf16: yes\n", ["run.yaml:1", "true, false", '"yes"']),
     ("fp16: 1\n", ["run.yaml:1", "true, false"]),
+    ("metric_for_best_model: eval_accuracy\n", ["run.yaml:1", '"eval_loss" or "loss" only', '"eval_accuracy"']),
+    ("training:\n  metric_for_best_model: null\n", ["run.yaml:2", "training.metric_for_best_model", "null"]),
+    ("greater_is_better: true\n", ["run.yaml:1", "greater_is_better takes false only; got true", "lowest"]),
+    ("greater_is_better: 0\n", ["run.yaml:1", "takes false only; got 0"]),
     ("per_device_train_batch_size: 0\n", ["per_device_train_batch_size (training.batch_size)", "at least 1"]),
 ]
 
@@ -127,3 +141,13 @@ def test_a_flag_turned_off_on_the_command_line_is_not_ignored(tmp_path: Path) ->
     path.write_text("training:\n  compute_dtype: bf16\n")
     with pytest.raises(ConfigError, match="bf16 is false"):
         load_config(path, ["bf16=false"])
+
+
+@pytest.mark.parametrize("prefix", ["", "training."])
+def test_what_is_always_so_may_be_said(prefix: str) -> None:
+    words = [
+        f"{prefix}metric_for_best_model=eval_loss",
+        f"{prefix}greater_is_better=false",
+        "metric_for_best_model=loss",
+    ]
+    assert load_config(None, words) == load_config(None)

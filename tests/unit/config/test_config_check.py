@@ -67,6 +67,30 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["quantization.backend=bitsandbytes", "quantization.rounding=nearest"],
         ),
     ],
+    "nothing_to_stop_by": [
+        (
+            ["early_stopping_patience=3", "data.eval_fraction=0"],
+            ["early_stopping_patience", "nothing to evaluate on"],
+            ["early_stopping_patience=3", "data.eval_fraction=0", "data.eval=other.json"],
+        ),
+    ],
+    "threshold_alone": [
+        (
+            ["early_stopping_threshold=0.5"],
+            ["early_stopping_threshold (0.5)", "early_stopping_patience"],
+            ["early_stopping_threshold=0.5", "early_stopping_patience=1"],
+        ),
+    ],
+    "nothing_to_choose_by": [
+        (
+            ["load_best_model_at_end=true", "data.eval_fraction=0"],
+            ["load_best_model", "nothing to evaluate on"],
+            ["load_best_model_at_end=true"],
+        ),
+    ],
+    "trains_nothing": [
+        (["training.trainable=[]"], ["trainable is empty"], ["training.trainable=null"]),
+    ],
     "betas": [
         (["optimizer.betas=[0.9, 1]"], ["below 1"], ["optimizer.betas=[0, 0.9999]"]),
         (["optimizer.betas=[-0.1, 0.9]"], ["at least 0"], ["optimizer.betas=[0.0, 0.0]"]),

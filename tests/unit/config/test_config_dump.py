@@ -18,7 +18,7 @@ from sophia_galore.config import RunConfig, dump_config, load_config
 from sophia_galore.config.check import contradictions
 from sophia_galore.config.dump import config_reference, flatten
 from sophia_galore.config.keys import keys, known_keys
-from sophia_galore.config.schema import OptimizerConfig
+from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
 # Where the type allows more than the rules: without these most random configurations would be refused.

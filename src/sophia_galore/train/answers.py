@@ -1,0 +1,43 @@
+"""The sample questions, which a run's model answers before and after training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from sophia_galore.engine.generate import answer
+from sophia_galore.model.store import WeightStore
+from sophia_galore.train import folder as names
+from sophia_galore.train.folder import write_json
+from sophia_galore.train.prepare import Prepared
+
+When = Literal["before", "after"]
+
+
+def ask(prepared: Prepared, store: WeightStore, folder: Path, when: When) -> list[tuple[str, str]]:
+    """Answer the sample questions, and keep the answers beside those of another time.
+
+    Args:
+        prepared: The run.
+        store: Its weights.
+        folder: Its folder.
+        when: Which time it is.
+
+    Returns:
+        Questions and answers.
+    """
+    training = prepared.config.training
+    answers = answer(
+        prepared.anatomy,
+        store,
+        prepared.tokenizer,
+        training.sample_questions,
+        max_new_tokens=training.sample_max_new_tokens,
+        device=prepared.device,
+    )
+    path = folder / names.ANSWERS
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    given = list(zip(training.sample_questions, answers, strict=True))
+    write_json(path, known | {when: dict(given)})
+    return given
