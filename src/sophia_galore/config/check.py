@@ -83,11 +83,12 @@ RULES: dict[str, Rule] = {
         "Leave out training.gradient_checkpointing and let engine.keep_layers say it, or the other way round.",
     ),
     "int8_on_and_off": Rule(
-        lambda c: c.quantization.int8 and False in (c.quantization.enabled, c.quantization.load_in_8bit),
+        # The other way round there is no contradiction: `enabled: false` is the switch, turned off.
+        lambda c: c.quantization.int8 and c.quantization.load_in_8bit is False,
         ("quantization.enabled", "quantization.load_in_8bit"),
-        "quantization.enabled: {c.quantization.enabled} and quantization.load_in_8bit: {c.quantization.load_in_8bit} "
-        "mean the same, eight-bit weights, and contradict each other",
-        "Set both to true or both to false, or leave one of them out.",
+        "quantization.enabled: true asks for eight-bit weights, but quantization.load_in_8bit: false rules out the "
+        "only kind there is",
+        "For weights in eight bits leave out load_in_8bit; for none set enabled to false.",
     ),
     "fold_refresh": Rule(
         lambda c: _folds_late(c) and not _stays_in_subspace(c),

@@ -225,9 +225,14 @@ class QuantizationConfig(Section):
     """Eight-bit weights: native ones, which train, or those of bitsandbytes, which are frozen."""
 
     enabled: bool | None = Field(
-        None, description="Eight-bit weights. It and load_in_8bit mean the same; null: as the other one."
+        None,
+        description="The switch: true: eight-bit weights; false: none, whatever load_in_8bit says; null: as "
+        "load_in_8bit.",
     )
-    load_in_8bit: bool | None = Field(None, description="As `enabled`; null: as that.")
+    load_in_8bit: bool | None = Field(
+        None,
+        description="Which kind: weights in eight bits, the only one there is. Without `enabled` it switches them on.",
+    )
     backend: Literal["native", "bitsandbytes"] = Field(
         "native",
         description="native: all weight matrices in int8, all trained. bitsandbytes: the layers' matrices in "
@@ -254,7 +259,12 @@ class QuantizationConfig(Section):
     @property
     def int8(self) -> bool:
         """Whether weights are held in eight bits."""
-        return bool(self.enabled or self.load_in_8bit)
+        return holds_int8(self.enabled, self.load_in_8bit)
+
+
+def holds_int8(enabled: object, load_in_8bit: object) -> bool:
+    """Whether the two keys of `quantization`, each true, false or None, ask for weights in eight bits together."""
+    return bool(load_in_8bit if enabled is None else enabled)
 
 
 class CheckpointConfig(Section):
