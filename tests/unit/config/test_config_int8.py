@@ -53,7 +53,7 @@ def test_enabled_is_the_switch(enabled: str, load: str, layer: str, tmp_path: Pa
     path.write_text("quantization:\n" + "".join(f"  {line}\n" for line in lines))
     expected = COMBINATIONS[enabled, load]
     if expected is None:
-        with pytest.raises(ConfigError, match=r"enabled: true .* load_in_8bit: false"):
+        with pytest.raises(ConfigError, match=r"enabled: true .*load_in_8bit: false"):
             load_config(path, overrides)
     else:
         assert load_config(path, overrides).quantization.int8 is expected
