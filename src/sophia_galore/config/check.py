@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sophia_galore.config.placeholders import PLACEHOLDERS, unknown_placeholders
 from sophia_galore.config.problems import Problem, raise_problems
 from sophia_galore.config.schema import QuantizationConfig, RunConfig
 from sophia_galore.config.size import bytes_in_words
@@ -32,6 +33,7 @@ class Rule:
     remedy: str
 
 
+_KNOWN_PLACEHOLDERS = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
 # Options of native eight-bit weights alone.
 _NATIVE_KEYS = ("block_size", "skip", "rounding", "fold")
 
@@ -74,6 +76,12 @@ def keeps_projected_gradients(config: RunConfig) -> bool:
 
 
 RULES: dict[str, Rule] = {
+    "unknown_placeholder": Rule(
+        lambda c: bool(unknown_placeholders(c.training.output_dir)),
+        ("training.output_dir",),
+        "training.output_dir: nothing is known to stand for {placeholders}",
+        f"Known are {_KNOWN_PLACEHOLDERS}; a brace itself is written twice.",
+    ),
     "all_layers_or_some": Rule(
         # The default is no wish of the user's: only what was written down contradicts.
         lambda c: not c.training.gradient_checkpointing and "keep_layers" in c.engine.model_fields_set,
@@ -206,6 +214,7 @@ def check(config: RunConfig) -> None:
 def _filled(text: str, config: RunConfig) -> str:
     filled = text.format(
         c=config,
+        placeholders=", ".join(f"{{{word}}}" for word in unknown_placeholders(config.training.output_dir)),
         native_options=_native_options(config),
         limit=bytes_in_words(config.memory.limit or 0),
         reserve=bytes_in_words(config.memory.reserve or 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.preflight import Planned, before_loading
@@ -83,6 +85,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         UserError: Something in what the user gave does not fit.
     """
     check(config)
+    config = settled(config)
     _refuse_surroundings(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
@@ -146,13 +149,14 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
 
 
 def _refuse_surroundings(config: RunConfig) -> None:
-    """Refuse to train where moving an earlier run aside would move the folder that we work in away."""
-    run_folder, here = Path(config.run_folder).resolve(), Path.cwd()
-    if run_folder in (here, *here.parents):
-        raise ConfigError(
-            f"training.output_dir={config.run_folder} is the folder that this command runs in, or one above it.",
-            "Choose a folder of its own for the run, such as outputs/my_run.",
-        )
+    """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
+    run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
+    for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
+        if run_folder in (place, *place.parents):
+            raise ConfigError(
+                f"training.output_dir={config.run_folder} is {words}, or one above it.",
+                "Choose a folder of its own for the run, such as outputs/my_run.",
+            )
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
