@@ -17,7 +17,7 @@ from typing import Any
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.paths import PATH_KEYS, named_paths
-from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.errors import ConfigError, EnvironmentProblem
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import beside_manifest
 
@@ -84,6 +84,23 @@ def foreign(folder: Path) -> list[str]:
         elif _CHECKPOINT.fullmatch(path.name) and path.is_dir():
             found += [f"{path.name}/{more.name}" for more in beside_manifest(path) if more.name not in _JUNK]
     return sorted(found)
+
+
+def refuse_surroundings(config: RunConfig) -> None:
+    """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
+    run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
+    for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
+        if run_folder in (place, *place.parents):
+            raise ConfigError(
+                f"training.output_dir={config.run_folder} is {words}, or one above it.",
+                "Choose a folder of its own for the run, such as outputs/my_run.",
+            )
+
+
+def refuse_moving(config: RunConfig, *, going_on: Path | None, keep: Iterable[Path]) -> None:
+    """Both of these refusals for the run that a configuration asks for; arguments and errors as there."""
+    refuse_surroundings(config)
+    refuse_foreign(Path(config.run_folder), going_on=going_on, keep=keep)
 
 
 def refuse_foreign(folder: Path, *, going_on: Path | None, keep: Iterable[Path] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from sophia_galore.plan.planner import Outlook, Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
+from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     """
     check(config)
     config = settled(config)
-    _refuse_surroundings(config)
+    refuse_surroundings(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
     facts = Facts(config, device=ask_device(device), missing_trackers=ask_trackers(config.training.report_to))
@@ -146,17 +146,6 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         planner,
         outlook,
     )
-
-
-def _refuse_surroundings(config: RunConfig) -> None:
-    """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
-    run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
-    for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
-        if run_folder in (place, *place.parents):
-            raise ConfigError(
-                f"training.output_dir={config.run_folder} is {words}, or one above it.",
-                "Choose a folder of its own for the run, such as outputs/my_run.",
-            )
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:

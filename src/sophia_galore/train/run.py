@@ -23,7 +23,7 @@ from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
 from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
-from sophia_galore.train.aside import must_stay, open_run_folder, refuse_foreign
+from sophia_galore.train.aside import must_stay, open_run_folder, refuse_moving
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
@@ -78,7 +78,7 @@ def train(
     going_on = checkpoint.folder.parent if checkpoint else None
     keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
     # Before anything is downloaded or read; and once more, right before it is moved.
-    refuse_foreign(folder, going_on=going_on, keep=keep)
+    refuse_moving(config, going_on=going_on, keep=keep)
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)

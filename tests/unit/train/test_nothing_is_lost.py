@@ -135,7 +135,7 @@ def test_what_must_stay_is_not_moved(tmp_path: Path) -> None:
     run = earlier_run(tmp_path / "run")
     link(tmp_path / "link", run)
     for kept in (run / names.CONFIG, tmp_path / "link" / "config.json", run, run / "checkpoint-2"):
-        with pytest.raises(EnvironmentProblem, match="moved aside, and .* with it"):
+        with pytest.raises(EnvironmentProblem, match=r"moved aside, and .* with it"):
             refuse_foreign(run, going_on=None, keep=[tmp_path / "absent", kept])
     refuse_foreign(run, going_on=None, keep=[tmp_path, tmp_path / "run-2", tmp_path / "absent"])
 
@@ -160,7 +160,7 @@ def test_behind_a_link_the_folder_is_moved_and_the_link_stays(tmp_path: Path) ->
 @pytest.mark.parametrize("above", [False, True])
 def test_a_link_that_leads_nowhere_is_refused(above: bool, tmp_path: Path) -> None:
     link(tmp_path / "link", tmp_path / "not mounted" / "big")
-    with pytest.raises(EnvironmentProblem, match="is a link to .*not mounted.*, which is not there"):
+    with pytest.raises(EnvironmentProblem, match=r"is a link to .*not mounted.*, which is not there"):
         open_run_folder(tmp_path / "link" / "run" if above else tmp_path / "link", going_on=None)
     assert not (tmp_path / "not mounted").exists()
 
