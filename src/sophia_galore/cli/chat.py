@@ -25,6 +25,7 @@ from sophia_galore.cli.answering import (
     weights_of,
 )
 from sophia_galore.cli.chat_session import ChatSession
+from sophia_galore.cli.display import need_reader
 from sophia_galore.engine.dialogue import Dialogue
 from sophia_galore.engine.generate import Settings
 
@@ -43,6 +44,7 @@ def chat(
     compare_base: CompareOption = False,
 ) -> None:
     """Talk with a model, turn by turn; /help shows the commands, Ctrl-D ends."""
+    need_reader()
     place = device_of(device)
     with ExitStack() as stack:
         found = weights_of(model, compare_base=compare_base)
@@ -88,11 +90,14 @@ def _lines() -> Iterator[str]:
 
 def _read(prompt: str, *, is_terminal: bool) -> str:
     """A line without its end; the prompt is shown to who types, and is no answer."""
-    if is_terminal and sys.stdout.isatty():
-        return input(prompt)
-    if is_terminal:
-        print(prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        if is_terminal and sys.stdout.isatty():
+            return input(prompt)
+        if is_terminal:
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+    except OSError as error:  # the terminal is gone
+        raise EOFError from error
     if not line:
         raise EOFError
     return line.removesuffix("\n").removesuffix("\r")

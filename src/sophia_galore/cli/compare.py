@@ -58,7 +58,7 @@ def compare(
         if reason:
             failures[trial.label] = reason
             console.print(f"{trial.label} failed: {reason}", style="bold red", markup=False)
-            console.print(f"What it printed: {trial.folder.with_suffix('.log')}", markup=False)
+            console.print(f"What it printed: {trial.log}", markup=False)
         # After each run, so that what is there can be read while the others are under way.
         _report(trials[:number], failures, command, output)
     files = _report(trials, failures, command, output, console)

@@ -24,6 +24,7 @@ from sophia_galore.cli.answering import (
     show_text,
     weights_of,
 )
+from sophia_galore.cli.display import need_reader
 from sophia_galore.cli.side_by_side import SideBySide
 from sophia_galore.engine.dialogue import Dialogue
 from sophia_galore.engine.generate import Answer, Settings, Stream
@@ -44,6 +45,7 @@ def generate(
     compare_base: CompareOption = False,
 ) -> None:
     """Answer a question with a model, token by token; only the answer goes to standard output."""
+    need_reader()
     question = _read_question(prompt)
     place = device_of(device)
     weights = weights_of(model, compare_base=compare_base)

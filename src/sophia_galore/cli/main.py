@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from sophia_galore import __version__
 from sophia_galore.cli.chat import chat
 from sophia_galore.cli.check import check
 from sophia_galore.cli.compare import compare
+from sophia_galore.cli.display import ReaderGone, displays, open_standard_streams
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
@@ -72,11 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with displays() as out:
+        code = _carry_out(arguments)
+        if isinstance(out.failure, OSError):
+            _complain(f"The output could not be written: {out.failure.strerror}.", "Free some space.")
+            # Of a run, what it printed is the least part.
+            code = code or (0 if arguments[:1] in (["train"], ["compare"]) else 2)
+    return code
+
+
+def _carry_out(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = _resume_as_value([word for word in arguments if word != "--debug"])
     try:
         returned = typer.main.get_command(app).main(arguments, prog_name="sophia-galore", standalone_mode=False)
         code = returned if isinstance(returned, int) else 0
+    except ReaderGone:
+        return 0  # who closes a pipe has read enough
     except Exception as error:
         if debug and not isinstance(error, typer.TyperException):
             raise
@@ -88,10 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The installed command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A terminal that can't show a character shows "?", instead of ending the run.
-            stream.reconfigure(errors="replace")
+    open_standard_streams()
     sys.exit(main())
 
 

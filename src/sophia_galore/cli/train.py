@@ -14,6 +14,7 @@ from rich.text import Text
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
+from sophia_galore.config.placeholders import has_date
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
@@ -44,13 +45,15 @@ def train(
             resume=resume is not None,
             resume_from=None if resume in (None, "latest") else Path(resume),
             command=shlex.join(["sophia-galore", *words]),
+            config_file=config,
         )
     finally:
         terminal.close()
     if not result.finished:
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
         # After going back to an older checkpoint, the newest one is not the one that was just made.
-        is_newest = checkpoints(result.folder)[-1:] == [result.saved]
+        # Nor is a folder with a date in its name the newest one, if another run was begun meanwhile.
+        is_newest = checkpoints(result.folder)[-1:] == [result.saved] and not has_date(asked.training.output_dir)
         words.insert(3, "--resume" if is_newest else f"--resume={result.saved}")
         terminal.say(f"Go on with: sophia-galore {shlex.join(words)}")
         return

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from sophia_galore.config.placeholders import PLACEHOLDERS, unknown_placeholders
 from sophia_galore.config.problems import Problem, raise_problems
-from sophia_galore.config.schema import QuantizationConfig, RunConfig
+from sophia_galore.config.quantization import QuantizationConfig
+from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.size import bytes_in_words
 
 
@@ -32,6 +34,7 @@ class Rule:
     remedy: str
 
 
+_KNOWN_PLACEHOLDERS = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
 # Options of native eight-bit weights alone.
 _NATIVE_KEYS = ("block_size", "skip", "rounding", "fold")
 
@@ -78,6 +81,12 @@ def keeps_projected_gradients(config: RunConfig) -> bool:
 
 
 RULES: dict[str, Rule] = {
+    "unknown_placeholder": Rule(
+        lambda c: bool(unknown_placeholders(c.training.output_dir)),
+        ("training.output_dir",),
+        "training.output_dir: nothing is known to stand for {placeholders}",
+        f"Known are {_KNOWN_PLACEHOLDERS}; a brace itself is written twice.",
+    ),
     "all_layers_or_some": Rule(
         # The default is no wish of the user's: only what was written down contradicts.
         lambda c: not c.training.gradient_checkpointing and "keep_layers" in c.engine.model_fields_set,
@@ -87,11 +96,12 @@ RULES: dict[str, Rule] = {
         "Leave out training.gradient_checkpointing and let engine.keep_layers say it, or the other way round.",
     ),
     "int8_on_and_off": Rule(
-        lambda c: c.quantization.int8 and False in (c.quantization.enabled, c.quantization.load_in_8bit),
+        # The other way round there is no contradiction: `enabled: false` is the switch, turned off.
+        lambda c: c.quantization.int8 and c.quantization.load_in_8bit is False,
         ("quantization.enabled", "quantization.load_in_8bit"),
-        "quantization.enabled: {c.quantization.enabled} and quantization.load_in_8bit: {c.quantization.load_in_8bit} "
-        "mean the same, eight-bit weights, and contradict each other",
-        "Set both to true or both to false, or leave one of them out.",
+        "quantization.enabled: true asks for eight-bit weights, but quantization.load_in_8bit: false rules out the "
+        "only kind there is",
+        "For weights in eight bits leave out load_in_8bit; for none set enabled to false.",
     ),
     "fold_refresh": Rule(
         lambda c: _folds_late(c) and not _stays_in_subspace(c),
@@ -236,6 +246,7 @@ def check(config: RunConfig) -> None:
 def _filled(text: str, config: RunConfig) -> str:
     filled = text.format(
         c=config,
+        placeholders=", ".join(f"{{{word}}}" for word in unknown_placeholders(config.training.output_dir)),
         native_options=_native_options(config),
         limit=bytes_in_words(config.memory.limit or 0),
         reserve=bytes_in_words(config.memory.reserve or 0),

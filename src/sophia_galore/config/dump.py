@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from sophia_galore.config.keys import keys
+from sophia_galore.config.paths import PATH_KEYS, expand_all, written
 from sophia_galore.config.problems import show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.yaml_core import CoreDumper
@@ -16,6 +17,9 @@ from sophia_galore.config.yaml_core import CoreDumper
 def dump_config(config: RunConfig) -> str:
     """The complete configuration as YAML, which `load_config` reads back to an equal one."""
     values = config.model_dump(mode="json")
+    for key in PATH_KEYS:
+        section, name = key.split(".")
+        values[section][name] = expand_all(values[section][name], written)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         # Only the untouched default can be here; written down it would ask for two evaluation sets.
         del values["data"]["eval_fraction"]

@@ -18,6 +18,7 @@ from sophia_galore.config.given import Given
 from sophia_galore.config.keys import Key, keys
 from sophia_galore.config.nearest import nearest
 from sophia_galore.config.overrides import read_overrides
+from sophia_galore.config.paths import PATH_KEYS, expand_all
 from sophia_galore.config.problems import Problem, raise_problems, show
 from sophia_galore.config.read_file import read_file
 from sophia_galore.config.schema import RunConfig
@@ -57,15 +58,22 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def _build(given: dict[str, Given]) -> tuple[RunConfig | None, list[Problem]]:
     nested: dict[str, Any] = {}
+    unknown: list[Problem] = []
     for name, entry in given.items():
+        value = _natural(keys()[name], entry.value)
+        if name in PATH_KEYS:
+            try:
+                value = expand_all(value)
+            except ArgumentError as error:
+                unknown.append(Problem(entry.where, f"{entry.name()}: {error.cause}", error.remedy))
         *path, last = name.split(".")
         section = nested
         for word in path:
             section = section.setdefault(word, {})
-        section[last] = _natural(keys()[name], entry.value)
+        section[last] = value
     try:
         # Strict: otherwise true passes as 1, "3" as 3 and 1 as true.
-        return RunConfig.model_validate(nested, strict=True), []
+        return RunConfig.model_validate(nested, strict=True), unknown
     except ValidationError as error:
         problems: dict[str, Problem] = {}
         for detail in error.errors(include_url=False):
@@ -75,7 +83,7 @@ def _build(given: dict[str, Given]) -> tuple[RunConfig | None, list[Problem]]:
             else:
                 text = detail["msg"].removeprefix("Value error, ")
                 problems.setdefault(text, Problem("", f"{name}: {text}" if name else text, ""))
-        return None, list(problems.values())
+        return None, [*unknown, *problems.values()]
 
 
 def _natural(key: Key, value: object) -> object:
@@ -111,6 +119,10 @@ def _wrong_value(key: Key, given: Given) -> Problem:
 
 def _hint(key: Key, value: object) -> str:
     """What was probably meant, if that can be told."""
+    if isinstance(value, dict) and key.name in PATH_KEYS:
+        return "Text that begins with { needs quotes. "
+    if value is None and key.name in PATH_KEYS:
+        return "A ~ alone is YAML's null; your home folder is ~/. "
     if isinstance(value, str):
         if key.takes(bool) and value.lower() in ("yes", "no", "on", "off"):
             return "Write true or false. "

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sophia_galore.config.placeholders import filled
+from sophia_galore.config.quantization import QuantizationConfig
 from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.section import Section
 from sophia_galore.config.size import Size, SizeOrZero
@@ -26,9 +28,6 @@ SchedulerName = Literal[
     "polynomial",
     "inverse_sqrt",
 ]
-
-LARGEST_BLOCK = 2**20
-"""More weights than any row has."""
 
 
 class ModelConfig(Section):
@@ -87,7 +86,8 @@ class TrainingConfig(Section):
     output_dir: str = Field(
         "outputs/run",
         min_length=1,
-        description="Folder of the run: records, checkpoints, model. {optimizer} stands for optimizer.type.",
+        description="Folder of the run: records, checkpoints, model. {optimizer} stands for optimizer.type, {model} "
+        "for the last part of model.name, {date} for when the run was begun; --resume takes the newest that fits.",
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Everything random is a function of this number.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data; fractions are allowed.")
@@ -167,42 +167,6 @@ class TrainingConfig(Section):
         (), description="Questions that the model answers before and after training, for you to compare."
     )
     sample_max_new_tokens: int = Field(64, ge=1, description="Longest such answer in tokens.")
-
-
-class QuantizationConfig(Section):
-    """Eight-bit weights: native ones, which train, or those of bitsandbytes, which are frozen."""
-
-    enabled: bool | None = Field(
-        None, description="Eight-bit weights. It and load_in_8bit mean the same; null: as the other one."
-    )
-    load_in_8bit: bool | None = Field(None, description="As `enabled`; null: as that.")
-    backend: Literal["native", "bitsandbytes"] = Field(
-        "native",
-        description="native: all weight matrices in int8, all trained. bitsandbytes: the layers' matrices in "
-        "Linear8bitLt, frozen; the rest is trained by AdamW.",
-    )
-    block_size: int = Field(
-        128, ge=0, le=LARGEST_BLOCK, description="Neighbouring weights of a row that share a scale; 0: the whole row."
-    )
-    skip: tuple[str, ...] = Field(
-        (),
-        description="Names of weights that stay in model.store; * stands for anything. A pattern must match a weight.",
-    )
-    rounding: Literal["stochastic", "nearest"] = Field(
-        "stochastic",
-        description="How a step is rounded to int8: at random with the right mean, or to nearest, which loses small "
-        "steps (to see how much).",
-    )
-    fold: Literal["step", "refresh"] = Field(
-        "step",
-        description="When updates go into int8: at every step, or when the basis is refreshed, with the sum of the "
-        "updates kept in the subspace in bf16 until then.",
-    )
-
-    @property
-    def int8(self) -> bool:
-        """Whether weights are held in eight bits."""
-        return bool(self.enabled or self.load_in_8bit)
 
 
 class CheckpointConfig(Section):
@@ -286,5 +250,5 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> str:
-        """`training.output_dir` with its placeholder filled in."""
-        return self.training.output_dir.replace("{optimizer}", self.optimizer.type)
+        """`training.output_dir` with its placeholders filled in, but for the date, which `settled` puts in."""
+        return filled(self.training.output_dir, optimizer=self.optimizer.type, model=self.model.name)

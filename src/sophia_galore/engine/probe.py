@@ -28,7 +28,7 @@ from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.optimizer import ParamOptimizer
 
 WHAT_HELPS = (
-    "Lower training.max_length or training.batch_size, or use quantization.load_in_8bit=true or "
+    "Lower training.max_length or training.batch_size, or use quantization.enabled=true or "
     "optimizer.state_bits=8; where graphs are kept, keep fewer of them (engine.keep_layers)."
 )
 """Against too little memory."""

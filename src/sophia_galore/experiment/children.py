@@ -18,6 +18,7 @@ from sophia_galore.experiment.design import Trial
 from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.folder import locked
 from sophia_galore.train.result import asked_of, finished_result
+from sophia_galore.train.signals import hangup_signals
 
 _LOOK_EVERY_S = 0.1
 _WAIT_S = 120.0
@@ -52,7 +53,7 @@ def carry_out(trial: Trial, say: Callable[[str], None]) -> str:
         )
     _wait_for_others(trial.folder, say)
     resume = ["--resume"] if checkpoints(trial.folder) else []
-    log = trial.folder.with_suffix(".log")
+    log = trial.log
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as written, log.open(encoding="utf-8", errors="replace") as lines:
         lines.seek(0, os.SEEK_END)
@@ -118,7 +119,7 @@ def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, *hangup_signals())}
     try:
         yield came
     finally:

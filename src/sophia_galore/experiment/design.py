@@ -52,6 +52,11 @@ class Trial:
         """`galore, seed 42`."""
         return f"{self.name}, seed {self.seed}"
 
+    @property
+    def log(self) -> Path:
+        """The file for what it prints, beside its folder. Names of configurations may have dots."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
 
 def design(paths: Sequence[Path], *, num_seeds: int, output: Path, overrides: Sequence[str]) -> list[Trial]:
     """Make the runs of a comparison out of configurations.

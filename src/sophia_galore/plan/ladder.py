@@ -68,7 +68,7 @@ def _smaller_format(config: RunConfig) -> Changes | None:
         return None
     if config.model.store == "fp32":
         return {"model.store": "bf16"}
-    # Two names of one thing: where both were given, both have to say it.
+    # Where the kind was ruled out, that has to change too.
     both = {} if config.quantization.load_in_8bit is None else {"quantization.load_in_8bit": True}
     return {"quantization.enabled": True, **both}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.schema import QuantizationConfig
+from sophia_galore.config.quantization import QuantizationConfig
 from sophia_galore.model.store import DTYPES
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper

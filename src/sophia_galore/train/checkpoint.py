@@ -108,20 +108,19 @@ def save_checkpoint(
         manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
         _flush_folder(beside)
-        if final.exists():
-            os.replace(final, run_folder / f".checkpoint-{step}.replaced.tmp")
+        replaced = _out_of_the_way(final)
         os.replace(beside, final)
         _flush_folder(run_folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise _disk_problem(error, final) from error
+    if replaced is not None:
+        _keep_others_files(replaced, final)
     others = [path for path in checkpoints(run_folder) if path != final]
     stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
     for old in others[: max(0, len(others) + 1 - keep_last)]:
         if old not in stay:
-            # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
-            with contextlib.suppress(OSError):
-                old.rename(run_folder / f".{old.name}.old.tmp")
+            _delete(old)
     for left in run_folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(left, ignore_errors=True)  # what can't be deleted costs space, not the run
     return final
@@ -141,6 +140,19 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a complete checkpoint."""
     return (folder / _MANIFEST).is_file()
+
+
+def beside_manifest(folder: Path) -> list[Path]:
+    """What lies in a checkpoint's folder and was not saved with it: somebody put it there. Sorted.
+
+    Args:
+        folder: A checkpoint; one without a manifest was not written by a run, so all of it is somebody's.
+    """
+    try:
+        saved = {*json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"], _MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        saved = set()
+    return sorted(path for path in folder.iterdir() if path.name not in saved)
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
@@ -172,6 +184,47 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
             "Start without --resume; to get checkpoints, set checkpoint.save_every_steps.",
         )
     return _verify(found[-1], found[:-1])
+
+
+def _out_of_the_way(final: Path) -> Path | None:
+    """Make room for a checkpoint; returns where the one of the same step is now, which is to be deleted."""
+    if not os.path.lexists(final):
+        return None
+    if is_checkpoint(final) and not final.is_symlink():
+        replaced = final.with_name(f".{final.name}.replaced.tmp")
+        os.replace(final, replaced)
+        return replaced
+    # Not ours, whatever it is called.
+    number = 1
+    while os.path.lexists(aside := final.with_name(f"{final.name}.previous-{number}")):
+        number += 1
+    os.replace(final, aside)
+    return None
+
+
+def _keep_others_files(replaced: Path, final: Path) -> None:
+    """What somebody put into a checkpoint that was written anew stays in it."""
+    with contextlib.suppress(OSError):
+        for path in beside_manifest(replaced):
+            if not os.path.lexists(final / path.name):
+                os.replace(path, final / path.name)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, but nothing that was not saved with it. What can't be deleted costs space, not the run."""
+    if checkpoint.is_symlink():
+        return  # somebody moved it elsewhere, to keep it
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if not beside_manifest(checkpoint):
+            # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
+            renamed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+            checkpoint.rename(renamed)
+            shutil.rmtree(renamed, ignore_errors=True)
+            return
+        files = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        # The manifest first: without it, this is no checkpoint any more.
+        for name in (_MANIFEST, *files):
+            (checkpoint / name).unlink()
 
 
 def _verify(folder: Path, others: list[Path]) -> Checkpoint:

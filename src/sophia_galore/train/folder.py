@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ ENVIRONMENT = "environment.json"
 TRAINER_STATE = "trainer_state.json"
 TRACKERS = "trackers.json"
 MODEL = "model.safetensors"
+WRITTEN = "written.json"
+"""Names of the files of the final model, for those who ask what a run wrote."""
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -50,7 +52,7 @@ def refuse_unwritable(folder: Path) -> None:
                 file.write(b"?")
                 file.flush()
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
 
 
 @contextmanager
@@ -66,8 +68,10 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
+        # By two names, a link and its target, it is one folder.
+        place = folder.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
         lock.acquire()
     except Timeout as error:
         raise EnvironmentProblem(
@@ -75,48 +79,27 @@ def locked(folder: Path) -> Iterator[None]:
             "Wait for it, stop it, or choose another training.output_dir.",
         ) from error
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def open_run_folder(folder: Path, *, going_on: Path | None) -> Path | None:
-    """Make the run's folder; another run in it is moved aside, never written over.
-
-    Args:
-        folder: The run's folder.
-        going_on: Folder of the run that goes on here; None: a new run.
-
-    Returns:
-        Where the earlier run was moved to, or None.
-
-    Raises:
-        EnvironmentProblem: The folder can't be made or written to.
-    """
-    try:
-        moved = None
-        elsewhere = going_on is not None and going_on.resolve() != folder.resolve()
-        if (going_on is None or elsewhere) and (folder / METRICS).exists():
-            moved = _free_name(folder)
-            folder.rename(moved)
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-        if going_on is not None and elsewhere:
-            for name in (METRICS, ANSWERS):
-                if (going_on / name).exists():
-                    shutil.copyfile(going_on / name, folder / name)
-        return moved
-    except OSError as error:
-        raise _not_writable(folder, error) from error
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any] | Sequence[str]) -> None:
     """Write a JSON document as people can read it."""
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file; on a full disk the old one stays."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:
@@ -132,21 +115,17 @@ def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> 
     beside.mkdir()
     try:
         write(beside)
+        # First of all, so that what comes now is known as the run's.
+        write_json(folder / WRITTEN, sorted(path.name for path in beside.iterdir()))
         for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _not_writable(folder: Path, error: OSError) -> EnvironmentProblem:
+def not_writable(folder: Path, error: OSError) -> EnvironmentProblem:
+    """The error for a run's folder that can't be made or written to."""
     return EnvironmentProblem(
         f"The output folder {folder} can't be written to: {error.strerror or error}.",
         "Choose another training.output_dir.",
     )
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-        number += 1
-    return aside

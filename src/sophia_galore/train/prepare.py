@@ -26,7 +26,9 @@ from sophia_galore.plan.planner import Outlook, Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
+from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.preflight import Planned, before_loading
@@ -83,7 +85,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         UserError: Something in what the user gave does not fit.
     """
     check(config)
-    _refuse_surroundings(config)
+    config = settled(config)
+    refuse_surroundings(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
     facts = Facts(config, device=ask_device(device), missing_trackers=ask_trackers(config.training.report_to))
@@ -143,16 +146,6 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         planner,
         outlook,
     )
-
-
-def _refuse_surroundings(config: RunConfig) -> None:
-    """Refuse to train where moving an earlier run aside would move the folder that we work in away."""
-    run_folder, here = Path(config.run_folder).resolve(), Path.cwd()
-    if run_folder in (here, *here.parents):
-        raise ConfigError(
-            f"training.output_dir={config.run_folder} is the folder that this command runs in, or one above it.",
-            "Choose a folder of its own for the run, such as outputs/my_run.",
-        )
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:

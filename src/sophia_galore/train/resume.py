@@ -8,6 +8,7 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
+from sophia_galore.config.quantization import holds_int8
 from sophia_galore.errors import CheckpointError
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.checkpoint import Checkpoint
@@ -82,9 +83,9 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
-    # Two names of one thing.
+    # Two keys that say one thing together.
     now["quantization.int8"] = config.quantization.int8
-    saved["quantization.int8"] = any(checkpoint.config.get(key) for key in _INT8_KEYS)
+    saved["quantization.int8"] = holds_int8(*(checkpoint.config.get(key) for key in _INT8_KEYS))
     for key in _INT8_KEYS:
         now.pop(key, None)
         saved.pop(key, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
+from sophia_galore.train.aside import must_stay, open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
+from sophia_galore.train.folder import locked, replace_files, write_json, write_whole
 from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
@@ -47,6 +50,7 @@ def train(
     resume: bool = False,
     resume_from: Path | None = None,
     command: str = "",
+    config_file: Path | None = None,
 ) -> RunResult:
     """Carry out a run.
 
@@ -56,6 +60,7 @@ def train(
         resume: Go on from a checkpoint of the run's folder.
         resume_from: That checkpoint; None: the newest complete one.
         command: What was typed to start the run, for its records.
+        config_file: Where the configuration was read from; that file is not moved either.
 
     Returns:
         How it ended.
@@ -64,6 +69,7 @@ def train(
         UserError: Something in what the user gave does not fit.
         RunError: The run failed.
     """
+    config = settled(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
         listener.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
@@ -71,6 +77,10 @@ def train(
     if config.training.report_to:
         listener = Listeners(listener, Trackers(config, listener.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
+    going_on = checkpoint.folder.parent if checkpoint else None
+    keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
+    # Before anything is downloaded or read; and once more, right before it is moved.
+    refuse_moving(config, going_on=going_on, keep=keep)
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
@@ -87,7 +97,7 @@ def train(
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop)
+            run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop, keep=keep)
             write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
@@ -110,6 +120,7 @@ class _Run:
         monitor: MemoryMonitor,
         checkpoint: Checkpoint | None,
         stop: StopRequest,
+        keep: Sequence[Path],
     ) -> None:
         config, plan = prepared.config, prepared.plan
         self._prepared, self._folder, self._listener = prepared, folder, listener
@@ -132,7 +143,8 @@ class _Run:
         for said in after_loading(self._loaded(checkpoint)):
             listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
-        moved = open_run_folder(folder, going_on=checkpoint.folder.parent if checkpoint else None)
+        going_on = checkpoint.folder.parent if checkpoint else None
+        moved = open_run_folder(folder, going_on=going_on, keep=[*keep, prepared.folder])
         if moved:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
@@ -281,7 +293,7 @@ class _Run:
 
     def _write_documents(self) -> None:
         write_json(self._folder / names.PLAN, self._plan.to_json())
-        (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
+        write_whole(self._folder / names.CONFIG, dump_config(self._config))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():

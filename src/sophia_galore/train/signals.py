@@ -1,13 +1,21 @@
-"""SIGINT and SIGTERM: the first asks the run to stop after this step, the second stops it at once."""
+"""Signals to stop: the first asks the run to stop after this step, the second stops it at once.
+
+SIGINT and SIGTERM come from somebody who wants that. SIGHUP says that the terminal is gone: it asks like the first of
+them, but never stops at once, since a terminal that closes may send several, and a system that ends a session sends
+one right after its SIGTERM. Under `nohup`, SIGHUP is ignored from the beginning, and stays so.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_STOPPING = b"\nStopping: the step is finished and saved first. Once more stops at once, without saving.\n"
 
 
 class StopRequest:
@@ -17,9 +25,16 @@ class StopRequest:
         self.requested = False
 
 
+def hangup_signals() -> tuple[signal.Signals, ...]:
+    """SIGHUP where there is one and it is not ignored."""
+    # Windows has none; None as a handler was set by code that is not Python's.
+    number = getattr(signal, "SIGHUP", None)
+    return (number,) if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None) else ()
+
+
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Inside the context the first SIGINT or SIGTERM sets the request, and the second acts as usual.
+    """Inside the context the first SIGINT, SIGTERM or SIGHUP sets the request; a second one but SIGHUP acts as usual.
 
     Yields:
         The request; outside the main thread, where Python allows no handlers, nobody will set it.
@@ -28,17 +43,22 @@ def stop_on_signal() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in handled}
+    asking, hangups = (signal.SIGINT, signal.SIGTERM), hangup_signals()
+    before = {number: signal.getsignal(number) for number in (*asking, *hangups)}
 
     def handle(number: int, _frame: FrameType | None) -> None:
         request.requested = True
-        for each in handled:
+        for each in hangups:
+            signal.signal(each, signal.SIG_IGN)
+        if number in hangups:
+            return
+        for each in asking:
             signal.signal(each, signal.SIG_DFL)
-        # Not by print: a handler may run in the middle of one, which can't be entered twice.
-        os.write(2, b"\nStopping: the step is finished and saved first. Once more stops at once, without saving.\n")
+        # Not by print: a handler may run in the middle of one, which can't be entered twice. The terminal may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, _STOPPING)
 
-    for number in handled:
+    for number in before:
         signal.signal(number, handle)
     try:
         yield request

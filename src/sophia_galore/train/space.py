@@ -95,5 +95,5 @@ def refuse_full_disk(folder: Path, space: Space) -> None:
         f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, and the final model of "
         f"{bytes_in_words(space.model_bytes)}.",
         "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
-        "model.store=bf16, quantization.load_in_8bit=true, optimizer.state_bits=8.",
+        "model.store=bf16, quantization.enabled=true, optimizer.state_bits=8.",
     )

@@ -69,7 +69,7 @@ OVERRIDES: dict[str, tuple[list[str], list[str]]] = {
     "false checkpointing": (["training.gradient_checkpointing=false", "engine.keep_layers=2"], ["keep_layers"]),
     "int8 on and off": (
         ["quantization.enabled=true", "quantization.load_in_8bit=false"],
-        ["quantization.load_in_8bit", "contradict"],
+        ["quantization.load_in_8bit", "the only kind"],
     ),
     "a pattern that matches nothing": (
         ["quantization.enabled=true", "quantization.skip=[lm_haed*]"],

@@ -33,10 +33,9 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
     "int8_on_and_off": [
         (
             ["quantization.enabled=true", "load_in_8bit=false"],
-            ["enabled: true", "load_in_8bit: false", "contradict"],
-            ["quantization.enabled=true", "load_in_8bit=true"],
+            ["enabled: true", "load_in_8bit: false", "only kind"],
+            ["quantization.enabled=false", "load_in_8bit=true"],
         ),
-        (["quantization.enabled=false", "load_in_8bit=true"], ["enabled: false"], ["load_in_8bit=true"]),
     ],
     "fold_refresh": [
         (

@@ -12,7 +12,8 @@ import pytest
 
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.train import folder as names
-from sophia_galore.train.folder import locked, open_run_folder
+from sophia_galore.train.aside import open_run_folder
+from sophia_galore.train.folder import locked
 
 
 def earlier_run(folder: Path, text: str) -> None:

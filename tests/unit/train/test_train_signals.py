@@ -64,3 +64,47 @@ def test_outside_the_main_thread_a_run_goes_on_without_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is none on Windows")
+@pytest.mark.parametrize(
+    ("sent", "left"),
+    [
+        # SIGHUP asks, and never stops at once; what stops at once stays possible.
+        ([signal.SIGHUP], None),
+        ([signal.SIGHUP, signal.SIGHUP], None),
+        ([signal.SIGTERM, signal.SIGHUP], signal.SIG_DFL),  # as a system ends a session
+        ([signal.SIGHUP, signal.SIGTERM], signal.SIG_DFL),
+    ],
+)
+def test_a_hangup_asks_and_never_stops_at_once(sent: list[signal.Signals], left: object) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with stop_on_signal() as stop:
+            ours = signal.getsignal(signal.SIGTERM)
+            for number in sent:
+                os.kill(os.getpid(), number)
+            assert stop.requested
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == (ours if left is None else left)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_system_without_hangups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has neither SIGHUP nor SIGPIPE."""
+    monkeypatch.delattr(signal, "SIGHUP", raising=False)
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
+def test_a_terminal_that_is_gone_does_not_break_the_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*given: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with stop_on_signal() as stop, monkeypatch.context() as patch:
+        patch.setattr(os, "write", gone)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested

@@ -1,0 +1,236 @@
+"""What of a folder may be moved aside: a run, and nothing that a run did not write.
+
+A new run moves the run that lies in its folder out of the way, the whole folder at once. So everything in it has to
+be a run's: what else lies there is somebody's, and nobody asked to have it moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.dump import flatten
+from sophia_galore.config.paths import PATH_KEYS, named_paths
+from sophia_galore.errors import ConfigError, EnvironmentProblem
+from sophia_galore.train import folder as names
+from sophia_galore.train.checkpoint import beside_manifest
+
+_NUM_SHOWN = 3
+
+# What a run writes beside its model. `written.json` names the model's own files, which every tokenizer calls otherwise.
+_RECORDS = {
+    names.METRICS,
+    "metrics.tmp",
+    names.PLAN,
+    names.CONFIG,
+    names.ANSWERS,
+    names.MEMORY_REPORT,
+    names.ENVIRONMENT,
+    names.TRAINER_STATE,
+    names.TRACKERS,
+    names.WRITTEN,
+    "bad_records.jsonl",
+    "loss.png",
+    "memory.png",
+    # A report of this run alone lies in its folder.
+    "report.html",
+    "report.md",
+    "report.json",
+    "losses.png",
+    "memory-by-category.png",
+    # What trackers keep on this machine.
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "trackio",
+}
+# Files of models as transformers names them: for runs of versions that kept no list of their own.
+_MODEL = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md"
+    r"|tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.(jinja|json)|additional_chat_templates|vocab\.(json|txt)|merges\.txt|spiece\.model"
+    r"|sentencepiece\.bpe\.model|spm\.model|(pre)?processor_config\.json"
+)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_WORK = re.compile(r"checkpoint-\d+|\.checkpoint-\d+(\.replaced)?\.tmp|\.files\.tmp|\..+\.tmp|\.writable")
+# What systems leave everywhere, and nobody misses.
+_JUNK = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep"}
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    if (folder / names.METRICS).is_file():
+        return True
+    # Killed between its first two files; but others call their files plan.json too.
+    plan = _read(folder / names.PLAN)
+    return isinstance(plan, dict) and "routes" in plan
+
+
+def foreign(folder: Path) -> list[str]:
+    """What lies in a folder, or in a checkpoint in it, and was not written by a run: names, sorted."""
+    listed = _listed(folder)
+    found = []
+    for path in folder.iterdir():
+        if path.name in _JUNK:
+            continue
+        if not _is_runs(path, listed):
+            found.append(path.name)
+        elif _CHECKPOINT.fullmatch(path.name) and path.is_dir():
+            found += [f"{path.name}/{more.name}" for more in beside_manifest(path) if more.name not in _JUNK]
+    return sorted(found)
+
+
+def refuse_surroundings(config: RunConfig) -> None:
+    """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
+    run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
+    for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
+        if run_folder in (place, *place.parents):
+            raise ConfigError(
+                f"training.output_dir={config.run_folder} is {words}, or one above it.",
+                "Choose a folder of its own for the run, such as outputs/my_run.",
+            )
+
+
+def refuse_moving(config: RunConfig, *, going_on: Path | None, keep: Iterable[Path]) -> None:
+    """Both of these refusals for the run that a configuration asks for; arguments and errors as there."""
+    refuse_surroundings(config)
+    refuse_foreign(Path(config.run_folder), going_on=going_on, keep=keep)
+
+
+def refuse_foreign(folder: Path, *, going_on: Path | None, keep: Iterable[Path] = ()) -> None:
+    """Refuse a folder in which a run would move or replace what no run wrote.
+
+    Args:
+        folder: The run's folder; it need not exist.
+        going_on: Folder of the run that goes on; None: a new run.
+        keep: What must stay where it is: data, model, configuration.
+
+    Raises:
+        EnvironmentProblem: It would; nothing was changed.
+    """
+    _refuse_loose_link(folder)
+    here = folder.resolve()
+    if not here.is_dir() or (going_on is not None and going_on.resolve() == here):
+        return
+    if not holds_run(here):
+        _refuse_replacing(folder, here)
+        return
+    for path in keep:
+        if path.exists() and here in (path.resolve(), *path.resolve().parents):
+            raise EnvironmentProblem(
+                f"{folder} holds an earlier run, which would be moved aside, and {path} with it.",
+                "Choose another training.output_dir, or go on with that run: --resume.",
+            )
+    if found := foreign(here):
+        raise EnvironmentProblem(
+            f"{folder} holds an earlier run, which would be moved aside, and with it what no run wrote: {_few(found)}.",
+            "Choose another training.output_dir, or move these files elsewhere.",
+        )
+
+
+def open_run_folder(folder: Path, *, going_on: Path | None, keep: Iterable[Path] = ()) -> Path | None:
+    """Make the run's folder; another run in it is moved aside, never written over.
+
+    Args:
+        folder: The run's folder.
+        going_on: Folder of the run that goes on here; None: a new run.
+        keep: What must stay where it is: data, model, configuration.
+
+    Returns:
+        Where the earlier run was moved to, or None.
+
+    Raises:
+        EnvironmentProblem: The folder can't be made or written to, or holds what is not a run's.
+    """
+    try:
+        # Again, right before it counts: hours may have gone by since the first look.
+        refuse_foreign(folder, going_on=going_on, keep=keep)
+        # Behind a link the folder is moved that it leads to, on its own disk, and the link stays good.
+        here = folder.resolve()
+        moved = None
+        elsewhere = going_on is not None and going_on.resolve() != here
+        if (going_on is None or elsewhere) and here.is_dir() and holds_run(here):
+            moved = _free_name(here)
+            here.rename(moved)
+        here.mkdir(parents=True, exist_ok=True)
+        probe = here / ".writable"
+        probe.touch()
+        probe.unlink()
+        if going_on is not None and elsewhere:
+            for name in (names.METRICS, names.ANSWERS):
+                if (going_on / name).exists():
+                    shutil.copyfile(going_on / name, here / name)
+        return moved
+    except OSError as error:
+        raise names.not_writable(folder, error) from error
+
+
+def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
+    """What a run must not move: the paths that its configuration names, and the folder that the command runs in.
+
+    Args:
+        config: What was asked.
+        *more: Further paths, such as the configuration's file.
+    """
+    values = flatten(config)
+    named = [path for key in PATH_KEYS if key != "training.output_dir" for path in named_paths(values[key])]
+    return [*named, *(path for path in more if path is not None), Path.cwd()]
+
+
+def _refuse_replacing(folder: Path, here: Path) -> None:
+    """A folder without a run is written into; what lies there under a name that a run writes would be lost."""
+    found = sorted(path.name for path in here.iterdir() if path.name in _RECORDS or _MODEL.fullmatch(path.name))
+    saved = sorted(path.name for path in here.glob("checkpoint-*") if _WORK.fullmatch(path.name))
+    if found or saved:
+        raise EnvironmentProblem(
+            f"{folder} holds no run, but files under names that a run writes to: {_few([*found, *saved])}.",
+            "Choose another training.output_dir: they would be replaced.",
+        )
+
+
+def _refuse_loose_link(folder: Path) -> None:
+    """A link whose target is not there: most likely a disk that is not mounted."""
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise EnvironmentProblem(
+                f"{path} is a link to {os.readlink(path)}, which is not there.",
+                "Mount that disk, make that folder, or choose another training.output_dir.",
+            )
+
+
+def _is_runs(path: Path, listed: set[str]) -> bool:
+    name = path.name
+    known = name in _RECORDS or name in listed or _MODEL.fullmatch(name) or _WORK.fullmatch(name)
+    # A link leads to what is not in the folder; a run makes none.
+    return bool(known) and not path.is_symlink()
+
+
+def _listed(folder: Path) -> set[str]:
+    found = _read(folder / names.WRITTEN)
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file holds; None where it can't be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.previous-{number}")):
+        number += 1
+    return aside
+
+
+def _few(found: list[str]) -> str:
+    more = len(found) - _NUM_SHOWN
+    return ", ".join(found[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")
