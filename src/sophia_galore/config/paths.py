@@ -17,6 +17,7 @@ PATH_KEYS = (
     "model.name",
     "model.fallback",
     "model.cache_dir",
+    "model.chat_template",
     "data.train",
     "data.eval",
     "training.output_dir",

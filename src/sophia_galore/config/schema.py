@@ -48,6 +48,12 @@ class ModelConfig(Section):
     store: StoreFormat = Field(
         "fp32", description="Format in which weights live between uses, where quantization does not say int8."
     )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="How conversations are written: chatml, llama3, gemma, alpaca, or a file with a Jinja template; "
+        "null: by the template of the model's tokenizer. A base model may have none.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
 
 
@@ -74,6 +80,12 @@ class DataConfig(Section):
     )
     format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = Field(
         "auto", description="How a record is laid out; auto: recognised by its fields and named in the output."
+    )
+    date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$",
+        description="The day that chat templates which write today's date see, as 2026-11-28; null: the day on which "
+        "the run begins, also after a resume.",
     )
     too_long: Literal["cut", "drop"] = Field(
         "cut", description="What happens to an example longer than training.max_length: cut at the end, or drop."

@@ -92,7 +92,9 @@ class Dataset:
         return max(int(example.input_ids.max()) for example in [*self.train, *self.eval])
 
 
-def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def load_data(
+    config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase, date: str = ""
+) -> Dataset:
     """Reads, converts, splits and tokenises the data of a run.
 
     Args:
@@ -100,6 +102,7 @@ def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreT
         max_length: Longest example in tokens.
         seed: The run's seed; it fixes the split and which examples a maximum keeps, unless `data.seed` does.
         tokenizer: The model's tokenizer.
+        date: The day that the chat template sees, as `2026-11-28`; "": whatever day it is.
 
     Returns:
         The examples and what is to be said about them.
@@ -120,8 +123,8 @@ def load_data(config: DataConfig, *, max_length: int, seed: int, tokenizer: PreT
     if config.eval is not None:
         known = {conversation.content_hash() for conversation in held}
         num_shared = sum(conversation.content_hash() in known for conversation in train)
-    train_part = tokenise(train, tokenizer, max_length=max_length, too_long=config.too_long)
-    eval_part = tokenise(held, tokenizer, max_length=max_length, too_long=config.too_long)
+    train_part = tokenise(train, tokenizer, max_length=max_length, too_long=config.too_long, date=date)
+    eval_part = tokenise(held, tokenizer, max_length=max_length, too_long=config.too_long, date=date)
     _require_examples(train_part, train, config.train, "training", max_length)
     if held:
         _require_examples(eval_part, held, config.eval or config.train, "evaluation", max_length)

@@ -110,6 +110,7 @@ def answer(
     *,
     max_new_tokens: int,
     device: torch.device,
+    generation_config: Any = None,
 ) -> list[str]:
     """Answer questions greedily, in the store's own precision, so that no second copy of the weights is made.
 
@@ -122,6 +123,7 @@ def answer(
         questions: What a user would ask; put into the chat template if there is one.
         max_new_tokens: Longest answer in tokens.
         device: Where the store lives.
+        generation_config: The settings that come with the model, or None.
 
     Returns:
         One answer a question.
@@ -133,7 +135,9 @@ def answer(
     with whole_model(anatomy, store) as model:
         for question in questions:
             prompt = prompt_tokens(tokenizer, [("user", question)]).to(device)
-            answers.append(generate(model, prompt, settings, Stream(tokenizer), tokenizer=tokenizer).text.strip())
+            stream = Stream(tokenizer)
+            said = generate(model, prompt, settings, stream, tokenizer=tokenizer, generation_config=generation_config)
+            answers.append(said.text.strip())
     return answers
 
 

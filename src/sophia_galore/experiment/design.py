@@ -10,10 +10,12 @@ from typing import Any
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
+from sophia_galore.data.template_date import today
 from sophia_galore.errors import ArgumentError, ConfigError
 from sophia_galore.report.comparison import RUNS
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
+from sophia_galore.train.result import asked_of
 
 # What decides on which examples, in which order and on how many of them a run is trained and measured.
 _SAME: dict[str, Callable[[RunConfig], Any]] = {
@@ -61,8 +63,8 @@ class Trial:
 def design(paths: Sequence[Path], *, num_seeds: int, output: Path, overrides: Sequence[str]) -> list[Trial]:
     """Make the runs of a comparison out of configurations.
 
-    All see the same examples, whatever their seed: `data.seed` is set. The runs of one seed stand together, so that a
-    comparison that is cut short has whole seeds.
+    All see the same examples, whatever their seed and the day: `data.seed` and `data.date` are set. The runs of one
+    seed stand together, so that a comparison that is cut short has whole seeds.
 
     Args:
         paths: YAML files of configurations, two or more, or one with several seeds.
@@ -86,12 +88,14 @@ def design(paths: Sequence[Path], *, num_seeds: int, output: Path, overrides: Se
     first = next(iter(configs.values()))
     base = first.training.seed
     data_seed = base if first.data.seed is None else first.data.seed
+    date = first.data.date or _begun_on(output) or today()
     trials = []
     for seed in range(base, base + num_seeds):
         for name, path in zip(names, paths, strict=True):
             folder = output / RUNS / f"{name}-seed{seed}"
-            own = [f"training.seed={seed}", f"data.seed={data_seed}", f"training.output_dir={folder}"]
-            words = [*(word for word in overrides if not word.startswith(("training.seed=", "data.seed="))), *own]
+            decided = {"training.seed": seed, "data.seed": data_seed, "data.date": date}
+            own = [*(f"{key}={value}" for key, value in decided.items()), f"training.output_dir={folder}"]
+            words = [*(word for word in overrides if word.partition("=")[0] not in decided), *own]
             trials.append(Trial(name, seed, load_config(path, words), ("train", "--config", str(path), *words), folder))
     return trials
 
@@ -139,6 +143,12 @@ def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
                 "Compare models that share a tokenizer and a chat template, on the same data.",
             )
     return found[0]
+
+
+def _begun_on(output: Path) -> str | None:
+    """The day on which a comparison that goes on was begun; None: there is none, or it is an older version's."""
+    known = (asked_of(folder) for folder in sorted((output / RUNS).glob("*-seed*")) if folder.is_dir())
+    return next((config.data.date for config in known if config is not None and config.data.date), None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.data.batches import windows
+from sophia_galore.data.chat_format import ChatFormat
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
@@ -21,6 +22,8 @@ from sophia_galore.plan.route import Route
 from sophia_galore.plan.routes import dense_learning_rate, peak_learning_rate
 from sophia_galore.plan.rules import optimizer
 from sophia_galore.plan.verdicts import Decided
+
+_OWN_FORMAT = ChatFormat()
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class RunPlan:
         clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
         curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
         keep_layers: So many last layers keep their graphs through the forward pass.
+        chat_format: How conversations are written.
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
         data_fingerprint: SHA-256 over all token ids and masks.
@@ -64,6 +68,7 @@ class RunPlan:
     clip_by: ClipBy
     curvature_every: int
     keep_layers: int
+    chat_format: ChatFormat
     num_train_examples: int
     num_eval_examples: int
     data_fingerprint: str
@@ -98,9 +103,11 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for `plan.json`."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("routes", "notes", "verdicts")}
+        apart = ("chat_format", "routes", "notes", "verdicts")
+        plain = {key: value for key, value in vars(self).items() if key not in apart}
         return {
             **plain,
+            "chat_format": self.chat_format.to_json(),
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained_parameters,
             "trained_fraction": self.trained_fraction,
@@ -111,13 +118,21 @@ class RunPlan:
         }
 
 
-def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_layers: int = 0) -> RunPlan:
+def make_plan(
+    facts: Facts,
+    *,
+    model: ResolvedModel,
+    dataset: Dataset,
+    chat_format: ChatFormat = _OWN_FORMAT,
+    keep_layers: int = 0,
+) -> RunPlan:
     """Decide everything that is left to decide.
 
     Args:
         facts: What is known of the configuration, the machine, the model and its parameters.
         model: Where the model is.
         dataset: The tokenised data.
+        chat_format: How conversations are written.
         keep_layers: So many last layers keep their graphs.
 
     Returns:
@@ -150,6 +165,7 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
         clip_by=decided.clip_by,
         curvature_every=decided.curvature_every,
         keep_layers=keep_layers,
+        chat_format=chat_format,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,

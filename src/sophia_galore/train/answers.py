@@ -35,6 +35,7 @@ def ask(prepared: Prepared, store: WeightStore, folder: Path, when: When) -> lis
         training.sample_questions,
         max_new_tokens=training.sample_max_new_tokens,
         device=prepared.device,
+        generation_config=prepared.generation_config,
     )
     path = folder / names.ANSWERS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

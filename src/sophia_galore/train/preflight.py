@@ -32,7 +32,7 @@ from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.train.space import refuse_full_disk, space_needed
-from sophia_galore.train.special_tokens import stop_warning
+from sophia_galore.train.special_tokens import end_of_turn_note, stop_warning
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ def _learns_to_stop(run: Planned) -> str | None:
     )
 
 
+def _stops_at_turns(run: Planned) -> str | None:
+    return end_of_turn_note(run.plan.chat_format.end_ids, run.tokenizer)
+
+
 def _weights_are_sound(run: Loaded) -> None:
     for route in run.plan.routes:
         with run.monitor.phase("load"):
@@ -176,7 +180,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
     return f"Probe step: {describe_probe(batches)} fit" + (f", peak {bytes_in_words(peak)}." if peak else ".")
 
 
-BEFORE_LOADING: tuple[Callable[[Planned], str | None], ...] = (_disk_has_room, _learns_to_stop)
+BEFORE_LOADING: tuple[Callable[[Planned], str | None], ...] = (_disk_has_room, _learns_to_stop, _stops_at_turns)
 AFTER_LOADING: tuple[Callable[[Loaded], str | None], ...] = (_weights_are_sound, _state_is_finite, _probe_step_fits)
 
 

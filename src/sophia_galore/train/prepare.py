@@ -11,8 +11,10 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
+from sophia_galore.data.chat_format import ChatFormat, choose_chat_format
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
+from sophia_galore.engine.generate import stop_tokens
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
@@ -32,7 +34,7 @@ from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.preflight import Planned, before_loading
-from sophia_galore.train.special_tokens import refuse_special_tokens
+from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
 
 _NUM_SHOWN_EXAMPLES = 2
 
@@ -106,13 +108,19 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
     # Kept: the checkpoint that it comes from may be deleted by a later one.
     generation_config = read_generation_config(model.folder)
+    chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
+    generation_config = stopping_at(chat_format.end_ids, generation_config, model_config)
     refuse_special_tokens(model_config, tokenizer, generation_config)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
     facts = replace(facts, parameters=ask_parameters(anatomy))
     decide(RULES, facts)
     facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
     dataset = load_data(
-        config.data, max_length=config.training.max_length, seed=config.training.seed, tokenizer=tokenizer
+        config.data,
+        max_length=config.training.max_length,
+        seed=config.training.seed,
+        tokenizer=tokenizer,
+        date=chat_format.date,
     )
     listener.data_read(config.data, dataset)
     _, num_steps = count_steps(config, dataset)
@@ -123,7 +131,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     if outlook is not None:
         facts = replace(facts, memory=outlook.facts())
     keep_layers = outlook.forecast.keep_layers if outlook else planner.keep_layers(config)
-    plan = make_plan(facts, model=model, dataset=dataset, keep_layers=keep_layers)
+    plan = make_plan(facts, model=model, dataset=dataset, chat_format=chat_format, keep_layers=keep_layers)
     found = before_loading(Planned(config, plan, model_config, tokenizer, generation_config, dataset, checkpoint))
     plan = replace(plan, notes=(*plan.notes, *found))
     if checkpoint:
@@ -146,6 +154,22 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         planner,
         outlook,
     )
+
+
+def _chat_format(
+    config: RunConfig, tokenizer: Any, model_config: Any, generation_config: Any, checkpoint: Checkpoint | None
+) -> ChatFormat:
+    """How conversations are written: as the run began, if it goes on."""
+    begun = checkpoint.plan.get("chat_format") if checkpoint else None
+    if begun is None:
+        stop_ids = stop_tokens(tokenizer, generation_config if stop_tokens(generation_config) else model_config)
+        return choose_chat_format(tokenizer, config.model.chat_template, date=config.data.date, stop_ids=stop_ids)
+    chat_format = ChatFormat.from_json(begun)
+    if chat_format.template is not None:
+        tokenizer.chat_template = chat_format.template
+    if chat_format.date and config.data.date:
+        return replace(chat_format, date=config.data.date)
+    return chat_format
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:

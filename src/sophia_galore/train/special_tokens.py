@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,46 @@ def refuse_special_tokens(model_config: Any, tokenizer: Any, generation_config: 
                 "rows (0 is the first).",
                 remedy,
             )
+
+
+def stopping_at(end_ids: Sequence[int], generation_config: Any, model_config: Any) -> Any:
+    """Generation settings that stop at the ends of turns, too.
+
+    Args:
+        end_ids: Tokens that end a turn and at which generation does not stop yet.
+        generation_config: The model's generation settings, or None.
+        model_config: The model's Hugging Face configuration.
+
+    Returns:
+        The same settings if there is nothing to add; else others that name these tokens first.
+    """
+    from transformers import GenerationConfig
+
+    if not end_ids:
+        return generation_config
+    changed = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
+    changed.eos_token_id = [*end_ids, *(_ids(generation_config, "eos") or _ids(model_config, "eos"))]
+    return changed
+
+
+def end_of_turn_note(end_ids: Sequence[int], tokenizer: Any) -> str | None:
+    """Say so if turns end with another token than texts.
+
+    Args:
+        end_ids: Tokens that end a turn and at which the model's generation did not stop by itself.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        A sentence for the user; None: they end with the same one.
+    """
+    if not end_ids:
+        return None
+    ends = ", ".join(str(name) for name in tokenizer.convert_ids_to_tokens(list(end_ids)))
+    return (
+        f"The chat template ends turns with {ends}, at which this model's generation does not stop by itself "
+        f"(its end-of-text token is {tokenizer.eos_token or 'not named'}): the trained model's generation_config.json "
+        "names it, so that answers end there."
+    )
 
 
 def stop_warning(

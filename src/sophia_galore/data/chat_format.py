@@ -1,0 +1,125 @@
+"""How a run writes conversations: by which chat template, on which date, and which tokens end a turn.
+
+Decided once, before data are read, and kept in the plan: a run that goes on another day writes the same text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sophia_galore.data.chat_mask import ChatMask
+from sophia_galore.data.template_date import asks_for_date, today
+from sophia_galore.data.training_template import own_template, training_template
+from sophia_galore.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WELL_KNOWN = ("chatml", "llama3", "gemma", "alpaca")
+# Such as <|im_start|>, <start_of_turn> and [INST].
+_MARKS = re.compile(r"<\|[^|<>\s{}]+\|>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{4,}\]")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How conversations are written.
+
+    Args:
+        template: The chat template that was chosen in place of the tokenizer's own; None: none was.
+        date: The day that the template sees, as `2026-11-28`; "": it does not ask.
+        end_ids: The tokens that end a turn and at which the model's generation would not stop by itself.
+    """
+
+    template: str | None = None
+    date: str = ""
+    end_ids: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for `plan.json`."""
+        return asdict(self) | {"end_ids": list(self.end_ids)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ChatFormat:
+        """What `to_json` gave."""
+        return cls(values["template"], values["date"], tuple(values["end_ids"]))
+
+
+def choose_chat_format(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, *, date: str | None, stop_ids: Sequence[int]
+) -> ChatFormat:
+    """Decide how a run writes conversations.
+
+    Args:
+        tokenizer: The model's tokenizer; it gets the template, if one is asked for.
+        template: `model.chat_template`: a well-known name or a file; None: the tokenizer's own.
+        date: The day that the template is to see; None: today.
+        stop_ids: The tokens at which generation stops by itself.
+
+    Raises:
+        ConfigError: The template can't be read, or marks turns with tokens that the tokenizer does not have.
+    """
+    text = None if template is None else read_template(template)
+    if text is not None:
+        _refuse_missing_tokens(tokenizer, text, str(template))
+        tokenizer.chat_template = text
+    if not tokenizer.chat_template:
+        return ChatFormat()
+    try:
+        used = training_template(tokenizer) or own_template(tokenizer)
+        day = (date or today()) if asks_for_date(used) else ""
+        ends = ChatMask(tokenizer, date=day).frame.end_ids(tokenizer)
+    except (DataError, ModelError):
+        # Told where a conversation is to be written; raw text needs no template.
+        return ChatFormat(text)
+    return ChatFormat(text, day, tuple(end for end in ends if end not in stop_ids))
+
+
+def read_template(name: str) -> str:
+    """The text of a chat template.
+
+    Args:
+        name: One of `WELL_KNOWN`, or a file's path.
+
+    Raises:
+        ConfigError: It is neither, or not UTF-8 text, or no template that writes messages.
+    """
+    if name.lower() in WELL_KNOWN:
+        known = files("sophia_galore.data") / "chat_templates" / f"{name.lower()}.jinja"
+        return known.read_text(encoding="utf-8")
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
+        raise ConfigError(
+            f"model.chat_template={name} can't be read: {reason}.",
+            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
+        ) from error
+    if "messages" not in text:
+        raise ConfigError(
+            f"model.chat_template={name} is no chat template: it never mentions `messages`.",
+            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
+        )
+    return text
+
+
+def _refuse_missing_tokens(tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
+    marks = dict.fromkeys(_MARKS.findall(template))
+    missing = [
+        mark for mark in marks if len(tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"]) != 1
+    ]
+    if missing:
+        raise ConfigError(
+            f"model.chat_template={name} marks turns with {', '.join(missing)}, which {'are' if missing[1:] else 'is'} "
+            "no token of this model's tokenizer.",
+            "Choose a template whose marks the model knows; `alpaca` needs none.",
+        )
+    if re.search(r"\beos_token\b", template) and tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.chat_template={name} ends turns with the end-of-text token, but this model's tokenizer names none.",
+            "Add eos_token to the model's tokenizer_config.json, or choose a template that does without.",
+        )
