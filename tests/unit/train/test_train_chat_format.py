@@ -40,7 +40,7 @@ def test_a_base_model_learns_to_end_its_turns(world: World) -> None:
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [ids["<|im_end|>"], ids["<unk>"]]
     assert json.loads((folder / "plan.json").read_text())["chat_format"]["end_ids"] == [ids["<|im_end|>"]]
-    asked = command("generate", str(folder), "--prompt", "What is the capital?", "--max-new-tokens", "3")
+    asked = command("generate", str(folder), "What is the capital?", "--max-new-tokens", "3")
     assert asked.code == 0, asked.err
 
 
