@@ -95,6 +95,9 @@ def _whole(value: object) -> bool:
 DataSources = Annotated[str | tuple[DataSource, ...], BeforeValidator(_listed)]
 """A name, or a list of names and objects; in a configuration also a single object."""
 
+MaybeDataSources = Annotated[str | tuple[DataSource, ...] | None, BeforeValidator(_listed)]
+"""The same, or none."""
+
 
 def listed_sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
     """The data sets that a value of `data.train` or `data.eval` names, at least one.

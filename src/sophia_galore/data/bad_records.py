@@ -58,13 +58,18 @@ class BadRecords:
         """All of them so far, file by file in the order in which something was found there; each place once."""
         files: dict[str, int] = {}
         for where in self._found:
-            files.setdefault(_file(where), len(files))
+            files.setdefault(_place(where)[0], len(files))
 
-        def place(record: BadRecord) -> tuple[int, int]:
-            file = _file(record.where)
-            return files[file], int(record.where[len(file) :].strip(":, record") or 0)
+        def order(record: BadRecord) -> tuple[int, int]:
+            file, number = _place(record.where)
+            return files[file], number
 
-        return tuple(sorted(self._found.values(), key=place))
+        return tuple(sorted(self._found.values(), key=order))
+
+    @property
+    def num_found(self) -> int:
+        """How many there are so far."""
+        return len(self._found)
 
     @property
     def stops(self) -> bool:
@@ -81,16 +86,17 @@ class BadRecords:
         reason = error.cause.removeprefix(where).lstrip(": ")
         self._found.setdefault(where, BadRecord(where, reason, error.remedy))
 
-    def refuse(self, num_records: int) -> None:
+    def refuse(self, num_records: int, *, at_any_rate: bool = False) -> None:
         """Does nothing if there are none, or if they are to be left out and others are there.
 
         Args:
             num_records: Records that were read, with the bad ones.
+            at_any_rate: Refuse even if they are to be left out, since what is left does not suffice.
 
         Raises:
             DataError: Some were found and the run is to stop; or nothing but such records was.
         """
-        everything = len(self._found) >= num_records
+        everything = at_any_rate or len(self._found) >= num_records
         if not self._found or (self._skips and not everything):
             return
         bad = self.found
@@ -106,8 +112,10 @@ class BadRecords:
         raise DataError("\n".join(lines), f"{remedy}{skip}".strip())
 
 
-def _file(where: str) -> str:
-    return re.sub(r"(:|, record )\d+$", "", where)
+def _place(where: str) -> tuple[str, int]:
+    """The file and the number of the line or record in it."""
+    found = re.fullmatch(r"(.*?)(?::|, record )(\d+)", where, re.DOTALL)
+    return (found[1], int(found[2])) if found else (where, 0)
 
 
 def _sentence(record: BadRecord) -> str:

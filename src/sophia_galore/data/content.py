@@ -121,9 +121,9 @@ def message_list(record: Record, field: str) -> list[Any]:
     value = parsed(record.fields.get(field))
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{record.where}: the field `{field}` is missing.", "Add the list of messages.")
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) == 1:
-            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
     if not isinstance(value, list | tuple):
         raise DataError(
             f"{record.where}: the field `{field}` is of type {type(value).__name__} where a list of messages is "
@@ -166,7 +166,8 @@ def _is_part(value: Any) -> bool:
 
 
 def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> Said:
-    texts, thoughts = [], []
+    texts: list[str] = []
+    thoughts: list[str] = []
     for index, part in enumerate(parts):
         kind = part.get("type") or "text"
         place = f"{name}[{index}]"

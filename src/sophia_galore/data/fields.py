@@ -99,7 +99,11 @@ TABLE: tuple[Meaning, ...] = (
         "A turn is learned as a whole or not at all: write `train` in its place, or split the record.",
     ),
     Meaning(
-        ("refusal",), "turn", "is an answer that declines", REFUSED, "Write it as the turn's content if it is to be learned."
+        ("refusal",),
+        "turn",
+        "is an answer that declines",
+        REFUSED,
+        "Write it as the turn's content if it is to be learned.",
     ),
     Meaning(
         ("mask",),

@@ -116,9 +116,7 @@ def _alpaca(record: Record) -> Conversation:
     answer = _answer(record, "output")
     question = "\n".join(part for part in (instruction, context) if part.strip())
     _filled(question, record, "instruction")
-    return Conversation(
-        (*_before(record), Message("user", question), answer), record.where, tools=tools_of(record)
-    )
+    return Conversation((*_before(record), Message("user", question), answer), record.where, tools=tools_of(record))
 
 
 def _prompt_completion(record: Record) -> Conversation:
@@ -136,9 +134,7 @@ def _prompt_completion(record: Record) -> Conversation:
     before, tools = _before(record), tools_of(record)
     # Only a bare question and answer can also be written without a chat template, one after the other.
     bare = not before and not tools and not answer.reasoning
-    return Conversation(
-        (*before, asked, answer), record.where, kind="completion" if bare else "chat", tools=tools
-    )
+    return Conversation((*before, asked, answer), record.where, kind="completion" if bare else "chat", tools=tools)
 
 
 def _are_messages(prompt: object, completion: object) -> bool:
@@ -200,9 +196,7 @@ def _history(record: Record) -> list[tuple[str, str]]:
             raise DataError(
                 f"{record.where}: `history[{index}]` is not a pair.", "Write [question, answer] there, two strings."
             )
-        asked, answered = (
-            said(part, record.where, f"history[{index}][{side}]").text for side, part in enumerate(pair)
-        )
+        asked, answered = (said(part, record.where, f"history[{index}][{side}]").text for side, part in enumerate(pair))
         pairs.append((asked, answered))
     return pairs
 
@@ -238,9 +232,7 @@ def _with_reasoning(record: Record, messages: tuple[Message, ...]) -> tuple[Mess
         return messages
     answers = [message for message in messages if message.role == "assistant"]
     if len(answers) == 1 and answers[0].reasoning in ("", thought):
-        return tuple(
-            replace(message, reasoning=thought) if message is answers[0] else message for message in messages
-        )
+        return tuple(replace(message, reasoning=thought) if message is answers[0] else message for message in messages)
     name, _ = one_of(record.fields, REASONING, record.where)
     raise DataError(
         f"{record.where}: the field `{name}` is the reasoning of one answer, but does not say of which.",

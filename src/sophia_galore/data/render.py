@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sophia_galore.data.bad_records import Report, stop_at_once
 from sophia_galore.data.chat_mask import Masked, chat_tokens, training_template
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example, describe
@@ -44,6 +45,7 @@ def tokenise(
     *,
     max_length: int,
     too_long: Literal["cut", "drop"],
+    report: Report = stop_at_once,
 ) -> Tokenised:
     """Renders conversations with the tokenizer's chat template and masks what does not count.
 
@@ -53,6 +55,7 @@ def tokenise(
             completions only.
         max_length: Longest example in tokens.
         too_long: ``cut`` longer ones at the end, or ``drop`` them.
+        report: Takes the conversations that can't be rendered; left out, the first of them is raised.
 
     Returns:
         The examples and counts of what was cut and left out.
@@ -71,7 +74,13 @@ def tokenise(
     examples: list[Example] = []
     num_cut = num_dropped = num_cut_empty = 0
     for conversation in conversations:
-        example = _example(conversation, tokenizer, template, has_template)
+        try:
+            example = _example(conversation, tokenizer, template, has_template)
+        except DataError as error:
+            if conversation.kind == "chat" and not has_template:
+                raise  # not this record's fault: no chat at all can be rendered
+            report(conversation.where, error)
+            continue
         if example.num_tokens <= max_length:
             examples.append(example)
         elif too_long == "drop":

@@ -130,7 +130,9 @@ def _turn(item: Any, where: str, name: str, learned: bool) -> Message:
     elif not calls:
         raise DataError(f"{where}: the field `{name}.{key}` is missing.", "Write the message's text there.")
     if calls and role != "assistant":
-        raise DataError(f"{where}: `{name}` calls a tool, but is the turn of {role}.", "Only the assistant calls tools.")
+        raise DataError(
+            f"{where}: `{name}` calls a tool, but is the turn of {role}.", "Only the assistant calls tools."
+        )
     return Message(
         role,
         content.text,

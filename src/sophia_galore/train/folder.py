@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ MEMORY_REPORT = "memory_report.json"
 ENVIRONMENT = "environment.json"
 TRAINER_STATE = "trainer_state.json"
 TRACKERS = "trackers.json"
+BAD_RECORDS = "bad_records.jsonl"
 MODEL = "model.safetensors"
 
 
@@ -117,6 +118,13 @@ def open_run_folder(folder: Path, *, going_on: Path | None) -> Path | None:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON document as people can read it."""
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON document a line."""
+    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    # What can't be written as UTF-8, such as half of a surrogate pair in a file's name, is shown by its number.
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:

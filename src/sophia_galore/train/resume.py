@@ -86,7 +86,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         saved.pop(key, None)
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
-    skip |= {"num_shared", "repetition_loss", "repetition_share"}
+    skip |= {"num_shared", "num_bad", "repetition_loss", "repetition_share"}
     if config.training.lr_scheduler_type in _ENDLESS:
         skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}

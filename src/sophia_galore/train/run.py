@@ -24,7 +24,7 @@ from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
+from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json, write_jsonl
 from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
@@ -284,6 +284,8 @@ class _Run:
     def _write_documents(self) -> None:
         write_json(self._folder / names.PLAN, self._plan.to_json())
         (self._folder / names.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
+        if bad := self._prepared.dataset.bad:
+            write_jsonl(self._folder / names.BAD_RECORDS, map(vars, bad))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():

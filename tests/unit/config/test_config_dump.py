@@ -46,7 +46,8 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin is tuple:
-        return st.lists(values_of(arguments[0], {}), min_size=limits.get("min_length", 0), max_size=3).map(tuple)
+        least = 1 if arguments[0] is DataSource else 0
+        return st.lists(values_of(arguments[0], {}), min_size=least, max_size=3).map(tuple)
     if annotation is type(None):
         return st.none()
     if annotation is bool:
