@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sophia_galore.data.fields import REASONING, absent, listed, one_of, parsed, present, shown
+from sophia_galore.data.fields import absent, listed, one_of, parsed, present, shown
+from sophia_galore.data.meanings import REASONING
 from sophia_galore.data.record import Record
 from sophia_galore.errors import DataError
 

@@ -17,19 +17,8 @@ from dataclasses import replace
 
 from sophia_galore.data.content import is_parts, reasoning_in, said, said_field, text_field
 from sophia_galore.data.conversation import Conversation, Message
-from sophia_galore.data.fields import (
-    REASONING,
-    SYSTEM,
-    TOOLS,
-    absent,
-    listed,
-    one_of,
-    parsed,
-    present,
-    refuse_by_name,
-    refuse_label,
-    tidied,
-)
+from sophia_galore.data.fields import absent, listed, one_of, parsed, present, refuse_by_name, refuse_label, tidied
+from sophia_galore.data.meanings import REASONING, SYSTEM, TOOLS
 from sophia_galore.data.record import Record
 from sophia_galore.data.tools import tools_of
 from sophia_galore.data.turns import require_answer, system_of, turns
@@ -59,19 +48,19 @@ def detect_format(records: Sequence[Record]) -> str:
     """
     if not records:
         raise DataError("There is no record to recognise a format by.")
-    first, place = None, ""
+    first, place = "", ""
     for record in records:
         # A record that fits none is left to its conversion, which knows what field is missing.
-        other = _format_of(record)
-        if first is None:
-            first, place = other, record.where
-        elif other not in (first, None):
+        others = _formats_of(record)
+        if others and not first:
+            first, place = others[0], record.where
+        elif others and first not in others:
             raise DataError(
-                f"{record.where}: this record is {other} ({listed(present(record))}), but {place} is "
+                f"{record.where}: this record is {others[0]} ({listed(present(record))}), but {place} is "
                 f"{first}: formats are mixed.",
                 "Split the data by format and convert one part, or name the format with `data.format`.",
             )
-    if first is not None:
+    if first:
         return first
     refuse_by_name(tidied(records[0]))
     raise DataError(
@@ -102,12 +91,13 @@ def to_conversation(record: Record, format: str) -> Conversation:
     return CONVERSIONS[format](record)
 
 
-def _format_of(record: Record) -> str | None:
+def _formats_of(record: Record) -> list[str]:
+    """The formats that a record has all fields of; else those that it has some of."""
     fields = tidied(record).fields
-    for name, marks in MARKS.items():
-        if any(fields.get(mark) is not None for mark in marks):
-            return name
-    return None
+    there = {name: [fields.get(mark) is not None for mark in marks] for name, marks in MARKS.items()}
+    # Any record may hold a rendered `text` as well.
+    whole = [name for name, marks in there.items() if all(marks) and name != "text"]
+    return whole or [name for name, marks in there.items() if any(marks)]
 
 
 def _alpaca(record: Record) -> Conversation:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.data.bad_records import Report
-from sophia_galore.data.fields import ANSWERS, OPTIONAL
 from sophia_galore.data.file_text import ending, file_text
+from sophia_galore.data.meanings import ANSWERS, OPTIONAL
 from sophia_galore.data.record import Content, Record
 from sophia_galore.errors import DataError, short
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sophia_galore.data.fields import CALLS, TOOLS, absent, one_of, parsed
+from sophia_galore.data.fields import absent, one_of, parsed
+from sophia_galore.data.meanings import CALLS, TOOLS
 from sophia_galore.data.record import Record
 from sophia_galore.errors import DataError
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from sophia_galore.data.content import Said, message_list, reasoning_in, said, text_field
 from sophia_galore.data.conversation import Message, Role
-from sophia_galore.data.fields import COUNTS, SYSTEM, absent, flag, one_of, parsed, refuse_fields, shown
+from sophia_galore.data.fields import absent, flag, one_of, parsed, refuse_fields, shown
+from sophia_galore.data.meanings import COUNTS, SYSTEM
 from sophia_galore.data.record import Record
 from sophia_galore.data.tools import calls_in, calls_of
 from sophia_galore.errors import DataError
