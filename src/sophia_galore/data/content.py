@@ -188,9 +188,11 @@ def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> Said:
 
 
 def _whole(text: str, where: str, name: str) -> str:
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    try:
+        text.encode()  # quicker than looking at every character
+    except UnicodeEncodeError as error:
         raise DataError(
             f"{where}: the field `{name}` holds half of a surrogate pair (an emoji cut in two).",
             "Remove the broken \\ud800..\\udfff escape.",
-        )
+        ) from error
     return text

@@ -31,7 +31,7 @@ def tools_of(record: Record, items: Iterable[Any] = ()) -> tuple[Mapping[str, An
     name, value = one_of(record.fields, TOOLS, record.where)
     found = _definitions(value, record.where, name)
     for index, item in enumerate(items):
-        if not isinstance(item, Mapping):
+        if not isinstance(item, Mapping) or not any(name in item for name in TOOLS):
             continue
         own, value = one_of(item, TOOLS, record.where, f"[{index}]")
         more = _definitions(value, record.where, f"[{index}].{own}")

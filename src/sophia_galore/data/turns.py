@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sophia_galore.data.content import Said, message_list, reasoning_in, said, text_field
+from sophia_galore.data.content import Said, is_parts, message_list, reasoning_in, said, text_field
 from sophia_galore.data.conversation import Message, Role
 from sophia_galore.data.fields import absent, flag, one_of, parsed, refuse_fields, shown
 from sophia_galore.data.meanings import COUNTS, SYSTEM
@@ -35,6 +36,7 @@ ROLES: dict[str, Role] = {
 }
 CALLING = ("function_call", "tool_call")
 """Roles whose content is a call, as JSON."""
+_BARE = {"role", "content", "from", "value"}
 
 
 def turns(record: Record, field: str, *, learned: bool = True) -> tuple[Message, ...]:
@@ -117,15 +119,19 @@ def _turn(item: Any, where: str, name: str, learned: bool) -> Message:
             'Write {"role": ..., "content": ...} there.',
         )
     written, role = _role(item, where, name)
+    key = _content_key(item)
+    if item.keys() <= _BARE and isinstance(item.get(key), str) and written not in CALLING:
+        return Message(role, said(item[key], where, f"{name}.{key}").text, counts=learned)  # as most turns are
     refuse_fields(item, "turn", where, name)
     _refuse_channel(item, where, name)
     calls = calls_of(item, where, name)
     content = Said("")
-    key = _content_key(item)
     if written in CALLING and not calls:
         calls = calls_in(item.get(key), where, f"{name}.{key}")
         if not calls:
             raise DataError(f"{where}: `{name}.{key}` holds no call of a tool.", "Write it there, as JSON.")
+    elif role == "tool" and isinstance(item.get(key), Mapping) and not is_parts([item[key]]):
+        content = Said(json.dumps(item[key], ensure_ascii=False))  # a tool's result is often an object
     elif not absent(item.get(key)) or isinstance(item.get(key), str | list):
         content = said(item[key], where, f"{name}.{key}") if item[key] != [] else Said("")
     elif not calls:

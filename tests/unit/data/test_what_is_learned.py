@@ -207,6 +207,11 @@ HONOURED: list[tuple[str, dict[str, Any], list[Message]]] = [
         ),
         [USER, Message("assistant", "a", tool_calls=(CALL, CALL)), Message("tool", "r"), ANSWER],
     ),
+    (
+        "a tool's result that is an object",
+        chat(Q, A, {"role": "tool", "content": {"x": "é"}}, A),
+        [USER, ANSWER, Message("tool", '{"x": "é"}'), ANSWER],
+    ),
     ("no calls", chat(Q, {**A, "tool_calls": [], "function_call": None}), [USER, ANSWER]),
     ("names of speakers", chat({**Q, "name": "Ann"}, A), [Message("user", "q", name="Ann"), ANSWER]),
     # Content.
