@@ -14,6 +14,7 @@ KEYS = [
     "data.format",
     "data.max_eval_examples",
     "data.max_train_examples",
+    "data.on_bad_record",
     "data.seed",
     "data.too_long",
     "data.train",

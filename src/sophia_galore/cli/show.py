@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,14 +11,37 @@ from rich.text import Text
 
 from sophia_galore.cli.tables import parameter_table, plan_table, remarks, trained_share, verdict_line
 from sophia_galore.cli.times import time_in_words
-from sophia_galore.config.schema import DataConfig
+from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.data_source import sources_in_words
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.gather import FileRead
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.report.doubts import REPEATED
+from sophia_galore.train import folder as names
 from sophia_galore.train.listener import Listener
 
 _LONGEST_EXAMPLE = 900
+_MOST_FILES = 20
+"""So many files are named one by one; a data set in more pieces is summed up after them."""
+
+
+def file_lines(files: Sequence[FileRead]) -> list[str]:
+    """What was read, file by file; nothing for a single file that is what its ending says.
+
+    Args:
+        files: What was read and what was left alone.
+    """
+    if len(files) == 1 and not files[0].note:
+        return []
+    lines = []
+    for file in files[:_MOST_FILES]:
+        note = f" ({file.note})" if file.note else ""
+        read = f"{file.use}, {file.num_records} records, {file.format}" if file.use != "left alone" else file.use
+        lines.append(f"{file.name}: {read}{note}")
+    if more := files[_MOST_FILES:]:
+        lines.append(f"and {len(more)} more files with {sum(file.num_records for file in more)} records")
+    return lines
 
 
 class Terminal(Listener):
@@ -39,9 +63,13 @@ class Terminal(Listener):
 
     def data_read(self, asked: DataConfig, dataset: Dataset) -> None:
         """Show what became of the data."""
+        for line in file_lines(dataset.files):
+            self.say(line)
+        if asked.eval is None and any(file.use == "eval" for file in dataset.files):
+            self.say("What is evaluated on is the folder's own validation part; nothing is held out.")
         parts = (
-            ("train", asked.train, dataset.summary.train),
-            ("eval", asked.eval or asked.train, dataset.summary.eval),
+            ("train", sources_in_words(asked.train), dataset.summary.train),
+            ("eval", sources_in_words(asked.eval or asked.train), dataset.summary.eval),
         )
         for use, source, part in parts:
             if not part.num_records:
@@ -53,6 +81,13 @@ class Terminal(Listener):
                 f"{part.num_dropped + part.num_cut_empty} dropped as too long."
             )
         self.say(f"Format of the training records: {dataset.format}.")
+        if dataset.bad:
+            self.console.print(
+                f"{len(dataset.bad)} records can't be used and are left out; {names.BAD_RECORDS} in the run's folder "
+                f"lists them. The first: {dataset.bad[0].where}: {dataset.bad[0].reason}",
+                style="bold yellow",
+                markup=False,
+            )
         if dataset.summary.num_shared:
             self.console.print(
                 f"{dataset.summary.num_shared} training records are in the evaluation data too: "

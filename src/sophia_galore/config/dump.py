@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from sophia_galore.config.keys import keys
 from sophia_galore.config.paths import PATH_KEYS, expand_all, written
@@ -20,8 +21,8 @@ def dump_config(config: RunConfig) -> str:
     for key in PATH_KEYS:
         section, name = key.split(".")
         values[section][name] = expand_all(values[section][name], written)
-    if config.data.eval is not None and config.data.eval_fraction > 0:
-        # Only the untouched default can be here; written down it would ask for two evaluation sets.
+    if "eval_fraction" not in config.data.model_fields_set:
+        # Written down, the default would be a wish: it contradicts `eval`, and goes before a folder's own split.
         del values["data"]["eval_fraction"]
     if not config.training.gradient_checkpointing:
         # Likewise: written down, the default number would contradict.
@@ -47,4 +48,6 @@ def _at(config: RunConfig, name: str) -> object:
     value: Any = config
     for word in name.split("."):
         value = value[word] if isinstance(value, Mapping) else getattr(value, word)
+    if isinstance(value, tuple):
+        return tuple(item.model_dump() if isinstance(item, BaseModel) else item for item in value)
     return value

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sophia_galore.config.data_source import DataSource
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.size import Size, SizeOrZero
 
@@ -109,6 +110,8 @@ def _accepts(field: FieldInfo) -> str:
 def _words(annotation: Any) -> str:
     if annotation in (Size, SizeOrZero):
         return "a size such as 4GiB" + (" or 0" if annotation == SizeOrZero else "")
+    if annotation is DataSource:
+        return f"a name or an object with {', '.join(DataSource.model_fields)}"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated and _bare(annotation) is arguments[0]:
         return _words(arguments[0]) + "".join(_bounds(limits.metadata) for limits in arguments[1:])

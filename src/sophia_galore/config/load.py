@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sophia_galore.config.check import contradictions
+from sophia_galore.config.data_source import PROBLEM
 from sophia_galore.config.given import Given
 from sophia_galore.config.keys import Key, keys
 from sophia_galore.config.nearest import nearest
@@ -78,7 +79,10 @@ def _build(given: dict[str, Given]) -> tuple[RunConfig | None, list[Problem]]:
         problems: dict[str, Problem] = {}
         for detail in error.errors(include_url=False):
             name = _key_at(detail["loc"])
-            if name in given:
+            if name in given and detail["type"] == PROBLEM:
+                cause = f"{given[name].name()}: {detail['msg']}"
+                problems[name] = Problem(given[name].where, cause, f"It takes {keys()[name].accepts}.")
+            elif name in given:
                 problems.setdefault(name, _wrong_value(keys()[name], given[name]))
             else:
                 text = detail["msg"].removeprefix("Value error, ")

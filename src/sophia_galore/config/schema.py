@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from sophia_galore.config.data_section import DataConfig
 from sophia_galore.config.placeholders import filled
 from sophia_galore.config.quantization import QuantizationConfig
 from sophia_galore.config.schema_optimizer import OptimizerConfig
@@ -55,41 +56,6 @@ class ModelConfig(Section):
         "null: by the template of the model's tokenizer. A base model may have none.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository brings along.")
-
-
-class DataConfig(Section):
-    """What is learned from, and what is measured on."""
-
-    train: str = Field(
-        "data/sample_data.json",
-        min_length=1,
-        description="JSON, JSONL, CSV or Parquet file, a folder of those, or a hub dataset id.",
-    )
-    eval: str | None = Field(None, description="Evaluation data, as `train`; null: a fraction of the training data.")
-    eval_fraction: float = Field(
-        0.05, ge=0.0, lt=1.0, description="Share of the examples held out if `eval` is null; 0: no evaluation."
-    )
-    max_eval_examples: int | None = Field(None, ge=1, description="Use at most so many evaluation examples.")
-    max_train_examples: int | None = Field(None, ge=1, description="Use at most so many training examples.")
-    seed: int | None = Field(
-        None,
-        ge=0,
-        lt=2**63,
-        description="Which examples are held out, and which ones a maximum keeps; null: as training.seed. Set it, and "
-        "runs with several training.seed are measured on the same examples.",
-    )
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = Field(
-        "auto", description="How a record is laid out; auto: recognised by its fields and named in the output."
-    )
-    date: str | None = Field(
-        None,
-        pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$",
-        description="The day that chat templates which write today's date see, as 2026-11-28; null: the day on which "
-        "the run begins, also after a resume.",
-    )
-    too_long: Literal["cut", "drop"] = Field(
-        "cut", description="What happens to an example longer than training.max_length: cut at the end, or drop."
-    )
 
 
 class TrainingConfig(Section):

@@ -1,4 +1,4 @@
-"""What all record formats are turned into, and what is common to their conversion."""
+"""What all record formats are turned into."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from sophia_galore.data.record import Record
-from sophia_galore.errors import DataError
 
 Kind = Literal["chat", "completion", "text"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -26,7 +23,8 @@ class Message:
         reasoning: What an assistant thought before it answered, where the record keeps that apart.
         tool_calls: An assistant's calls as Hugging Face's templates take them: objects of the form
             ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``.
-        name: Which tool answers, in a tool's turn; "" if that is not said.
+        name: Which tool answers, in a tool's turn, or who speaks, in another one; "" if that is not said.
+        tool_call_id: Which call a tool's turn answers; "" if that is not said.
     """
 
     role: Role
@@ -35,6 +33,7 @@ class Message:
     reasoning: str = ""
     tool_calls: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     name: str = ""
+    tool_call_id: str = ""
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates take it; a field that says nothing is left out."""
@@ -45,6 +44,8 @@ class Message:
             message["tool_calls"] = [dict(call) for call in self.tool_calls]
         if self.name:
             message["name"] = self.name
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
         return message
 
 
@@ -84,75 +85,3 @@ class Conversation:
             digest.update(f"{role}\x1f{len(body)}\x1f".encode())
             digest.update(body)
         return digest.hexdigest()
-
-
-def string_field(record: Record, name: str, *, required: bool = True) -> str:
-    """A record's field that must be a string.
-
-    Args:
-        record: The record.
-        name: The field.
-        required: Whether a missing or null field is an error; else it counts as empty.
-
-    Returns:
-        The string.
-
-    Raises:
-        DataError: It is missing though required, or no string.
-    """
-    value = record.fields.get(name)
-    if value is None:
-        if not required:
-            return ""
-        raise DataError(
-            f"{record.where}: the field `{name}` is missing.",
-            f"Add it; the record has {listed(present(record))}.",
-        )
-    return checked_string(value, record.where, name)
-
-
-def checked_string(value: Any, where: str, name: str) -> str:
-    """Passes a string on and refuses anything else.
-
-    Args:
-        value: The value.
-        where: The record's place, for the message.
-        name: The field's name, for the message.
-
-    Returns:
-        The same string.
-
-    Raises:
-        DataError: It is no string, or holds half of a surrogate pair, which no tokenizer can read.
-    """
-    if not isinstance(value, str):
-        raise DataError(
-            f"{where}: the field `{name}` is of type {type(value).__name__} where text is expected.",
-            "Write a string there.",
-        )
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise DataError(
-            f"{where}: the field `{name}` holds half of a surrogate pair (an emoji cut in two).",
-            "Remove the broken \\ud800..\\udfff escape.",
-        )
-    return value
-
-
-def present(record: Record) -> list[str]:
-    """The names of a record's fields that are not null (tables fill absent fields with null)."""
-    return [str(name) for name, value in record.fields.items() if value is not None]
-
-
-def listed(names: list[str]) -> str:
-    """Field names for a message.
-
-    Args:
-        names: The names; long lists are shortened.
-
-    Returns:
-        Such as "`a`, `b`", or "no field at all".
-    """
-    if not names:
-        return "no field at all"
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(f"`{name}`" for name in names[:8]) + more

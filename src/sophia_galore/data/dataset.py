@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sophia_galore.config.schema import DataConfig
+from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.data_source import sources_in_words
+from sophia_galore.data.bad_records import BadRecord, BadRecords
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example
-from sophia_galore.data.formats import detect_format, to_conversation
-from sophia_galore.data.read import read_records
+from sophia_galore.data.gather import FileRead, gather
+from sophia_galore.data.mixture import repeated, shares
 from sophia_galore.data.render import Tokenised, tokenise
 from sophia_galore.data.repetition import Repetition, repetition
 from sophia_galore.data.split import in_seeded_order, split_off
@@ -56,11 +58,13 @@ class DataSummary:
         eval: The evaluation part; all zero without evaluation.
         num_shared: Training records whose text is in the separate evaluation data too, which
             makes its loss look better than it is. Always 0 when a fraction is held out.
+        num_bad: Records of either part that can't be used and were left out.
     """
 
     train: PartSummary
     eval: PartSummary
     num_shared: int
+    num_bad: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,8 @@ class Dataset:
         format: The format of the training records.
         summary: Counts.
         fingerprint: SHA-256 over token ids and masks of both parts in order, 64 hex digits.
+        files: File by file, what was read and what was left alone.
+        bad: The records that can't be used and were left out.
     """
 
     train: list[Example]
@@ -80,6 +86,8 @@ class Dataset:
     format: str
     summary: DataSummary
     fingerprint: str
+    files: tuple[FileRead, ...] = ()
+    bad: tuple[BadRecord, ...] = ()
 
     @cached_property
     def repetition(self) -> Repetition | None:
@@ -112,28 +120,52 @@ def load_data(
         EnvironmentProblem: A file may not be read.
     """
     seed = seed if config.seed is None else config.seed
-    conversations, found = _conversations(config.train, config.format)
+    bad = BadRecords(config.on_bad_record)
+    gathered = gather(config, bad)
+    everything = shares(gathered.train, seed, "train")
+    measured = None if gathered.eval is None else shares(gathered.eval, seed, "eval")
+    if not everything or measured == []:
+        bad.refuse(gathered.num_records, at_any_rate=True)
+    if bad.stops and config.max_train_examples is None:
+        # Nothing is going to be trained; but one attempt is to show all that is to be mended.
+        all_of_it = [*everything, *(measured or [])]
+        tokenise(all_of_it, tokenizer, max_length=max_length, too_long="cut", date=date, report=bad.report)
+    bad.refuse(gathered.num_records)
     num_shared = 0
-    if config.eval is None:
-        train, held = split_off(conversations, config.eval_fraction, seed)
+    if measured is None:
+        train, held = split_off(everything, config.eval_fraction, seed)
     else:
-        held = in_seeded_order(_conversations(config.eval, config.format)[0], seed, "eval order")
-        train = in_seeded_order(conversations, seed, "train order")
+        held = in_seeded_order(measured, seed, "eval order")
+        train = in_seeded_order(everything, seed, "train order")
+    train = repeated(train, gathered.train, seed, "train")
+    if gathered.eval is not None:
+        held = repeated(held, gathered.eval, seed, "eval")
     train, held = train[: config.max_train_examples], held[: config.max_eval_examples]
-    if config.eval is not None:
+    if measured is not None:
         known = {conversation.content_hash() for conversation in held}
         num_shared = sum(conversation.content_hash() in known for conversation in train)
-    train_part = tokenise(train, tokenizer, max_length=max_length, too_long=config.too_long, date=date)
-    eval_part = tokenise(held, tokenizer, max_length=max_length, too_long=config.too_long, date=date)
-    _require_examples(train_part, train, config.train, "training", max_length)
+    train_part, eval_part = (
+        tokenise(part, tokenizer, max_length=max_length, too_long=config.too_long, date=date, report=bad.report)
+        for part in (train, held)
+    )
+    nothing_left = any(
+        given and not (part.examples or part.num_dropped or part.num_cut_empty)
+        for given, part in ((train, train_part), (held, eval_part))
+    )
+    bad.refuse(gathered.num_records, at_any_rate=nothing_left)
+    _require_examples(train_part, train, sources_in_words(config.train), "training", max_length)
     if held:
-        _require_examples(eval_part, held, config.eval or config.train, "evaluation", max_length)
+        _require_examples(eval_part, held, sources_in_words(config.eval or config.train), "evaluation", max_length)
     return Dataset(
         train=train_part.examples,
         eval=eval_part.examples,
-        format=found,
-        summary=DataSummary(_summary(train_part, len(train)), _summary(eval_part, len(held)), num_shared),
+        format=gathered.format,
+        summary=DataSummary(
+            _summary(train_part, len(train)), _summary(eval_part, len(held)), num_shared, num_bad=bad.num_found
+        ),
         fingerprint=fingerprint(train_part.examples, eval_part.examples),
+        files=gathered.files,
+        bad=bad.found,
     )
 
 
@@ -156,12 +188,6 @@ def fingerprint(train: Sequence[Example], eval: Sequence[Example]) -> str:
             digest.update(example.input_ids.numpy().astype("<i4").tobytes())
             digest.update(example.counted.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _conversations(source: str, format: str) -> tuple[list[Conversation], str]:
-    records = read_records(source)
-    found = detect_format(records) if format == "auto" else format
-    return [to_conversation(record, found) for record in records], found
 
 
 def _require_examples(part: Tokenised, given: Sequence[Conversation], source: str, use: str, max_length: int) -> None:

@@ -1,166 +1,141 @@
-"""One reader a file format; each gives records that know where they stand."""
+"""JSON files, of one document or of one a line; each record knows where it stands."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.data.record import Record
-from sophia_galore.errors import DataError, short
+from sophia_galore.data.bad_records import Report
+from sophia_galore.data.file_text import file_text
+from sophia_galore.data.meanings import ANSWERS
+from sophia_galore.data.record import Content, Record
+from sophia_galore.errors import DataError
 
 
-def read_json(path: Path) -> list[Record]:
-    """Reads a JSON list of objects, or an object whose field ``data`` is such a list.
+def read_json(path: Path, report: Report) -> Content:
+    """Reads a JSON list of objects; also the other shapes in which such lists are written.
+
+    These are an object whose field ``data`` is the list, a single record, an object of columns as pandas writes it,
+    and one object a line.
 
     Args:
         path: The file.
+        report: Takes the items that are no objects.
 
     Returns:
-        The records; ``where`` counts them from 1.
+        The records; ``where`` counts them from 1, or names the line where each has one.
 
     Raises:
         DataError: Broken JSON (with line and column), or JSON of another shape.
     """
-    text = _decoded(path)
+    text = file_text(path)
     if not text.strip():
-        return []
+        return Content([])
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        several = error.msg == "Extra data"
+        if error.msg == "Extra data":
+            records, broken = _lines(text, path)
+            if len(records) > len(broken):
+                for where, problem in broken:
+                    report(where, problem)
+                return Content(records, "one object a line")
         raise DataError(
             f"{path}:{error.lineno}: broken JSON at column {error.colno}: {error.msg}.",
-            "One object a line is JSONL: name the file .jsonl." if several else "Repair the file at that place.",
+            "Repair the file at that place.",
         ) from error
     except RecursionError as error:
         raise DataError(f"{path}: the JSON is nested too deeply.", "Check how the file was written.") from error
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        content = content["data"]
-    if not isinstance(content, list):
-        raise DataError(
-            f"{path} holds {_kind(content)} where a list of records is expected.",
-            'Write a list of objects, or an object {"data": [...]}.',
-        )
-    return [_record(item, f"{path}, record {number}") for number, item in enumerate(content, start=1)]
+    return _document(content, path, report)
 
 
-def read_jsonl(path: Path) -> list[Record]:
-    """Reads one JSON object a line; blank lines are allowed.
+def read_jsonl(path: Path, report: Report) -> Content:
+    """Reads one JSON object a line; blank lines are allowed. A file that is one JSON document instead is read as that.
 
     Args:
         path: The file.
+        report: Takes the lines that are no JSON objects.
 
     Returns:
         The records; ``where`` is ``file:line``.
 
     Raises:
-        DataError: A line that is not a JSON object (with line and column).
+        DataError: No line is a JSON object.
     """
-    records = []
+    text = file_text(path)
+    records, broken = _lines(text, path)
+    if broken and not records:
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            raise broken[0][1] from None
+        if isinstance(content, list | dict):
+            read = _document(content, path, report)
+            return Content(read.records, read.note or "one JSON document")
+    for where, problem in broken:
+        report(where, problem)
+    return Content(records)
+
+
+def _lines(text: str, path: Path) -> tuple[list[Record], list[tuple[str, DataError]]]:
+    """The records of a text of one object a line, and the lines that are none."""
+    records: list[Record] = []
+    broken: list[tuple[str, DataError]] = []
     # Not splitlines(): that would also cut at U+2028 and others, which JSON strings may contain.
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}:{number}"
         try:
-            item = json.loads(line)
+            records.append(_record(json.loads(line), where))
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: broken JSON at column {error.colno}: {error.msg}.",
+            problem = DataError(
+                f"{where}: broken JSON at column {error.colno}: {error.msg}.",
                 "Repair or delete that line; each line must be one complete JSON object.",
-            ) from error
-        except RecursionError as error:
-            raise DataError(f"{path}:{number}: the JSON is nested too deeply.", "Repair that line.") from error
-        records.append(_record(item, f"{path}:{number}"))
-    return records
+            )
+            broken.append((where, problem))
+        except RecursionError:
+            broken.append((where, DataError(f"{where}: the JSON is nested too deeply.", "Repair that line.")))
+        except DataError as error:
+            broken.append((where, error))
+    return records, broken
 
 
-def read_csv(path: Path) -> list[Record]:
-    """Reads comma-separated values whose first line names the columns.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The records, all values being strings; ``where`` names the line a record begins on.
-
-    Raises:
-        DataError: A row with more or fewer values than columns, or quoting that never ends.
-    """
-    previous_limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts over 128 KiB
-    try:
-        rows = csv.reader(io.StringIO(_decoded(path), newline=""), strict=True)
-        header: list[str] | None = None
-        records = []
-        begin = 1
-        for row in rows:
-            line, begin = begin, rows.line_num + 1  # a quoted value may hold newlines
-            if not row:
-                continue
-            if header is None:
-                header = _csv_header(row, path)
-                continue
-            if len(row) != len(header):
-                raise DataError(
-                    f"{path}:{line}: {len(row)} values, but the first line names {len(header)} columns.",
-                    "Put values that contain commas or line breaks in double quotes.",
-                )
-            records.append(Record(dict(zip(header, row, strict=True)), f"{path}:{line}"))
-    except csv.Error as error:
+def _document(content: Any, path: Path, report: Report) -> Content:
+    note = ""
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    elif isinstance(content, dict) and (rows := _rows(content)):
+        content, note = rows, "an object of columns" if len(rows) > 1 else ""
+    if not isinstance(content, list):
         raise DataError(
-            f"{path}:{rows.line_num}: broken CSV: {error}.", "Check the double quotes at and before that line."
-        ) from error
-    finally:
-        csv.field_size_limit(previous_limit)
-    return records
+            f"{path} holds {_kind(content)} where a list of records is expected.",
+            'Write a list of objects, or an object {"data": [...]}.',
+        )
+    records = []
+    for number, item in enumerate(content, start=1):
+        where = f"{path}, record {number}"
+        try:
+            records.append(_record(item, where))
+        except DataError as error:
+            report(where, error)
+    return Content(records, note)
 
 
-def _csv_header(row: list[str], path: Path) -> list[str]:
-    header = [name.strip() for name in row]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path}:1: the column {twice[0]!r} is named twice.", "Give every column its own name.")
-    return header
-
-
-def read_parquet(path: Path) -> list[Record]:
-    """Reads a Parquet file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The records; ``where`` counts them from 1.
-
-    Raises:
-        DataError: The file is not Parquet, or damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # ParquetFile, not read_table: the latter takes columns from folder names such as "a=1".
-        rows = pq.ParquetFile(path).read().to_pylist()
-    except pa.ArrowException as error:
-        raise DataError(
-            f"{path} is not a readable Parquet file: {short(error)}.", "Write or download it again."
-        ) from error
-    return [Record(row, f"{path}, record {number}") for number, row in enumerate(rows, start=1)]
-
-
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x} at byte {column} of the line).",
-            "Save the file in the encoding UTF-8.",
-        ) from error
+def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records in an object of columns, or the object itself if it is one record; none if it is neither."""
+    if not any(str(name).strip().lower() in ANSWERS for name in content):
+        return []
+    columns = list(content.values())
+    if all(isinstance(column, dict) and column.keys() == columns[0].keys() for column in columns):
+        return [{name: column[key] for name, column in content.items()} for key in columns[0]]
+    lists = [column for column in columns if isinstance(column, list)]
+    messages = any(isinstance(item, dict) for column in lists for item in column[:1])
+    if len(lists) == len(columns) and not messages and len({len(column) for column in lists}) == 1:
+        return [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [dict(content)]
 
 
 def _record(item: Any, where: str) -> Record:

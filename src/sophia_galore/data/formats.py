@@ -1,12 +1,13 @@
 """The record formats: telling them apart, and turning each into conversations.
 
-    alpaca             instruction, output; optional: input, system, history (list of [question, answer])
+    alpaca             instruction, output; optional: input
     sharegpt           conversations: list of {from, value}
     messages           messages: list of {role, content}
-    prompt_completion  prompt, completion: two strings or two lists of messages
+    prompt_completion  prompt, completion: two texts or two lists of messages
     text               text
 
-A field that is null counts as absent, since tables fill their gaps with nulls.
+What else a record may hold, whatever its format, is in `fields.py`. A field that is null counts as absent, since
+tables fill their gaps with nulls.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from sophia_galore.data.conversation import Conversation, Message, checked_string, listed, present, string_field
+from sophia_galore.data.content import is_parts, reasoning_in, said, said_field, text_field
+from sophia_galore.data.conversation import Conversation, Message
+from sophia_galore.data.fields import absent, listed, one_of, parsed, present, refuse_by_name, refuse_label, tidied
+from sophia_galore.data.meanings import REASONING, SYSTEM, TOOLS
 from sophia_galore.data.record import Record
-from sophia_galore.data.turns import require_answer, turns
+from sophia_galore.data.tools import tools_of
+from sophia_galore.data.turns import require_answer, system_of, turns
 from sophia_galore.errors import DataError
 
 # In this order: data sets often keep a rendered `text` or the first `prompt` beside the full conversation.
@@ -39,27 +44,31 @@ def detect_format(records: Sequence[Record]) -> str:
         A key of `MARKS`.
 
     Raises:
-        DataError: The first record fits no format, or a later one fits another than the first.
+        DataError: No record fits a format, or one fits another than those before it.
     """
     if not records:
         raise DataError("There is no record to recognise a format by.")
-    first = _format_of(records[0])
-    if first is None:
-        raise DataError(
-            f"{records[0].where}: no known format has the fields {listed(present(records[0]))}.",
-            "Known are: "
-            + "; ".join(f"{name} ({' + '.join(f'`{field}`' for field in marks)})" for name, marks in MARKS.items())
-            + ".",
-        )
+    first, place = "", ""
     for record in records:
         # A record that fits none is left to its conversion, which knows what field is missing.
-        if (other := _format_of(record)) not in (first, None):
+        others = _formats_of(record)
+        if others and not first:
+            first, place = others[0], record.where
+        elif others and first not in others:
             raise DataError(
-                f"{record.where}: this record is {other} ({listed(present(record))}), but {records[0].where} is "
+                f"{record.where}: this record is {others[0]} ({listed(present(record))}), but {place} is "
                 f"{first}: formats are mixed.",
                 "Split the data by format and convert one part, or name the format with `data.format`.",
             )
-    return first
+    if first:
+        return first
+    refuse_by_name(tidied(records[0]))
+    raise DataError(
+        f"{records[0].where}: no known format has the fields {listed(present(records[0]))}.",
+        "Known are: "
+        + "; ".join(f"{name} ({' + '.join(f'`{field}`' for field in marks)})" for name, marks in MARKS.items())
+        + ".",
+    )
 
 
 def to_conversation(record: Record, format: str) -> Conversation:
@@ -73,37 +82,98 @@ def to_conversation(record: Record, format: str) -> Conversation:
         The conversation; it has something to learn.
 
     Raises:
-        DataError: A field is missing, of a wrong type or empty; the message names file, place
-            and field.
+        DataError: A field is missing, of a wrong type or empty, or asks for what can't be done; the message names
+            file, place and field.
     """
+    record = tidied(record)
+    refuse_by_name(record)
+    refuse_label(record, of_answer=format != "text")
     return CONVERSIONS[format](record)
 
 
-def _format_of(record: Record) -> str | None:
-    for name, marks in MARKS.items():
-        if any(record.fields.get(mark) is not None for mark in marks):
-            return name
-    return None
+def _formats_of(record: Record) -> list[str]:
+    """The formats that a record has all fields of; else those that it has some of."""
+    fields = tidied(record).fields
+    there = {name: [fields.get(mark) is not None for mark in marks] for name, marks in MARKS.items()}
+    # Any record may hold a rendered `text` as well.
+    whole = [name for name, marks in there.items() if all(marks) and name != "text"]
+    return whole or [name for name, marks in there.items() if any(marks)]
 
 
 def _alpaca(record: Record) -> Conversation:
-    system = string_field(record, "system", required=False)
-    instruction = string_field(record, "instruction")
-    context = string_field(record, "input", required=False)
-    answer = _filled(string_field(record, "output"), record, "output")
+    instruction = text_field(record, "instruction")
+    context = text_field(record, "input", required=False)
+    answer = _answer(record, "output")
     question = "\n".join(part for part in (instruction, context) if part.strip())
     _filled(question, record, "instruction")
-    messages: list[Message] = [Message("system", system)] if system.strip() else []
+    return Conversation((*_before(record), Message("user", question), answer), record.where, tools=tools_of(record))
+
+
+def _prompt_completion(record: Record) -> Conversation:
+    prompt, completion = record.fields.get("prompt"), record.fields.get("completion")
+    if _are_messages(prompt, completion):
+        context = turns(record, "prompt", learned=False)
+        answers = turns(Record({"completion": completion}, record.where), "completion")
+        require_answer(answers, record.where, "completion")
+        _refuse_history(record, "prompt")
+        return Conversation(
+            (*context, *_with_reasoning(record, answers)), record.where, tools=tools_of(record, _items(prompt))
+        )
+    asked = Message("user", _filled(text_field(record, "prompt"), record, "prompt"))
+    answer = _answer(record, "completion")
+    before, tools = _before(record), tools_of(record)
+    # Only a bare question and answer can also be written without a chat template, one after the other.
+    bare = not before and not tools and not answer.reasoning
+    return Conversation((*before, asked, answer), record.where, kind="completion" if bare else "chat", tools=tools)
+
+
+def _are_messages(prompt: object, completion: object) -> bool:
+    """Whether both, or one of them that is no text, are lists of messages; text that holds such a list is one too."""
+    both = [parsed(value) for value in (prompt, completion)]
+    if all(_is_chat(value) for value in both):
+        return True
+    return any(isinstance(value, list) and value and not is_parts(value) for value in (prompt, completion))
+
+
+def _is_chat(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and (item.get("role") or item.get("from")) for item in value)
+    )
+
+
+def _items(value: object) -> list[object]:
+    value = parsed(value)
+    return value if isinstance(value, list) else []
+
+
+def _answer(record: Record, name: str) -> Message:
+    """The one answer of a record, with what was thought before it."""
+    content = said_field(record, name)
+    thought = reasoning_in(_without_modes(record), record.where)
+    if thought and content.reasoning:
+        raise DataError(
+            f"{record.where}: the record holds reasoning in a field and in the parts of `{name}` too.",
+            "Keep one of them.",
+        )
+    _filled(content.text, record, name)
+    return Message("assistant", content.text, reasoning=thought or content.reasoning)
+
+
+def _before(record: Record) -> tuple[Message, ...]:
+    """What stands before the question: a system prompt and earlier turns."""
+    system = system_of(record)
+    messages = [Message("system", system)] if system.strip() else []
     for index, (asked, answered) in enumerate(_history(record)):
         answered = _filled(answered, record, f"history[{index}][1]")
         messages += [Message("user", asked), Message("assistant", answered)]
-    messages += [Message("user", question), Message("assistant", answer)]
-    return Conversation(tuple(messages), record.where)
+    return tuple(messages)
 
 
 def _history(record: Record) -> list[tuple[str, str]]:
-    history = record.fields.get("history")
-    if history is None or history == "":
+    history = parsed(record.fields.get("history"))
+    if absent(history):
         return []
     if not isinstance(history, list):
         raise DataError(
@@ -112,13 +182,11 @@ def _history(record: Record) -> list[tuple[str, str]]:
         )
     pairs = []
     for index, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(
                 f"{record.where}: `history[{index}]` is not a pair.", "Write [question, answer] there, two strings."
             )
-        asked, answered = (
-            checked_string(part, record.where, f"history[{index}][{side}]") for side, part in enumerate(pair)
-        )
+        asked, answered = (said(part, record.where, f"history[{index}][{side}]").text for side, part in enumerate(pair))
         pairs.append((asked, answered))
     return pairs
 
@@ -134,23 +202,54 @@ def _messages(record: Record) -> Conversation:
 def _chat(record: Record, field: str) -> Conversation:
     messages = turns(record, field)
     require_answer(messages, record.where, field)
-    return Conversation(messages, record.where)
+    _refuse_history(record, field)
+    tools = tools_of(record, _items(record.fields.get(field)))
+    return Conversation(_with_reasoning(record, messages), record.where, tools=tools)
 
 
-def _prompt_completion(record: Record) -> Conversation:
-    prompt, completion = record.fields.get("prompt"), record.fields.get("completion")
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        asked = _filled(string_field(record, "prompt"), record, "prompt")
-        answer = _filled(string_field(record, "completion"), record, "completion")
-        return Conversation((Message("user", asked), Message("assistant", answer)), record.where, kind="completion")
-    context = tuple(replace(message, counts=False) for message in turns(record, "prompt"))
-    answers = turns(Record({"completion": completion}, record.where), "completion")
-    require_answer(answers, record.where, "completion")
-    return Conversation(context + answers, record.where)
+def _refuse_history(record: Record, field: str) -> None:
+    if _items(record.fields.get("history")):
+        raise DataError(
+            f"{record.where}: the field `history` holds turns beside those of `{field}`.",
+            f"Write them into `{field}`, at its beginning.",
+        )
+
+
+def _with_reasoning(record: Record, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages with what the record, not a message, says of the reasoning; it must be clear whose it is."""
+    thought = reasoning_in(_without_modes(record), record.where)
+    if not thought:
+        return messages
+    answers = [message for message in messages if message.role == "assistant"]
+    if len(answers) == 1 and answers[0].reasoning in ("", thought):
+        return tuple(replace(message, reasoning=thought) if message is answers[0] else message for message in messages)
+    name, _ = one_of(record.fields, REASONING, record.where)
+    raise DataError(
+        f"{record.where}: the field `{name}` is the reasoning of one answer, but does not say of which.",
+        "Write it into that answer's message, as `reasoning_content`.",
+    )
+
+
+def _without_modes(record: Record) -> dict[str, object]:
+    """The fields without those that only name a mode of thinking, such as ``reasoning: "off"``."""
+    modes = ("on", "off", "true", "false", "none", "low", "medium", "high")
+    return {
+        name: value
+        for name, value in record.fields.items()
+        if name not in REASONING or not (isinstance(value, bool) or str(value).strip().lower() in modes)
+    }
 
 
 def _text(record: Record) -> Conversation:
-    text = _filled(string_field(record, "text"), record, "text")
+    text = _filled(text_field(record, "text"), record, "text")
+    for name in (*SYSTEM, *TOOLS, *REASONING):
+        value = record.fields.get(name)
+        if not absent(parsed(value)) and name in _without_modes(record):
+            raise DataError(
+                f"{record.where}: the field `{name}` stands beside raw text, which is learned as it is and has no "
+                "place for it.",
+                "Write it into `text`, or give the record as `messages`.",
+            )
     return Conversation((), record.where, kind="text", text=text)
 
 

@@ -18,3 +18,17 @@ class Record:
 
     fields: dict[str, Any]
     where: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds.
+
+    Attributes:
+        records: Those that could be read, in their order.
+        note: How the file was understood where it is not what its ending says, such as "semicolons between the
+            columns"; "" otherwise.
+    """
+
+    records: list[Record]
+    note: str = ""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from sophia_galore.data.bad_records import Report, stop_at_once
 from sophia_galore.data.chat_mask import ChatMask
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example, describe
@@ -46,6 +47,7 @@ def tokenise(
     max_length: int,
     too_long: Literal["cut", "drop"],
     date: str = "",
+    report: Report = stop_at_once,
 ) -> Tokenised:
     """Renders conversations with the tokenizer's chat template and masks what does not count.
 
@@ -56,6 +58,7 @@ def tokenise(
         max_length: Longest example in tokens.
         too_long: ``cut`` longer ones at the end, or ``drop`` them.
         date: The day that the chat template sees, as `2026-11-28`; "": whatever day it is.
+        report: Takes the conversations that can't be rendered; left out, the first of them is raised.
 
     Returns:
         The examples and counts of what was cut and left out.
@@ -72,7 +75,13 @@ def tokenise(
     examples: list[Example] = []
     num_cut = num_dropped = num_cut_empty = 0
     for conversation in conversations:
-        example = _example(conversation, tokenizer, chats)
+        try:
+            example = _example(conversation, tokenizer, chats)
+        except DataError as error:
+            if conversation.kind == "chat" and chats is None:
+                raise  # not this record's fault: no chat at all can be rendered
+            report(conversation.where, error)
+            continue
         if example.num_tokens <= max_length:
             examples.append(example)
         elif too_long == "drop":

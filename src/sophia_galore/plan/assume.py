@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sophia_galore.config import RunConfig
+from sophia_galore.config.data_source import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches, largest_step, largest_window
 from sophia_galore.data.dataset import Dataset
 
@@ -65,7 +66,8 @@ def load_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: in
         probe = []  # it needs no more than a first step
     evaluated = eval_batches(dataset.eval, batch_size=size, pad_id=pad_id)[:together]
     longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
-    words = f"the longest examples of {config.data.train}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
+    size = train[0].input_ids.shape[0]
+    words = f"the longest examples of {sources_in_words(config.data.train)}: {len(train)} x {size} x {longest}"
     return Load(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
 
 

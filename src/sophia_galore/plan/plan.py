@@ -47,6 +47,7 @@ class RunPlan:
         num_eval_examples: Examples that are measured on.
         data_fingerprint: SHA-256 over all token ids and masks.
         num_shared: Training records whose text is in the evaluation data too.
+        num_bad: Records that can't be used and were left out.
         repetition_loss: What a mere count of the training examples' token sequences reaches on the evaluation examples,
             in nats a token; None without an evaluation.
         repetition_share: Share of their counted tokens that it foretells, from 0 to 1; None without an evaluation.
@@ -73,6 +74,7 @@ class RunPlan:
     num_eval_examples: int
     data_fingerprint: str
     num_shared: int
+    num_bad: int
     repetition_loss: float | None
     repetition_share: float | None
     steps_per_epoch: int
@@ -170,6 +172,7 @@ def make_plan(
         num_eval_examples=len(dataset.eval),
         data_fingerprint=dataset.fingerprint,
         num_shared=dataset.summary.num_shared,
+        num_bad=dataset.summary.num_bad,
         repetition_loss=repeated.loss if repeated else None,
         repetition_share=repeated.share if repeated else None,
         steps_per_epoch=steps_per_epoch,

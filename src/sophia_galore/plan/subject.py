@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
-from sophia_galore.config.schema import DataConfig
+from sophia_galore.config.data_section import DataConfig
 from sophia_galore.data.dataset import Dataset, load_data
+from sophia_galore.data.read import is_here
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
@@ -130,7 +130,7 @@ def look_up(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) 
     anatomy = build_skeleton(shape.config, _CPU, trust_remote_code=config.model.trust_remote_code)
     facts = replace(facts, model=model, parameters=ask_parameters(anatomy))
     vocab_size = anatomy.embed.num_embeddings
-    here = shape.folder is not None and Path(config.data.train).exists()
+    here = shape.folder is not None and all(is_here(source.path) for source in config.data.train_sources)
     if reads_data and here and shape.folder is not None:
         tokenizer = load_tokenizer(shape.folder, trust_remote_code=config.model.trust_remote_code)
         pad_id = pad_token(tokenizer)

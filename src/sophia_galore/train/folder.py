@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ MEMORY_REPORT = "memory_report.json"
 ENVIRONMENT = "environment.json"
 TRAINER_STATE = "trainer_state.json"
 TRACKERS = "trackers.json"
+BAD_RECORDS = "bad_records.jsonl"
 MODEL = "model.safetensors"
 WRITTEN = "written.json"
 """Names of the files of the final model, for those who ask what a run wrote."""
@@ -100,6 +101,13 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_jsonl(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON document a line."""
+    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+    # What can't be written as UTF-8, such as half of a surrogate pair in a file's name, is shown by its number.
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:

@@ -92,7 +92,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.
-    skip |= {"chat_format", "num_shared", "repetition_loss", "repetition_share"}
+    skip |= {"chat_format", "num_shared", "num_bad", "repetition_loss", "repetition_share"}
     if config.training.lr_scheduler_type in _ENDLESS:
         skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}

@@ -29,7 +29,7 @@ from sophia_galore.train.best import open_best
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_files, write_json, write_whole
+from sophia_galore.train.folder import locked, replace_files, write_json, write_jsonl, write_whole
 from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
@@ -294,6 +294,8 @@ class _Run:
     def _write_documents(self) -> None:
         write_json(self._folder / names.PLAN, self._plan.to_json())
         write_whole(self._folder / names.CONFIG, dump_config(self._config))
+        if bad := self._prepared.dataset.bad:
+            write_jsonl(self._folder / names.BAD_RECORDS, map(vars, bad))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():

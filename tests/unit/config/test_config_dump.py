@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from sophia_galore.config import RunConfig, dump_config, load_config
 from sophia_galore.config.check import contradictions
+from sophia_galore.config.data_source import DataSource
 from sophia_galore.config.dump import config_reference, flatten
 from sophia_galore.config.keys import keys, known_keys
 from sophia_galore.config.schema_optimizer import OptimizerConfig
@@ -45,7 +46,8 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin is tuple:
-        return st.lists(values_of(arguments[0], {}), max_size=3).map(tuple)
+        least = 1 if arguments[0] is DataSource else 0
+        return st.lists(values_of(arguments[0], {}), min_size=least, max_size=3).map(tuple)
     if annotation is type(None):
         return st.none()
     if annotation is bool:
@@ -56,6 +58,14 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if annotation is float:
         low, high = limits.get("ge", limits.get("gt", 0)), limits.get("lt", limits.get("le"))
         return st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_infinity=False)
+    if annotation is DataSource:
+        return st.builds(
+            DataSource,
+            path=st.text(min_size=1),
+            weight=st.floats(0, 1000, exclude_min=True),
+            max_examples=st.none() | st.integers(1, 10**6),
+            format=st.sampled_from([None, "alpaca", "text"]),
+        )
     assert annotation is str, annotation
     return st.text(min_size=limits.get("min_length", 0))
 

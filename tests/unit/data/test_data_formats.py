@@ -80,9 +80,9 @@ BAD_MESSAGES: list[tuple[Any, list[str]]] = [
     ([Q, {"value": "a"}], ["[1]", "`from`"]),
     ([Q, {"role": "assistant"}], ["[1].content", "missing"]),
     ([Q, {"from": "gpt"}], ["[1].value", "missing"]),
-    ([Q, {"role": "assistant", "content": 3}], ["[1].content", "int"]),
-    ([Q, {"role": "assistant", "content": [{"type": "text"}]}], ["[1].content", "list"]),
-    ([Q, {"role": "assistant", "content": "x", "tool_calls": [{}]}], ["[1]", "calls a tool"]),
+    ([Q, {"role": "assistant", "content": {"a": 3}}], ["[1].content", "dict"]),
+    ([Q, {"role": "assistant", "content": [{"type": "text"}]}], ["[1].content[0]", "without its text"]),
+    ([Q, {"role": "assistant", "content": "x", "tool_calls": [{}]}], ["[1].tool_calls", "no call of a tool"]),
 ]
 
 
@@ -104,16 +104,16 @@ def test_bad_message_lists(field: str, format: str, value: Any, says: list[str])
         ("alpaca", {"instruction": "q", "output": None}, ["`output`", "missing"]),
         ("alpaca", {"instruction": "q", "output": " \n"}, ["`output`", "empty"]),
         ("alpaca", {"instruction": " ", "input": "", "output": "a"}, ["`instruction`", "empty"]),
-        ("alpaca", {"instruction": "q", "output": 3}, ["`output`", "int"]),
+        ("alpaca", {"instruction": "q", "output": {"a": 3}}, ["`output`", "dict"]),
         ("alpaca", {"instruction": ["q"], "output": "a"}, ["`instruction`", "list"]),
-        ("alpaca", {"instruction": "q", "output": "a", "system": 1}, ["`system`", "int"]),
+        ("alpaca", {"instruction": "q", "output": "a", "system": {"a": 1}}, ["`system`", "dict"]),
         ("alpaca", {"instruction": "q", "output": "a", "history": "x"}, ["`history`", "str"]),
         ("alpaca", {"instruction": "q", "output": "a", "history": [["h", "i"], ["h"]]}, ["`history[1]`", "pair"]),
-        ("alpaca", {"instruction": "q", "output": "a", "history": [["h", 1]]}, ["`history[0][1]`", "int"]),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["h", {"a": 1}]]}, ["`history[0][1]`", "dict"]),
         ("alpaca", {"instruction": "q", "output": "a", "history": [["h", ""]]}, ["`history[0][1]`", "empty"]),
         ("alpaca", {"instruction": "q", "output": "a\ud83d"}, ["`output`", "surrogate"]),
         ("messages", {}, ["`messages`", "missing"]),
-        ("messages", {"messages": [Q, A], "tools": [{"name": "f"}]}, ["`tools`"]),
+        ("messages", {"messages": [Q, A], "tools": [{"title": "f"}]}, ["`tools[0]`", "no definition"]),
         ("messages", {"messages": [{"role": "system", "content": "s"}, Q, A], "system": "t"}, ["`system`", "messages"]),
         ("prompt_completion", {"prompt": "q"}, ["`completion`", "missing"]),
         ("prompt_completion", {"completion": "a"}, ["`prompt`", "missing"]),
@@ -124,7 +124,7 @@ def test_bad_message_lists(field: str, format: str, value: Any, says: list[str])
         ("prompt_completion", {"prompt": [Q, A], "completion": [Q]}, ["`completion`", "no assistant turn"]),
         ("text", {}, ["`text`", "missing", "no field at all"]),
         ("text", {"text": ""}, ["`text`", "empty"]),
-        ("text", {"text": 1.5}, ["`text`", "float"]),
+        ("text", {"text": {"a": 1.5}}, ["`text`", "dict"]),
     ],
 )
 def test_bad_fields(format: str, fields: dict[str, Any], says: list[str]) -> None:

@@ -102,7 +102,7 @@ def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[d
         ("x.jsonl", b"\n\n", ["x.jsonl", "empty"]),
         ("x.csv", b"text\n", ["x.csv", "empty"]),
         ("x.json", b'[{"a": 1},\n {"a" 2}]', ["x.json:2", "column 7"]),
-        ("x.json", b'{"a": 1}\n{"a": 2}\n', ["x.json:2", ".jsonl"]),
+        ("x.json", b'{"a": 1} {"a": 2}', ["x.json:1", "column 10"]),
         ("x.json", b'"text"', ["x.json", "a string"]),
         ("x.json", b'[{"a": 1}, 7]', ["x.json, record 2", "a number"]),
         ("x.json", b"[" * 100_000, ["x.json", "nested too deeply"]),

@@ -1,0 +1,90 @@
+"""The share of each data set: how many of its conversations are taken, and how often.
+
+Up to 1, a weight is a part of the data set, chosen by the seed. Above 1 it repeats: each conversation so often as the
+whole part of the weight says, and the rest of it once more, chosen by the seed. Repeating comes after evaluation data
+were held out, so that what is measured on is neither trained on nor measured twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sophia_galore.config.data_source import DataSource
+from sophia_galore.data.conversation import Conversation
+from sophia_galore.data.gather import Portion
+from sophia_galore.data.split import in_seeded_order
+from sophia_galore.errors import DataError
+
+
+def shares(portions: Sequence[Portion], seed: int, use: str) -> list[Conversation]:
+    """The conversations that are taken of each data set: its first ones by the seed, in the order of the files.
+
+    Args:
+        portions: The data sets.
+        seed: The data's seed.
+        use: What they are for; another use gives another choice.
+
+    Returns:
+        The conversations, data set by data set.
+
+    Raises:
+        DataError: The weight of a data set leaves nothing of it.
+    """
+    taken: list[Conversation] = []
+    for place, portion in enumerate(portions):
+        source, everything = portion.source, portion.conversations
+        num = min(len(everything), source.max_examples or len(everything))
+        if source.weight < 1:
+            num = _rounded(source.weight * num)
+        if everything and not num:
+            raise DataError(
+                f"{source.path}: weight {source.weight:g} leaves none of its {len(everything)} records.",
+                "Raise the weight, or leave the data set out.",
+            )
+        taken += _some(everything, num, seed, f"{use} share {place}")
+    return taken
+
+
+def repeated(chosen: Sequence[Conversation], portions: Sequence[Portion], seed: int, use: str) -> list[Conversation]:
+    """The same conversations, those of data sets with a weight above 1 so often as it says.
+
+    Args:
+        chosen: What was taken of the data sets, in any order.
+        portions: The data sets.
+        seed: The data's seed.
+        use: What they are for.
+
+    Returns:
+        The conversations in seeded order; as they were if no data set is repeated.
+    """
+    if all(portion.source.weight <= 1 for portion in portions):
+        return list(chosen)
+    owner = {id(each): place for place, portion in enumerate(portions) for each in portion.conversations}
+    own: list[list[Conversation]] = [[] for _ in portions]
+    for conversation in chosen:
+        own[owner[id(conversation)]].append(conversation)
+    mixed: list[Conversation] = []
+    for place, (portion, conversations) in enumerate(zip(portions, own, strict=True)):
+        times, rest = _times(portion.source, len(conversations))
+        mixed += [*conversations * times, *_some(conversations, rest, seed, f"{use} repeat {place}")]
+    return in_seeded_order(mixed, seed, f"{use} mixture")
+
+
+def _times(source: DataSource, num: int) -> tuple[int, int]:
+    """How often all of them are taken, and how many of them once more."""
+    if source.weight <= 1:
+        return 1, 0
+    total = _rounded(source.weight * num)
+    return (total // num, total % num) if num else (1, 0)
+
+
+def _some(conversations: Sequence[Conversation], num: int, seed: int, purpose: str) -> list[Conversation]:
+    if num >= len(conversations):
+        return list(conversations)
+    first = {id(each) for each in in_seeded_order(conversations, seed, purpose)[:num]}
+    return [conversation for conversation in conversations if id(conversation) in first]
+
+
+def _rounded(amount: float) -> int:
+    """To the nearest whole number, a half upwards."""
+    return int(amount + 0.5)
