@@ -1,208 +1,353 @@
 """From a chat to token ids and the mask of what the assistant says.
 
-Two ways. A template with `{% generation %}` markers says itself where the assistant speaks; TRL
-has such versions of the templates of common models. For any other template the markers are
-found by rendering: what `messages[:i+1]` has beyond `messages[:i]` and the generation prompt is
-what the assistant says in turn i.
+Where the template wrote each answer is known to the character (`chat_text.py`), and so is what it writes around
+answers (`chat_frame.py`). What counts in a turn begins behind the header, where the model takes over when it answers,
+and ends with the token that ends the turn. A template with `{% generation %}` markers says itself what counts, and is
+believed where that holds the answer, its end and nothing of others.
 
-Either way the whole text is tokenised once, so the tokens are those that the model would see.
+The whole text is tokenised once, so the tokens are those that the model would see.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from sophia_galore.data.chat_frame import Frame, find_frame, leading_run
+from sophia_galore.data.chat_text import ChatTemplate, Place, Written, write_chat
 from sophia_galore.data.conversation import Conversation, Message
-from sophia_galore.errors import DataError, ModelError, short
+from sophia_galore.data.span_tokens import Masked, span_tokens
+from sophia_galore.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Masked = tuple[list[int], list[bool]]
-"""Token ids and, for each, whether it counts."""
+Span = tuple[int, int]
+_THOUGHT = re.compile(r"\s*(?:<think>|<thinking>|\[THINK\])?(.*?)(?:</think>|</thinking>|\[/THINK\])(.*)", re.DOTALL)
+_THOUGHT_MARKS = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|\s")
+_OTHER_TEMPLATE = "Set another chat template (model.chat_template), or use data of the format `text`."
 
-MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-OTHER_TEMPLATE = "Use a tokenizer whose chat template has {% generation %} markers, or data of the format `text`."
 
-
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Finds a version of the tokenizer's chat template that marks what the assistant says.
+@dataclass(frozen=True)
+class Turn:
+    """A turn that counts.
 
     Args:
-        tokenizer: A tokenizer with a chat template.
-
-    Returns:
-        A template with `{% generation %}` markers, or None if there is no such version.
-
-    Raises:
-        DataError: There are several templates and no default.
+        spans: What of the text counts, in order.
+        holds: What is said in it, to be found in what counts.
     """
-    from trl.chat_template_utils import get_training_chat_template  # here, since importing it takes seconds
 
-    try:
-        own = str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise DataError(
-            "The model's tokenizer has several chat templates and none of them is the default.",
-            "Name one of them `default` in the model's tokenizer files.",
-        ) from error
-    try:
-        return get_training_chat_template(tokenizer) or own
-    # ValueError: TRL knows no version, or it has markers and fails TRL's check for calling tools. Anything else comes
-    # from the template, which TRL tries out; it will fail again where a record can be named.
-    except Exception:
-        return own if MARKERS.search(own) else None
+    spans: tuple[Span, ...]
+    holds: tuple[Place, ...]
 
 
-def chat_tokens(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str | None) -> Masked:
-    """Renders and tokenises a chat, counting the assistant's tokens.
+class ChatMask:
+    """Renders and tokenises chats, counting the assistant's tokens.
 
     Args:
-        conversation: A conversation with messages.
         tokenizer: A fast tokenizer with a chat template.
-        template: What `training_template` gave.
-
-    Returns:
-        Token ids and mask. Answers within the conversation's context don't count.
-
-    Raises:
-        DataError: The template refuses the conversation, or the turns can't be told apart.
-        ModelError: The template fails on the simplest chat too.
+        date: The day that the template sees, as `2026-11-28`; "": whatever day it is.
     """
-    whole = str(_apply(conversation, conversation.messages, tokenizer, chat_template=template, tokenize=False))
-    _require_answers(conversation, whole)
-    if template is None:
-        return _from_spans(conversation, whole, tokenizer)
-    encoded: Any = _apply(
-        conversation,
-        conversation.messages,
-        tokenizer,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False, "return_offsets_mapping": True},
-    )
-    ids, counted = list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-    offsets = encoded["offset_mapping"]
-    for i in range(1, len(ids)):
-        # transformers ends a span at the first token of its last character, which may be four tokens long.
-        counted[i] |= counted[i - 1] and offsets[i] == offsets[i - 1] and offsets[i][0] < offsets[i][1]
-    if num_context := _num_context(conversation):
-        context = conversation.messages[:num_context]
-        head = _apply(conversation, context, tokenizer, chat_template=template, tokenize=True, return_dict=False)
-        if ids[: len(head)] != list(head):
-            raise _unstable(conversation, num_context)
-        counted[: len(head)] = [False] * len(head)
-    return ids, counted
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, date: str = "") -> None:
+        self._tokenizer, self._date = tokenizer, date
+
+    @cached_property
+    def _plain(self) -> tuple[ChatTemplate, Frame]:
+        template = ChatTemplate(self._tokenizer, date=self._date)
+        return template, find_frame(template, self._tokenizer)
+
+    @cached_property
+    def _with_tools(self) -> tuple[ChatTemplate, Frame]:
+        template = ChatTemplate(self._tokenizer, date=self._date, for_tools=True)
+        return template, find_frame(template, self._tokenizer)
+
+    @property
+    def frame(self) -> Frame:
+        """What the template writes around turns."""
+        return self._plain[1]
+
+    def tokens(self, conversation: Conversation) -> Masked:
+        """Renders and tokenises a chat, counting what the assistant says in turns that count.
+
+        Args:
+            conversation: A conversation with messages.
+
+        Returns:
+            Token ids and mask.
+
+        Raises:
+            DataError: The template refuses the conversation, or leaves out some of it, or what counts can't be told
+                apart from the rest.
+            ModelError: The template fails on the simplest chat too.
+        """
+        template, frame = self._with_tools if conversation.tools else self._plain
+        written = write_chat(conversation, template)
+        if _lost(conversation, written, "reasoning") or _cut_thoughts(conversation, written):
+            # Where the template cuts a thought out of an answer, it may know one that is kept apart.
+            apart = _thoughts_apart(conversation)
+            if apart != conversation:
+                again = write_chat(apart, template)
+                if not any(_lost(apart, again, field) for field in ("reasoning", "content")):
+                    conversation, written = apart, again
+        _require_all(conversation, written)
+        marked = template.marked(written.chat, conversation.tools, written.text)
+        turns = [
+            _turn(conversation, written, frame, marked, index)
+            for index, message in enumerate(conversation.messages)
+            if message.role == "assistant" and message.counts
+        ]
+        spans = [turn.spans for turn in turns]
+        return span_tokens(written.text, spans, self._tokenizer, where=conversation.where)
 
 
-def span_tokens(text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase) -> Masked:
-    """Tokenises a text once and counts the tokens that touch given character spans.
-
-    Touching is enough: where " Yes" is one token whose space belongs to the prompt, the answer
-    would otherwise be lost.
-
-    Args:
-        text: The complete text; special tokens stand in it as text.
-        spans: Half-open ranges of characters.
-        tokenizer: A fast tokenizer.
-
-    Returns:
-        Token ids and mask.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    counted = [
-        any(begin < span_end and end > span_begin for span_begin, span_end in spans)
-        for begin, end in encoded["offset_mapping"]
+def _lost(conversation: Conversation, written: Written, field: str) -> list[int]:
+    """Numbers of the messages that count and of which the template leaves something out."""
+    return [
+        place.message
+        for place in written.places
+        if place.field == field and not place.is_written and _counts(conversation.messages[place.message])
     ]
-    return list(encoded["input_ids"]), counted
 
 
-def _num_context(conversation: Conversation) -> int:
-    """The number of messages at the beginning whose answers don't count."""
-    passed = [
-        i for i, message in enumerate(conversation.messages) if message.role == "assistant" and not message.counts
-    ]
-    return passed[-1] + 1 if passed else 0
+def _cut_thoughts(conversation: Conversation, written: Written) -> list[int]:
+    lost = _lost(conversation, written, "content")
+    return [index for index in lost if _THOUGHT.match(conversation.messages[index].content)]
 
 
-def _require_answers(conversation: Conversation, whole: str) -> None:
-    """Refuses templates that leave an answer's text out, as those of some vision models do with plain strings."""
-    for message in conversation.messages[_num_context(conversation) :]:
-        # The last line only: templates may rewrite what stands before it (thinking parts).
-        if message.role == "assistant" and message.content.strip().splitlines()[-1].strip() not in whole:
-            raise DataError(
-                f"{conversation.where}: the model's chat template leaves out the text of an assistant turn.",
-                "Use the tokenizer of a text model; this template may expect another kind of messages.",
-            )
+def _counts(message: Message) -> bool:
+    return message.role == "assistant" and message.counts
 
 
-def _from_spans(conversation: Conversation, whole: str, tokenizer: PreTrainedTokenizerBase) -> Masked:
-    messages = conversation.messages
-    spans = []
-    for index, message in enumerate(messages):
-        if message.role != "assistant" or not message.counts:
+def _thoughts_apart(conversation: Conversation) -> Conversation:
+    """The same conversation with thoughts that stand in answers as a field of their own."""
+    messages = []
+    for message in conversation.messages:
+        thought = _THOUGHT.match(message.content) if message.role == "assistant" and not message.reasoning else None
+        if thought and thought[1].strip() and "</think" not in thought[2]:
+            message = replace(message, content=thought[2].strip("\n"), reasoning=thought[1].strip("\n"))
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))
+
+
+def _require_all(conversation: Conversation, written: Written) -> None:
+    """Refuses templates that leave out some of what is said."""
+    for place in written.places:
+        message = conversation.messages[place.message]
+        if place.is_written:
             continue
-        if index == 0:
+        thinks = place.field == "reasoning" or (place.field == "content" and _in_thought(message, place))
+        if thinks and not _counts(message):
+            continue  # templates forget what was thought in turns that are over
+        if thinks:
             raise DataError(
-                f"{conversation.where}: the first turn is the assistant's, and this model's chat template does not "
-                "show where it begins.",
-                "Let the conversation begin with a user or system turn.",
+                f"{conversation.where}: the model's chat template leaves out what the assistant thinks in message "
+                f"{place.message + 1}, so it would not be learned.",
+                "Remove the reasoning; or, if the template keeps it in the last turn only, end the record there, or "
+                'give earlier turns "weight": 0.',
             )
-        prompt = str(_apply(conversation, messages[:index], tokenizer, tokenize=False, add_generation_prompt=True))
-        turn = str(_apply(conversation, messages[: index + 1], tokenizer, tokenize=False))
-        if not (turn.startswith(prompt) and whole.startswith(turn)):
-            raise _unstable(conversation, index)
-        begin = len(prompt)
-        if prompt == _apply(conversation, messages[:index], tokenizer, tokenize=False):
-            # The template has no generation prompt: the header of the turn is not the assistant's to say.
-            begin += max(turn[begin:].find(message.content.strip()), 0)
-        spans.append((begin, _end_of_turn(turn, message.content)))
-    return span_tokens(whole, spans, tokenizer)
-
-
-def _end_of_turn(turn: str, content: str) -> int:
-    said = turn.rstrip()
-    # Whitespace after the end-of-turn token only separates turns; where there is no such token, it is what ends one.
-    return len(turn) if said.endswith(content.rstrip()) else len(said)
-
-
-def _apply(
-    conversation: Conversation, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> Any:
-    from jinja2 import TemplateError
-
-    chat = [message.for_template() for message in messages]
-    try:
-        return tokenizer.apply_chat_template(chat, **options)
-    except Exception as error:  # a template is a program: it may fail in any way
-        _refuse_broken_template(tokenizer, options.get("chat_template"))
-        if not isinstance(error, TemplateError):
-            raise
+        what = (
+            f"the tool that message {place.message + 1} calls"
+            if place.field == "call"
+            else (f"the text of {_article(message.role)} turn (message {place.message + 1})")
+        )
         raise DataError(
-            f"{conversation.where}: the model's chat template refuses this conversation: {error}.",
-            "Change the order or the roles of its turns, or remove the record.",
-        ) from error
+            f"{conversation.where}: the model's chat template leaves out {what}.",
+            "Use the tokenizer of a text model; this template may expect another kind of messages."
+            if message.role in ("user", "assistant") and place.field == "content"
+            else "Remove it from the record, or use a model whose chat template has a place for it.",
+        )
+    for index, message in enumerate(conversation.messages):
+        if not written.is_complete and message.content.strip() not in written.text and message.role != "assistant":
+            raise DataError(
+                f"{conversation.where}: the model's chat template leaves out the text of {_article(message.role)} turn "
+                f"(message {index + 1}).",
+                _OTHER_TEMPLATE,
+            )
+    for tool in conversation.tools:
+        name = _name(tool)
+        if name and name not in written.text:
+            raise DataError(
+                f"{conversation.where}: the model's chat template leaves out the definition of the tool {name}.",
+                "Remove `tools` from the record, or use a model whose chat template has a place for them.",
+            )
 
 
-def _refuse_broken_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Where the simplest chat fails too, no record is to blame."""
-    simplest = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}]
-    try:
-        tokenizer.apply_chat_template(simplest, chat_template=template, tokenize=False)
-    except Exception as error:
-        raise ModelError(
-            f"The model's chat template fails even on one question and its answer: {short(error)}.",
-            "Repair chat_template in the model's tokenizer files, or use data of the format `text`.",
-        ) from error
+def _article(role: str) -> str:
+    return f"an {role}" if role[0] in "aeiou" else f"a {role}"
 
 
-def _unstable(conversation: Conversation, index: int) -> DataError:
-    return DataError(
-        f"{conversation.where}: this model's chat template writes the turns before message {index + 1} differently "
-        "once that message follows, so the assistant's part can't be told apart.",
-        OTHER_TEMPLATE,
+def _in_thought(message: Message, place: Place) -> bool:
+    """Whether a piece of an answer stands in its thinking part."""
+    thought = _THOUGHT.match(message.content)
+    return bool(thought and place.said in thought[1])
+
+
+def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Sequence[Span], index: int) -> Turn:
+    own = sorted(
+        (place for place in written.places if place.message == index and place.is_written),
+        key=lambda place: place.begin,
     )
+    if not own:
+        raise DataError(
+            f"{conversation.where}: message {index + 1} of the assistant is empty, so nothing could be learned.",
+            "Fill it in, or remove the record.",
+        )
+    first, last = own[0].begin, own[-1].end
+    others = [place for place in written.places if place.message != index and place.is_written]
+    if any(first < place.begin < last for place in others):
+        raise _mingled(conversation, index)
+    before = max((place for place in others if place.end <= first), key=lambda place: place.end, default=None)
+    after = min((place.begin for place in others if place.begin >= last), default=len(written.text))
+    begin = _begin(conversation, written, frame, before, first)
+    message = conversation.messages[index]
+    end = (
+        _end_of_calls(conversation, written, frame, index, last, after)
+        if message.tool_calls
+        else _end(written.text, frame, message, last, after)
+    )
+    _require_whole(conversation, written.text[begin:end], message, index)
+    lowest = _lowest(written, frame, begin)
+    spans = _believed(marked, lowest, Cover(first, last, end), after, written.text)
+    return Turn(spans or ((begin, end),), tuple(own))
+
+
+@dataclass(frozen=True)
+class Cover:
+    """What has to count in a turn: from `first` to `last` what is said, up to `end` what ends it."""
+
+    first: int
+    last: int
+    end: int
+
+
+def _begin(conversation: Conversation, written: Written, frame: Frame, before: Place | None, first: int) -> int:
+    """Where the model takes over when it answers: behind the header of its turn."""
+    text = written.text
+    low = before.end if before else 0
+    asked = before is not None and written.is_complete and conversation.messages[before.message].role == "user"
+    if asked and frame.turnover and text.startswith(frame.turnover, low) and low + len(frame.turnover) <= first:
+        begin = low + len(frame.turnover)
+        # Without a generation prompt, what is between belongs to the header, unless it is a mere space.
+        return begin if frame.prompt or not text[begin:first].strip() else first
+    for header in (frame.prompt, frame.header):
+        place = text.rfind(header, low, first) if header.strip() else -1
+        if place < 0:
+            continue
+        begin = place + len(header)
+        # Where it is not known what a user says in between, it has to look like what the template writes.
+        if written.is_complete or text[begin:first].strip() in ("", frame.opening.strip()):
+            return begin
+    return first
+
+
+def _lowest(written: Written, frame: Frame, begin: int) -> int:
+    """How early a marked span may begin: a thought that the template opens is no header, nor is mere whitespace."""
+    opened = frame.prompt[len(frame.header) :]
+    if opened and written.text[:begin].endswith(opened):
+        begin -= len(opened)
+    return len(written.text[:begin].rstrip())
+
+
+def _end(text: str, frame: Frame, message: Message, last: int, after: int) -> int:
+    """Past the token that ends a turn; where there is none, past the whitespace that does."""
+    follows = text[last:after]
+    content = message.content
+    kept = content[len(content.rstrip()) :]
+    reach = leading_run(follows, frame.ends)
+    for skipped in {0, len(kept) if follows.startswith(kept) else 0}:
+        if frame.tail and follows.startswith(frame.tail, skipped):
+            reach = max(reach, skipped + len(frame.tail))
+    # Whitespace behind the token only separates turns.
+    ended = follows[:reach].rstrip()
+    return last + (len(ended) or reach)
+
+
+def _end_of_calls(conversation: Conversation, written: Written, frame: Frame, index: int, last: int, after: int) -> int:
+    """Past the token that ends a turn whose last words are a call's arguments."""
+    text, low = written.text, last
+    for call in conversation.messages[index].tool_calls:
+        for leaf in _leaves((call.get("function") or {}).get("arguments", {})):
+            forms = dict.fromkeys([leaf, *(json.dumps(leaf, ensure_ascii=ascii)[1:-1] for ascii in (False, True))])
+            low_of_turn = min(place.begin for place in written.places if place.message == index and place.is_written)
+            places = [(text.rfind(form, low_of_turn, after), len(form)) for form in forms]
+            if all(place < 0 for place, _ in places):
+                raise DataError(
+                    f"{conversation.where}: the model's chat template leaves out an argument of the tool that message "
+                    f"{index + 1} calls.",
+                    "Remove the call from the record, or use a model whose chat template has a place for it.",
+                )
+            low = max(low, *(place + length for place, length in places if place >= 0))
+    for match in re.finditer("|".join(map(re.escape, frame.call_ends)) or r"(?!)", text[low:after]):
+        return low + match.start() + leading_run(text[low + match.start() : after], frame.call_ends)
+    if frame.tail.strip() and (place := text.find(frame.tail.strip(), low, after)) >= 0:
+        return place + len(frame.tail.strip())
+    raise DataError(
+        f"{conversation.where}: it can't be told where the call of a tool in message {index + 1} ends in what the "
+        "model's chat template writes.",
+        _OTHER_TEMPLATE,
+    )
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts in a call's arguments, names of arguments among them."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str) and value:
+        yield value
+
+
+def _require_whole(conversation: Conversation, counted: str, message: Message, index: int) -> None:
+    """Refuses a turn whose text the template changes."""
+    content = message.content.strip()
+    # Only marks of a thought, and whitespace, may be written anew.
+    if content in counted or _THOUGHT_MARKS.sub("", content) in _THOUGHT_MARKS.sub("", counted):
+        return
+    raise DataError(
+        f"{conversation.where}: the model's chat template changes what the assistant says in message {index + 1}, so "
+        "it would not be learned as it is.",
+        _OTHER_TEMPLATE,
+    )
+
+
+def _believed(marked: Sequence[Span], lowest: int, cover: Cover, after: int, text: str) -> tuple[Span, ...]:
+    """The marked spans of a turn, if they hold what is said in it, its end, and nothing of others."""
+    spans = tuple((begin, end) for begin, end in marked if begin < end and begin < after and end > lowest)
+    if not spans or spans[0][0] < lowest or spans[0][0] > cover.first:
+        return ()
+    gaps = text[spans[0][0] : cover.end]
+    for begin, end in reversed(spans):
+        shift = spans[0][0]
+        gaps = gaps[: max(begin - shift, 0)] + gaps[max(end - shift, 0) :]
+    # What is left is not covered; past the end, only whitespace may count.
+    if gaps.strip() or text[cover.end : max(spans[-1][1], cover.end)].strip():
+        return ()
+    return spans
+
+
+def _mingled(conversation: Conversation, index: int) -> DataError:
+    return DataError(
+        f"{conversation.where}: the model's chat template writes other turns within message {index + 1}, so the "
+        "assistant's part can't be told apart.",
+        _OTHER_TEMPLATE,
+    )
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function", tool)
+    name = function.get("name", "") if isinstance(function, Mapping) else ""
+    return name if isinstance(name, str) else ""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from sophia_galore.data.chat_mask import Masked, chat_tokens, training_template
+from sophia_galore.data.chat_mask import ChatMask
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example, describe
+from sophia_galore.data.span_tokens import Masked, span_tokens
 from sophia_galore.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def tokenise(
     *,
     max_length: int,
     too_long: Literal["cut", "drop"],
+    date: str = "",
 ) -> Tokenised:
     """Renders conversations with the tokenizer's chat template and masks what does not count.
 
@@ -53,6 +55,7 @@ def tokenise(
             completions only.
         max_length: Longest example in tokens.
         too_long: ``cut`` longer ones at the end, or ``drop`` them.
+        date: The day that the chat template sees, as `2026-11-28`; "": whatever day it is.
 
     Returns:
         The examples and counts of what was cut and left out.
@@ -65,13 +68,11 @@ def tokenise(
             "This model's tokenizer is a slow one, which does not say where in the text its tokens stand.",
             "Use a model that comes with a `tokenizer.json`.",
         )
-    has_template = bool(tokenizer.chat_template)
-    needs_template = has_template and any(conversation.kind != "text" for conversation in conversations)
-    template = training_template(tokenizer) if needs_template else None
+    chats = ChatMask(tokenizer, date=date) if tokenizer.chat_template else None
     examples: list[Example] = []
     num_cut = num_dropped = num_cut_empty = 0
     for conversation in conversations:
-        example = _example(conversation, tokenizer, template, has_template)
+        example = _example(conversation, tokenizer, chats)
         if example.num_tokens <= max_length:
             examples.append(example)
         elif too_long == "drop":
@@ -84,20 +85,18 @@ def tokenise(
     return Tokenised(examples, num_cut, num_dropped, num_cut_empty)
 
 
-def _example(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, template: str | None, has_template: bool
-) -> Example:
+def _example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, chats: ChatMask | None) -> Example:
     if conversation.kind == "text":
-        ids, counted = _plain(tokenizer, "", conversation.text)
-    elif has_template:
-        ids, counted = chat_tokens(conversation, tokenizer, template)
+        ids, counted = _text(tokenizer, conversation.text)
+    elif chats is not None:
+        ids, counted = chats.tokens(conversation)
     elif conversation.kind == "completion":
-        prompt, completion = conversation.messages
-        ids, counted = _plain(tokenizer, prompt.content, completion.content)
+        ids, counted = _completion(conversation, tokenizer)
     else:
         raise DataError(
             f"{conversation.where}: this is a conversation, but the model's tokenizer has no chat template.",
-            "Use an instruction-tuned model, or data of the format `text` or `prompt_completion` (with strings).",
+            "Set model.chat_template to one, such as chatml or alpaca; or use an instruction-tuned model, or data of "
+            "the format `text` or `prompt_completion` (with strings).",
         )
     example = Example.of(ids, counted, conversation.where)
     if not example.num_counted:
@@ -108,12 +107,26 @@ def _example(
     return example
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> Masked:
+def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> Masked:
     """Plain text between the tokens that the tokenizer puts around any text, ended by its end-of-text token."""
-    encoded = tokenizer(prompt + completion, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    # Touching the completion is enough, see `span_tokens`; added tokens have the empty range (0, 0).
-    counted = [end > max(begin, len(prompt)) for begin, end in encoded["offset_mapping"]]
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    # Added tokens have the empty range (0, 0).
+    return _ended(tokenizer, list(encoded["input_ids"]), [end > begin for begin, end in encoded["offset_mapping"]])
+
+
+def _completion(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Masked:
+    """A prompt and the completion behind it, as `_text`, of which the completion counts."""
+    prompt, completion = (message.content for message in conversation.messages)
+    text = prompt + completion
+    around = list(tokenizer(text, verbose=False)["input_ids"])
+    inner = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids, counted = span_tokens(text, [[(len(prompt), len(text))]], tokenizer, where=conversation.where)
+    begin = next((place for place in range(len(around)) if around[place : place + len(inner)] == inner), 0)
+    before, after = around[:begin], around[begin + len(inner) :]
+    return _ended(tokenizer, before + ids + after, [False] * len(before) + counted + [False] * len(after))
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], counted: list[bool]) -> Masked:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:  # the text itself begins with a written-out one
         ids, counted = ids[1:], counted[1:]
