@@ -5,7 +5,6 @@ Found once a template, from a question and its answer that it is given.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def find_frame(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Fr
     if begin < 0 or after_question < len(_QUESTION):
         return _with_ends(Frame(), tokenizer, "")
     specials = _specials(tokenizer, text + prompted)
-    shared = os.path.commonprefix([prompted, text[:begin]])
+    shared = text[: _shared(prompted, text[:begin])]
     turnover = shared[after_question:] if len(shared) > after_question else ""
     prompt = turnover[_common(turnover, question[after_question:], specials) :]
     frame = Frame(
@@ -109,7 +108,11 @@ def _own_tail(template: ChatTemplate, answered: Chat, before: str, tail: str, sp
     rest = tail[common:]
     found = set(re.findall(specials, rest)) - {eos_token}
     is_header = re.search(r"\w", re.sub(specials, "", rest)) or any(atom in before for atom in found)
-    return tail[:common] if is_header else tail
+    if not is_header:
+        return tail
+    # What the headers of all turns begin with is in the common part, too.
+    first = re.search(specials, tail[:common])
+    return tail[: first.end() if first else common]
 
 
 def _call_tail(template: ChatTemplate, asked: Chat) -> str:
@@ -151,11 +154,17 @@ def _specials(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def _common(text: str, other: str, specials: str) -> int:
     """Length of the common beginning of two texts; it does not end within a special token."""
-    length = len(os.path.commonprefix([text, other]))
+    length = _shared(text, other)
     for match in re.finditer(specials, text):
         if match.start() < length < match.end():
             return match.start()
     return length
+
+
+def _shared(text: str, other: str) -> int:
+    """Length of the common beginning of two texts."""
+    length = min(len(text), len(other))
+    return next((place for place in range(length) if text[place] != other[place]), length)
 
 
 def _without_thought(prompt: str) -> str:

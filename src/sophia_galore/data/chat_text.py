@@ -313,8 +313,9 @@ def _places(text: str, pieces: Sequence[Place], word: str, whole: str) -> tuple[
         begin = length + len(between)
         end = begin + len(pieces[number].said)
         filled += [between, pieces[number].said]
-        # Written twice: the later one, since templates repeat what was said before.
-        found[number] = begin, end
+        # Written twice: a tool's answer repeats the name that was called; else the later one is the turn itself.
+        if number not in found or pieces[number].field != "call":
+            found[number] = begin, end
         length, last = end, match.end()
     if "".join(filled) + text[last:] != whole:
         return None

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.chat_templates import shipped
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import shipped
 from sophia_galore.data.conversation import Conversation, Message
 from sophia_galore.data.render import Example, describe, tokenise
 from sophia_galore.data.training_template import training_template
