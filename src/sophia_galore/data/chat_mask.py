@@ -10,13 +10,13 @@ The whole text is tokenised once, so the tokens are those that the model would s
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sophia_galore.data.chat_calls import end_of_calls, tool_name
 from sophia_galore.data.chat_frame import Frame, find_frame, leading_run
 from sophia_galore.data.chat_text import ChatTemplate, Place, Written, write_chat
 from sophia_galore.data.conversation import Conversation, Message
@@ -169,7 +169,7 @@ def _require_all(conversation: Conversation, written: Written) -> None:
                 _OTHER_TEMPLATE,
             )
     for tool in conversation.tools:
-        name = _name(tool)
+        name = tool_name(tool)
         if name and name not in written.text:
             raise DataError(
                 f"{conversation.where}: the model's chat template leaves out the definition of the tool {name}.",
@@ -184,7 +184,7 @@ def _article(role: str) -> str:
 def _in_thought(message: Message, place: Place) -> bool:
     """Whether a piece of an answer stands in its thinking part."""
     thought = _THOUGHT.match(message.content)
-    return bool(thought and place.said in thought[1])
+    return bool(thought and _THOUGHT_MARKS.sub("", place.said) in _THOUGHT_MARKS.sub("", thought[1]))
 
 
 def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Sequence[Span], index: int) -> Turn:
@@ -206,7 +206,7 @@ def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Se
     begin = _begin(conversation, written, frame, before, first)
     message = conversation.messages[index]
     end = (
-        _end_of_calls(conversation, written, frame, index, last, after)
+        end_of_calls(conversation, written, frame, index, last, after)
         if message.tool_calls
         else _end(written.text, frame, message, last, after)
     )
@@ -267,50 +267,6 @@ def _end(text: str, frame: Frame, message: Message, last: int, after: int) -> in
     return last + (len(ended) or reach)
 
 
-def _end_of_calls(conversation: Conversation, written: Written, frame: Frame, index: int, last: int, after: int) -> int:
-    """Past the token that ends a turn whose last words are a call's arguments."""
-    text, low = written.text, last
-    for call in conversation.messages[index].tool_calls:
-        for leaf in _leaves((call.get("function") or {}).get("arguments", {})):
-            forms = dict.fromkeys([leaf, *(json.dumps(leaf, ensure_ascii=ascii)[1:-1] for ascii in (False, True))])
-            low_of_turn = min(place.begin for place in written.places if place.message == index and place.is_written)
-            places = [(text.rfind(form, low_of_turn, after), len(form)) for form in forms]
-            if all(place < 0 for place, _ in places):
-                raise DataError(
-                    f"{conversation.where}: the model's chat template leaves out an argument of the tool that message "
-                    f"{index + 1} calls.",
-                    "Remove the call from the record, or use a model whose chat template has a place for it.",
-                )
-            low = max(low, *(place + length for place, length in places if place >= 0))
-    for match in re.finditer("|".join(map(re.escape, frame.call_ends)) or r"(?!)", text[low:after]):
-        return low + match.start() + leading_run(text[low + match.start() : after], frame.call_ends)
-    if frame.tail.strip() and (place := text.find(frame.tail.strip(), low, after)) >= 0:
-        return place + len(frame.tail.strip())
-    raise DataError(
-        f"{conversation.where}: it can't be told where the call of a tool in message {index + 1} ends in what the "
-        "model's chat template writes.",
-        _OTHER_TEMPLATE,
-    )
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a call's arguments, names of arguments among them."""
-    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str) and value:
-        yield value
-
-
 def _require_whole(conversation: Conversation, counted: str, message: Message, index: int) -> None:
     """Refuses a turn whose text the template changes."""
     content = message.content.strip()
@@ -345,9 +301,3 @@ def _mingled(conversation: Conversation, index: int) -> DataError:
         "assistant's part can't be told apart.",
         _OTHER_TEMPLATE,
     )
-
-
-def _name(tool: Mapping[str, Any]) -> str:
-    function = tool.get("function", tool)
-    name = function.get("name", "") if isinstance(function, Mapping) else ""
-    return name if isinstance(name, str) else ""

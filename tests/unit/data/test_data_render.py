@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
-from trl import chat_template_utils as trl_templates
 
-from sophia_galore.data.chat_mask import training_template
+from chat_templates import shipped
 from sophia_galore.data.conversation import Conversation, Message
 from sophia_galore.data.render import Example, describe, tokenise
+from sophia_galore.data.training_template import training_template
 from sophia_galore.errors import DataError, ModelError
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -22,7 +22,7 @@ MARKED = (
     "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-UNMARKED = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}{% endgeneration %}"
+EMPTY_MARKS = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}{% endgeneration %}"
 
 
 def chat(*contents: str, num_context: int = 0) -> Conversation:
@@ -73,8 +73,8 @@ def test_a_template_with_markers_is_taken_as_it_is(make_tokenizer: MakeTokenizer
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3"])
 def test_templates_that_trl_knows_get_its_markers(make_tokenizer: MakeTokenizer, name: str) -> None:
-    tokenizer = make_tokenizer(getattr(trl_templates, f"{name}_chat_template"))
-    assert training_template(tokenizer) == getattr(trl_templates, f"{name}_training_chat_template")
+    tokenizer = make_tokenizer(shipped(name))
+    assert training_template(tokenizer) == shipped(f"{name}_training")
     end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
     texts = counted_text(chat("question one", "answer one", "question two", "answer two"), tokenizer)
     assert len(texts) == 2
@@ -119,6 +119,13 @@ def test_a_template_without_a_generation_prompt_does_not_count_the_header(make_t
     tokenizer = make_tokenizer("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}\n\n{% endfor %}")
     # Without an end-of-turn token the empty line is what ends a turn, so it is learned.
     assert counted_text(chat("a", "B", "c", "D"), tokenizer) == ["B\n\n", "D\n\n"]
+
+
+@pytest.mark.parametrize(
+    "template", [EMPTY_MARKS, "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+)
+def test_what_a_template_writes_elsewhere_does_not_matter(make_tokenizer: MakeTokenizer, template: str) -> None:
+    assert counted_text(chat("a", "B"), make_tokenizer(template)) == ["B"]
 
 
 def test_completions_as_strings(make_tokenizer: MakeTokenizer, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -195,15 +202,18 @@ def test_the_first_token_never_counts() -> None:
     ("template", "conversation", "says"),
     [
         (None, chat("a", "B"), "no chat template"),
-        (UNMARKED, chat("a", "B"), "counted token"),
         ("{% for m in messages %}{{ m['role'] }}\n{% endfor %}", chat("a", "B"), "leaves out the text"),
-        (trl_templates.smolvlm_chat_template, chat("a", "B"), "leaves out the text"),
+        (shipped("smolvlm"), chat("a", "B"), "leaves out the text"),
         (
             "{% if messages[0]['content'] == 'a' %}{{ raise_exception('roles must alternate') }}{% endif %}",
             chat("a", "B"),
             "roles must alternate",
         ),
-        ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", chat("a", "B"), "differently"),
+        (
+            "{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}",
+            chat("a", "B"),
+            "differently",
+        ),
     ],
 )
 def test_what_can_not_be_masked_is_refused_by_its_place(
@@ -234,8 +244,7 @@ def test_a_template_that_fails_on_every_chat_is_the_models_fault(
 
 def test_a_chat_that_the_assistant_begins(make_tokenizer: MakeTokenizer, tokenizer: PreTrainedTokenizerFast) -> None:
     begun = Conversation((Message("assistant", "A"), Message("user", "b"), Message("assistant", "C")), "x.jsonl:3")
-    with pytest.raises(DataError, match=r"x.jsonl:3: the first turn is the assistant's"):
-        one(begun, tokenizer)
+    assert counted_text(begun, tokenizer) == ["A<|im_end|>", "C<|im_end|>"]
     assert counted_text(begun, make_tokenizer(MARKED)) == ["A<|im_end|>", "C<|im_end|>"]
 
 
