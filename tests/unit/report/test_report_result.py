@@ -37,6 +37,9 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
         "finished": True,
         "failure": "",
         "tokens": 400,
+        "ended_early": False,
+        "exported_step": None,
+        "exported_eval_loss": None,
     }
 
 
