@@ -18,6 +18,8 @@ def write_run(
     *,
     losses: Sequence[float] = (3.0, 2.9, 2.8, 2.7),
     evals: Mapping[int, float] | None = None,
+    waited: Mapping[int, int] | None = None,
+    exported: tuple[int, float] | None = None,
     seed: int = 42,
     tokens: int = 100,
     tokens_per_second: float | Sequence[float] = 50.0,
@@ -33,6 +35,8 @@ def write_run(
         folder: Where; it is made.
         losses: Of the steps.
         evals: Evaluation losses by step.
+        waited: Evaluations without an improvement, by step, where they are counted.
+        exported: Step and eval loss of the final model, where it was chosen by that.
         seed: `training.seed`.
         tokens: Of each step.
         tokens_per_second: Of each step, or of all.
@@ -77,7 +81,13 @@ def write_run(
     ]
     measured = {0: 3.1, 2: 2.6, 4: 2.4} if evals is None else evals
     lines += [{"step": step, "epoch": step / 2, "eval_loss": loss} for step, loss in measured.items()]
+    for line in lines:
+        if "eval_loss" in line and line["step"] in (waited or {}):
+            line["evaluations_without_improvement"] = (waited or {})[line["step"]]
     lines.sort(key=lambda line: line["step"])
+    if exported is not None:
+        lines.append({"step": len(losses), "epoch": len(losses) / 2})
+        lines[-1] |= dict(zip(("exported_step", "exported_eval_loss"), exported, strict=True))
     (folder / "run_config.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
     _write(folder / "plan.json", planned)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

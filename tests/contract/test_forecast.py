@@ -123,6 +123,10 @@ SPECIAL: dict[str, list[str]] = {
     "galore, sophia": ["optimizer.galore.rule=sophia", "optimizer.sophia.curvature_every=2"],
     "clipped by the model": ["training.max_grad_norm=0.5", "training.clip_by=model"],
     "fp16": ["training.compute_dtype=fp16"],
+    "noise": ["training.neftune_alpha=5"],
+    "the last layer": ['training.trainable=["model.layers.2.*"]'],
+    "a layer in the middle, graphs kept": ['training.trainable=["model.layers.1.*"]', "engine.keep_layers=3"],
+    "norms and the head": ['training.trainable=["*norm*", "lm_head*"]', "quantization.enabled=true"],
 }
 
 

@@ -22,7 +22,7 @@ from sophia_galore.report.write import write_report
 DEFAULT_OUTPUT = Path("outputs/compare")
 
 # Of what a run prints, what a reader of several runs wants to see stay.
-_STAYS = ("eval loss", "Waiting for", "Going on after", "Error: ")
+_STAYS = ("eval loss", "Ended early", "The final model", "Waiting for", "Going on after", "Error: ")
 
 
 def compare(

@@ -89,6 +89,8 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     for key in _INT8_KEYS:
         now.pop(key, None)
         saved.pop(key, None)
+    for side in (now, saved):
+        side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.

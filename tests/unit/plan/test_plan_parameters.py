@@ -32,9 +32,16 @@ TIED = Param("embed", (320, 64), part="embed", is_head=True)
 HEAD = Param("head", (320, 64), part="head", is_head=True)
 
 
-def facts(kind: str = "galore", *, quantization: Mapping[str, Any] | None = None, bits: int = 32) -> Facts:
+def facts(
+    kind: str = "galore",
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    bits: int = 32,
+    trainable: tuple[str, ...] | None = None,
+) -> Facts:
     settings = {"type": kind, "state_bits": bits, "galore": {"rank": 8}, "apollo": {"rank": 8}}
-    return Facts(RunConfig.model_validate({"optimizer": settings, "quantization": dict(quantization or {})}))
+    asked = {"optimizer": settings, "quantization": dict(quantization or {}), "training": {"trainable": trainable}}
+    return Facts(RunConfig.model_validate(asked))
 
 
 # Row -> (facts and parameter of which it speaks, what it says; the same, one step away, of which it does not).
@@ -47,6 +54,22 @@ CASES: dict[str, tuple[list[tuple[Facts, Param]], str, list[tuple[Facts, Param]]
             (facts(quantization=BNB), TIED),
             (facts(quantization=BNB), HEAD),
             (facts(quantization=INT8), LINEAR),
+            (facts(), LINEAR),
+        ],
+    ),
+    "not_trainable": (
+        [
+            (facts(trainable=("*norm",)), LINEAR),
+            (facts("adamw", trainable=("head", "layers.1.*")), NORM),
+            (facts(trainable=("layers.0.*",), quantization=INT8), TIED),
+            (facts(trainable=("*norm",), quantization=BNB), HEAD),
+        ],
+        "frozen: not in training.trainable",
+        [
+            (facts(trainable=("layers.0.*",)), LINEAR),
+            (facts(trainable=("lm_head.weight",)), TIED),  # its other name
+            (facts(trainable=("head", "*.q")), LINEAR),
+            (facts(trainable=("*norm",), quantization=BNB), LINEAR),  # held by bitsandbytes anyway
             (facts(), LINEAR),
         ],
     ),
@@ -153,6 +176,7 @@ def test_one_step_away_it_does_not(key: str, known: Facts, param: Param) -> None
 def test_the_rows_say_what_trains_the_parameter() -> None:
     trains = {
         "frozen": "frozen",
+        "not_trainable": "frozen",
         "instead": "adamw",
         "adamw": "adamw",
         "sophia": "sophia",

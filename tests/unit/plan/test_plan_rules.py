@@ -71,6 +71,14 @@ class Case:
     error: type[UserError] | None = None
 
 
+def trainable(*patterns: str, **more: Any) -> Facts:
+    return facts(training={"trainable": patterns}, **more)
+
+
+def evaluated(num_evaluations: int | None, **training: Any) -> Facts:
+    return facts(training=training, data=replace(DATA, num_evaluations=num_evaluations))
+
+
 def clipping(by: str, routes: RouteFacts, **more: Any) -> Facts:
     return facts(training={"max_grad_norm": 0.5, "clip_by": by}, routes=routes, **more)
 
@@ -203,6 +211,20 @@ CASES: dict[str, Case] = {
         ],
         ConfigError,
     ),
+    "trainable_unmatched": Case(
+        [trainable("nix*"), trainable("*", "nix"), trainable("layers.0.q.")],
+        "refuse",
+        ["training.trainable: '", "matches no weight of this model", "* stands for anything"],
+        [trainable("*"), trainable("norm"), replace(trainable("nix"), parameters=()), facts()],
+        ConfigError,
+    ),
+    "trainable_held": Case(
+        [trainable("q", quantization=BNB), trainable("*norm", "q", quantization=BNB)],
+        "refuse",
+        ["'q' matches only weights that bitsandbytes holds"],
+        [trainable("*", quantization=BNB), trainable("norm", quantization=BNB), trainable("q")],
+        ConfigError,
+    ),
     "token_outside_the_vocabulary": Case(
         [with_data(largest_token=320), with_data(largest_token=320, largest_known=320)],
         "refuse",
@@ -222,6 +244,25 @@ CASES: dict[str, Case] = {
         ["but the run has only 10 steps", "Lower training.warmup_steps"],
         [facts(training={"warmup_steps": 9}), facts(training={"warmup_steps": 10}, data=DataFacts())],
         ConfigError,
+    ),
+    "nothing_measured": Case(
+        [evaluated(0, early_stopping_patience=2), evaluated(0, load_best_model=True)],
+        "refuse",
+        ["look at eval losses", "leave no example to evaluate on"],
+        [evaluated(0), evaluated(4, early_stopping_patience=2), evaluated(None, load_best_model=True)],
+        ConfigError,
+    ),
+    "patience_too_long": Case(
+        [evaluated(3, early_stopping_patience=3), evaluated(1, early_stopping_patience=1)],
+        "use",
+        ["evaluation(s) after a step", "it can't end early", "training.eval_every_steps"],
+        [evaluated(3, early_stopping_patience=2), evaluated(3), evaluated(None, early_stopping_patience=9)],
+    ),
+    "one_to_choose": Case(
+        [evaluated(1, load_best_model=True)],
+        "use",
+        ["nothing to choose from", "training.eval_every_steps"],
+        [evaluated(2, load_best_model=True), evaluated(1)],
     ),
     "frozen_layers": Case(
         [facts(quantization=BNB, optimizer={"type": "adamw"})],
@@ -450,3 +491,24 @@ def test_a_table_is_evaluated_in_its_order_and_texts_are_filled_in() -> None:
     assert [Decided(**json.loads(json.dumps(row.to_json()))) for row in said] == list(said)
     with pytest.raises(ConfigError, match=r"No\."):
         decide(table, facts(device=CPU))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("model.layers.0.self_attn.q_prj.weight", "model.layers.0.self_attn.q_proj.weight? "),
+        ("model.layer.0*", "model.layers.0.*? "),
+        ("model.layers.0", "model.layers.0.*? "),
+        ("lm_heads.weight", "lm_head.weight? "),
+        ("transformer.wte", ""),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_answered_with_what_was_meant(pattern: str, meant: str) -> None:
+    names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
+    known = replace(trainable(pattern), parameters=tuple(Param(name, (8, 8)) for name in names))
+    assert known.nearest_trainable == (f"Did you mean {meant}" if meant else "")
+
+
+def test_what_falls_back_to_adamw_is_said_of_the_weights_that_are_trained() -> None:
+    (said,) = decide(RULES, replace(trainable("norm"), routes=RouteFacts(1.0)))
+    assert "No matrix of training.trainable has both sides above the rank" in said.reason

@@ -51,6 +51,16 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "too low",
         "0.0045 is below what the text's own repetition explains: 90% of the counted tokens are not told by it",
     ),
+    "a run that ended early": (
+        {
+            "losses": (3.0, 2.5, 2.4),
+            "evals": {0: 3.1, 2: 2.9, 3: 2.95},
+            "waited": {3: 1},
+            "config": {"training": {"early_stopping_patience": 1}},
+        },
+        "ended early",
+        "ended early, after step 3 of 4 (training.early_stopping_patience): compare losses at equal tokens",
+    ),
     "GaLore that fell back": (
         {
             **OTHER,

@@ -12,6 +12,7 @@ from sophia_galore.errors import UserError
 from sophia_galore.report.comparison import compared, read_runs
 from sophia_galore.report.result import result_of
 from sophia_galore.report.run import read_run
+from sophia_galore.report.sections import document_of
 from sophia_galore.report.summary import summary
 
 
@@ -36,6 +37,9 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
         "finished": True,
         "failure": "",
         "tokens": 400,
+        "ended_early": False,
+        "exported_step": None,
+        "exported_eval_loss": None,
     }
 
 
@@ -134,3 +138,31 @@ def test_a_damaged_folder_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as raised:
         read_run(folder)
     assert raised.value.remedy
+
+
+def test_a_run_that_ended_early_is_finished_and_its_final_model_counts(tmp_path: Path) -> None:
+    patient = {"training": {"early_stopping_patience": 2}}
+    early = {"losses": (3.0, 2.9, 2.8), "evals": {0: 3.1, 1: 2.5, 2: 2.6, 3: 2.7}, "waited": {2: 1, 3: 2}}
+    run = read_run(write_run(tmp_path / "a", **early, config=patient, exported=(1, 2.5)))
+    result = result_of(run)
+    assert run.finished and result.ended_early and result.finished
+    assert (result.exported_step, result.exported_eval_loss, result.final_eval_loss) == (1, 2.5, 2.5)
+    (group,) = summary([result])
+    assert group.final_eval_loss is not None and group.final_eval_loss.mean == 2.5
+    # One evaluation more of patience, or a run that is still under way: it is not finished.
+    more = {"training": {"early_stopping_patience": 3}}
+    assert not read_run(write_run(tmp_path / "b", **early, config=more)).finished
+    assert not read_run(write_run(tmp_path / "c", **early, config=patient, finished=False)).finished
+    # What was written by an earlier end counts no more once further steps are there.
+    folder = write_run(tmp_path / "d", exported=(1, 2.5), finished=False)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 2.0}\n')
+    assert result_of(read_run(folder)).exported_step is None
+
+
+def test_a_report_says_how_a_run_ended(tmp_path: Path) -> None:
+    early = {"losses": (3.0, 2.9, 2.8), "evals": {0: 3.1, 1: 2.5, 3: 2.7}, "waited": {3: 1}, "exported": (1, 2.5)}
+    run = read_run(write_run(tmp_path / "a", **early, config={"training": {"early_stopping_patience": 1}}))
+    said = str(document_of(compared([run])))
+    assert "ended early, after step 3 of 4; the final model is the best one, after step 1, with an eval loss" in said
+    assert "ended early" not in str(document_of(compared([read_run(write_run(tmp_path / "b"))])))

@@ -86,6 +86,11 @@ def test_there_must_be_room_to_the_byte(tmp_path: Path, monkeypatch: pytest.Monk
         (["checkpoint.save_every_steps=11"], 0, 0, 1),
         (["checkpoint.save_every_minutes=1", "checkpoint.keep_last=4"], 0, 0, 5),
         (["checkpoint.save_every_minutes=1", "checkpoint.keep_last=400"], 0, 0, 11),
+        # Of 5 steps an epoch, so evaluated twice; the best one stays beside those that are kept.
+        (["load_best_model_at_end=true"], 0, 0, 3),
+        (["load_best_model_at_end=true", "checkpoint.save_every_steps=3"], 0, 0, 4),
+        (["load_best_model_at_end=true", "checkpoint.keep_last=1", "eval_steps=1"], 0, 0, 3),
+        (["load_best_model_at_end=true", "checkpoint.keep_last=1", "eval_steps=1"], 4, 2, 1),
     ],
 )
 def test_how_many_checkpoints_there_will_be(

@@ -293,3 +293,31 @@ def test_a_run_without_checkpoints(exists: bool, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint") as caught:
         find_checkpoint(folder, None)
     assert "Start without --resume" in caught.value.remedy
+
+
+def test_steps_that_are_to_stay_are_no_part_of_those_that_are_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep_last=1, keep_steps={2})
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    save(tmp_path, 5, keep_last=1, keep_steps={5})
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_killed_while_an_old_one_is_deleted_no_half_of_it_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being deleted is no checkpoint any more, whichever of its files goes first."""
+    save(tmp_path, 1)
+
+    def killed(folder: Path, **_: Any) -> None:
+        (Path(folder) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, keep_last=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert find_checkpoint(tmp_path, None).step == 2
+    save(tmp_path, 3, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
