@@ -58,9 +58,13 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
     if settings.save_every_minutes:
         to_come = max(0, plan.num_steps - done)  # how many nobody knows; after each step at most
     at_once = min(settings.keep_last, kept + to_come) - min(settings.keep_last, kept) + 1
+    return Space(at_once, sum(plan.ledger.values()) + _DOCUMENTS_BYTES, model_bytes(config, plan) + _DOCUMENTS_BYTES)
+
+
+def model_bytes(config: RunConfig, plan: RunPlan) -> int:
+    """Bytes of the final model's weights."""
     dtype = final_dtype(config)
-    model_bytes = plan.num_parameters * dtype.itemsize if dtype else plan.ledger["weights"]
-    return Space(at_once, sum(plan.ledger.values()) + _DOCUMENTS_BYTES, model_bytes + _DOCUMENTS_BYTES)
+    return plan.num_parameters * dtype.itemsize if dtype else plan.ledger["weights"]
 
 
 def final_dtype(config: RunConfig) -> torch.dtype | None:
