@@ -9,7 +9,7 @@ import typer
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.show import Terminal
-from sophia_galore.train.aside import must_stay, refuse_moving
+from sophia_galore.train.aside import refuse_moving
 from sophia_galore.train.dated import settled
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Show what `train` would do, without loading a weight; only a model that is not here yet is downloaded."""
     asked = settled(read_config(config, optimizer, overrides))
-    refuse_moving(asked, going_on=None, keep=must_stay(asked, config))
+    refuse_moving(asked, config, None)
     if as_json:
         print(json.dumps(prepare(asked, Listener()).plan.to_json(), indent=2))
         return

@@ -28,9 +28,12 @@ from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, short
+from sophia_galore.model.disk import errno_of
 
 # What typer makes of Ctrl-C.
 _INTERRUPTED = 130
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 app = typer.Typer(
     name="sophia-galore",
@@ -124,9 +127,8 @@ def _explain(error: Exception) -> int:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         _complain(message, "sophia-galore COMMAND --help shows what a command takes.")
         return 2
-    # safetensors wraps the system's error in its own, so the text is looked at as well.
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        _complain(f"The disk is full: {error}", "Free some space; a run that has checkpoints goes on with --resume.")
+    if errno_of(error) in _DISK:
+        _complain(f"The disk is full or can't be written to: {short(error)}.", "Free some space, or take another disk.")
         return 2
     if lacks_memory(error):
         _complain(

@@ -16,6 +16,7 @@ from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.placeholders import has_date
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.errors import EnvironmentProblem, short
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
@@ -57,7 +58,12 @@ def train(
         words.insert(3, "--resume" if is_newest else f"--resume={result.saved}")
         terminal.say(f"Go on with: sophia-galore {shlex.join(words)}")
         return
-    pictures = [plot_loss(result.folder), plot_memory(result.folder)]
+    pictures: list[Path] = []
+    try:
+        pictures += [plot_loss(result.folder), plot_memory(result.folder)]
+    except (EnvironmentProblem, OSError) as error:
+        # The run is done, and its model is written.
+        terminal.say(f"There are no pictures: {short(error)}.")
     _compare_answers(terminal, result.folder)
     if result.eval_losses:
         (first, before), (_, after) = result.eval_losses[0], result.exported or result.eval_losses[-1]
@@ -81,7 +87,8 @@ def train(
     if predicted := prediction_line(memory):
         terminal.console.print(predicted)
     terminal.say(f"Model, records and reports: {result.folder}")
-    terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
+    if pictures:
+        terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
 
 
 def prediction_line(memory: Mapping[str, Any]) -> Text | None:

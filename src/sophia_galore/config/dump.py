@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from sophia_galore.config.keys import keys
 from sophia_galore.config.paths import PATH_KEYS, expand_all, written
 from sophia_galore.config.problems import show
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.config.yaml_core import CoreDumper
+from sophia_galore.config.yaml_core import dump
 
 
 def dump_config(config: RunConfig) -> str:
@@ -27,7 +26,7 @@ def dump_config(config: RunConfig) -> str:
     if not config.training.gradient_checkpointing:
         # Likewise: written down, the default number would contradict.
         del values["engine"]
-    return yaml.dump(values, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=100)
+    return dump(values)
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

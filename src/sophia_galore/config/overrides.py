@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
-
 from sophia_galore.config.given import Given
 from sophia_galore.config.problems import Problem
-from sophia_galore.config.yaml_core import compose, one_entry, plain_words
+from sophia_galore.config.yaml_core import YAMLError, compose, one_entry, plain_words
 
 
 def read_overrides(words: Sequence[str]) -> list[Given | Problem]:
@@ -28,7 +26,7 @@ def _read(word: str) -> list[Given | Problem]:
         return [Problem(where, "an override has the form key=value", "Write it as training.max_steps=20.")]
     try:
         node = compose(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (YAMLError, RecursionError) as error:
         cause = f"the value can't be read: {plain_words(error)}"
         return [Problem(where, cause, f"Put the value in quotes: {key}='\"...\"'.")]
     if node is None:

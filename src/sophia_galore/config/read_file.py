@@ -5,11 +5,11 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-import yaml
+from ruamel.yaml.nodes import MappingNode
 
 from sophia_galore.config.given import Given
 from sophia_galore.config.problems import Problem
-from sophia_galore.config.yaml_core import compose, entries, plain_words
+from sophia_galore.config.yaml_core import YAMLError, compose, entries, plain_words
 from sophia_galore.errors import ConfigError
 
 
@@ -28,14 +28,14 @@ def read_file(path: Path) -> list[Given | Problem]:
     text = _read_text(path)
     try:
         root = compose(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (YAMLError, RecursionError) as error:
         cause = f"{path}:{_line_of(error, text)}: this is no valid YAML: {plain_words(error)}"
         raise ConfigError(
             cause, "Correct the line; sections are indented with spaces, values follow `key: `."
         ) from None
     if root is None:
         raise ConfigError(f"{path}:1: the configuration file is empty", "Write at least one section, as `model:`.")
-    if not isinstance(root, yaml.MappingNode):
+    if not isinstance(root, MappingNode):
         line = root.start_mark.line + 1
         cause = f"{path}:{line}: the top level is not made of `key: value` lines"
         raise ConfigError(cause, "Begin with a section, as `model:`.")

@@ -1,79 +1,92 @@
-"""YAML as people read it: the core schema of YAML 1.2, with a line number for every value.
+"""YAML 1.2 as ruamel.yaml reads it, with a line number for every value.
 
-PyYAML follows YAML 1.1, in which `1e-3` is text, `yes` is a truth value, `010` is eight and
-`1:30` is ninety. Here only null, true, false, and numbers written as numbers are special;
-anything else is text, and it is then up to the field to accept text or to refuse it.
+In YAML 1.2, unlike in 1.1, `1e-3` is a number, and `yes` and `1:30` are text. Dates are text as well: no key takes one.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
+from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import YAMLError as YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from sophia_galore.config.given import Given
 from sophia_galore.config.keys import children, sections
 from sophia_galore.config.problems import Problem
 
-_RESOLVERS: list[tuple[str, str, list[str]]] = [
-    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("tag:yaml.org,2002:int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    (
-        "tag:yaml.org,2002:float",
-        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-]
+_TEXT = "tag:yaml.org,2002:str"
+# Marks that YAML gives to plain words of types that no key has.
+_NO_TYPE = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge")
+# Text that neither version of YAML could take for something else, and that needs no quotes.
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
+_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+_WIDTH = 100
 
 
-class CoreLoader(yaml.SafeLoader):
-    """A safe loader that gives meaning to the plain words of YAML 1.2 only."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way to replace the table
-
-
-class CoreDumper(yaml.SafeDumper):
-    """A safe dumper that puts text in quotes if either version of YAML would misread it."""
-
-
-for _tag, _pattern, _first in _RESOLVERS:
-    _compiled = re.compile(rf"^(?:{_pattern})$")
-    CoreLoader.add_implicit_resolver(_tag, _compiled, _first)
-    CoreDumper.add_implicit_resolver(_tag, _compiled, _first)
-
-
-def _represent_list(dumper: yaml.SafeDumper, items: list[object]) -> yaml.Node:
-    """Numbers on one line, as people write them; anything longer an item a line."""
-    on_one_line = all(isinstance(item, int | float) for item in items)
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=on_one_line)
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    """Line breaks of any kind as escapes: PyYAML would fold them, and Unicode's own ones would be lost."""
-    one_line = len((text + ".").splitlines()) == 1
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if one_line else '"')
-
-
-CoreDumper.add_representer(list, _represent_list)
-CoreDumper.add_representer(str, _represent_text)
-
-
-def compose(text: str) -> yaml.Node | None:
+def compose(text: str) -> Node | None:
     """The syntax tree of one YAML document; None if it holds nothing.
 
     Raises:
-        yaml.YAMLError: If the text is no YAML.
+        YAMLError: If the text is no YAML.
     """
-    loader = CoreLoader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
+    root: Node | None = _reader().compose(text)
+    if root is not None:
+        _without_types(root, ())
+    return root
 
 
-def entries(node: yaml.Node, locate: Callable[[yaml.Node], str], prefix: str = "") -> list[Given | Problem]:
+def dump(values: dict[str, Any]) -> str:
+    """Plain values as YAML, in block style, in their own order.
+
+    Args:
+        values: Sections of null, truth values, numbers, text and lists.
+    """
+    writer: Any = _reader()
+    writer.default_flow_style, writer.sort_base_mapping_type_on_output = False, False
+    writer.allow_unicode, writer.width = True, _WIDTH
+    writer.representer.add_representer(str, _represent_text)
+    writer.representer.add_representer(list, _represent_list)
+    out = io.StringIO()
+    writer.dump(values, out)
+    return out.getvalue()
+
+
+def _reader() -> YAML:
+    return YAML(typ="safe", pure=True)
+
+
+def _represent_list(representer: Any, items: list[object]) -> Node:
+    """Numbers on one line, as people write them; anything longer an item a line."""
+    on_one_line = all(isinstance(item, int | float) for item in items)
+    node: Node = representer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=on_one_line)
+    return node
+
+
+def _represent_text(representer: Any, text: str) -> Node:
+    """Quotes around whatever is not plainly text; in double ones line breaks of any kind are escapes."""
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
+    node: Node = representer.represent_scalar(_TEXT, text, style=None if is_plain else '"')
+    return node
+
+
+def _without_types(node: Node, above: tuple[Node, ...]) -> None:
+    """Make text of dates and the like; what contains itself is refused, since the reader would go astray in it."""
+    if any(node is other for other in above):
+        raise MarkedYAMLError(problem="recursive", problem_mark=node.start_mark)
+    if isinstance(node, ScalarNode) and str(node.tag) in _NO_TYPE:
+        node.tag = _TEXT
+    elif isinstance(node, SequenceNode | MappingNode):
+        for item in node.value:
+            for inner in item if isinstance(item, tuple) else (item,):
+                _without_types(inner, (*above, node))
+
+
+def entries(node: Node, locate: Callable[[Node], str], prefix: str = "") -> list[Given | Problem]:
     """Every value below a node, section by section.
 
     Args:
@@ -84,16 +97,16 @@ def entries(node: yaml.Node, locate: Callable[[yaml.Node], str], prefix: str = "
     Returns:
         Values and problems in the order of the text.
     """
-    if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+    if isinstance(node, ScalarNode) and str(node.tag).endswith(":null"):
         return []
-    if not isinstance(node, yaml.MappingNode):
+    if not isinstance(node, MappingNode):
         words = ", ".join(children(prefix))
         return [Problem(locate(node), f"{prefix} is a section, not a value", f"Keys under it: {words}.")]
     found: list[Given | Problem] = []
     places: dict[str, str] = {}
     for key_node, value_node in node.value:
         where = locate(key_node)
-        if not isinstance(key_node, yaml.ScalarNode) or not key_node.value:
+        if not isinstance(key_node, ScalarNode) or not key_node.value:
             found.append(Problem(where, "a key must be a word", "Write `key: value`."))
             continue
         name = f"{prefix}.{key_node.value}" if prefix else key_node.value
@@ -106,26 +119,22 @@ def entries(node: yaml.Node, locate: Callable[[yaml.Node], str], prefix: str = "
     return found
 
 
-def one_entry(
-    name: str, key_node: yaml.Node, value_node: yaml.Node, locate: Callable[[yaml.Node], str]
-) -> list[Given | Problem]:
+def one_entry(name: str, key_node: Node, value_node: Node, locate: Callable[[Node], str]) -> list[Given | Problem]:
     """What stands behind one key: a whole section, or a single value."""
     if name in sections():
         return entries(value_node, locate, name)
-    loader = CoreLoader("")
     try:
-        value: object = loader.construct_object(value_node, deep=True)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value: object = _reader().constructor.construct_object(value_node, deep=True)
+    except (YAMLError, ValueError, RecursionError) as error:
         cause = f"the value of '{name}' can't be read: {plain_words(error)}"
         return [Problem(locate(key_node), cause, "Write a plain value, text in quotes, or a list.")]
-    finally:
-        loader.dispose()
     return [Given(name, value, locate(key_node), name)]
 
 
 _PLAIN_WORDS = {
     r"\t'": "a tab where YAML allows only spaces",
     "mapping values are not allowed": "a colon where none is allowed (text that holds ': ' needs quotes)",
+    "found '<scalar>'": "the indentation does not fit, or text that begins with { or [ needs quotes",
     "expected <block end>": "the indentation does not fit the lines above",
     "could not find expected ':'": "a line without a colon after its key",
     "but found another document": "a second document begins ('---'); one file holds one configuration",
@@ -137,7 +146,7 @@ _PLAIN_WORDS = {
     "recursive": "a value that contains itself",
     "could not determine a constructor": "tags, as in !!python/object, are not accepted",
 }
-"""What PyYAML says, by a part of it, and what it means; the first that fits counts."""
+"""What the parser says, by a part of it, and what it means; the first that fits counts."""
 
 
 def plain_words(error: Exception) -> str:

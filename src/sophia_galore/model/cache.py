@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.model.disk import errno_of, lacks_room, reason
 from sophia_galore.model.manifest import check_model_folder, read_manifest, verify, write_manifest
 
 Say = Callable[[str], None]
@@ -114,22 +115,28 @@ def disk_problems(where: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if (problem := disk_problem(error, where)) is None:
             raise
         raise problem from error
 
 
-def disk_problem(error: OSError, where: Path) -> EnvironmentProblem | None:
-    """The error to show for a failure of the disk; None if `error` is about something else."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def disk_problem(error: Exception, where: Path, needed_bytes: int = 0) -> EnvironmentProblem | None:
+    """The error to show for a failure of the disk; None if `error` is about something else.
+
+    Args:
+        error: What was raised.
+        where: The folder that is written.
+        needed_bytes: About how much was still to be written; 0: that is not known.
+    """
+    if lacks_room(error):
         return EnvironmentProblem(
-            f"The disk that holds {where} is full.",
+            f"The disk that holds {where} is full, or your part of it: {reason(error, where, needed_bytes)}.",
             "Free space or set model.cache_dir to a folder on another disk, then run the same command again.",
         )
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+    if errno_of(error) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
         return EnvironmentProblem(
-            f"{where} can't be written: {error.strerror or error}.",
+            f"{where} can't be written: {reason(error, where, needed_bytes)}.",
             "Change the folder's permissions or set model.cache_dir to a folder of yours.",
         )
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -103,8 +103,9 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
     to_fetch_bytes = sum(file.size_bytes for file in missing) - sum(_partial_bytes(file, staging) for file in missing)
     say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {in_words(to_fetch_bytes)}.")
     require_space(staging, to_fetch_bytes)
-    for file in missing:
-        with hub_problems(model_id, staging, listing=False):
+    for done, file in enumerate(missing):
+        left = [later.size_bytes - _partial_bytes(later, staging) for later in missing[done:]]
+        with hub_problems(model_id, staging, listing=False, needed_bytes=sum(left)):
             _fetch(model_id, commit, file, staging)
     return commit
 
@@ -173,23 +174,26 @@ def _fetch(model_id: str, commit: str, file: RemoteFile, staging: Path) -> None:
 
 
 @contextmanager
-def hub_problems(model_id: str, staging: Path, *, listing: bool) -> Iterator[None]:
+def hub_problems(model_id: str, staging: Path, *, listing: bool, needed_bytes: int = 0) -> Iterator[None]:
     """Turns what the library raises into what a user can act on.
 
     Args:
         model_id: "owner/name".
         staging: Folder that is written.
         listing: Nothing is downloaded yet, so that another source may be asked instead.
+        needed_bytes: About how much is still to be written; 0: that is not known.
     """
     try:
         yield
     except (ModelError, EnvironmentProblem):
         raise
     except Exception as error:
-        raise _explain(error, model_id, staging, listing=listing) from error
+        # What was downloaded is on the disk already, so the disk's free bytes do not count it a second time.
+        problem = disk_problem(error, staging, needed_bytes) if isinstance(error, OSError) else None
+        raise problem or _explain(error, model_id, listing=listing) from error
 
 
-def _explain(error: Exception, model_id: str, staging: Path, *, listing: bool) -> Exception:
+def _explain(error: Exception, model_id: str, *, listing: bool) -> Exception:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if isinstance(error, HFValidationError):
@@ -207,8 +211,6 @@ def _explain(error: Exception, model_id: str, staging: Path, *, listing: bool) -
         )
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error.response.status_code, error, model_id, listing=listing)
-    if isinstance(error, OSError) and (problem := disk_problem(error, staging)) is not None:
-        return problem
     if listing:
         return Unreachable(f"Hugging Face broke off ({short(error)})", "Check the network and try again.")
     return EnvironmentProblem(f"The download of {model_id} was interrupted: {short(error)}.", _RESUME)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from sophia_galore.errors import UserError
 from sophia_galore.report.memory_report import MEMORY_FILE, MemoryReport, read_memory_report
@@ -124,10 +125,10 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{path} can't be read", "Name the folder of a run (training.output_dir).") from None
-    except yaml.YAMLError:
+    except YAMLError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not what a run writes", "Restore the file, or train again.")

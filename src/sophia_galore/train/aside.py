@@ -19,7 +19,7 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.errors import ConfigError, EnvironmentProblem
 from sophia_galore.train import folder as names
-from sophia_galore.train.checkpoint import beside_manifest
+from sophia_galore.train.checkpoint import Checkpoint, beside_manifest
 
 _NUM_SHOWN = 3
 
@@ -97,18 +97,33 @@ def refuse_surroundings(config: RunConfig) -> None:
             )
 
 
-def refuse_moving(config: RunConfig, *, going_on: Path | None, keep: Iterable[Path]) -> None:
-    """Both of these refusals for the run that a configuration asks for; arguments and errors as there."""
+def refuse_moving(config: RunConfig, config_file: Path | None, checkpoint: Checkpoint | None) -> list[Path]:
+    """Refuse a run that would move or replace what is not a run's, as far as that is known before its model is.
+
+    Args:
+        config: What was asked.
+        config_file: Where that was read from.
+        checkpoint: Where the run goes on from, if it does.
+
+    Returns:
+        What must stay where it is, for `open_run_folder`.
+
+    Raises:
+        ConfigError: The run's folder is one in which no run belongs.
+        EnvironmentProblem: The run would move or replace what is not a run's.
+    """
     refuse_surroundings(config)
-    refuse_foreign(Path(config.run_folder), going_on=going_on, keep=keep)
+    keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
+    refuse_foreign(Path(config.run_folder), going_on=checkpoint, keep=keep)
+    return keep
 
 
-def refuse_foreign(folder: Path, *, going_on: Path | None, keep: Iterable[Path] = ()) -> None:
+def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[Path] = ()) -> None:
     """Refuse a folder in which a run would move or replace what no run wrote.
 
     Args:
         folder: The run's folder; it need not exist.
-        going_on: Folder of the run that goes on; None: a new run.
+        going_on: Where the run goes on from; None: a new run.
         keep: What must stay where it is: data, model, configuration.
 
     Raises:
@@ -116,7 +131,7 @@ def refuse_foreign(folder: Path, *, going_on: Path | None, keep: Iterable[Path] 
     """
     _refuse_loose_link(folder)
     here = folder.resolve()
-    if not here.is_dir() or (going_on is not None and going_on.resolve() == here):
+    if not here.is_dir() or (going_on is not None and going_on.folder.parent.resolve() == here):
         return
     if not holds_run(here):
         _refuse_replacing(folder, here)
@@ -134,12 +149,12 @@ def refuse_foreign(folder: Path, *, going_on: Path | None, keep: Iterable[Path] 
         )
 
 
-def open_run_folder(folder: Path, *, going_on: Path | None, keep: Iterable[Path] = ()) -> Path | None:
+def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[Path] = ()) -> Path | None:
     """Make the run's folder; another run in it is moved aside, never written over.
 
     Args:
         folder: The run's folder.
-        going_on: Folder of the run that goes on here; None: a new run.
+        going_on: Where the run goes on from; None: a new run.
         keep: What must stay where it is: data, model, configuration.
 
     Returns:
@@ -154,18 +169,18 @@ def open_run_folder(folder: Path, *, going_on: Path | None, keep: Iterable[Path]
         # Behind a link the folder is moved that it leads to, on its own disk, and the link stays good.
         here = folder.resolve()
         moved = None
-        elsewhere = going_on is not None and going_on.resolve() != here
-        if (going_on is None or elsewhere) and here.is_dir() and holds_run(here):
+        begun = going_on.folder.parent.resolve() if going_on is not None else None
+        if begun != here and here.is_dir() and holds_run(here):
             moved = _free_name(here)
             here.rename(moved)
         here.mkdir(parents=True, exist_ok=True)
         probe = here / ".writable"
         probe.touch()
         probe.unlink()
-        if going_on is not None and elsewhere:
+        if begun is not None and begun != here:
             for name in (names.METRICS, names.ANSWERS):
-                if (going_on / name).exists():
-                    shutil.copyfile(going_on / name, here / name)
+                if (begun / name).exists():
+                    shutil.copyfile(begun / name, here / name)
         return moved
     except OSError as error:
         raise names.not_writable(folder, error) from error

@@ -8,7 +8,6 @@ either the whole checkpoint or a hidden folder that the next save removes.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia_galore.errors import CheckpointError, EnvironmentProblem
+from sophia_galore.errors import CheckpointError
+from sophia_galore.model.disk import errno_of, not_saved
 from sophia_galore.train.progress import Evaluation, evaluations_of
 
 _MANIFEST = "manifest.json"
@@ -72,6 +72,7 @@ def save_checkpoint(
     documents: Mapping[str, Any],
     keep_last: int,
     keep_steps: Collection[int] = (),
+    needed_bytes: int = 0,
 ) -> Path:
     """Write `checkpoint-STEP`, then delete the oldest ones beyond `keep_last`.
 
@@ -83,6 +84,7 @@ def save_checkpoint(
         documents: JSON documents by file name.
         keep_last: How many checkpoints stay.
         keep_steps: Steps whose checkpoints stay beside them, however old.
+        needed_bytes: About how much it takes, for the message if there is no room; 0: that is not known.
 
     Returns:
         The checkpoint's folder.
@@ -111,9 +113,11 @@ def save_checkpoint(
         replaced = _out_of_the_way(final)
         os.replace(beside, final)
         _flush_folder(run_folder)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise _disk_problem(error, final) from error
+        if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
+            raise
+        raise not_saved(final.name, run_folder, error, _way_on(run_folder), needed_bytes) from error
     if replaced is not None:
         _keep_others_files(replaced, final)
     others = [path for path in checkpoints(run_folder) if path != final]
@@ -273,14 +277,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _disk_problem(error: Exception, final: Path) -> EnvironmentProblem:
-    # safetensors wraps the system's error in its own, so the text is looked at as well.
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return EnvironmentProblem(
-            f"The disk is full: {final.name} could not be saved. Earlier checkpoints are untouched.",
-            "Free some space, or lower checkpoint.keep_last, then go on with --resume.",
-        )
-    return EnvironmentProblem(
-        f"{final} could not be saved: {error}. Earlier checkpoints are untouched.",
-        "Check the folder's permissions, then go on with --resume.",
-    )
+def _way_on(run_folder: Path) -> str:
+    """What there still is after a checkpoint could not be saved, and what to do with it."""
+    if not checkpoints(run_folder):
+        return "There is no earlier checkpoint: start again, with checkpoint.save_every_steps to lose less."
+    return "Earlier checkpoints are untouched: go on with --resume; a lower checkpoint.keep_last takes less room."

@@ -13,9 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from sophia_galore.errors import CheckpointError, EnvironmentProblem, short
+from sophia_galore.errors import CheckpointError, EnvironmentProblem, UserError
+from sophia_galore.model.disk import errno_of, reason
 from sophia_galore.model.export import convert_model
-from sophia_galore.model.store import DTYPES
+from sophia_galore.model.headers import read_folder_headers
+from sophia_galore.model.store import DTYPES, weight_files
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
@@ -63,10 +65,14 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         if output.exists():
             output.rmdir()
         made.rename(output)
-    except (OSError, SafetensorError, EnvironmentProblem) as error:
+    except Exception as error:
+        # First of all: what is free then is what there was.
+        shutil.rmtree(beside, ignore_errors=True)
         cause = error.__cause__ if isinstance(error, EnvironmentProblem) and error.__cause__ else error
+        if errno_of(cause) is None and not isinstance(cause, OSError | SafetensorError):
+            raise
         raise EnvironmentProblem(
-            f"{output} could not be written: {getattr(cause, 'strerror', None) or short(cause)}.",
+            f"{output} could not be written: {reason(cause, output, _needed_bytes(source, to))}.",
             "Free some space, or name another folder.",
         ) from error
     finally:
@@ -79,6 +85,17 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         f"{output}: {source} in {to}, a model folder and a checkpoint.\n"
         f"Go on from it with the run's configuration and: --resume={output} {words}"
     )
+
+
+def _needed_bytes(source: Path, to: Target) -> int:
+    """About what a folder's files will take, of which its weights become others; 0: that can't be told."""
+    weights = set(weight_files(source))
+    try:
+        numbers = sum(math.prod(header.shape) for header in read_folder_headers(source).values())
+        others = sum(path.stat().st_size for path in source.iterdir() if path.is_file() and path not in weights)
+    except (OSError, ValueError, UserError):
+        return 0
+    return numbers * (1 if to == "int8" else DTYPES[to].itemsize) + others
 
 
 def _refuse_output(output: Path) -> None:

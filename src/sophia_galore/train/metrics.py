@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from sophia_galore.model.disk import reason
 
 _STATE_KEYS = (
     "step",
@@ -21,14 +25,22 @@ _STATE_KEYS = (
 class MetricsLog:
     """Appends records to `metrics.jsonl`; a line is on its way to disk before the next step begins.
 
+    Where there is no room for a line, records are kept, and all of them are written as soon as there is: a full disk
+    is no reason to lose a run that needs it only hours later.
+
     Args:
         path: The file.
         up_to_step: When resuming, the step of the checkpoint: later lines will be written again and are
             dropped. None: a new file.
+        say: Takes a sentence for the user.
     """
 
-    def __init__(self, path: Path, up_to_step: int | None) -> None:
+    def __init__(self, path: Path, up_to_step: int | None, say: Callable[[str], None] = lambda _: None) -> None:
         self.records: list[dict[str, Any]] = []
+        self.problem: OSError | None = None
+        """Why the file lacks records; None: it has them all."""
+        self._path, self._say = path, say
+        self._file: TextIO | None = None
         if up_to_step is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -37,21 +49,49 @@ class MetricsLog:
                     break  # a line cut by the end of the process: the last one
                 if record["step"] <= up_to_step:
                     self.records.append(record)
-        # Written beside and renamed: a kill in between leaves the old file.
-        beside = path.with_suffix(".tmp")
-        beside.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
-        beside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._write_all()
 
     def add(self, record: dict[str, Any]) -> None:
         """Append one record, which has at least a `step`."""
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            if self.problem is None and self._file is not None:
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
+            else:
+                self._write_all()
+                self.problem = None
+        except OSError as error:
+            if self.problem is None:
+                why = reason(error, self._path)
+                self._say(f"{self._path} lags behind: {why}. The run goes on; records follow as soon as they can.")
+            self.problem = error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file.
+
+        Raises:
+            OSError: There are records that it lacks, and there still is no room for them.
+        """
+        if self.problem is not None:
+            self._write_all()
+            self.problem = None
+        if self._file is not None:
+            self._file.close()
+
+    def _write_all(self) -> None:
+        # Written beside and renamed: a kill or a full disk in between leaves the old file.
+        beside = self._path.with_suffix(".tmp")
+        try:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+            beside.replace(self._path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
+        if self._file is not None:
+            with suppress(OSError):  # what is left in its buffer has been written here
+                self._file.close()
+        self._file = self._path.open("a", encoding="utf-8")
 
     def trainer_state(self, *, step: int, epoch: float, num_steps: int, epochs: float) -> dict[str, Any]:
         """The records in the layout of Hugging Face's `trainer_state.json`, which other tools plot."""

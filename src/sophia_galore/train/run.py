@@ -16,6 +16,7 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.model.disk import writing
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
@@ -24,7 +25,7 @@ from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
-from sophia_galore.train.aside import must_stay, open_run_folder, refuse_moving
+from sophia_galore.train.aside import open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
@@ -39,7 +40,7 @@ from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
-from sophia_galore.train.space import final_dtype
+from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
 
 
@@ -77,10 +78,8 @@ def train(
     if config.training.report_to:
         listener = Listeners(listener, Trackers(config, listener.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
-    going_on = checkpoint.folder.parent if checkpoint else None
-    keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
     # Before anything is downloaded or read; and once more, right before it is moved.
-    refuse_moving(config, going_on=going_on, keep=keep)
+    keep = refuse_moving(config, config_file, checkpoint)
     prepared = prepare(config, listener, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
@@ -101,7 +100,7 @@ def train(
             write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
-            with monitor.explaining(run.way_back):
+            with monitor.explaining(run.way_back), writing("What a run records", folder, run.way_back):
                 result = run.carry_out()
             failed = False
             return result
@@ -143,12 +142,11 @@ class _Run:
         for said in after_loading(self._loaded(checkpoint)):
             listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
-        going_on = checkpoint.folder.parent if checkpoint else None
-        moved = open_run_folder(folder, going_on=going_on, keep=[*keep, prepared.folder])
+        moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
         if moved:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
-        self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None)
+        self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None, listener.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._patience = progress.patience_of(config)
         self._best = open_best(config, checkpoint, self._evaluations, folder, listener.say)
@@ -184,11 +182,15 @@ class _Run:
 
     def close(self, *, failed: bool) -> None:
         """Write what is known at the end, whether the run succeeded or failed, and close the records."""
-        # A full disk has been told already by whoever met it first.
+        # A full disk has been told already by whoever met it first. What fits is written.
         with contextlib.suppress(OSError):
             self._log.close()
-            write_json(self._folder / names.TRAINER_STATE, self._trainer_state())
-            write_json(self._folder / names.MEMORY_REPORT, self._monitor.report())
+        for name, document in (
+            (names.TRAINER_STATE, self._trainer_state()),
+            (names.MEMORY_REPORT, self._monitor.report()),
+        ):
+            with contextlib.suppress(OSError):
+                write_json(self._folder / name, document)
         self._listener.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
@@ -268,6 +270,7 @@ class _Run:
             },
             keep_last=self._config.checkpoint.keep_last,
             keep_steps=self._best.steps,
+            needed_bytes=sum(self._plan.ledger.values()),
         )
         self._last_saved_s = time.monotonic()
 
@@ -311,7 +314,9 @@ class _Run:
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
         dtype = final_dtype(self._config)
-        replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
+        size = model_bytes(self._config, self._plan)
+        with writing("The final model", self._folder, self.way_back, needed_bytes=size):
+            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _go_back_to_best(self) -> None:
         """Let the weights be those of the lowest eval loss, if that was asked for."""
@@ -352,7 +357,7 @@ class _Run:
     def way_back(self) -> str:
         """Where a run that failed can go on from, in a sentence."""
         saved = checkpoints(self._folder)
-        return f"The last checkpoint is {saved[-1]}." if saved else "There is no checkpoint yet."
+        return f"The last checkpoint is {saved[-1]}. Go on with --resume." if saved else "There is no checkpoint yet."
 
     def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
         return NonFiniteError(error.cause, f"{error.remedy} {self.way_back()}")

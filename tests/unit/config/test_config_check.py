@@ -30,6 +30,14 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["gradient_checkpointing=false"],
         ),
     ],
+    "unknown_placeholder": [
+        (
+            ["training.output_dir=outputs/{optimiser}-{date}"],
+            ["stand for {optimiser}", "{optimizer}, {model}, {date}"],
+            ["training.output_dir=outputs/{optimizer}-{model}-{date}"],
+        ),
+        (["training.output_dir=a{}"], ["stand for {}"], ["training.output_dir=a{{}}"]),
+    ],
     "int8_on_and_off": [
         (
             ["quantization.enabled=true", "load_in_8bit=false"],

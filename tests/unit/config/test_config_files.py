@@ -18,6 +18,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "tab": (b"training:\n\tseed: 1\n", ["run.yaml:2", "a tab", "spaces"]),
     "colon": (b"model:\n  name: a: b\n", ["run.yaml:2", "colon", "quotes"]),
     "indentation": (b"training:\n  seed: 1\n epochs: 2\n", ["run.yaml:3", "indentation"]),
+    "text after a brace": (b"training:\n  output_dir: {date}-x\n", ["run.yaml:2", "begins with { or [ needs quotes"]),
     "no colon": (b"training:\n  seed: 1\n  epochs\n", ["run.yaml:4", "colon after its key"]),
     "open bracket": (b"optimizer:\n  betas: [0.9, 0.99\n", ["run.yaml:3", "never closed"]),
     "open quote": (b"model:\n  name: 'abc\n", ["run.yaml", "never closed"]),

@@ -16,7 +16,7 @@ from sophia_galore.config import RunConfig, load_config
 from sophia_galore.errors import ConfigError, EnvironmentProblem, UserError
 from sophia_galore.train import folder as names
 from sophia_galore.train.aside import foreign, must_stay, open_run_folder, refuse_foreign
-from sophia_galore.train.checkpoint import checkpoints, save_checkpoint
+from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
 from sophia_galore.train.folder import locked
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.run import train
@@ -64,6 +64,10 @@ def earlier_run(folder: Path) -> Path:
     return folder
 
 
+def checkpoint_in(run: Path) -> Checkpoint:
+    return Checkpoint(run / "checkpoint-2", 2, {}, {})
+
+
 def link(path: Path, target: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(target)
@@ -96,7 +100,7 @@ def test_a_run_is_not_moved_aside_with_what_no_run_wrote(case: str, tmp_path: Pa
         open_run_folder(run, going_on=None)
     assert words in caught.value.cause and "output_dir" in caught.value.remedy
     assert content(tmp_path) == before
-    assert open_run_folder(run, going_on=run) is None  # going on moves nothing
+    assert open_run_folder(run, going_on=checkpoint_in(run)) is None  # going on moves nothing
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep"])

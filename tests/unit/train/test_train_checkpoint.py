@@ -160,7 +160,7 @@ def test_a_failure_at_any_stage_leaves_no_trace(
             save(tmp_path, 6, keep_last=1, write_model=write)
     assert content(tmp_path) == before
     assert "checkpoint-6" in caught.value.cause and "--resume" in caught.value.remedy
-    assert ("disk is full" in caught.value.cause) == (error in (FULL, WRAPPED))
+    assert ("The disk is full" in caught.value.cause) == (error in (FULL, WRAPPED))
     save(tmp_path, 6, keep_last=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 

@@ -13,6 +13,7 @@ import pytest
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.train import folder as names
 from sophia_galore.train.aside import open_run_folder
+from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.folder import locked
 
 
@@ -20,6 +21,10 @@ def earlier_run(folder: Path, text: str) -> None:
     folder.mkdir(parents=True)
     (folder / names.METRICS).write_text(text)
     (folder / "checkpoint-3").mkdir()
+
+
+def checkpoint_in(run: Path) -> Checkpoint:
+    return Checkpoint(run / "checkpoint-3", 3, {}, {})
 
 
 def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
@@ -40,7 +45,7 @@ def test_earlier_runs_are_moved_aside_one_after_the_other(tmp_path: Path) -> Non
 
 def test_resuming_leaves_everything_where_it_is(tmp_path: Path) -> None:
     earlier_run(tmp_path / "run", "text")
-    assert open_run_folder(tmp_path / "run", going_on=tmp_path / "run") is None
+    assert open_run_folder(tmp_path / "run", going_on=checkpoint_in(tmp_path / "run")) is None
     assert (tmp_path / "run" / names.METRICS).read_text() == "text"
     assert not (tmp_path / "run.previous-1").exists()
 
@@ -48,7 +53,7 @@ def test_resuming_leaves_everything_where_it_is(tmp_path: Path) -> None:
 def test_going_on_in_another_folder_takes_the_records_along(tmp_path: Path) -> None:
     earlier_run(tmp_path / "from", "its records")
     earlier_run(tmp_path / "run", "another run")
-    assert open_run_folder(tmp_path / "run", going_on=tmp_path / "from") == tmp_path / "run.previous-1"
+    assert open_run_folder(tmp_path / "run", going_on=checkpoint_in(tmp_path / "from")) == tmp_path / "run.previous-1"
     assert (tmp_path / "run" / names.METRICS).read_text() == "its records"
     assert (tmp_path / "from" / names.METRICS).read_text() == "its records"
     assert (tmp_path / "run.previous-1" / names.METRICS).read_text() == "another run"
@@ -57,6 +62,7 @@ def test_going_on_in_another_folder_takes_the_records_along(tmp_path: Path) -> N
 def test_two_processes_cant_train_in_one_folder(tmp_path: Path) -> None:
     code = """
 import pathlib, sys
+from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.folder import locked
 with locked(pathlib.Path(sys.argv[1])):
     pass
