@@ -3,17 +3,23 @@
 Position embeddings, masks and attention types differ by architecture. Instead of rebuilding them,
 the base model is run once with every layer replaced by a recorder: what it hands to its layers is
 what the engine will hand to them.
+
+Where several examples lie in a row, the model is told where in its own example each token stands, and once more it is
+asked how it would mask the longest one, which is all that `segments.py` needs to attend within each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.segments import Segments, attending_within, own_attention
 from sophia_galore.model.anatomy import Anatomy
 
 
@@ -23,6 +29,11 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether attention is to be within the examples of a row."""
+        return isinstance(self.kwargs.get("attention_mask"), Segments)
 
 
 class _Recorder(nn.Module):
@@ -51,21 +62,43 @@ def _recorders(anatomy: Anatomy) -> Iterator[list[_Recorder]]:
         base.layers, base.norm = layers, norm
 
 
-def capture_calls(anatomy: Anatomy, embedded: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
+def capture_calls(anatomy: Anatomy, embedded: Tensor, batch: MicroBatch) -> tuple[Tensor, list[LayerCall]]:
     """Record what the model hands to its layers for one micro-batch.
 
     Args:
         anatomy: The model.
         embedded: (B, T, d) output of the embedding module.
-        attention_mask: (B, T), 1 for tokens and 0 for padding; None: nothing is padded.
+        batch: The micro-batch, on the same device.
 
     Returns:
         (B, T, d) hidden states that enter the first layer, part of the autograd graph of `embedded`,
         and one call a layer.
     """
+    if batch.lengths is None:
+        return _record(anatomy, embedded, attention_mask=batch.attention_mask)
+    positions = _positions(batch.lengths, batch.input_ids)
+    with attending_within(anatomy):
+        hidden, calls = _record(anatomy, embedded, position_ids=positions)
+    longest = max(length for row in batch.lengths for length in row)
+    _, alone = _record(anatomy, embedded[:1, :longest].detach())
+    found = [Segments(batch.lengths, call.kwargs["attention_mask"], own_attention(anatomy)) for call in alone]
+    return hidden, [
+        replace(call, kwargs={**call.kwargs, "attention_mask": segments})
+        for call, segments in zip(calls, found, strict=True)
+    ]
+
+
+def _record(anatomy: Anatomy, embedded: Tensor, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
     with _recorders(anatomy) as recorders:
-        anatomy.base(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False)
+        anatomy.base(inputs_embeds=embedded, use_cache=False, **inputs)
     calls = [recorder.call for recorder in recorders if recorder.call is not None]
     hidden = recorders[0].hidden
     assert hidden is not None and len(calls) == len(recorders)  # every layer was called
     return hidden, calls
+
+
+def _positions(lengths: Sequence[Sequence[int]], input_ids: Tensor) -> Tensor:
+    """Where in its own example each token stands, (B, T); 0 for padding."""
+    width = input_ids.shape[1]
+    positions = [[place for length in row for place in range(length)] for row in lengths]
+    return torch.tensor([row + [0] * (width - len(row)) for row in positions], device=input_ids.device)

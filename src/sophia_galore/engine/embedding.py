@@ -70,7 +70,7 @@ def embed(anatomy: Anatomy, store: WeightStore, batches: Sequence[MicroBatch], d
     calls: list[list[LayerCall]] = []
     for batch, places_flat in zip(batches, places.split([b.input_ids.numel() for b in batches]), strict=True):
         embedded = functional_call(anatomy.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
-        first, layer_calls = capture_calls(anatomy, embedded, batch.attention_mask)
+        first, layer_calls = capture_calls(anatomy, embedded, batch)
         hidden.append(first)
         calls.append(layer_calls)
     return Embedded(tokens, rows, hidden, calls)

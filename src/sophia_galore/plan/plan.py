@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import windows
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
@@ -41,6 +41,11 @@ class RunPlan:
         keep_layers: So many last layers keep their graphs through the forward pass.
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
+        arrangement: How training examples come to the steps: shuffled; grouped, those of similar length share a
+            micro-batch; or packed, several side by side in a row.
+        num_rows: Rows that they make; as many as there are examples, unless they are packed.
+        fill: Share of what the first epoch's micro-batches hold that is tokens, from 0 to 1; the rest is padding.
+        fill_shuffled: The same, if the examples were only shuffled.
         data_fingerprint: SHA-256 over all token ids and masks.
         num_shared: Training records whose text is in the evaluation data too.
         repetition_loss: What a mere count of the training examples' token sequences reaches on the evaluation examples,
@@ -66,6 +71,10 @@ class RunPlan:
     keep_layers: int
     num_train_examples: int
     num_eval_examples: int
+    arrangement: Arrangement
+    num_rows: int
+    fill: float
+    fill_shuffled: float
     data_fingerprint: str
     num_shared: int
     repetition_loss: float | None
@@ -128,6 +137,7 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
     """
     config = facts.config
     repeated = dataset.repetition
+    feed = Feed.of(config, dataset.train)
     steps_per_epoch, num_steps = count_steps(config, dataset)
     data = replace(facts.data, largest_token=dataset.largest_token, num_steps=num_steps)
     decided = decide_step(replace(facts, data=data))
@@ -146,6 +156,10 @@ def make_plan(facts: Facts, *, model: ResolvedModel, dataset: Dataset, keep_laye
         keep_layers=keep_layers,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
+        arrangement=feed.arrangement,
+        num_rows=len(feed.rows),
+        fill=round(feed.fill, 6),
+        fill_shuffled=round(feed.shuffled().fill, 6),
         data_fingerprint=dataset.fingerprint,
         num_shared=dataset.summary.num_shared,
         repetition_loss=repeated.loss if repeated else None,
@@ -166,5 +180,5 @@ def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
         dataset: The tokenised data.
     """
     training = config.training
-    steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
+    steps_per_epoch = Feed.of(config, dataset.train).steps_per_epoch
     return steps_per_epoch, training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
