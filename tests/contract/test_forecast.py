@@ -123,6 +123,8 @@ SPECIAL: dict[str, list[str]] = {
     "galore, sophia": ["optimizer.galore.rule=sophia", "optimizer.sophia.curvature_every=2"],
     "clipped by the model": ["training.max_grad_norm=0.5", "training.clip_by=model"],
     "fp16": ["training.compute_dtype=fp16"],
+    "packed": ["data.packing=true"],
+    "grouped": ["data.group_by_length=true", "training.batch_size=4"],
 }
 
 

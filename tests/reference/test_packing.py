@@ -18,35 +18,17 @@ from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.engine import segments
 from sophia_galore.engine.relief import split_rows
-from tiny import FAMILIES, VOCAB, autograd_loss, tiny_model
+from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
 # the worst seen is 4.0e-7.
 TOLERANCE = 1e-6
-# Longer and shorter than the windows of 8 tokens; rows are full and not.
-LENGTHS = (13, 7, 21, 5, 5, 9, 2, 3, 30)
-ROWS = (((2, 0, 3), (8,)), ((1, 5, 4, 7), (6,)))
 ATTENTIONS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 ATTENTIONS.remove(("gemma2", "sdpa"))  # which transformers refuses, since it can't cap scores
 
 
-def examples(seed: int = 0) -> list[Example]:
-    draw = torch.Generator().manual_seed(seed)
-    made = []
-    for length in LENGTHS:
-        ids = torch.randint(3, VOCAB, (length,), generator=draw).tolist()
-        made.append(Example.of(ids, [place != 1 for place in range(length)], ""))
-    return made
-
-
-def packed(seed: int = 0) -> list[MicroBatch]:
-    """Two micro-batches of two rows; in one of each is room left."""
-    of = examples(seed)
-    return [collate([[of[number] for number in row] for row in rows], pad_id=2) for rows in ROWS]
-
-
 def one_by_one(seed: int = 0) -> list[MicroBatch]:
-    return [collate([[example]], pad_id=2) for example in examples(seed)]
+    return [collate([[example]], pad_id=2) for example in examples_of(PACKED_LENGTHS, seed)]
 
 
 def step(folder: Path, batches: list[MicroBatch], attention: str = "", **more: Any) -> tuple[float, dict[str, Tensor]]:
@@ -76,7 +58,7 @@ def test_packed_rows_are_their_examples(tmp_path: Path, family: str, attention: 
     model.set_attn_implementation(attention)
     loss = autograd_loss(model.train(), one_by_one())
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_same(step(tmp_path, packed(), attention), (loss, expected))
+    assert_same(step(tmp_path, packed_batches(), attention), (loss, expected))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -94,14 +76,14 @@ def test_so_it_is_however_the_engine_works(tmp_path: Path, family: str, variant:
     variant = dict(variant)
     if variant.pop("projector", False):
         variant["projector"] = everything_projected(load_parts(tmp_path)[0]).get
-    assert_same(step(tmp_path, packed(), **variant), step(tmp_path, one_by_one(), **variant))
+    assert_same(step(tmp_path, packed_batches(), **variant), step(tmp_path, one_by_one(), **variant))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_of_packed_rows_is_that_of_their_examples(tmp_path: Path, family: str) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     engine = make_engine(*load_parts(tmp_path))
-    found, expected = engine.evaluate(packed()), engine.evaluate(one_by_one())
+    found, expected = engine.evaluate(packed_batches()), engine.evaluate(one_by_one())
     assert found[1] == expected[1]
     assert found[0] == pytest.approx(expected[0], rel=TOLERANCE)
 
@@ -109,16 +91,16 @@ def test_evaluation_of_packed_rows_is_that_of_their_examples(tmp_path: Path, fam
 def test_labels_drawn_in_packed_rows_are_as_many_and_repeat(tmp_path: Path) -> None:
     """Drawn labels depend on the order of the tokens, which is another one; but they are as good, and repeat."""
     tiny_model("gemma2").save_pretrained(tmp_path)
-    first, again = (step(tmp_path, packed(), sampled_labels=True) for _ in range(2))
+    first, again = (step(tmp_path, packed_batches(), sampled_labels=True) for _ in range(2))
     assert first[0] == again[0] and all(torch.equal(grad, again[1][name]) for name, grad in first[1].items())
-    assert first[0] != step(tmp_path, packed())[0]
+    assert first[0] != step(tmp_path, packed_batches())[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
 def test_split_rows_go_on_to_the_same_numbers(tmp_path: Path, family: str) -> None:
     """What `memory.on_oom: adapt` does to a packed micro-batch."""
     tiny_model(family).save_pretrained(tmp_path)
-    whole = packed()
+    whole = packed_batches()
     parts = [part for batch in whole for part in split_rows(batch, 1)]
     assert [part.lengths for part in parts] == [(lengths,) for batch in whole for lengths in batch.lengths or ()]
     assert [part.num_tokens for part in parts] == [39, 30, 24, 2]
@@ -129,7 +111,7 @@ def test_split_rows_go_on_to_the_same_numbers(tmp_path: Path, family: str) -> No
 def test_an_example_sees_nothing_of_its_neighbours(tmp_path: Path) -> None:
     """Other tokens in one example leave the gradient by the others' embeddings as it was, to the bit."""
     tiny_model("gemma3", tied=False).save_pretrained(tmp_path)
-    of = examples()
+    of = examples_of(PACKED_LENGTHS)
     mute = [Example(example.input_ids, torch.zeros_like(example.counted), "") for example in of]
     other = Example(of[0].input_ids.flip(0), mute[0].counted, "")
     losses = [step(tmp_path, [collate([[neighbour, of[2], mute[3]]], 2)])[0] for neighbour in (mute[0], other)]
@@ -147,8 +129,8 @@ def test_the_models_own_attention_comes_back(tmp_path: Path, error: type[Excepti
 
     engine = make_engine(anatomy, store)
     if error is None:
-        engine.step(packed(), apply, step=1)
+        engine.step(packed_batches(), apply, step=1)
     else:
         with pytest.raises(error):
-            engine.step(packed(), apply, step=1)
+            engine.step(packed_batches(), apply, step=1)
     assert segments.own_attention(anatomy) == "sdpa"
