@@ -61,6 +61,27 @@ def test_packed_rows_are_their_examples(tmp_path: Path, family: str, attention: 
     assert_same(step(tmp_path, packed_batches(), attention), (loss, expected))
 
 
+# Phi-3 turns what is longer than 8 tokens by other frequencies.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0 + number for number in range(8)],
+    "original_max_position_embeddings": 8,
+    "factor": 4.0,
+}
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 8, 21, 3], [9, 21], [5, 3, 8]], ids=["both", "long", "short"])
+def test_an_examples_own_length_decides_how_its_positions_are_turned(tmp_path: Path, lengths: list[int]) -> None:
+    model = tiny_model("phi3", rope_parameters=LONGROPE)
+    model.save_pretrained(tmp_path)
+    of = examples_of(lengths)
+    loss = autograd_loss(model.train(), [collate([[example]], 2) for example in of])
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_same(step(tmp_path, [collate([of], 2, width=50)]), (loss, expected))
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "graphs of some layers kept": {"keep_layers": 2},
     "small tiles of logits": {"logits_chunk_bytes": 1},

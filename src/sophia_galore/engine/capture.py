@@ -10,7 +10,7 @@ asked how it would mask the longest one, which is all that `segments.py` needs t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.segments import Segments, attending_within, own_attention
 from sophia_galore.model.anatomy import Anatomy
+
+Lengths = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,11 @@ def capture_calls(anatomy: Anatomy, embedded: Tensor, batch: MicroBatch) -> tupl
     """
     if batch.lengths is None:
         return _record(anatomy, embedded, attention_mask=batch.attention_mask)
-    positions = _positions(batch.lengths, batch.input_ids)
-    with attending_within(anatomy):
-        hidden, calls = _record(anatomy, embedded, position_ids=positions)
+    hidden, calls = _record_positions(anatomy, embedded, batch.lengths)
     longest = max(length for row in batch.lengths for length in row)
     _, alone = _record(anatomy, embedded[:1, :longest].detach())
     found = [Segments(batch.lengths, call.kwargs["attention_mask"], own_attention(anatomy)) for call in alone]
-    return hidden, [
-        replace(call, kwargs={**call.kwargs, "attention_mask": segments})
-        for call, segments in zip(calls, found, strict=True)
-    ]
+    return hidden, [_with(call, attention_mask=segments) for call, segments in zip(calls, found, strict=True)]
 
 
 def _record(anatomy: Anatomy, embedded: Tensor, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
@@ -97,8 +94,31 @@ def _record(anatomy: Anatomy, embedded: Tensor, **inputs: Tensor | None) -> tupl
     return hidden, calls
 
 
-def _positions(lengths: Sequence[Sequence[int]], input_ids: Tensor) -> Tensor:
-    """Where in its own example each token stands, (B, T); 0 for padding."""
-    width = input_ids.shape[1]
-    positions = [[place for length in row for place in range(length)] for row in lengths]
-    return torch.tensor([row + [0] * (width - len(row)) for row in positions], device=input_ids.device)
+def _record_positions(anatomy: Anatomy, embedded: Tensor, lengths: Lengths) -> tuple[Tensor, list[LayerCall]]:
+    """As if each token stood where it stands in its own example; no masks.
+
+    Phi-3's longrope turns all positions of a micro-batch in another way as soon as one of them is beyond a threshold.
+    An example's own length decides here, as if it were alone.
+    """
+    positions = _by_token(lengths, embedded, range)
+    with attending_within(anatomy):
+        hidden, calls = _record(anatomy, embedded, position_ids=positions)
+        most = anatomy.most_short_positions
+        if most is None or len({length > most for row in lengths for length in row}) == 1:
+            return hidden, calls
+        is_long = _by_token(lengths, embedded, lambda length: [int(length > most)] * length).bool()
+        _, others = _record(anatomy, embedded.detach(), position_ids=positions.masked_fill(is_long, 0))
+    long, short = (each[0].kwargs["position_embeddings"] for each in (calls, others))
+    merged = tuple(torch.where(is_long[..., None], far, near) for far, near in zip(long, short, strict=True))
+    return hidden, [_with(call, position_embeddings=merged) for call in calls]
+
+
+def _by_token(lengths: Lengths, embedded: Tensor, of_example: Callable[[int], Sequence[int]]) -> Tensor:
+    """A number for each token, (B, T), by the length of its example; 0 for padding."""
+    rows = [[value for length in row for value in of_example(length)] for row in lengths]
+    width = embedded.shape[1]
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=embedded.device)
+
+
+def _with(call: LayerCall, **kwargs: Any) -> LayerCall:
+    return replace(call, kwargs={**call.kwargs, **kwargs})
