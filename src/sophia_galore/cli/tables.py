@@ -76,12 +76,13 @@ def arranged(plan: RunPlan) -> str:
     """How much padding is saved by the arrangement of the examples; nothing where they are only shuffled."""
     if plan.arrangement == "packed":
         return (
-            f"Packed {plan.num_train_examples} examples into {plan.num_rows} rows, {plan.fill:.0%} full; "
-            f"one a row, micro-batches would be {plan.fill_shuffled:.0%} full."
+            f"Packed {plan.num_train_examples} examples into {plan.num_rows} rows: micro-batches are {plan.fill:.0%} "
+            f"full, {plan.fill_shuffled:.0%} with one example a row. A step has some "
+            f"{plan.num_train_examples / plan.steps_per_epoch:.0f} examples."
         )
     if plan.arrangement == "grouped":
         return (
-            f"Examples of similar length share a micro-batch: these are {plan.fill:.0%} full, "
+            f"Examples of similar length share a micro-batch: micro-batches are {plan.fill:.0%} full, "
             f"{plan.fill_shuffled:.0%} if only shuffled."
         )
     return ""

@@ -124,7 +124,7 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
         return Sample((), tuple(batches), 0.0)
     # What memory a phase takes grows with the tokens of all, or with the counted ones, and has a part that depends on
     # the largest micro-batch alone.
-    largest, *rest = sorted(batches, key=lambda batch: -batch.input_ids.numel())
+    largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_squares(batch)))
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
     half, most = _MOST_BATCHES // 2, _MOST_BATCHES
