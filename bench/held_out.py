@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches
+from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import load_data
+from sophia_galore.data.feed import Feed
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.plan.subject import pad_token
 
@@ -19,7 +20,7 @@ def held_out_batches(config: RunConfig) -> list[MicroBatch]:
     training = config.training
     tokenizer = load_tokenizer(Path(config.model.name))
     data = load_data(config.data, max_length=training.max_length, seed=training.seed, tokenizer=tokenizer)
-    return eval_batches(data.eval, batch_size=training.batch_size, pad_id=pad_token(tokenizer))
+    return Feed.of(config, data.eval, pad_token(tokenizer)).longest_first()
 
 
 def eval_loss(folder: Path, batches: Sequence[MicroBatch]) -> float:

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import MicroBatch, window, windows
+from sophia_galore.data.batches import MicroBatch
 from sophia_galore.data.dataset import load_data
+from sophia_galore.data.feed import Feed
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.plan.routes import peak_learning_rate
@@ -78,13 +79,10 @@ def micro_batches(config: RunConfig) -> list[list[MicroBatch]]:
     training = config.training
     tokenizer = load_tokenizer(Path(config.model.name))
     data = load_data(config.data, max_length=training.max_length, seed=training.seed, tokenizer=tokenizer)
-    shape = {"batch_size": training.batch_size, "accumulation": training.gradient_accumulation_steps}
-    steps_per_epoch = windows(len(data.train), **shape)
+    feed = Feed.of(config, data.train, pad_token(tokenizer))
     steps = []
     for step in range(training.max_steps):
-        epoch, index = divmod(step, steps_per_epoch)
-        pad_id = pad_token(tokenizer)
-        chosen = window(data.train, seed=training.seed, epoch=epoch, index=index, pad_id=pad_id, **shape)
+        chosen = feed.step(step + 1)
         if len(chosen) < training.gradient_accumulation_steps:
             raise ValueError(f"Step {step + 1} has {len(chosen)} micro-batches: give more examples, or fewer steps.")
         steps.append(chosen)

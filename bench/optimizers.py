@@ -144,7 +144,7 @@ def assemble(config: Any) -> tuple[Any, Any, Any]:
 def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train once; the loop of the ordinary run without its records and checkpoints."""
     from sophia_galore.config import load_config
-    from sophia_galore.data.batches import eval_batches, window
+    from sophia_galore.data.feed import Feed
     from sophia_galore.optim.schedule import schedule
 
     config = load_config(Path("configs/quickstart.yaml"), settings(variant, rate, seed, arguments))
@@ -152,18 +152,16 @@ def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> 
     plan = prepared.plan
     factor = schedule(config.training.lr_scheduler_type, warmup_steps=3, num_steps=plan.num_steps)
     pad_id = prepared.tokenizer.pad_token_id
+    feed = Feed.of(config, prepared.dataset.train, pad_id)
     losses, seconds, tokens = [], [], 0
     for step in range(1, plan.num_steps + 1):
-        epoch, index = divmod(step - 1, plan.steps_per_epoch)
-        batches = window(
-            prepared.dataset.train, seed=seed, epoch=epoch, index=index, batch_size=3, accumulation=2, pad_id=pad_id
-        )
+        batches = feed.step(step)
         started = time.perf_counter()
         found, _ = stepper.take(batches, step=step, factor=factor(step))
         seconds.append(time.perf_counter() - started)
         losses.append(round(found.loss, 4))
         tokens += found.num_tokens
-    summed, counted = engine.evaluate(list(eval_batches(prepared.dataset.eval, batch_size=4, pad_id=pad_id)))
+    summed, counted = engine.evaluate(Feed.of(config, prepared.dataset.eval, pad_id).longest_first())
     return {
         "variant": variant,
         "learning_rate": rate,

@@ -27,7 +27,7 @@ from shapes import write_data, write_model
 def measure(subspace: str, model: str, data: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Times of the first steps and of those in the second gap, and the part of them that refreshes took."""
     from sophia_galore.config import load_config
-    from sophia_galore.data.batches import window
+    from sophia_galore.data.feed import Feed
     from sophia_galore.optim import optimizer
 
     words = [
@@ -49,15 +49,7 @@ def measure(subspace: str, model: str, data: str, arguments: argparse.Namespace)
         refresh(*given)
         spent[-1] += time.perf_counter() - started
 
-    batches = window(
-        prepared.dataset.train,
-        seed=0,
-        epoch=0,
-        index=0,
-        batch_size=arguments.batch_size,
-        accumulation=arguments.accumulation,
-        pad_id=prepared.tokenizer.pad_token_id,
-    )
+    batches = Feed.of(prepared.config, prepared.dataset.train, prepared.tokenizer.pad_token_id).step(1)
     optimizer.refresh = timed  # type: ignore[assignment]
     seconds = {}
     try:

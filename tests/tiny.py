@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import MicroBatch, collate
+from sophia_galore.data.example import Example
 
 VOCAB = 320
 CHATML = (
@@ -33,6 +35,8 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 2,
 }
 _GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 8}
+PACKED_LENGTHS = (13, 7, 21, 5, 5, 9, 2, 3, 30)
+PACKED_ROWS = (((2, 0, 3), (8,)), ((1, 5, 4, 7), (6,)))
 FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "qwen2": (transformers.Qwen2Config, {}),
@@ -127,6 +131,19 @@ def ragged_batches(seed: int = 0) -> list[MicroBatch]:
             )
         )
     return batches
+
+
+def packed_batches(seed: int = 0) -> list[MicroBatch]:
+    """Two micro-batches of two rows, with examples longer and shorter than a window; in some rows is room left."""
+    of = examples_of(PACKED_LENGTHS, seed)
+    return [collate([[of[number] for number in row] for row in rows], pad_id=2) for rows in PACKED_ROWS]
+
+
+def examples_of(lengths: Sequence[int], seed: int = 0) -> list[Example]:
+    """Examples of random tokens, of which the second one does not count."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, VOCAB, (length,), generator=draw).tolist() for length in lengths]
+    return [Example.of(tokens, [place != 1 for place in range(len(tokens))], "") for tokens in ids]
 
 
 def autograd_loss(model: Any, batches: list[MicroBatch]) -> float:

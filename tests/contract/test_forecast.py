@@ -127,6 +127,8 @@ SPECIAL: dict[str, list[str]] = {
     "the last layer": ['training.trainable=["model.layers.2.*"]'],
     "a layer in the middle, graphs kept": ['training.trainable=["model.layers.1.*"]', "engine.keep_layers=3"],
     "norms and the head": ['training.trainable=["*norm*", "lm_head*"]', "quantization.enabled=true"],
+    "packed": ["data.packing=true"],
+    "grouped": ["data.group_by_length=true", "training.batch_size=4"],
 }
 
 

@@ -22,7 +22,8 @@ from sophia_galore.plan.course import Change, PassTrace
 from sophia_galore.plan.decisions import Decisions
 from sophia_galore.plan.forecast import settings_of
 from sophia_galore.plan.simulate import FewLayers, Simulated, simulate, take_layers
-from tiny import ragged_batches
+from tiny import FAMILIES as ALL_FAMILIES
+from tiny import packed_batches, ragged_batches
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "tracked": {},
@@ -136,3 +137,12 @@ def test_the_bytes_are_the_same(
     assert_same(simulate(*given, **more), real)
     num_passes = [len(passes) for passes in real.steps]
     assert num_passes == ([2, 1] if decided.curvature_every else [1, 1])
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_the_bytes_of_packed_rows_are_the_same(family: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    few, decided = few_layers(asked({"optimizer.type": "adamw"}), family)
+    given: tuple[Any, ...] = (few, settings_of(decided), packed_batches(), (1, 2))
+    more: dict[str, Any] = {"eval_batches": packed_batches(), "keep_layers": kept}
+    assert_same(simulate(*given, **more), simulate_with_memory(monkeypatch, *given, **more))

@@ -33,7 +33,8 @@ SETTINGS = [
     "memory.track_steps=1",
     "memory.predict=false",
 ]
-# What each kind adds: between them every rule's and every format's state goes to disk and comes back.
+# What each kind adds: between them every rule's and every format's state goes to disk and comes back, and examples come
+# in every arrangement.
 KINDS: dict[str, list[str]] = {
     "galore": ["training.max_grad_norm=0.5"],
     "galore, narrow": ["model.store=bf16", "optimizer.state_bits=8", "optimizer.galore.projection_bits=4"],
@@ -59,9 +60,9 @@ KINDS: dict[str, list[str]] = {
     ],
     "bitsandbytes": ["quantization.load_in_8bit=true", "quantization.backend=bitsandbytes"],
     "apollo": ["optimizer.type=apollo", "optimizer.apollo.rank=8", "optimizer.apollo.update_proj_gap=4"],
-    "scale": ["optimizer.type=scale", "optimizer.state_bits=8"],
+    "scale": ["optimizer.type=scale", "optimizer.state_bits=8", "data.group_by_length=true"],
     "adamw": ["optimizer.type=adamw", "training.max_grad_norm=0.5"],
-    "adamw, bf16": ["optimizer.type=adamw", "model.store=bf16", "optimizer.state_bits=8"],
+    "adamw, bf16": ["optimizer.type=adamw", "model.store=bf16", "optimizer.state_bits=8", "data.packing=true"],
 }
 
 

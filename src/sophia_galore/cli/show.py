@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from sophia_galore.cli.tables import parameter_table, plan_table, remarks, trained_share, verdict_line
+from sophia_galore.cli.tables import arranged, parameter_table, plan_table, remarks, trained_share, verdict_line
 from sophia_galore.cli.times import time_in_words
 from sophia_galore.config.data_section import DataConfig
 from sophia_galore.config.data_source import sources_in_words
@@ -119,6 +119,8 @@ class Terminal(Listener):
             f"({plan.steps_per_epoch} steps an epoch), {plan.num_eval_examples} held out; "
             f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {ledger}."
         )
+        if said := arranged(plan):
+            self.say(said)
         for verdict in plan.verdicts:
             self.console.print(verdict_line(verdict))
         shown = {verdict.sentence() for verdict in plan.verdicts}

@@ -73,6 +73,22 @@ def trained_share(plan: RunPlan) -> Text:
     return Text(f"{share} of the parameters are trained", style="" if percent == 100 else "bold red")
 
 
+def arranged(plan: RunPlan) -> str:
+    """How much padding is saved by the arrangement of the examples; nothing where they are only shuffled."""
+    if plan.arrangement == "packed":
+        return (
+            f"Packed {plan.num_train_examples} examples into {plan.num_rows} rows: micro-batches are {plan.fill:.0%} "
+            f"full, {plan.fill_shuffled:.0%} with one example a row. A step has some "
+            f"{plan.num_train_examples / plan.steps_per_epoch:.0f} examples."
+        )
+    if plan.arrangement == "grouped":
+        return (
+            f"Examples of similar length share a micro-batch: micro-batches are {plan.fill:.0%} full, "
+            f"{plan.fill_shuffled:.0%} if only shuffled."
+        )
+    return ""
+
+
 def verdict_line(verdict: Decided) -> Text:
     """A verdict and its reason; what falls back to something else than was asked for stands out."""
     style = "yellow" if verdict.verdict == "use" else "bold yellow"

@@ -210,6 +210,12 @@ RULES: dict[str, Rule] = {
         "training.trainable is empty, so that no weight would be trained",
         'Name weights, such as ["model.layers.2*", "lm_head.weight"], or leave it out to train all.',
     ),
+    "packed_and_grouped": Rule(
+        lambda c: c.data.packing and c.data.group_by_length,
+        ("data.group_by_length", "data.packing"),
+        "data.packing fills rows with examples of all lengths, data.group_by_length puts those of one length together",
+        "Leave out data.group_by_length: packed rows have next to no padding.",
+    ),
     "reserve_takes_all": Rule(
         lambda c: c.memory.limit is not None and (c.memory.reserve or 0) >= c.memory.limit,
         ("memory.reserve", "memory.limit"),

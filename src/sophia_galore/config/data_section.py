@@ -44,6 +44,14 @@ class DataConfig(Section):
     format: Literal["auto"] | FormatName = Field(
         "auto", description="How a record is laid out; auto: recognised by its fields and named in the output."
     )
+    packing: bool = Field(
+        False,
+        description="Lay whole examples side by side in rows of at most training.max_length tokens, each attending to "
+        "itself alone: loss and gradients as unpacked, and next to no padding. Batch sizes then count rows.",
+    )
+    group_by_length: bool = Field(
+        False, description="Let examples of similar length share a micro-batch, so that less is padded."
+    )
     date: str | None = Field(
         None,
         pattern=r"^\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])$",

@@ -71,7 +71,7 @@ class TrainingConfig(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training data; fractions are allowed.")
     max_steps: int = Field(0, ge=0, description="Optimizer steps; above 0 it replaces `epochs`.")
     max_length: int = Field(512, ge=2, description="Longest example in tokens.")
-    batch_size: int = Field(1, ge=1, description="Examples in a micro-batch.")
+    batch_size: int = Field(1, ge=1, description="Examples in a micro-batch; with data.packing rows of them.")
     gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in an optimizer step.")
     learning_rate: float | None = Field(
         None, gt=0, le=1e9, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."

@@ -3,18 +3,26 @@
 Position embeddings, masks and attention types differ by architecture. Instead of rebuilding them,
 the base model is run once with every layer replaced by a recorder: what it hands to its layers is
 what the engine will hand to them.
+
+Where several examples lie in a row, the model is told where in its own example each token stands, and once more it is
+asked how it would mask the longest one, which is all that `segments.py` needs to attend within each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.segments import Segments, attending_within, own_attention
 from sophia_galore.model.anatomy import Anatomy
+
+Lengths = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,11 @@ class LayerCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether attention is to be within the examples of a row."""
+        return isinstance(self.kwargs.get("attention_mask"), Segments)
 
 
 class _Recorder(nn.Module):
@@ -51,21 +64,61 @@ def _recorders(anatomy: Anatomy) -> Iterator[list[_Recorder]]:
         base.layers, base.norm = layers, norm
 
 
-def capture_calls(anatomy: Anatomy, embedded: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
+def capture_calls(anatomy: Anatomy, embedded: Tensor, batch: MicroBatch) -> tuple[Tensor, list[LayerCall]]:
     """Record what the model hands to its layers for one micro-batch.
 
     Args:
         anatomy: The model.
         embedded: (B, T, d) output of the embedding module.
-        attention_mask: (B, T), 1 for tokens and 0 for padding; None: nothing is padded.
+        batch: The micro-batch, on the same device.
 
     Returns:
         (B, T, d) hidden states that enter the first layer, part of the autograd graph of `embedded`,
         and one call a layer.
     """
+    if batch.lengths is None:
+        return _record(anatomy, embedded, attention_mask=batch.attention_mask)
+    hidden, calls = _record_positions(anatomy, embedded, batch.lengths)
+    longest = max(length for row in batch.lengths for length in row)
+    _, alone = _record(anatomy, embedded[:1, :longest].detach())
+    found = [Segments(batch.lengths, call.kwargs["attention_mask"], own_attention(anatomy)) for call in alone]
+    return hidden, [_with(call, attention_mask=segments) for call, segments in zip(calls, found, strict=True)]
+
+
+def _record(anatomy: Anatomy, embedded: Tensor, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
     with _recorders(anatomy) as recorders:
-        anatomy.base(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False)
+        anatomy.base(inputs_embeds=embedded, use_cache=False, **inputs)
     calls = [recorder.call for recorder in recorders if recorder.call is not None]
     hidden = recorders[0].hidden
     assert hidden is not None and len(calls) == len(recorders)  # every layer was called
     return hidden, calls
+
+
+def _record_positions(anatomy: Anatomy, embedded: Tensor, lengths: Lengths) -> tuple[Tensor, list[LayerCall]]:
+    """As if each token stood where it stands in its own example; no masks.
+
+    Phi-3's longrope turns all positions of a micro-batch in another way as soon as one of them is beyond a threshold.
+    An example's own length decides here, as if it were alone.
+    """
+    positions = _by_token(lengths, embedded, range)
+    with attending_within(anatomy):
+        hidden, calls = _record(anatomy, embedded, position_ids=positions)
+        most = anatomy.most_short_positions
+        if most is None or len({length > most for row in lengths for length in row}) == 1:
+            return hidden, calls
+        is_long = _by_token(lengths, embedded, lambda length: [int(length > most)] * length).bool()
+        _, others = _record(anatomy, embedded.detach(), position_ids=positions.masked_fill(is_long, 0))
+    long, short = (each[0].kwargs["position_embeddings"] for each in (calls, others))
+    merged = tuple(torch.where(is_long[..., None], far, near) for far, near in zip(long, short, strict=True))
+    return hidden, [_with(call, position_embeddings=merged) for call in calls]
+
+
+def _by_token(lengths: Lengths, embedded: Tensor, of_example: Callable[[int], Sequence[int]]) -> Tensor:
+    """A number for each token, (B, T), by the length of its example; 0 for padding."""
+    rows = [[value for length in row for value in of_example(length)] for row in lengths]
+    width = embedded.shape[1]
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=embedded.device)
+
+
+def _with(call: LayerCall, **kwargs: Any) -> LayerCall:
+    return replace(call, kwargs={**call.kwargs, **kwargs})

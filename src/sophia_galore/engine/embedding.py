@@ -91,6 +91,8 @@ class Noise:
 
 def _example_lengths(batch: MicroBatch) -> list[tuple[int, ...]]:
     """For each row, the tokens of the examples that lie in it."""
+    if batch.lengths is not None:
+        return list(batch.lengths)
     if batch.attention_mask is None:
         return [(batch.input_ids.shape[1],)] * len(batch.input_ids)
     return [(length,) for length in batch.attention_mask.sum(1).tolist()]
@@ -130,7 +132,7 @@ def embed(
         if noise is not None:
             noise.add_to(embedded, batch, num_rows)
         num_rows += len(batch.input_ids)
-        first, layer_calls = capture_calls(anatomy, embedded, batch.attention_mask)
+        first, layer_calls = capture_calls(anatomy, embedded, batch)
         hidden.append(first)
         calls.append(layer_calls)
     return Embedded(tokens, rows, hidden, calls)

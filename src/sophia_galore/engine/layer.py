@@ -25,6 +25,7 @@ from sophia_galore.engine.head import Grads
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.product import Product, Projectors
 from sophia_galore.engine.projected_linear import ProjectedLinears
+from sophia_galore.engine.segments import attending_within
 from sophia_galore.errors import RunError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.store import WeightStore
@@ -278,7 +279,8 @@ class Layers:
         return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
 
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
+        with attending_within(self._anatomy) if call.is_packed else nullcontext():
+            out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -127,7 +127,8 @@ def describe_probe(batches: Sequence[MicroBatch]) -> str:
 
 def _too_large(batches: Sequence[MicroBatch], max_length: int) -> str:
     longest = max(batch.input_ids.shape[1] for batch in batches)
-    reached = f"; its longest example has {longest} tokens" + (", which is max_length" if longest == max_length else "")
+    what = "example" if all(batch.lengths is None for batch in batches) else "row"
+    reached = f"; its longest {what} has {longest} tokens" + (", which is max_length" if longest == max_length else "")
     return f"The probe step ({describe_probe(batches)}{reached}) needs more memory than there is"
 
 

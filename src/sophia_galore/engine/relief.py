@@ -57,12 +57,15 @@ def split_rows(batch: MicroBatch, most_rows: int) -> list[MicroBatch]:
     for rows in (slice(0, middle), slice(middle, num_rows)):
         mask = None if batch.attention_mask is None else batch.attention_mask[rows]
         labels = batch.labels[rows]
+        lengths = None if batch.lengths is None else batch.lengths[rows]
+        num_tokens = len(labels) * length if mask is None else int(mask.sum())
         half = MicroBatch(
             input_ids=batch.input_ids[rows],
             attention_mask=mask,
             labels=labels,
-            num_tokens=len(labels) * length if mask is None else int(mask.sum()),
+            num_tokens=num_tokens if lengths is None else sum(map(sum, lengths)),
             num_counted=int((labels != IGNORED).sum()),
+            lengths=lengths,
         )
         parts += split_rows(half, most_rows)
     return parts

@@ -49,6 +49,8 @@ class Anatomy:
         padding_idx: Token whose embedding gets no gradient from look-ups, as the module declares it.
         logit_softcap: Cap c of logits c * tanh(z / c); None: uncapped.
         has_dropout: Whether a layer draws random numbers in training.
+        most_short_positions: Most positions of a text that is not treated as a long one, by longrope (Phi-3); None:
+            positions mean the same in a text of any length.
     """
 
     model: nn.Module
@@ -65,6 +67,7 @@ class Anatomy:
     padding_idx: int | None
     logit_softcap: float | None
     has_dropout: bool
+    most_short_positions: int | None
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Name and shape of each parameter once; a tied head is not listed beside the embedding."""
@@ -150,4 +153,10 @@ def find_anatomy(model: Any) -> Anatomy:
         padding_idx=padding_idx,
         logit_softcap=getattr(config, "final_logit_softcapping", None),
         has_dropout=any(getattr(config, key, 0.0) for key in _DROPOUT_KEYS),
+        most_short_positions=_most_short_positions(config),
     )
+
+
+def _most_short_positions(config: Any) -> int | None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None

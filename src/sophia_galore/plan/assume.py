@@ -9,8 +9,9 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.data_source import sources_in_words
-from sophia_galore.data.batches import IGNORED, MicroBatch, eval_batches, largest_step, largest_window
+from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.feed import Feed
 
 _MOST_BATCHES = 8
 """So many micro-batches are run as they are; what more of them take is computed from what these do."""
@@ -58,21 +59,29 @@ def load_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: in
         pad_id: The token id to pad with.
     """
     training = config.training
-    size, together = training.batch_size, training.gradient_accumulation_steps
-    shape = {"batch_size": size, "accumulation": together, "pad_id": pad_id}
-    train = largest_step(dataset.train, seed=training.seed, num_steps=num_steps, **shape)
-    probe = largest_window(dataset.train, **shape) if training.probe_step else []
+    feed = Feed.of(config, dataset.train, pad_id)
+    train = feed.largest_step(num_steps)
+    probe = feed.largest_window() if training.probe_step else []
     if _sizes(probe) == _sizes(train):
         probe = []  # it needs no more than a first step
-    evaluated = eval_batches(dataset.eval, batch_size=size, pad_id=pad_id)[:together]
+    together = training.gradient_accumulation_steps
+    evaluated = Feed.of(config, dataset.eval, pad_id).longest_first()[:together]
     longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
-    size = train[0].input_ids.shape[0]
-    words = f"the longest examples of {sources_in_words(config.data.train)}: {len(train)} x {size} x {longest}"
+    what = "fullest rows" if feed.arrangement == "packed" else "longest examples"
+    words = (
+        f"the {what} of {sources_in_words(config.data.train)}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
+    )
     return Load(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
 
 
 def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
-    return sorted((*batch.input_ids.shape, batch.num_counted) for batch in batches)
+    return sorted((*batch.input_ids.shape, batch.num_counted, _squares(batch)) for batch in batches)
+
+
+def _squares(batch: MicroBatch) -> int:
+    """What attention takes grows with it where it forms scores."""
+    rows, width = batch.input_ids.shape
+    return rows * width**2 if batch.lengths is None else sum(length**2 for row in batch.lengths for length in row)
 
 
 def assumed_load(config: RunConfig, vocab_size: int) -> Load:
@@ -118,7 +127,7 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
         return Sample((), tuple(batches), 0.0)
     # What memory a phase takes grows with the tokens of all, or with the counted ones, and has a part that depends on
     # the largest micro-batch alone.
-    largest, *rest = sorted(batches, key=lambda batch: -batch.input_ids.numel())
+    largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_squares(batch)))
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
     half, most = _MOST_BATCHES // 2, _MOST_BATCHES

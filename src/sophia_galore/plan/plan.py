@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import windows
 from sophia_galore.data.chat_format import ChatFormat
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
@@ -45,6 +45,11 @@ class RunPlan:
         chat_format: How conversations are written.
         num_train_examples: Examples that are learned from.
         num_eval_examples: Examples that are measured on.
+        arrangement: How training examples come to the steps: shuffled; grouped, those of similar length share a
+            micro-batch; or packed, several side by side in a row.
+        num_rows: Rows that they make; as many as there are examples, unless they are packed.
+        fill: Share of what the first epoch's micro-batches hold that is tokens, from 0 to 1; the rest is padding.
+        fill_shuffled: The same, if the examples were only shuffled.
         data_fingerprint: SHA-256 over all token ids and masks.
         num_shared: Training records whose text is in the evaluation data too.
         num_bad: Records that can't be used and were left out.
@@ -72,6 +77,10 @@ class RunPlan:
     chat_format: ChatFormat
     num_train_examples: int
     num_eval_examples: int
+    arrangement: Arrangement
+    num_rows: int
+    fill: float
+    fill_shuffled: float
     data_fingerprint: str
     num_shared: int
     num_bad: int
@@ -145,6 +154,7 @@ def make_plan(
     """
     config = facts.config
     repeated = dataset.repetition
+    feed = Feed.of(config, dataset.train)
     steps_per_epoch, num_steps = count_steps(config, dataset)
     measured = range(1, num_steps + 1) if dataset.eval else ()
     data = replace(
@@ -170,6 +180,10 @@ def make_plan(
         chat_format=chat_format,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),
+        arrangement=feed.arrangement,
+        num_rows=len(feed.rows),
+        fill=round(feed.fill, 6),
+        fill_shuffled=round(feed.shuffled().fill, 6),
         data_fingerprint=dataset.fingerprint,
         num_shared=dataset.summary.num_shared,
         num_bad=dataset.summary.num_bad,
@@ -191,7 +205,7 @@ def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
         dataset: The tokenised data.
     """
     training = config.training
-    steps_per_epoch = windows(len(dataset.train), training.batch_size, training.gradient_accumulation_steps)
+    steps_per_epoch = Feed.of(config, dataset.train).steps_per_epoch
     return steps_per_epoch, training.max_steps or math.ceil(round(training.epochs * steps_per_epoch, 6))
 
 

@@ -207,6 +207,13 @@ _DATA: tuple[Rule, ...] = (
         "the data use none of the others.",
     ),
     Rule(
+        "nothing_to_group",
+        lambda f: f.config.data.group_by_length and f.config.training.batch_size == 1,
+        Use(),
+        "training.batch_size is 1, so nothing is padded, and data.group_by_length only changes the order of examples.",
+        "Raise training.batch_size, or use data.packing=true, which computes short examples together.",
+    ),
+    Rule(
         "warm_up",
         lambda f: 0 < f.data.num_steps <= f.config.training.warmup_steps,
         Refuse(),

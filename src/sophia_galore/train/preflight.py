@@ -18,8 +18,8 @@ from torch import Tensor
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.data.batches import largest_window
 from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
@@ -65,8 +65,7 @@ class Loaded:
     Args:
         config: What was asked.
         plan: What will be done.
-        dataset: The tokenised data.
-        pad_id: The token id to pad with.
+        feed: The training examples on their way to the steps.
         store: The weights.
         optimizer: The optimizer with its state.
         engine: The engine.
@@ -77,8 +76,7 @@ class Loaded:
 
     config: RunConfig
     plan: RunPlan
-    dataset: Dataset
-    pad_id: int
+    feed: Feed
     store: WeightStore
     optimizer: ParamOptimizer
     engine: LayerwiseEngine
@@ -156,12 +154,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
     training, step = run.config.training, (run.checkpoint.step if run.checkpoint else 0) + 1
     if not training.probe_step or step > run.plan.num_steps:
         return None
-    batches = largest_window(
-        run.dataset.train,
-        batch_size=training.batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        pad_id=run.pad_id,
-    )
+    batches = run.feed.largest_window()
     specs = [route.spec for route in run.plan.routes if route.spec]
     take_probe(
         run.engine,

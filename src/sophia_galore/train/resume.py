@@ -94,11 +94,13 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.
-    skip |= {"chat_format", "num_shared", "num_bad", "repetition_loss", "repetition_share"}
+    skip |= {"chat_format", "num_shared", "num_bad", "repetition_loss", "repetition_share", "fill", "fill_shuffled"}
     if config.training.lr_scheduler_type in _ENDLESS:
         skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
     saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
+    # Version 0.5 knew nothing else.
+    saved = {"plan.arrangement": "shuffled", "plan.num_rows": checkpoint.plan["num_train_examples"]} | saved
     # Through JSON, as the saved side went: tuples became lists.
     now = json.loads(json.dumps(now))
     for side in (now, saved):
@@ -176,4 +178,5 @@ def _in_words(key: str) -> str:
     return {
         "plan.data_fingerprint": "content of the training or evaluation data",
         "plan.routes": "routing of parameters (optimizer settings)",
+        "plan.arrangement": "arrangement of the examples (data.packing, data.group_by_length)",
     }.get(key, key.removeprefix("plan."))

@@ -13,7 +13,7 @@ import torch
 
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
-from sophia_galore.data.batches import eval_batches, window
+from sophia_galore.data.feed import Feed
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.disk import writing
@@ -138,7 +138,9 @@ class _Run:
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
-        self._pad_id = pad_token(prepared.tokenizer)
+        pad_id = pad_token(prepared.tokenizer)
+        self._feed = Feed.of(config, prepared.dataset.train, pad_id)
+        self._eval_feed = Feed.of(config, prepared.dataset.eval, pad_id)
         for said in after_loading(self._loaded(checkpoint)):
             listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
@@ -195,18 +197,9 @@ class _Run:
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
-        training, plan = self._config.training, self._plan
+        plan = self._plan
         started_s = time.perf_counter()
-        epoch, index = divmod(step - 1, plan.steps_per_epoch)
-        batches = window(
-            self._prepared.dataset.train,
-            seed=training.seed,
-            epoch=epoch,
-            index=index,
-            batch_size=training.batch_size,
-            accumulation=training.gradient_accumulation_steps,
-            pad_id=self._pad_id,
-        )
+        batches = self._feed.step(step)
         factor = self._factor(step)
         try:
             result, norm = self._stepper.take(batches, step=step, factor=factor)
@@ -225,13 +218,11 @@ class _Run:
         }
 
     def _evaluate(self, step: int) -> None:
-        examples = self._prepared.dataset.eval
-        if not examples:
+        batches = self._eval_feed.longest_first()
+        if not batches:
             return
-        training = self._config.training
-        batches = list(eval_batches(examples, batch_size=training.batch_size, pad_id=self._pad_id))
         # As many micro-batches at a time as in a training step, so that evaluation needs no more memory.
-        together = training.gradient_accumulation_steps
+        together = self._config.training.gradient_accumulation_steps
         parts = [self._engine.evaluate(batches[start : start + together]) for start in range(0, len(batches), together)]
         eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(eval_loss):
@@ -284,8 +275,7 @@ class _Run:
         return Loaded(
             config=self._config,
             plan=self._plan,
-            dataset=self._prepared.dataset,
-            pad_id=self._pad_id,
+            feed=self._feed,
             store=self._store,
             optimizer=self._optimizer,
             engine=self._engine,

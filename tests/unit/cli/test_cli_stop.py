@@ -17,6 +17,7 @@ from unit.cli.tiny_run import World, command, json_lines, sha256
 
 GALORE = ["--optimizer", "galore", "training.lr_scheduler_type=cosine"]
 ADAMW = ["--optimizer", "adamw", "model.store=bf16"]
+PACKED = ["--optimizer", "adamw", "data.packing=true", "training.max_length=48"]
 
 
 def send_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
@@ -41,8 +42,8 @@ def command_to_go_on(out: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("number", "words", "step"),
-    [(signal.SIGINT, GALORE, 2), (signal.SIGTERM, ADAMW, 7)],
-    ids=["SIGINT galore fp32", "SIGTERM adamw bf16"],
+    [(signal.SIGINT, GALORE, 2), (signal.SIGTERM, ADAMW, 7), (signal.SIGINT, PACKED, 3)],
+    ids=["SIGINT galore fp32", "SIGTERM adamw bf16", "SIGINT adamw packed"],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(
     number: signal.Signals, words: list[str], step: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

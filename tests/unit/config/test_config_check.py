@@ -172,6 +172,13 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["training.eval_every_steps=2", "data.eval_fraction=0", "data.eval=x.json"],
         )
     ],
+    "packed_and_grouped": [
+        (
+            ["data.packing=true", "data.group_by_length=true"],
+            ["data.packing", "data.group_by_length", "Leave out"],
+            ["data.packing=true"],
+        )
+    ],
     "reserve_takes_all": [
         (
             ["memory.limit=1GiB", "memory.reserve=2GiB"],

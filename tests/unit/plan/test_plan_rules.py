@@ -48,6 +48,8 @@ def asked(**sections: Any) -> RunConfig:
 def facts(**more: Any) -> Facts:
     """Facts against which nothing speaks, but for what is given."""
     sections = {key: more.pop(key) for key in ("training", "optimizer", "quantization") if key in more}
+    if "asked_data" in more:
+        sections["data"] = more.pop("asked_data")
     known = {"device": AMPERE, "model": MODEL, "parameters": PARAMS, "data": DATA, "routes": FEW, **more}
     return Facts(asked(**sections), **known)
 
@@ -237,6 +239,12 @@ CASES: dict[str, Case] = {
         "use",
         ["knows tokens up to 320", "has 320 rows", "the data use none of the others"],
         [facts(), facts(model=replace(MODEL, vocab_size=None)), with_data(largest_known=318, largest_token=318)],
+    ),
+    "nothing_to_group": Case(
+        [facts(asked_data={"group_by_length": True})],
+        "use",
+        ["batch_size is 1", "nothing is padded", "data.packing=true"],
+        [facts(asked_data={"group_by_length": True}, training={"batch_size": 2}), facts()],
     ),
     "warm_up": Case(
         [facts(training={"warmup_steps": 10}), facts(training={"warmup_steps": 11})],

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from sophia_galore.config import load_config
-from sophia_galore.data.batches import largest_window, window
 from sophia_galore.data.example import Example
+from sophia_galore.data.feed import Feed
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.train import space as space_module
 from sophia_galore.train.folder import nearest_folder, refuse_unwritable
@@ -335,12 +335,13 @@ def examples_of(lengths: list[int]) -> list[Example]:
 def test_no_step_is_larger_than_the_probe(seed: int, batch_size: int, accumulation: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 40, (1 + 4 * seed,), generator=draw).tolist()
-    sizes = {"batch_size": batch_size, "accumulation": accumulation, "pad_id": 0}
-    probe = largest_window(examples_of(lengths), **sizes)
+    words = [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"]
+    feed = Feed.of(load_config(None, [*words, f"training.seed={seed}"]), examples_of(lengths))
+    probe = feed.largest_window()
     probe_sizes = [batch.input_ids.numel() for batch in probe]
     assert probe_sizes[0] == max(probe_sizes) and probe[0].input_ids.shape[1] == max(lengths)
     for epoch in range(10):
-        step = window(examples_of(lengths), seed=seed, epoch=epoch, index=0, **sizes)
+        step = feed.step(1 + epoch * feed.steps_per_epoch)
         assert [len(batch.input_ids) for batch in step] == [len(batch.input_ids) for batch in probe]
         assert sum(batch.input_ids.numel() for batch in step) <= sum(probe_sizes)
         assert sum(batch.num_tokens for batch in step) <= sum(batch.num_tokens for batch in probe)

@@ -88,6 +88,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["model.store=bf16"], "model.store: fp32 then, bf16 now"),
     (["data.eval_fraction=0.1"], "num_train_examples"),
     (["data.max_train_examples=17"], "num_train_examples"),
+    (["data.packing=true"], "arrangement of the examples (data.packing, data.group_by_length): shuffled then, packed"),
+    (["data.group_by_length=true"], "arrangement of the examples (data.packing, data.group_by_length): shuffled"),
 ]
 
 
@@ -160,6 +162,14 @@ def test_a_plan_of_version_02_says_less_and_is_no_difference(world: World, saved
         if route["subspace"]:
             route["subspace"] = {key: value for key, value in route["subspace"].items() if key != "folds_late"}
     compare(world, replace(saved["cosine"], plan=old), "cosine")
+
+
+def test_a_plan_of_version_05_knew_no_packing_and_is_no_difference(world: World, saved: dict[str, Checkpoint]) -> None:
+    new = ("arrangement", "num_rows", "fill", "fill_shuffled")
+    old = replace(saved["cosine"], plan={key: value for key, value in saved["cosine"].plan.items() if key not in new})
+    compare(world, old, "cosine")
+    with pytest.raises(CheckpointError, match="shuffled then, packed now"):
+        compare(world, old, "cosine", "data.packing=true")
 
 
 def test_what_eight_bits_would_be_like_is_of_no_effect_without_them(world: World, saved: dict[str, Checkpoint]) -> None:

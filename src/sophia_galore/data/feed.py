@@ -1,0 +1,189 @@
+"""How examples come to the steps of a run: which rows, in which order, in which micro-batches.
+
+Nothing here has a state: what makes up step 7 of epoch 2 can be asked at any time, so a resumed run continues exactly
+where it stopped, without replaying what came before. A row is one example or, packed, several side by side; which
+ones is settled once for a run, so that every epoch has the same number of steps, and their order is drawn anew in
+each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from sophia_galore.config import RunConfig
+from sophia_galore.data.batches import MicroBatch, collate
+from sophia_galore.data.example import Example
+from sophia_galore.data.order import epoch_order, grouped_order
+from sophia_galore.data.packing import Rows, pack
+
+Arrangement = Literal["shuffled", "grouped", "packed"]
+
+# Steps that are looked at for the largest one: more would take seconds and find little more.
+_MOST_STEPS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Examples on their way to the steps of a run, or to its evaluation.
+
+    Args:
+        examples: The examples.
+        rows: By number, the examples of each row.
+        arrangement: shuffled; grouped: rows of similar length share a micro-batch; or packed.
+        batch_size: Rows in a micro-batch.
+        accumulation: Micro-batches in a step.
+        seed: The run's seed.
+        pad_id: The token id to pad with.
+    """
+
+    examples: Sequence[Example]
+    rows: Rows
+    arrangement: Arrangement
+    batch_size: int
+    accumulation: int
+    seed: int
+    pad_id: int
+
+    @classmethod
+    def of(cls, config: RunConfig, examples: Sequence[Example], pad_id: int = 0) -> Feed:
+        """As was asked.
+
+        Args:
+            config: What was asked.
+            examples: Training or evaluation examples, none longer than `training.max_length`.
+            pad_id: The token id to pad with.
+        """
+        training, data = config.training, config.data
+        lengths = tuple(example.num_tokens for example in examples)
+        rows = pack(lengths, training.max_length, training.seed) if data.packing else one_each(len(lengths))
+        return cls(
+            examples,
+            rows,
+            "packed" if data.packing else "grouped" if data.group_by_length else "shuffled",
+            training.batch_size,
+            training.gradient_accumulation_steps,
+            training.seed,
+            pad_id,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch: the last one may be smaller, nothing is left out."""
+        return -(-len(self.rows) // (self.batch_size * self.accumulation))
+
+    def step(self, number: int) -> list[MicroBatch]:
+        """The micro-batches of one optimizer step.
+
+        Args:
+            number: The step, from 1.
+
+        Returns:
+            At most `accumulation` micro-batches; fewer, and a smaller last one, in an epoch's last step.
+        """
+        epoch, index = divmod(number - 1, self.steps_per_epoch)
+        size = self.batch_size * self.accumulation
+        return self._batches(self.order(epoch)[index * size : (index + 1) * size])
+
+    def order(self, epoch: int) -> Sequence[int]:
+        """The rows of an epoch by number, in their order.
+
+        Args:
+            epoch: The epoch, from 0.
+        """
+        if self.arrangement == "grouped":
+            return grouped_order(self._lengths, self.batch_size, self.seed, epoch)
+        return epoch_order(len(self.rows), self.seed, epoch)
+
+    def longest_first(self) -> list[MicroBatch]:
+        """All rows once, sorted by length so that little is padded: for evaluation.
+
+        Returns:
+            The longest ones first: if memory does not suffice, that shows at once.
+        """
+        return self._batches(sorted(range(len(self.rows)), key=lambda row: -self._lengths[row]))
+
+    def largest_step(self, num_steps: int) -> list[MicroBatch]:
+        """The micro-batches of that step of a run which has most tokens, padding included.
+
+        Of several the one whose examples are longest, since what attention takes grows with their squares.
+
+        Args:
+            num_steps: Optimizer steps of the run; of very many the first ones are looked at.
+        """
+        size = self.batch_size * self.accumulation
+        largest: tuple[int, int] = (0, 0)
+        chosen: Sequence[int] = (0,)
+        order: Sequence[int] = ()
+        for number in range(min(num_steps, _MOST_STEPS)):
+            epoch, index = divmod(number, self.steps_per_epoch)
+            if index == 0:
+                order = self.order(epoch)
+            rows = order[index * size : (index + 1) * size]
+            found = (self._places(rows), sum(self._squares[row] for row in rows))
+            if found > largest:
+                largest, chosen = found, rows
+        return self._batches(chosen)
+
+    def largest_window(self) -> list[MicroBatch]:
+        """Micro-batches that are at least as large as those of any optimizer step can be.
+
+        The longest rows are spread over them, one to each before any gets a second: padding is most where every
+        micro-batch holds a long one. They are not repeated where there are fewer than a step takes, since no step has
+        more then either. Packed rows are almost alike in length, so all are padded to the longest, and those are taken
+        that hold the longest examples.
+
+        Returns:
+            As many micro-batches as the largest step has, the one with the longest example first.
+        """
+        size = self.batch_size * self.accumulation
+        if self.arrangement == "packed":
+            hardest = sorted(range(len(self.rows)), key=lambda row: -self._squares[row])[:size]
+            return self._batches(hardest, width=max(self._lengths))
+        longest = sorted(range(len(self.rows)), key=lambda row: -self._lengths[row])[:size]
+        num_batches = -(-len(longest) // self.batch_size)
+        more, others = longest[num_batches:], self.batch_size - 1
+        return [
+            self._collate([first, *more[number * others : (number + 1) * others]])
+            for number, first in enumerate(longest[:num_batches])
+        ]
+
+    @property
+    def fill(self) -> float:
+        """Share of what the first epoch's micro-batches hold that is tokens, from 0 to 1; the rest is padding."""
+        return sum(self._lengths) / max(1, self._places(self.order(0)))
+
+    def shuffled(self) -> Feed:
+        """The same examples neither packed nor grouped."""
+        parts = (self.batch_size, self.accumulation, self.seed, self.pad_id)
+        return Feed(self.examples, one_each(len(self.examples)), "shuffled", *parts)
+
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of each row."""
+        return tuple(sum(self.examples[number].num_tokens for number in row) for row in self.rows)
+
+    @cached_property
+    def _squares(self) -> list[int]:
+        """For each row the sum of its examples' squared lengths."""
+        return [sum(self.examples[number].num_tokens ** 2 for number in row) for row in self.rows]
+
+    def _places(self, rows: Sequence[int]) -> int:
+        """Places for tokens in the micro-batches of some rows, padding included."""
+        lengths = [self._lengths[row] for row in rows]
+        parts = (lengths[start : start + self.batch_size] for start in range(0, len(lengths), self.batch_size))
+        return sum(len(part) * max(part) for part in parts)
+
+    def _batches(self, rows: Sequence[int], width: int = 0) -> list[MicroBatch]:
+        size = self.batch_size
+        return [self._collate(rows[start : start + size], width) for start in range(0, len(rows), size)]
+
+    def _collate(self, rows: Sequence[int], width: int = 0) -> MicroBatch:
+        return collate([[self.examples[number] for number in self.rows[row]] for row in rows], self.pad_id, width=width)
+
+
+def one_each(num_examples: int) -> Rows:
+    """Rows of one example each."""
+    return tuple((number,) for number in range(num_examples))
