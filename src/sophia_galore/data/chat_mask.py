@@ -39,8 +39,6 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     Raises:
         DataError: There are several templates and no default.
     """
-    from trl.chat_template_utils import get_training_chat_template  # here, since importing it takes seconds
-
     try:
         own = str(tokenizer.get_chat_template())
     except ValueError as error:
@@ -49,8 +47,11 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
             "Name one of them `default` in the model's tokenizer files.",
         ) from error
     try:
+        from trl.chat_template_utils import get_training_chat_template  # here, since importing it takes seconds
+
         return get_training_chat_template(tokenizer) or own
-    # ValueError: TRL knows no version, or it has markers and fails TRL's check for calling tools. Anything else comes
+    # ModuleNotFoundError: TRL is not installed. ValueError: TRL knows no version, or it has markers and fails TRL's
+    # check for calling tools. Anything else comes
     # from the template, which TRL tries out; it will fail again where a record can be named.
     except Exception:
         return own if MARKERS.search(own) else None
