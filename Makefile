@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: train test lint install clean
+.PHONY: train test lint install wheel-test lowest clean
 
 train: install
 	$(BIN)/sophia-galore prepare-data
@@ -25,6 +25,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# What needs a package index: the wheel in an empty environment, and the tests with the lowest versions of all packages.
+wheel-test:
+	PYTHON=$(PYTHON) .ci/wheel
+
+lowest:
+	PYTHON=$(PYTHON) .ci/lowest
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

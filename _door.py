@@ -26,7 +26,7 @@ def enter(*arguments: str) -> int:
     """
     if importlib.util.find_spec("sophia_galore") is None:
         return _enter_elsewhere()
-    from sophia_galore.cli.main import main
+    from sophia_galore.cli.start import main
 
     return main(list(arguments))
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sophia_galore.cli.main import entry
+from sophia_galore.cli.start import entry
 
 entry()

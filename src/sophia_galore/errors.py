@@ -94,6 +94,33 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | OutOfMemory) or any(said in str(error).lower() for said in words)
 
 
+# Packages that are imported where they are needed, by the extra that brings them.
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "datasets", "filelock", "gguf", "huggingface_hub", "matplotlib", "psutil"), "train"),
+    **dict.fromkeys(("pyarrow", "pydantic", "rich", "ruamel", "transformers", "typer", "yaml"), "train"),
+    "bitsandbytes": "bitsandbytes",
+    "modelscope": "modelscope",
+    "requests": "modelscope",
+}
+
+
+def lacks_package(error: ModuleNotFoundError) -> EnvironmentProblem | None:
+    """What to say of a package that is not installed.
+
+    Args:
+        error: From an import.
+
+    Returns:
+        An error that names the package and what to install; None: it is none of the packages that are optional.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    return EnvironmentProblem(
+        f"The package {package} is not installed.", f'Install it with: pip install "sophia-galore[{_EXTRAS[package]}]".'
+    )
+
+
 def short(error: BaseException) -> str:
     """The first line of somebody else's error, cut to a length that fits into a sentence of ours."""
     text = str(error).strip() or type(error).__name__

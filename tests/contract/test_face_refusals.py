@@ -68,24 +68,38 @@ def test_settings_that_contradict_each_other() -> None:
         (lambda: [], "given no parameters"),
         (lambda: [{"params": []}, {"params": iter(())}], "given no parameters"),
         (lambda: [{"params": [], "rank": 0}], "rank=0"),
-        (lambda: make_net().parameters(), r"without names(.|\n)*named_parameters\(\)"),
-        (lambda: [{"params": make_net().parameters()}], "without names"),
-        (lambda: [{"params": nn.Parameter(torch.ones(2))}], "without names"),
+        (lambda: [*named()[:2], nn.Parameter(torch.ones(2))], "with names and others without"),
+        (lambda: [{"params": named()[:2]}, {"params": nn.Parameter(torch.ones(2))}], "with names and others without"),
+        (lambda: [{"params": nn.Parameter(torch.ones(2))}, {"params": named()[:2]}], "with names and others without"),
+        (lambda: [{"params": [nn.Parameter(torch.ones(2))], "param_names": ["v", "w"]}], "2 names for 1 parameters"),
+        (lambda: set(make_net().parameters()), "a set in place of parameters"),
+        (lambda: [{"params": set(named())}], "a set in place of parameters"),
+        (lambda: [{"params": make_net()}], "a Net in place of parameters"),
+        (lambda: [{"params": 3}], "an? int in place of parameters"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "a Sequential in place of parameters"),
+        (lambda: None, "a NoneType in place of parameters"),
+        (lambda: "weights", "a str in place of parameters"),
+        (lambda: [(nn.Parameter(torch.ones(2)), "w")], "a tuple in place of a parameter"),
+        (lambda: [p := nn.Parameter(torch.ones(2)), p], "the same parameter twice, as parameter 0 and as parameter 1"),
+        (lambda: [nn.Parameter(torch.ones(2)), 3], "with names and others without|in place of a parameter"),
         (make_net, "a Net in place"),
         (lambda: dict(named()), "a dict in place"),
         (lambda: nn.Parameter(torch.ones(2)), "a Parameter in place"),
         (lambda: 3, "an? int in place"),
         (lambda: [("w", 3)], "w is not a parameter"),
         (lambda: [("w", nn.Parameter(torch.ones(2)) * 2)], "w is not a parameter"),
-        (lambda: ["w"], "a str in place of a named parameter"),
-        (lambda: [named()[0], {"params": []}], "a dict in place of a named parameter"),
+        (lambda: ["w"], "a str in place of a parameter"),
+        (lambda: [named()[0], {"params": []}], "a dict in place of a parameter"),
+        (lambda: [{"params": named(), "fused": True}], "unknown setting 'fused'"),
+        (lambda: [{"params": named(), "maximize": True}], "unknown setting 'maximize'"),
         (lambda: [{"rank": 3}], "no 'params'"),
         (lambda: [{"params": named(), "weigth_decay": 0.1}], "unknown setting 'weigth_decay'"),
         (lambda: [("w", nn.Parameter(torch.ones(2))), ("w", nn.Parameter(torch.ones(2)))], "two parameters named w"),
         (lambda: [("v", p := nn.Parameter(torch.ones(2))), ("w", p)], "the same parameter twice, as v and as w"),
         (lambda: [{"params": (n := named())}, {"params": n}], "two parameters named"),
         (lambda: make_net(torch.float16).named_parameters(), "temperature is stored in float16, whose steps would"),
-        (lambda: make_net(torch.float64).named_parameters(), "temperature is stored in float64; only"),
+        (lambda: make_net(torch.float16).parameters(), "parameter 0 is stored in float16, whose steps would"),
+        (lambda: [nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))], "parameter 0 is stored in complex64; only"),
     ],
 )
 def test_parameters(make: Callable[[], Any], message: str) -> None:
@@ -111,6 +125,24 @@ def test_sparse_gradients() -> None:
     net(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(StepError, match=r"The gradient of weight is sparse(.|\n)*sparse=False"):
         optimizer.step()
+
+
+def test_values_that_never_came() -> None:
+    """Loading made other parameters than those that the optimizer knows; to train nothing would be a silent end."""
+    with torch.device("meta"):
+        net = make_net()
+    optimizer = GaLore(net.parameters(), lr=1e-3, rank=6)
+    net.load_state_dict(make_net().state_dict(), assign=True)
+    loss_of(net, 1).backward()
+    with pytest.raises(StepError, match=r"parameter 0 is on the meta device(.|\n)*after the weights were loaded"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("word", ["foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad"])
+@pytest.mark.parametrize("kind", [GaLore, Apollo, Sophia])
+def test_arguments_of_others(kind: Any, word: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{word}'"):
+        kind(named(), lr=1e-3, **{word: True})
 
 
 def test_a_parameter_that_became_another_kind() -> None:
@@ -165,7 +197,10 @@ def test_states_that_do_not_fit() -> None:
     refused(lambda d: d["shapes"].update({"rise.weight": [80, 65]}), r"shape of rise\.weight was \[80, 65\]")
     refused(lambda d: state["s"](d).pop("basis"), r"state basis of rise\.weight was None")
     refused(lambda d: state["s"](d).update(basis=torch.ones(2, 2)), r"state basis of rise\.weight was \(\(2, 2\)")
+    refused(lambda d: group["g"](d).update(param_names=["_orig_mod.x"]), "was '_orig_mod.x'(.|\n)*torch.compile")
     refused(lambda d: d["state"].update(x={"step": 1, "tensors": {"y": torch.ones(1)}}), "state y of x")
+    with pytest.raises(CheckpointError, match="no state_dict"):
+        optimizer.load_state_dict(None)
     with pytest.raises(CheckpointError, match="no state_dict"):
         optimizer.load_state_dict(torch.optim.AdamW(net.parameters()).state_dict())
 

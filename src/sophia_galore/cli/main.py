@@ -27,7 +27,7 @@ from sophia_galore.cli.plan import plan
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
-from sophia_galore.errors import SophiaGaloreError, lacks_memory, short
+from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, short
 from sophia_galore.model.disk import errno_of
 
 # What typer makes of Ctrl-C.
@@ -120,6 +120,8 @@ def _resume_as_value(arguments: list[str]) -> list[str]:
 
 
 def _explain(error: Exception) -> int:
+    if isinstance(error, ModuleNotFoundError):
+        error = lacks_package(error) or error
     if isinstance(error, SophiaGaloreError):
         _complain(error.cause, error.remedy)
         return error.exit_code

@@ -16,7 +16,7 @@ from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.placeholders import has_date
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.errors import EnvironmentProblem, short
+from sophia_galore.errors import EnvironmentProblem, lacks_package, short
 from sophia_galore.report.plots import plot_loss, plot_memory
 from sophia_galore.train import folder as names
 from sophia_galore.train import run
@@ -58,12 +58,7 @@ def train(
         words.insert(3, "--resume" if is_newest else f"--resume={result.saved}")
         terminal.say(f"Go on with: sophia-galore {shlex.join(words)}")
         return
-    pictures: list[Path] = []
-    try:
-        pictures += [plot_loss(result.folder), plot_memory(result.folder)]
-    except (EnvironmentProblem, OSError) as error:
-        # The run is done, and its model is written.
-        terminal.say(f"There are no pictures: {short(error)}.")
+    pictures = _draw(terminal, result.folder)
     _compare_answers(terminal, result.folder)
     if result.eval_losses:
         (first, before), (_, after) = result.eval_losses[0], result.exported or result.eval_losses[-1]
@@ -87,8 +82,7 @@ def train(
     if predicted := prediction_line(memory):
         terminal.console.print(predicted)
     terminal.say(f"Model, records and reports: {result.folder}")
-    if pictures:
-        terminal.say("Pictures: " + ", ".join(str(picture) for picture in pictures))
+    terminal.say(f"Pictures: {pictures}")
 
 
 def prediction_line(memory: Mapping[str, Any]) -> Text | None:
@@ -113,6 +107,19 @@ def prediction_line(memory: Mapping[str, Any]) -> Text | None:
         return Text(f"{said}.")
     wrong = "low, so do not rely on it near the limit" if ratio < 1 else "high, so a plan may refuse what would fit"
     return Text(f"{said}: more than {_FAR_OFF:.0%} too {wrong}.", style="bold yellow")
+
+
+def _draw(terminal: Terminal, folder: Path) -> str:
+    """Draw what can be drawn: a package that is missing, or a full disk, is no reason for a finished run to fail."""
+    try:
+        return f"{plot_loss(folder)}, {plot_memory(folder)}"
+    except (EnvironmentProblem, OSError) as error:
+        return f"none. {short(error)}"
+    except ModuleNotFoundError as error:
+        problem = lacks_package(error)
+        if problem is None:
+            raise
+        return f"none. {problem.cause} {problem.remedy}"
 
 
 def _words(optimizer: str | None, overrides: list[str] | None) -> list[str]:

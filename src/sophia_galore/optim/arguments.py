@@ -1,35 +1,30 @@
-"""What the `torch.optim` face is called with: named parameters, and settings that make sense."""
+"""Settings that the `torch.optim` face is called with, and whether they make sense."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sophia_galore.errors import ArgumentError
-from sophia_galore.optim.spec import ADAMW_LEARNING_RATE
+from sophia_galore.numerics.rules import Hyper
+from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, settled_bits
 
 Group = dict[str, Any]
 """A parameter group: settings, and under "params" pairs of name and parameter."""
-
-TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)
-
-_NAMED = "Pass model.named_parameters(), or a list of groups whose 'params' are (name, parameter) pairs."
-# What torch's learning rate schedulers write into groups, so that groups may be given with it.
-_SCHEDULERS_KEYS = {"initial_lr"}
 
 
 def _is_real(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and math.isfinite(value.item())
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_betas(value: object) -> bool:
@@ -99,105 +94,17 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-def read_groups(owner: str, given: Any) -> list[Group]:
-    """The parameter groups of what an optimizer was given.
+def plain(value: Any) -> Any:
+    """A setting with NumPy's numbers as Python's own, since `torch.load(weights_only=True)` knows no others.
 
     Args:
-        owner: The optimizer's name, for messages.
-        given: Pairs of name and parameter, or groups.
-
-    Returns:
-        Groups, whose parameters are not looked at yet.
-
-    Raises:
-        ArgumentError: Nothing, or nothing of that kind, was given.
+        value: A number, some of them, or anything else, which is handed through.
     """
-    if isinstance(given, (Tensor, torch.nn.Module, Mapping, str)) or not isinstance(given, Iterable):
-        raise ArgumentError(f"{owner} was given a {type(given).__name__} in place of named parameters.", _NAMED)
-    items = list(given)
-    refuse_nothing(owner, items)
-    if all(isinstance(item, dict) for item in items):
-        return items
-    return [{"params": items}]
-
-
-def refuse_nothing(owner: str, params: Collection[object]) -> None:
-    """Raise `ArgumentError` where there is nothing to train."""
-    if not params:
-        raise ArgumentError(f"{owner} was given no parameters.", _NAMED)
-
-
-def read_pairs(owner: str, given: Any) -> list[tuple[str, Tensor]]:
-    """The pairs of name and parameter of one group.
-
-    Args:
-        owner: The optimizer's name, for messages.
-        given: What was given as "params".
-
-    Raises:
-        ArgumentError: A parameter has no name, is no parameter, or has a dtype that can't be trained.
-    """
-    pairs: list[Any] = [given] if isinstance(given, Tensor) else list(given)
-    for item in pairs:
-        if isinstance(item, Tensor):
-            raise ArgumentError(f"{owner} was given parameters without names, which its state is kept by.", _NAMED)
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise ArgumentError(f"{owner} was given a {type(item).__name__} in place of a named parameter.", _NAMED)
-        name, param = item
-        if not isinstance(param, Tensor) or not param.is_leaf:
-            raise ArgumentError(
-                f"{owner}: {name} is not a parameter, but a computed tensor or no tensor at all.", _NAMED
-            )
-        if param.requires_grad and param.dtype not in TRAINABLE_DTYPES:
-            raise ArgumentError(*untrainable(name, param))
-    return pairs
-
-
-def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
-    """Refuse a group with settings that nobody would read.
-
-    Args:
-        owner: The optimizer's name, for the message.
-        group: As the user gave it.
-        known: Settings of the optimizer.
-
-    Raises:
-        ArgumentError: A setting is not known, or "params" is missing.
-    """
-    if not isinstance(group, dict):
-        raise ArgumentError(f"{owner} was given a {type(group).__name__} as a parameter group.", _NAMED)
-    settings = sorted(set(known))
-    unknown = sorted(map(str, group.keys() - {"params", "param_names"} - set(settings) - _SCHEDULERS_KEYS))
-    if unknown or "params" not in group:
-        wrong = f"the unknown setting {unknown[0]!r}" if unknown else "no 'params'"
-        raise ArgumentError(f"{owner}: a parameter group has {wrong}.", f"Known are: params, {', '.join(settings)}.")
-
-
-def param_shape(param: Tensor) -> tuple[int, ...]:
-    """A parameter's shape as a `ParamSpec` has it; a scalar is a vector of one element."""
-    return tuple(param.shape) or (1,)
-
-
-def refuse_doubles(owner: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse a name or a parameter that comes twice.
-
-    Args:
-        owner: The optimizer's name, for messages.
-        pairs: All names and parameters.
-
-    Raises:
-        ArgumentError: Naming the first one.
-    """
-    names: dict[int, str] = {}
-    seen: set[str] = set()
-    for name, param in pairs:
-        if name in seen:
-            raise ArgumentError(f"{owner} was given two parameters named {name}.", "Give each a name of its own.")
-        if id(param) in names:
-            cause = f"{owner} was given the same parameter twice, as {names[id(param)]} and as {name}."
-            raise ArgumentError(cause, "Give tied parameters once, as model.named_parameters() does.")
-        seen.add(name)
-        names[id(param)] = name
+    if isinstance(value, (tuple, list)):
+        return tuple(plain(one) for one in value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def dense_ratio(lr: float, dense_lr: float | None, scale: float, rule: str) -> float:
@@ -222,11 +129,24 @@ def dense_ratio(lr: float, dense_lr: float | None, scale: float, rule: str) -> f
     return dense_lr / lr
 
 
-def untrainable(name: str, param: Tensor) -> tuple[str, str]:
-    """Cause and remedy where a parameter's dtype can't be trained."""
-    kind = str(param.dtype).removeprefix("torch.")
-    why = ", whose steps would be lost below its smallest numbers" if param.dtype == torch.float16 else ""
-    return (
-        f"{name} is stored in {kind}{why}; only float32 and bfloat16 weights can be trained.",
-        "Load the model in bfloat16 (updates are rounded stochastically) or float32, or freeze the parameter.",
+def spec_of(name: str, shape: tuple[int, ...], group: Group, rule: str, subspace: SubspaceSpec | None) -> ParamSpec:
+    """What a parameter is told, from the settings of its group.
+
+    Args:
+        name: Its name.
+        shape: Its shape.
+        group: Settings that were checked and completed.
+        rule: What turns its gradient into a direction.
+        subspace: How its gradient is projected, if it is.
+    """
+    beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]
+    return ParamSpec(
+        name=name,
+        shape=shape,
+        learning_rate=1.0 if subspace else group.get("dense_ratio", 1.0),
+        weight_decay=group["weight_decay"] if len(shape) > 1 else 0.0,
+        hyper=Hyper(beta1, beta2, group["eps"], group.get("rho", Hyper.rho)),
+        rule=rule,
+        state_bits=settled_bits(shape, group["state_bits"]),
+        subspace=subspace,
     )

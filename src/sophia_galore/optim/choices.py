@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from sophia_galore.numerics.rules import BETAS
-from sophia_galore.optim.arguments import Group, dense_ratio, param_shape
+from sophia_galore.optim.arguments import Group, dense_ratio
 from sophia_galore.optim.face import Face
+from sophia_galore.optim.members import param_shape
 from sophia_galore.optim.spec import ProjectionBits, StateBits, SubspaceSpec, apollo_scale
 
 Betas = tuple[float, float]
@@ -21,8 +22,8 @@ Betas = tuple[float, float]
 class _Projecting(Face):
     """A face that projects the gradients of large matrices."""
 
-    def __init__(self, named_parameters: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
-        super().__init__(named_parameters, defaults, **more)
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
+        super().__init__(params, defaults, **more)
         matrices = [(group, shape) for group, _, param in self.members() if len(shape := param_shape(param)) == 2]
         if matrices and not any(self._is_projected(shape, group) for group, shape in matrices):
             warnings.warn(
@@ -49,8 +50,11 @@ class GaLore(_Projecting):
     is warned about once.
 
     Args:
-        named_parameters: `model.named_parameters()`, or a list of groups: dicts whose "params" are pairs of name and
-            parameter. float32 and bfloat16 are trained; parameters that need no gradient may be of any kind.
+        params: `model.named_parameters()`; or `model.parameters()`, as trainers hand them over; or a list of groups:
+            dicts whose "params" are either. States and random draws are kept by name. What comes without one is named
+            by its position over all groups, "parameter 0" and so on, and a saved state is given back by position.
+            float32, bfloat16 and float64 are trained; parameters that need no gradient may be of any kind. With
+            float64, moments and directions are float32, and what is added to the weight is added in float64.
         lr: Learning rate of projected matrices.
         rank: Columns of the basis.
         update_proj_gap: Steps between two refreshes of a basis.
@@ -79,7 +83,7 @@ class GaLore(_Projecting):
 
     def __init__(
         self,
-        named_parameters: Iterable[Any],
+        params: Iterable[Any],
         lr: float,
         rank: int = 128,
         update_proj_gap: int = 200,
@@ -119,12 +123,13 @@ class GaLore(_Projecting):
             "rho": rho,
             "dense_lr": dense_lr,
         }
-        super().__init__(named_parameters, defaults, seed=seed, curvature_every=curvature_every)
+        super().__init__(params, defaults, seed=seed, curvature_every=curvature_every)
 
     def _complete(self, group: Group) -> None:
         if group["betas"] is None:
             group["dense_betas"] = BETAS["adamw"]
-        group["dense_ratio"] = dense_ratio(group["lr"], group["dense_lr"], group["scale"], group["rule"])
+        if "dense_ratio" not in group:
+            group["dense_ratio"] = dense_ratio(group["lr"], group["dense_lr"], group["scale"], group["rule"])
         super()._complete(group)
 
     def _rule(self, group: Group, is_projected: bool) -> str:
@@ -151,7 +156,7 @@ class Apollo(_Projecting):
     whole matrix (Mini), the full gradient is scaled. What is said of parameters and groups at `GaLore` holds here.
 
     Args:
-        named_parameters: As for `GaLore`.
+        params: As for `GaLore`.
         lr: Learning rate.
         rank: Columns of the random projection; None: 128, or 1 for Mini.
         mini: Whether one factor scales a whole matrix.
@@ -169,7 +174,7 @@ class Apollo(_Projecting):
 
     def __init__(
         self,
-        named_parameters: Iterable[Any],
+        params: Iterable[Any],
         lr: float,
         rank: int | None = None,
         mini: bool = False,
@@ -192,7 +197,7 @@ class Apollo(_Projecting):
             "weight_decay": weight_decay,
             "state_bits": state_bits,
         }
-        super().__init__(named_parameters, defaults, seed=seed)
+        super().__init__(params, defaults, seed=seed)
 
     def _rule(self, group: Group, is_projected: bool) -> str:
         return "adamw"
@@ -216,7 +221,7 @@ class Sophia(Face):
     What is said of parameters and groups at `GaLore` holds here; nothing is projected.
 
     Args:
-        named_parameters: As for `GaLore`.
+        params: As for `GaLore`.
         lr: Learning rate, which is also the largest change of a weight at a step.
         betas: Decays of the first moment and of the curvature (per estimate).
         rho: Factor on the curvature (gamma in the paper); smaller: more entries of a step are clipped.
@@ -232,7 +237,7 @@ class Sophia(Face):
 
     def __init__(
         self,
-        named_parameters: Iterable[Any],
+        params: Iterable[Any],
         lr: float,
         betas: Betas = (0.965, 0.99),
         rho: float = 0.04,
@@ -250,7 +255,7 @@ class Sophia(Face):
             "weight_decay": weight_decay,
             "state_bits": state_bits,
         }
-        super().__init__(named_parameters, defaults, seed=seed, curvature_every=curvature_every)
+        super().__init__(params, defaults, seed=seed, curvature_every=curvature_every)
 
     def _rule(self, group: Group, is_projected: bool) -> str:
         return "sophia"

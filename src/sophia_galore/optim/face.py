@@ -1,6 +1,6 @@
 """The `torch.optim` face: any training loop hands its gradients to the same one door.
 
-`Face` is a `torch.optim.Optimizer` over named parameters. It keeps `ParamSpec`s in step with the parameter
+`Face` is a `torch.optim.Optimizer` whose states are kept by name. It keeps `ParamSpec`s in step with the parameter
 groups, looks at all gradients before the first weight moves, and then calls `ParamOptimizer.step_param`, one
 parameter after the other. Which parameter goes which way is said by its subclasses.
 """
@@ -14,22 +14,27 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import StepError
-from sophia_galore.numerics.rules import BETAS, Hyper
+from sophia_galore.numerics.rules import BETAS
 from sophia_galore.optim import saved
-from sophia_galore.optim.arguments import (
-    Group,
+from sophia_galore.optim.arguments import Group, check_settings, plain, spec_of
+from sophia_galore.optim.gradients import (
+    SampledGradients,
+    in_vectors,
+    refuse_non_finite,
+    refuse_untrainable,
+    refuse_valueless,
+)
+from sophia_galore.optim.members import (
     check_keys,
-    check_settings,
     param_shape,
     read_groups,
     read_pairs,
     refuse_doubles,
     refuse_nothing,
 )
-from sophia_galore.optim.gradients import SampledGradients, in_vectors, refuse_non_finite, refuse_untrainable
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.owners import note_owner
-from sophia_galore.optim.spec import ParamSpec, SubspaceSpec, settled_bits
+from sophia_galore.optim.spec import SubspaceSpec
 
 if TYPE_CHECKING:
     from sophia_galore.optim.attach import Attachment
@@ -45,7 +50,7 @@ class Face(torch.optim.Optimizer):
     """What all of our `torch.optim` optimizers share.
 
     Args:
-        named_parameters: Pairs of name and parameter, or groups of them.
+        params: Pairs of name and parameter, or parameters alone, or groups of either.
         defaults: Settings of groups that don't say otherwise.
         seed: For random bases, stochastic rounding and sampled labels.
         curvature_every: Steps between two estimates of the curvature, for the rule "sophia".
@@ -55,12 +60,12 @@ class Face(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, named_parameters: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
+        self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
     ) -> None:
         owner = type(self).__name__
         check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
-        self.seed = seed
-        self.curvature_every = curvature_every
+        self.seed = int(seed)
+        self.curvature_every = int(curvature_every)
         self.num_steps = 0
         self.curvature_seen = False
         self.sampled = SampledGradients()
@@ -68,7 +73,7 @@ class Face(torch.optim.Optimizer):
         self._settings: list[dict[str, Any]] = []
         self._steps: dict[str, int] = {}
         self.places: dict[str, float] = {}
-        super().__init__([dict(group) for group in read_groups(owner, named_parameters)], defaults)
+        super().__init__([dict(group) for group in read_groups(owner, params)], defaults)
         refuse_nothing(owner, self.named_parameters())
         self._door = ParamOptimizer([], seed=seed)
         self._join(self.param_groups)
@@ -77,18 +82,20 @@ class Face(torch.optim.Optimizer):
         """Add parameters, such as those of a layer that was frozen so far.
 
         Args:
-            param_group: "params", pairs of name and parameter, and settings that differ from the defaults.
+            param_group: "params" (with names, or without, as those before) and settings that differ from the defaults.
 
         Raises:
             ArgumentError: A parameter or a setting can't be used.
         """
         owner = type(self).__name__
-        check_keys(owner, param_group, self.defaults)
+        # What a group of a finished GaLore holds beside its settings is taken over with them.
+        check_keys(owner, param_group, {*self.defaults, *(_DERIVED if "dense_lr" in self.defaults else ())})
         group = {**self.defaults, **param_group}
-        group["params"] = pairs = read_pairs(owner, group["params"])
+        group["params"] = pairs = read_pairs(owner, group, list(self.named_parameters()))
         group["param_names"] = []  # torch writes them, but not where a group is empty
         # None stands for the rule's own betas here, and only here.
         check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
+        group |= {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
         self._complete(group)
         refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
         super().add_param_group(group)
@@ -271,6 +278,7 @@ class Face(torch.optim.Optimizer):
         """The gradients there are, by name; what has no elements has nothing to learn."""
         grads = {}
         for name, param in self.named_parameters().items():
+            refuse_valueless(name, param)
             if param.grad is not None and param.numel():
                 self.check(name, param)
                 grads[name] = param.grad
@@ -333,17 +341,7 @@ class Face(torch.optim.Optimizer):
             place = self.places.get(name)
             subspace = None if place is None else self._subspace(shape, group, place)
             rule = self._rule(group, is_projected=subspace is not None)
-            beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]
-            self._door.specs[name] = ParamSpec(
-                name=name,
-                shape=shape,
-                learning_rate=1.0 if subspace else group.get("dense_ratio", 1.0),
-                weight_decay=group["weight_decay"] if len(shape) > 1 else 0.0,
-                hyper=Hyper(beta1, beta2, group["eps"], group.get("rho", Hyper.rho)),
-                rule=rule,
-                state_bits=settled_bits(shape, group["state_bits"]),
-                subspace=subspace,
-            )
+            self._door.specs[name] = spec_of(name, shape, group, rule, subspace)
 
     def _settings_of(self, group: Group) -> dict[str, Any]:
         """The settings of a group that specs are made of."""

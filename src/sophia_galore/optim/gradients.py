@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import NonFiniteError, StepError
-from sophia_galore.optim.arguments import TRAINABLE_DTYPES, param_shape, untrainable
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
+from sophia_galore.optim.members import TRAINABLE_DTYPES, param_shape, untrainable
 
 
 def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None:
@@ -32,6 +32,24 @@ def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None
         )
     if param.grad is not None and param.grad.layout != torch.strided:
         raise StepError(f"The gradient of {name} is sparse.", "Make the embedding with sparse=False.")
+
+
+def refuse_valueless(name: str, param: Tensor) -> None:
+    """Refuse a parameter that has no values, though it is to be trained.
+
+    Args:
+        name: The parameter's name.
+        param: It.
+
+    Raises:
+        StepError: It is on the meta device. Whoever loaded weights since then made other parameters, which would
+            never be stepped.
+    """
+    if param.is_meta and param.requires_grad:
+        raise StepError(
+            f"{name} is on the meta device, where it has no values; weights that were loaded made other parameters.",
+            "Make the optimizer after the weights were loaded.",
+        )
 
 
 def refuse_non_finite(grads: Iterable[tuple[str, Tensor]], step: int) -> None:

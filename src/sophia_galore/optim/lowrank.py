@@ -153,9 +153,10 @@ def lowrank_step(
         # Added in place: the update of full size is never formed.
         if subspace.residual in ("none", "fira"):
             left, right = (direction[rows], basis.T) if side == "right" else (basis[rows], direction)
-            values.addmm_(left, right, alpha=length)
+            values.addmm_(left.to(values.dtype), right.to(values.dtype), alpha=length)
         if scales is not None and grad is not None:
-            values.addcmul_(scales[rows] if scales.shape[0] > 1 else scales, grad[rows], value=length)
+            factors = scales[rows] if scales.shape[0] > 1 else scales
+            values.addcmul_(factors.to(values.dtype), grad[rows].to(values.dtype), value=length)
         store(stored, values, rounding)
 
 

@@ -46,7 +46,7 @@ def two_blocks_of_each() -> Iterator[None]:
 
 
 def opened(weight: Stored, rate: float, weight_decay: float) -> Tensor:
-    """Rows of a weight in float32, decayed: (1 - rate * weight_decay) weight. To be changed, then `store`d.
+    """Rows of a weight in float32, or float64, decayed: (1 - rate * weight_decay) weight. To be changed, then `store`d.
 
     Args:
         weight: Rows of the stored weight.
@@ -54,9 +54,10 @@ def opened(weight: Stored, rate: float, weight_decay: float) -> Tensor:
         weight_decay: Decoupled decay.
 
     Returns:
-        float32; in a float32 format the stored rows themselves.
+        float32, of a float64 weight float64; in these formats the stored rows themselves.
     """
-    values = materialise(weight, torch.float32)
+    is_double = isinstance(weight, Tensor) and weight.dtype == torch.float64
+    values = materialise(weight, torch.float64 if is_double else torch.float32)
     return values.mul_(1 - rate * weight_decay) if weight_decay else values
 
 
@@ -65,7 +66,7 @@ def store(weight: Stored, values: Tensor, rounding: torch.Generator) -> None:
 
     Args:
         weight: Rows of the stored weight, changed in place.
-        values: float32, of the same shape; used up.
+        values: As they came from there; used up.
         rounding: Where the bits of the rounding come from.
     """
     if isinstance(weight, Tensor):

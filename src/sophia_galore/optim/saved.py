@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError
-from sophia_galore.optim.arguments import Group, param_shape
+from sophia_galore.optim.arguments import Group
+from sophia_galore.optim.arguments import plain as to_plain
+from sophia_galore.optim.members import param_shape
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 
@@ -17,9 +19,17 @@ if TYPE_CHECKING:
     from sophia_galore.optim.face import Face
 
 _FORMAT = 1
-_KEYS = {"format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "places", "state", "shapes"}
+_KEYS = {
+    *("format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "places"),
+    *("state", "shapes", "param_groups"),
+}
 # Which parameters a group has is checked, never taken over.
 _MEMBERS = {"params", "param_names"}
+_ALIKE = "Make the optimizer with the model and the settings that the state was saved with."
+_NAMES = (
+    "Make the optimizer as the saved one was made: with names or without, in the same order. torch.compile and DDP "
+    "put '_orig_mod.' and 'module.' before names: give the parameters of the model inside."
+)
 
 
 def to_dict(optimizer: Face, door: ParamOptimizer, steps: Mapping[str, int]) -> dict[str, Any]:
@@ -73,7 +83,7 @@ def check(
         CheckpointError: Naming the first difference.
     """
     owner = type(optimizer).__name__
-    if state_dict.get("format") != _FORMAT or not state_dict.keys() >= _KEYS or "param_groups" not in state_dict:
+    if not isinstance(state_dict, Mapping) or state_dict.get("format") != _FORMAT or not state_dict.keys() >= _KEYS:
         raise CheckpointError(
             f"This is no state_dict of a {owner} of sophia_galore.",
             "Load what state_dict() of the same optimizer gave; other optimizers' moments can't be taken over.",
@@ -89,7 +99,7 @@ def check(
     for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         # Their order counts too: it is what spreads the refreshes over the gap.
         for saved_name, name in zip_longest(saved_group.get("param_names", []), group["param_names"]):
-            _refuse_difference("the name of a parameter", saved_name, name)
+            _refuse_difference("the name of a parameter", saved_name, name, _NAMES)
         for key in sorted(fixed_settings):
             _refuse_difference(key, saved_group.get(key), group[key])
     for name, spec in specs.items():
@@ -124,11 +134,11 @@ def restore(
     return door, {name: int(entry["step"]) for name, entry in state_dict["state"].items()}
 
 
-def _refuse_difference(what: str, saved: object, own: object) -> None:
+def _refuse_difference(what: str, saved: object, own: object, remedy: str = _ALIKE) -> None:
     if saved != own:
         raise CheckpointError(
             f"The saved optimizer state does not fit: {what} was {saved!r} and is {own!r}.",
-            "Make the optimizer with the model and the settings that the state was saved with.",
+            remedy,
         )
 
 
@@ -138,7 +148,6 @@ def _plain(group: Group) -> dict[str, Any]:
     for key, value in group.items():
         if key == "params":
             continue
-        if isinstance(value, Tensor):
-            value = value.item()
+        value = to_plain(value.item() if isinstance(value, Tensor) else value)  # schedulers write into groups
         plain[key] = list(value) if isinstance(value, tuple) else value
     return plain

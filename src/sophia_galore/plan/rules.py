@@ -116,7 +116,7 @@ _MACHINE: tuple[Rule, ...] = (
         lambda f: bool(f.missing_trackers),
         Refuse(EnvironmentProblem),
         "training.report_to asks for what is not installed: {f.missing_extras}.",
-        'Install it with: pip install -e ".[{f.missing_extras}]", or leave it out of training.report_to.',
+        'Install it with: pip install "sophia-galore[{f.missing_extras}]", or leave it out of training.report_to.',
     ),
 )
 

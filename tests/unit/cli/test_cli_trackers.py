@@ -170,5 +170,5 @@ def test_a_missing_package_is_refused_before_anything_is_looked_for(
     ended: Ended = command(told_to, "--config", str(world.config), *words)
     assert ended.code == 2
     assert "training.report_to asks for what is not installed: trackio." in ended.err
-    assert 'pip install -e ".[trackio]"' in ended.err
+    assert 'pip install "sophia-galore[trackio]"' in ended.err
     assert not (world.folder / "never").exists()

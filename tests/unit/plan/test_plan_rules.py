@@ -153,7 +153,7 @@ CASES: dict[str, Case] = {
     "tracker_missing": Case(
         [facts(missing_trackers=("wandb", "mlflow"))],
         "refuse",
-        ["asks for what is not installed: wandb,mlflow.", 'pip install -e ".[wandb,mlflow]"', "leave it out"],
+        ["asks for what is not installed: wandb,mlflow.", 'pip install "sophia-galore[wandb,mlflow]"', "leave it out"],
         [facts(), facts(training={"report_to": ("wandb",)})],
         EnvironmentProblem,
     ),
