@@ -10,7 +10,6 @@ hub that can't be reached is passed over, with a line that says why.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +23,9 @@ from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
+from sophia_galore.model.origin import is_hub_id
 from sophia_galore.model.reach import Unreachable
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TITLE = {"hf": "Hugging Face", "modelscope": "ModelScope", "pypi": "PyPI"}
 
 
@@ -155,11 +154,6 @@ def find_cached(config: ModelConfig, say: Say) -> ResolvedModel | None:
     if find_alias(config.name) is None and not is_hub_id(config.name):
         return None
     return _from_cache(config, _sources(config, "hf", say), say, deep=False)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name could be the id of a model on a hub: owner/name."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 def _local(path: Path, config: ModelConfig, say: Say, deep: bool) -> ResolvedModel:

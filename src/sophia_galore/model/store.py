@@ -18,6 +18,12 @@ from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, material
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_int8 import ABSMAX, RowInt8
 
+HEAD = "lm_head.weight"
+"""What files call the head, where it is not the embedding."""
+
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+"""How the names of what older files hold besides weights end; it follows from the configuration."""
+
 INT8_FILE = "model.int8.safetensors"
 """Where a folder's weights are if some of them are in eight bits."""
 
@@ -148,7 +154,7 @@ def load_store(
     """
     weights: dict[str, Stored] = {}
     for path, name, weight in read_weights(folder):
-        if name == tied_head or name.endswith("rotary_emb.inv_freq"):
+        if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
             continue
         if name not in shapes:
             raise ModelError(

@@ -18,6 +18,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
+from sophia_galore.model.source_files import SourceFiles, read_source_files
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, ask_trackers, largest_token
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
@@ -47,6 +48,7 @@ class Prepared:
         tokenizer: Its tokenizer.
         anatomy: Its parts, on the meta device.
         generation_config: Its generation settings, or None.
+        source: Its files beside the weights.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -61,6 +63,7 @@ class Prepared:
     tokenizer: Any
     anatomy: Anatomy
     generation_config: Any
+    source: SourceFiles
     dataset: Dataset
     device: torch.device
     compute_dtype: torch.dtype
@@ -101,7 +104,8 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     if not facts.is_buildable:
         decide(RULES, facts)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
-    # Kept: the checkpoint that it comes from may be deleted by a later one.
+    # Kept: the checkpoint that they come from may be deleted by a later one.
+    source = read_source_files(model.folder, with_code=trust)
     generation_config = read_generation_config(model.folder)
     refuse_special_tokens(model_config, tokenizer, generation_config)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
@@ -137,6 +141,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         tokenizer,
         anatomy,
         generation_config,
+        source,
         dataset,
         device,
         compute_dtype(facts),

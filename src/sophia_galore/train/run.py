@@ -287,14 +287,7 @@ class _Run:
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():
-            write_model(
-                folder,
-                store=self._store,
-                dtype=dtype,
-                config=self._prepared.model_config,
-                generation_config=self._prepared.generation_config,
-                tokenizer=self._prepared.tokenizer,
-            )
+            write_model(folder, store=self._store, dtype=dtype, source=self._prepared.source)
 
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
