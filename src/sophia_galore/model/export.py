@@ -22,15 +22,8 @@ from sophia_galore.model.source_files import (
     SourceFiles,
     read_source_files,
 )
-from sophia_galore.model.store import (
-    HEAD,
-    INVERSE_FREQUENCIES,
-    WeightStore,
-    convert,
-    is_finite,
-    read_weights,
-    save_weights,
-)
+from sophia_galore.model.store import WeightStore, convert, is_finite, read_weights, save_weights
+from sophia_galore.model.weight_files import HEAD, INVERSE_FREQUENCIES
 from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

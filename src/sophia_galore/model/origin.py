@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sophia_galore.errors import ModelError
 from sophia_galore.model.manifest import read_manifest
@@ -38,6 +38,10 @@ class Origin:
     license: str = ""
     license_name: str = ""
     license_link: str = ""
+
+
+UNKNOWN = Origin()
+"""Of a model whose folder says nothing."""
 
 
 def read_origin(folder: Path) -> Origin:
@@ -80,6 +84,6 @@ def read_front_matter(path: Path) -> Mapping[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def is_hub_id(name: Any) -> bool:
+def is_hub_id(name: Any) -> TypeGuard[str]:
     """Whether a value could be the id of a model on a hub: owner/name."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not name.startswith(".")

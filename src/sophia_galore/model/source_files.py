@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.origin import Origin, read_origin
+from sophia_galore.model.origin import UNKNOWN, Origin, read_origin
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -44,7 +44,7 @@ class SourceFiles:
 
     files: Mapping[str, bytes]
     has_code: bool = False
-    origin: Origin = Origin()
+    origin: Origin = UNKNOWN
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A file that holds an object; None: there is none.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.model.frozen import Freezer
-from sophia_galore.model.store import DTYPES, HEAD, WeightStore, load_store
+from sophia_galore.model.store import DTYPES, WeightStore, load_store
+from sophia_galore.model.weight_files import HEAD
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.train.checkpoint import Checkpoint

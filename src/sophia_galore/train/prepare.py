@@ -98,7 +98,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
     if not checkpoint:
         _refuse_folder_of_model(config, model)
-    model_config = read_model_config(model.folder, trust_remote_code=trust)
+    model_config = read_model_config(model.folder, trust_remote_code=trust, say=listener.say)
     missed = config.model.name if model.used_fallback else ""
     facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
     if not facts.is_buildable:
