@@ -119,13 +119,17 @@ def _exported(name: str, weight: Stored, dtype: torch.dtype | None) -> Stored:
     return exported
 
 
-def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) -> None:
+def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format | None) -> SourceFiles:
     """Write a model folder's weights in another format, with everything else that makes it a model.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.
         folder: An existing, empty folder.
-        target: What weights become; matrices only, if it is eight bits: other weights stay as they are.
+        target: What weights become; matrices only, if it is eight bits: other weights stay as they are. None: all
+            stay, but what is in eight bits becomes float32.
+
+    Returns:
+        What lies beside the source's weights.
 
     Raises:
         ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
@@ -138,10 +142,13 @@ def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) 
         if (tied and name == HEAD) or name.endswith(INVERSE_FREQUENCIES):
             continue
         stays = isinstance(target, Int8Format) and len(weight.shape) != 2
-        weights[name] = weight if stays else convert(weight, target, cpu)
+        own = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        weights[name] = weight if stays else convert(weight, target or own, cpu)
         if not is_finite(name, weights[name]):
             raise ModelError(
                 f"{name} of {source} holds values that are not finite in the format asked for.",
                 "Take bf16 or fp32; if it is that already, the model's weights are broken.",
             )
-    write_model(folder, store=WeightStore(weights), dtype=None, source=read_source_files(source))
+    files = read_source_files(source)
+    write_model(folder, store=WeightStore(weights), dtype=None, source=files)
+    return files

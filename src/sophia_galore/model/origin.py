@@ -16,6 +16,9 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.manifest import read_manifest
 
 CARD = "README.md"
+WRITTEN_HERE = "Written by sophia-galore. Without this line, it is not written over."
+"""Stands in every model card of ours."""
+
 _HUBS = ("hf", "modelscope", "pypi")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
@@ -31,6 +34,7 @@ class Origin:
         license: Identifier of its licence, as the hub writes it; "": not known.
         license_name: Its name, where the identifier is "other".
         license_link: Where it stands, where the identifier is "other".
+        is_ours: Whether its model card was written by this package, of a model that was trained or converted here.
     """
 
     hub_id: str = ""
@@ -38,6 +42,7 @@ class Origin:
     license: str = ""
     license_name: str = ""
     license_link: str = ""
+    is_ours: bool = False
 
 
 UNKNOWN = Origin()
@@ -55,11 +60,13 @@ def read_origin(folder: Path) -> Origin:
     except ModelError:
         manifest = None
     hub_id = manifest.name if manifest is not None and manifest.source in _HUBS else ""
-    card = read_front_matter(folder / CARD)
+    text = _card_text(folder / CARD)
+    card = front_matter(text)
     based_on = card.get("base_model")
     bases = based_on if isinstance(based_on, list) else [based_on]
-    words = {key: _word(card.get(key)) for key in ("license", "license_name", "license_link")}
-    return Origin(hub_id=hub_id, base_model=next((base for base in bases if is_hub_id(base)), ""), **words)
+    license_, name, link = (_word(card.get(key)) for key in ("license", "license_name", "license_link"))
+    base = next((base for base in bases if is_hub_id(base)), "")
+    return Origin(hub_id, base, license_, name, link, is_ours=WRITTEN_HERE in text)
 
 
 def _word(value: Any) -> str:
@@ -68,18 +75,25 @@ def _word(value: Any) -> str:
     return ", ".join(str(entry) for entry in given if entry)
 
 
-def read_front_matter(path: Path) -> Mapping[str, Any]:
+def _card_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def front_matter(text: str) -> Mapping[str, Any]:
     """The keys that a model card begins with; {} where there are none that can be read.
 
     Args:
-        path: The card.
+        text: The card.
     """
     import yaml
 
     try:
-        match = _FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
+        match = _FRONT_MATTER.match(text)
         read = yaml.safe_load(match[1]) if match else None
-    except (OSError, yaml.YAMLError):
+    except yaml.YAMLError:
         return {}
     return read if isinstance(read, dict) else {}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sophia_galore.errors import ModelError
 from sophia_galore.model.headers import TensorHeader, read_folder_headers
-from sophia_galore.model.origin import CARD, is_hub_id, read_front_matter
+from sophia_galore.model.origin import is_hub_id, read_origin
 from sophia_galore.model.weight_files import INT8_FILE, INVERSE_FREQUENCIES
 
 _NAMES = {
@@ -122,8 +122,7 @@ def refuse_packed(folder: Path) -> str | None:
     except (ModelError, OSError, ValueError):
         found = declared
     if found is not None:
-        base = read_front_matter(folder / CARD).get("base_model")
-        raise packed_error(str(folder), declared or found, base if is_hub_id(base) else "")
+        raise packed_error(str(folder), declared or found, read_origin(folder).base_model)
     return declared
 
 

@@ -17,11 +17,13 @@ from sophia_galore.data.batches import eval_batches, window
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.engine.generate import answer
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.model.card import Card, write_card
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
 from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
+from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, open_run_folder, replace_files, write_json
@@ -236,7 +238,7 @@ class _Run:
             self._folder,
             step,
             optimizer_state=self._optimizer.named_state(),
-            write_model=lambda beside: self._write_model(beside, None),
+            write_model=self._write_checkpoint_model,
             documents={
                 names.PLAN: self._plan.to_json(),
                 "run_config.json": flatten(self._config),
@@ -289,9 +291,25 @@ class _Run:
         with self._monitor.apart():
             write_model(folder, store=self._store, dtype=dtype, source=self._prepared.source)
 
+    def _write_checkpoint_model(self, folder: Path) -> None:
+        self._write_model(folder, None)
+        # A run that goes on from it finds there what model it was, and under which licence.
+        write_card(folder, self._card())
+
+    def _card(self) -> Card:
+        return run_card(
+            self._folder.absolute().name,
+            plan=self._plan.to_json(),
+            config=flatten(self._config),
+            step=self._last_step,
+            losses=eval_losses(self._log.records),
+            origin=self._prepared.source.origin,
+        )
+
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
         dtype = final_dtype(self._config)
+        write_card(self._folder, self._card())
         replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _trainer_state(self) -> dict[str, Any]:

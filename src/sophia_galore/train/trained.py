@@ -94,6 +94,24 @@ def find_start(trained: Weights, say: Say) -> Weights:
         ) from error
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse the folder of a run that did not come to its end, whose model is not there or is an earlier one.
+
+    Args:
+        folder: Any folder.
+
+    Raises:
+        CheckpointError: It is such a run's; the newest checkpoint is offered.
+    """
+    if not (folder / names.PLAN).is_file() or is_checkpoint(folder) or _is_finished(folder):
+        return
+    saved = checkpoints(folder)
+    raise CheckpointError(
+        f"The run in {folder} is not finished.",
+        f"Let it go to its end, or give a checkpoint: {saved[-1]}" if saved else "Let it go to its end.",
+    )
+
+
 def _newest(saved: list[Path], say: Say) -> Weights:
     """The last of a run's checkpoints."""
     try:
