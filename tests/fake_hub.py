@@ -41,6 +41,7 @@ class FakeHub(ThreadingHTTPServer):
         self.damage = False
         self.knows_ranges = True
         self.made: dict[str, Any] | None = None  # the repository that was asked for
+        self.cards: list[str] = []  # model cards that were to be checked
         self.stored: dict[str, bytes] = {}  # large files that were uploaded, by SHA-256
         self.pushed: dict[str, bytes] = {}  # files that were committed
         self.sent: list[tuple[str, int]] = []  # file, bytes of it that were sent
@@ -88,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(hub_.refuse[0], b"{}", hub_.refuse[1])
         if path == "/api/repos/create":
             return self.create(json.loads(body))
+        if path == "/api/validate-yaml":  # of a README.md
+            hub_.cards.append(json.loads(body)["content"])
+            return self.reply_json({"errors": [], "warnings": []})
         if path == f"/api/models/{MODEL}/preupload/main":
             return self.tell_ways(json.loads(body))
         if path == f"/{MODEL}.git/info/lfs/objects/batch":
@@ -103,11 +107,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self, asked: dict[str, Any]) -> None:
         hub_ = self.server
-        if hub_.made is not None:
-            return self.reply(409, b"{}")
-        hub_.made = asked
-        hub_.listing = {**hub_.listing, "private": asked.get("visibility") == "private"}
-        self.reply_json({"url": f"{hub_.url}/{asked['organization']}/{asked['name']}"})
+        status, hub_.made = (200, asked) if hub_.made is None else (409, hub_.made)
+        hub_.listing = {**hub_.listing, "private": hub_.made.get("visibility") == "private"}
+        page = {"url": f"{hub_.url}/{asked['organization']}/{asked['name']}"}
+        self.reply(status, json.dumps(page).encode(), {"Content-Type": "application/json"})
 
     def tell_ways(self, asked: dict[str, Any]) -> None:
         """Large files go to a store, all others into the commit; which are large is the hub's affair."""

@@ -29,9 +29,9 @@ def files_to_push(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder.", "Give the folder of a model, such as a finished run's.")
     card = [path for path in (folder / CARD,) if path.is_file()]
-    if ggufs := sorted(path for path in folder.iterdir() if _GGUF.fullmatch(path.name)):
-        if not (folder / CONFIG).is_file():
-            return [*card, *(path for path in (folder / _OLLAMA,) if path.is_file()), *ggufs]
+    ggufs = sorted(path for path in folder.iterdir() if _GGUF.fullmatch(path.name))
+    if ggufs and not (folder / CONFIG).is_file():
+        return [*card, *(path for path in (folder / _OLLAMA,) if path.is_file()), *ggufs]
     if (folder / INT8_FILE).is_file() and not (folder / "model.safetensors").is_file():
         raise ModelError(
             f"{folder} holds weights in eight bits of this project, which no other program opens.",
@@ -106,6 +106,10 @@ def _explain(error: Exception, hub_id: str) -> Exception:
         return ArgumentError(f"{hub_id!r} is not a model id: {short(error)}.", "A model id reads owner/name.")
     if isinstance(error, LocalTokenNotFoundError):
         return ModelError("You are not logged in to Hugging Face.", login)
+    if isinstance(error, ValueError) and CARD in str(error):
+        return ModelError(
+            f"Hugging Face does not accept {CARD}: {' '.join(str(error).split())}.", "Mend the keys at its beginning."
+        )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     if status == 401:
         return ModelError(f"Hugging Face does not know who uploads {hub_id} (HTTP 401).", login)

@@ -39,7 +39,7 @@ def find_converter(given: str | None) -> list[str]:
         if found is None:
             raise EnvironmentProblem(f"The converter {named} is not there.", _how_to_get())
     else:
-        found = next((path for command in _COMMANDS if (path := shutil.which(command))), None)
+        found = next((there for command in _COMMANDS if (there := shutil.which(command))), None)
         if found is None:
             raise EnvironmentProblem("llama.cpp's converter to GGUF is not on this machine.", _how_to_get())
     return [sys.executable, found] if found.endswith(".py") else [found]

@@ -19,7 +19,7 @@ from sophia_galore.errors import CheckpointError, ModelError, UserError
 from sophia_galore.model.cache import Say
 from sophia_galore.model.source import find_local, resolve_model
 from sophia_galore.train import folder as names
-from sophia_galore.train.checkpoint import checkpoints, is_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, is_checkpoint
 
 _HUBS = ("hf", "modelscope", "pypi")
 
@@ -95,15 +95,18 @@ def find_start(trained: Weights, say: Say) -> Weights:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Refuse the folder of a run that did not come to its end, whose model is not there or is an earlier one.
+    """Refuse a damaged checkpoint, and the folder of a run whose model is not there or is an earlier one.
 
     Args:
         folder: Any folder.
 
     Raises:
-        CheckpointError: It is such a run's; the newest checkpoint is offered.
+        CheckpointError: It is one of these; another checkpoint is offered.
     """
-    if not (folder / names.PLAN).is_file() or is_checkpoint(folder) or _is_finished(folder):
+    if is_checkpoint(folder):
+        find_checkpoint(folder.parent, folder)
+        return
+    if not (folder / names.PLAN).is_file() or _is_finished(folder):
         return
     saved = checkpoints(folder)
     raise CheckpointError(
