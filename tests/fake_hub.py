@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -39,6 +40,10 @@ class FakeHub(ThreadingHTTPServer):
         self.release = threading.Event()
         self.damage = False
         self.knows_ranges = True
+        self.made: dict[str, Any] | None = None  # the repository that was asked for
+        self.cards: list[str] = []  # model cards that were to be checked
+        self.stored: dict[str, bytes] = {}  # large files that were uploaded, by SHA-256
+        self.pushed: dict[str, bytes] = {}  # files that were committed
         self.sent: list[tuple[str, int]] = []  # file, bytes of it that were sent
 
     @property
@@ -74,6 +79,64 @@ class _Handler(BaseHTTPRequestHandler):
         if hub_.refuse_files:
             return self.reply(hub_.refuse_files, b"{}")
         self.send_file(match[1])
+
+    def do_POST(self) -> None:
+        hub_ = self.server
+        path = self.path.split("?")[0]
+        hub_.log.append((self.command, path, None))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if hub_.refuse is not None:
+            return self.reply(hub_.refuse[0], b"{}", hub_.refuse[1])
+        if path == "/api/repos/create":
+            return self.create(json.loads(body))
+        if path == "/api/validate-yaml":  # of a README.md
+            hub_.cards.append(json.loads(body)["content"])
+            return self.reply_json({"errors": [], "warnings": []})
+        if path == f"/api/models/{MODEL}/preupload/main":
+            return self.tell_ways(json.loads(body))
+        if path == f"/{MODEL}.git/info/lfs/objects/batch":
+            return self.tell_places(json.loads(body))
+        if path == f"/api/models/{MODEL}/commit/main":
+            return self.commit([json.loads(line) for line in body.splitlines()])
+        self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.stored[hashlib.sha256(content).hexdigest()] = content
+        self.reply(200, b"")
+
+    def create(self, asked: dict[str, Any]) -> None:
+        hub_ = self.server
+        status, hub_.made = (200, asked) if hub_.made is None else (409, hub_.made)
+        hub_.listing = {**hub_.listing, "private": hub_.made.get("visibility") == "private"}
+        page = {"url": f"{hub_.url}/{asked['organization']}/{asked['name']}"}
+        self.reply(status, json.dumps(page).encode(), {"Content-Type": "application/json"})
+
+    def tell_ways(self, asked: dict[str, Any]) -> None:
+        """Large files go to a store, all others into the commit; which are large is the hub's affair."""
+        ways = []
+        for file in asked["files"]:
+            large = file["path"].endswith((".safetensors", ".gguf"))
+            ways.append({"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+        self.reply_json({"files": ways})
+
+    def tell_places(self, asked: dict[str, Any]) -> None:
+        place = {"upload": {"href": f"{self.server.url}/store"}}
+        objects = [{"oid": wanted["oid"], "size": wanted["size"], "actions": place} for wanted in asked["objects"]]
+        self.reply_json({"transfer": "basic", "objects": objects})
+
+    def commit(self, lines: list[dict[str, Any]]) -> None:
+        hub_ = self.server
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                hub_.pushed[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                hub_.pushed[value["path"]] = hub_.stored[value["oid"]]
+        self.reply_json({"commitUrl": f"{hub_.url}/{MODEL}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
+
+    def reply_json(self, answer: dict[str, Any]) -> None:
+        self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def send_file(self, name: str) -> None:
         hub_ = self.server

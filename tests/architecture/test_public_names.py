@@ -39,7 +39,8 @@ def test_commands_and_their_options() -> None:
         "report": ["--output", "runs"],
         "prepare-data": ["--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
-        "export": ["--block-size", "--output", "--to", "source"],
+        "export": ["--block-size", "--converter", "--output", "--to", "--type", "source"],
+        "push": ["--private", "folder", "hub_id"],
         "generate": [*ANSWERING, "prompt"],
         "chat": ANSWERING,
     }

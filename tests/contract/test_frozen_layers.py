@@ -23,7 +23,9 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.frozen import Frozen8bit
 from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.model.store import INT8_FILE, WeightStore
+from sophia_galore.model.source_files import read_source_files
+from sophia_galore.model.store import WeightStore
+from sophia_galore.model.weight_files import INT8_FILE
 from sophia_galore.numerics.int8 import materialise
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -74,9 +76,7 @@ class World:
             folder,
             store=self.store,
             dtype=dtype,
-            config=self.anatomy.model.config,
-            generation_config=None,
-            tokenizer=load_tokenizer(self.folder),
+            source=read_source_files(self.folder),
         )
         return folder
 

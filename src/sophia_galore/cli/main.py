@@ -25,6 +25,7 @@ from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
 from sophia_galore.cli.plan import plan
 from sophia_galore.cli.prepare_data import prepare_data
+from sophia_galore.cli.push import push_model
 from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, short
@@ -52,6 +53,7 @@ app.command("report")(report)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("export")(export)
+app.command("push")(push_model)
 
 
 def _version(asked: bool) -> None:

@@ -17,6 +17,7 @@ from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.headers import TensorHeader, main_dtype, read_folder_headers
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.store import DTYPES, load_store
+from sophia_galore.model.weight_files import HEAD
 from sophia_galore.numerics.row_int8 import ABSMAX
 
 Held = Literal["auto", "int8", "bf16", "fp16", "fp32"]
@@ -110,7 +111,7 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
     store = load_store(
         folder,
         shapes,
-        tied_head="lm_head.weight" if anatomy.tied else None,
+        tied_head=HEAD if anatomy.tied else None,
         dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, shapes),
         device=device,
         int8=matrices if held == "int8" else (),

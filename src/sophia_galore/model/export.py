@@ -1,7 +1,9 @@
-"""Writing a model as an ordinary Hugging Face folder."""
+"""Writing a model as an ordinary Hugging Face folder, which programs of other makers and years open as well."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,19 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.skeleton import load_model_config, load_tokenizer
+from sophia_galore.model import both_forms
+from sophia_galore.model.skeleton import load_model_config
+from sophia_galore.model.source_files import (
+    CONFIG,
+    GENERATION,
+    TEMPLATE,
+    TOKENIZER,
+    WHOLE_TOKENIZER,
+    SourceFiles,
+    read_source_files,
+)
 from sophia_galore.model.store import WeightStore, convert, is_finite, read_weights, save_weights
+from sophia_galore.model.weight_files import HEAD, INVERSE_FREQUENCIES
 from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -31,36 +44,70 @@ def read_generation_config(folder: Path) -> Any:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / 'generation_config.json'} can't be read: {short(error)}.",
-            "Download the model again, or remove that file: it only says how answers are generated.",
+            "Mend or remove that file: it only says how answers are generated.",
         ) from error
 
 
 def write_model(
-    folder: Path, *, store: WeightStore, dtype: torch.dtype | None, config: Any, generation_config: Any, tokenizer: Any
+    folder: Path,
+    *,
+    store: WeightStore,
+    dtype: torch.dtype | None,
+    source: SourceFiles,
+    chat_template: str | None = None,
+    eos_token_ids: Sequence[int] | None = None,
 ) -> None:
-    """Write the weights, `config.json`, `generation_config.json` and the tokenizer.
+    """Write the weights, and beside them the source's own files, changed only where training changed something.
 
     Args:
         folder: An existing folder.
         store: The weights.
         dtype: Precision of the file, an ordinary one then; None: exactly as stored, in eight bits too.
-        config: The model's Hugging Face configuration.
-        generation_config: Its generation settings, or None.
-        tokenizer: Its tokenizer.
+        source: Files of the model that was trained.
+        chat_template: The text of another chat template than the source's; None: the source's.
+        eos_token_ids: Ids of other tokens at which an answer ends; None: the source's.
 
     Raises:
-        ModelError: A weight is not finite in that precision.
+        ModelError: A weight is not finite in that precision, or the source's settings can't be read.
     """
     # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
     weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
     save_weights(folder, weights)
-    saved = type(config).from_dict(config.to_dict())
-    saved.use_cache = True
-    saved.dtype = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))]
-    saved.save_pretrained(folder)
-    if generation_config is not None:
-        generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))]
+    files = {
+        **source.files,
+        **_settings(source, dtype_name, untied=HEAD in weights, chat_template=chat_template, stops=eos_token_ids),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def _settings(
+    source: SourceFiles, dtype: str, *, untied: bool, chat_template: str | None, stops: Sequence[int] | None
+) -> dict[str, bytes]:
+    """The files that differ from the source's."""
+    config = source.json(CONFIG)
+    if config is None:
+        raise ModelError("The model has no config.json.", "Give a folder of a Hugging Face causal language model.")
+    keeps_code = source.has_code
+    written = {CONFIG: both_forms.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
+    tokenizer = source.json(TOKENIZER)
+    if tokenizer is not None or chat_template is not None:
+        whole = WHOLE_TOKENIZER in source.files
+        written[TOKENIZER] = both_forms.tokenizer_config(
+            tokenizer or {}, chat_template=chat_template, whole=whole, keeps_code=keeps_code
+        )
+    if stops is not None:
+        written[GENERATION] = both_forms.generation_config(source.json(GENERATION), config, stops)
+    changed = {name: _json_bytes(content) for name, content in written.items() if content != source.json(name)}
+    if chat_template is not None:
+        # Newer programs read this file, older ones the key in tokenizer_config.json.
+        changed[TEMPLATE] = chat_template.encode()
+    return changed
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _exported(name: str, weight: Stored, dtype: torch.dtype | None) -> Stored:
@@ -72,32 +119,36 @@ def _exported(name: str, weight: Stored, dtype: torch.dtype | None) -> Stored:
     return exported
 
 
-def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format) -> None:
+def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format | None) -> SourceFiles:
     """Write a model folder's weights in another format, with everything else that makes it a model.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.
         folder: An existing, empty folder.
-        target: What weights become; matrices only, if it is eight bits: other weights stay as they are.
+        target: What weights become; matrices only, if it is eight bits: other weights stay as they are. None: all
+            stay, but what is in eight bits becomes float32.
+
+    Returns:
+        What lies beside the source's weights.
 
     Raises:
         ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
     """
     cpu = torch.device("cpu")
+    # The check of the architecture; and whether a second copy of the embedding is one.
+    tied = bool(load_model_config(source).tie_word_embeddings)
     weights: dict[str, Stored] = {}
     for _, name, weight in read_weights(source):
+        if (tied and name == HEAD) or name.endswith(INVERSE_FREQUENCIES):
+            continue
         stays = isinstance(target, Int8Format) and len(weight.shape) != 2
-        weights[name] = weight if stays else convert(weight, target, cpu)
+        own = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        weights[name] = weight if stays else convert(weight, target or own, cpu)
         if not is_finite(name, weights[name]):
             raise ModelError(
                 f"{name} of {source} holds values that are not finite in the format asked for.",
                 "Take bf16 or fp32; if it is that already, the model's weights are broken.",
             )
-    write_model(
-        folder,
-        store=WeightStore(weights),
-        dtype=None,
-        config=load_model_config(source),
-        generation_config=read_generation_config(source),
-        tokenizer=load_tokenizer(source),
-    )
+    files = read_source_files(source)
+    write_model(folder, store=WeightStore(weights), dtype=None, source=files)
+    return files

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sophia_galore.model.store import weight_files
+from sophia_galore.model.weight_files import HEAD, INVERSE_FREQUENCIES, weight_files
 
 PREFIX_BYTES = 8
 
@@ -119,5 +119,5 @@ def count_numbers(headers: Mapping[str, TensorHeader], *, tied: bool) -> int:
     return sum(
         math.prod(header.shape)
         for name, header in headers.items()
-        if not (tied and name == "lm_head.weight") and not name.endswith("rotary_emb.inv_freq")
+        if not (tied and name == HEAD) and not name.endswith(INVERSE_FREQUENCIES)
     )

@@ -12,14 +12,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
-from sophia_galore.model.manifest import sha256_of
+from sophia_galore.model.manifest import ADAPTER, adapter_error, sha256_of
 from sophia_galore.model.reach import Unreachable, probe_hugging_face
 
 LIST_TIMEOUT_S = 15.0
@@ -29,7 +29,7 @@ LIST_TIMEOUT_S = 15.0
 _WANTED = re.compile(
     r"(generation_)?config\.json|model[^/]*\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
-    r"|[^/]*\.jinja|chat_template\.json|[^/]*\.tiktoken|(spiece|sentencepiece[^/]*)\.model|LICENSE[^/]*"
+    r"|[^/]*\.jinja|chat_template\.json|[^/]*\.tiktoken|(spiece|sentencepiece[^/]*)\.model|LICENSE[^/]*|README\.md"
 )
 _CODE = re.compile(r"[^/]+\.py")
 
@@ -80,7 +80,9 @@ def require_reachable() -> None:
         )
 
 
-def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
+def download(
+    model_id: str, staging: Path, say: Say, *, with_code: bool, refuse: Callable[[Path], None] = lambda _: None
+) -> str:
     """Downloads what a model needs into a folder; call `require_reachable` first.
 
     Args:
@@ -88,6 +90,8 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
         staging: Folder to fill; what an earlier attempt left there is used.
         say: Takes lines for the user.
         with_code: Take the repository's Python files too.
+        refuse: Sees the folder as soon as config.json is in it, before any weight is asked for; raises if the model
+            is of no use.
 
     Returns:
         The commit that was downloaded.
@@ -103,10 +107,14 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
     to_fetch_bytes = sum(file.size_bytes for file in missing) - sum(_partial_bytes(file, staging) for file in missing)
     say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {in_words(to_fetch_bytes)}.")
     require_space(staging, to_fetch_bytes)
+    # config.json first, which may refuse the model.
+    missing.sort(key=lambda file: file.name != "config.json")
     for done, file in enumerate(missing):
         left = [later.size_bytes - _partial_bytes(later, staging) for later in missing[done:]]
         with hub_problems(model_id, staging, listing=False, needed_bytes=sum(left)):
             _fetch(model_id, commit, file, staging)
+        if file.name == "config.json":
+            refuse(staging)
     return commit
 
 
@@ -126,6 +134,8 @@ def list_files(model_id: str, *, with_code: bool) -> tuple[str, list[RemoteFile]
         if _WANTED.fullmatch(sibling.rfilename) or (with_code and _CODE.fullmatch(sibling.rfilename))
     ]
     names = {file.name for file in files}
+    if any(sibling.rfilename == ADAPTER for sibling in info.siblings or ()):
+        raise adapter_error(f"The repository {model_id}")
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise ModelError(
             f"The repository {model_id} holds no config.json with model*.safetensors weights.",

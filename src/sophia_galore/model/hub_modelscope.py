@@ -27,6 +27,7 @@ _PATTERNS = [
     "*.tiktoken",
     "*.model",
     "LICENSE*",
+    "README.md",
 ]
 
 

@@ -17,7 +17,12 @@ from typing import Any
 from sophia_galore.errors import ModelError
 
 MANIFEST_NAME = "sophia_galore_model.json"
+ADAPTER = "adapter_config.json"
+_WHOLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
+
+# What a run's folder and its checkpoints hold.
+_PLAN = "plan.json"
 
 # Configuration and tokenizer files are hashed at every use, weights only when asked: 8 MiB take milliseconds.
 _ALWAYS_HASHED_BYTES = 8 * 2**20
@@ -92,7 +97,9 @@ def read_manifest(folder: Path) -> Manifest | None:
             files=files,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, "is not a readable manifest") from error
+        raise ModelError(
+            f"{path} is not a readable manifest.", f"Delete the folder {folder} and get the model again."
+        ) from error
 
 
 def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
@@ -123,6 +130,8 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         ModelError: A file is missing, unreadable or cut short; it is named.
     """
+    if (folder / ADAPTER).is_file():
+        raise adapter_error(str(folder), _adapted_model(folder))
     if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} holds no config.json, so it is not a model folder.",
@@ -130,13 +139,16 @@ def check_model_folder(folder: Path) -> None:
         )
     _read_json(folder / "config.json")
     index = folder / _INDEX_NAME
-    if index.is_file():
+    # An index beside the whole file was left behind when shards were joined; transformers does not look at it either.
+    if index.is_file() and not (folder / _WHOLE_NAME).is_file():
         _check_shards(folder, _read_json(index))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
             f"{folder} holds no *.safetensors file.",
-            "Weights in *.bin files are not read; convert them with transformers' save_pretrained.",
+            "Weights in *.bin files are not read; load them with transformers and write them with save_pretrained."
+            if any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
+            else way_to_repair(folder),
         )
     for path in weights:
         _check_safetensors(path)
@@ -176,5 +188,49 @@ def _read_json(path: Path) -> Any:
         raise _damaged(path, "is not valid JSON") from error
 
 
+def adapter_error(name: str, base: str = "") -> ModelError:
+    """The refusal of a LoRA adapter that is given as a model.
+
+    Args:
+        name: What the user knows it as.
+        base: The model that it adapts, if that is known.
+    """
+    onto = f" of {base}" if base else ""
+    return ModelError(
+        f"{name} holds an adapter{onto} ({ADAPTER}), not the weights of a model.",
+        "Merge it first (peft: PeftModel.from_pretrained(base, folder).merge_and_unload(), then save_pretrained into "
+        f"another folder), or give the model itself. If it is merged already, remove {ADAPTER}.",
+    )
+
+
+def _adapted_model(folder: Path) -> str:
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return base if isinstance(base, str) else ""
+
+
+def way_to_repair(folder: Path) -> str:
+    """What helps where files of a model's folder are missing or damaged: who wrote it decides.
+
+    Args:
+        folder: The model's folder, a run's or a checkpoint.
+
+    Returns:
+        A sentence.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except ModelError:
+        return f"Delete the folder {folder} and get the model again."
+    if manifest is not None:
+        again = "convert the file" if manifest.source == "gguf" else "download the model"
+        return f"Delete the folder {folder} and {again} again: sophia-galore download {manifest.name}."
+    if (folder / _PLAN).is_file():
+        return "Give another checkpoint of the run, or let the run write its model again."
+    return "Copy the folder again from where it came from, or write it again with save_pretrained."
+
+
 def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} {what}.", f"Delete the folder {path.parent} and get the model again.")
+    return ModelError(f"{path} {what}.", way_to_repair(path.parent))

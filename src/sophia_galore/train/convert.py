@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from sophia_galore.errors import CheckpointError, EnvironmentProblem, UserError
-from sophia_galore.model.disk import errno_of, reason
+import torch
+
+from sophia_galore.errors import CheckpointError, UserError
+from sophia_galore.model.card import write_card
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.model.store import DTYPES, weight_files
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.train import folder as names
+from sophia_galore.train.card import folder_card
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
+from sophia_galore.train.whole_folder import refuse_output, write_whole
 
 Target = Literal["int8", "bf16", "fp32", "fp16"]
 # Formats in which a run can keep its weights; fp16 is one for the final model only.
@@ -47,36 +50,18 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         CheckpointError: The source is a damaged checkpoint.
     """
     output = output.absolute()
-    _refuse_output(output)
+    refuse_output(output)
     checkpoint = find_checkpoint(source.parent, source) if is_checkpoint(source) else None
     resumable = checkpoint is not None and to in _STORES and "bnb8" not in _formats(checkpoint)
-    from safetensors import SafetensorError
-
     form = Int8Format(block_size)
-    beside = output.with_name(f".{output.name}.tmp")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        made = beside
+
+    def write(beside: Path) -> Path:
         if checkpoint is not None and resumable:
-            made = _convert_checkpoint(checkpoint, beside, to, form)
-        else:
-            convert_model(source, beside, form if to == "int8" else DTYPES[to])
-        if output.exists():
-            output.rmdir()
-        made.rename(output)
-    except Exception as error:
-        # First of all: what is free then is what there was.
-        shutil.rmtree(beside, ignore_errors=True)
-        cause = error.__cause__ if isinstance(error, EnvironmentProblem) and error.__cause__ else error
-        if errno_of(cause) is None and not isinstance(cause, OSError | SafetensorError):
-            raise
-        raise EnvironmentProblem(
-            f"{output} could not be written: {reason(cause, output, _needed_bytes(source, to))}.",
-            "Free some space, or name another folder.",
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            return _convert_checkpoint(checkpoint, beside, to, form, output.name)
+        _convert_model(source, beside, form if to == "int8" else DTYPES[to], to, output.name)
+        return beside
+
+    write_whole(output, write, needed_bytes=_needed_bytes(source, to))
     if not resumable or checkpoint is None:
         return f"{output}: the model of {source} in {to}."
     settings = _settings(to, form, str(checkpoint.config["model.store"]))
@@ -98,23 +83,16 @@ def _needed_bytes(source: Path, to: Target) -> int:
     return numbers * (1 if to == "int8" else DTYPES[to].itemsize) + others
 
 
-def _refuse_output(output: Path) -> None:
-    """Refuse a place at which something is, or at which nothing can be."""
-    try:
-        taken = output.exists() and (not output.is_dir() or any(output.iterdir()) or output == Path.cwd())
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"{output} can't be written: {error.strerror or error}.", "Name another folder."
-        ) from error
-    if taken:
-        raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
+def _convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format, to: Target, title: str) -> None:
+    files = convert_model(source, folder, target)
+    write_card(folder, folder_card(title, source, files.origin, f"The weights are in {to}."))
 
 
-def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format) -> Path:
+def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format, title: str) -> Path:
     """Write the checkpoint below a folder; returns where it is."""
 
     def write_model(beside: Path) -> None:
-        convert_model(checkpoint.folder, beside, form if to == "int8" else DTYPES[to])
+        _convert_model(checkpoint.folder, beside, form if to == "int8" else DTYPES[to], to, title)
 
     state = {
         name: tensor

@@ -8,6 +8,7 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
+from sophia_galore.model.weight_files import HEAD
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
@@ -94,7 +95,7 @@ def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
     return load_store(
         prepared.folder,
         prepared.anatomy.parameter_shapes(),
-        tied_head="lm_head.weight" if prepared.anatomy.tied else None,
+        tied_head=HEAD if prepared.anatomy.tied else None,
         dtype=DTYPES[prepared.config.model.store],
         device=prepared.device,
         int8=[route.name for route in prepared.plan.routes if route.format == "int8"],

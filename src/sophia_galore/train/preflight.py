@@ -23,6 +23,7 @@ from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
+from sophia_galore.model.manifest import way_to_repair
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Stored
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -118,7 +119,9 @@ def _weights_are_sound(run: Loaded) -> None:
         if problem:
             raise ModelError(
                 f"{route.name} {problem}.",
-                "Go on from an earlier checkpoint (--resume=PATH)." if run.checkpoint else "Download the model again.",
+                "Go on from an earlier checkpoint (--resume=PATH)."
+                if run.checkpoint
+                else way_to_repair(Path(run.plan.model_folder)),
             )
 
 

@@ -20,6 +20,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
+from sophia_galore.model.source_files import SourceFiles, read_source_files
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, ask_trackers, largest_token
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
@@ -51,6 +52,7 @@ class Prepared:
         tokenizer: Its tokenizer.
         anatomy: Its parts, on the meta device.
         generation_config: Its generation settings, or None.
+        source: Its files beside the weights.
         dataset: The tokenised data.
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
@@ -65,11 +67,17 @@ class Prepared:
     tokenizer: Any
     anatomy: Anatomy
     generation_config: Any
+    source: SourceFiles
     dataset: Dataset
     device: torch.device
     compute_dtype: torch.dtype
     planner: Planner
     outlook: Outlook | None
+
+    @property
+    def stop_ids(self) -> list[int] | None:
+        """The tokens at which the trained model's answers end; None: those of its source."""
+        return list(self.generation_config.eos_token_id) if self.plan.chat_format.end_ids else None
 
 
 def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None = None) -> Prepared:
@@ -100,13 +108,14 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
     if not checkpoint:
         _refuse_folder_of_model(config, model)
-    model_config = read_model_config(model.folder, trust_remote_code=trust)
+    model_config = read_model_config(model.folder, trust_remote_code=trust, say=listener.say)
     missed = config.model.name if model.used_fallback else ""
     facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
     if not facts.is_buildable:
         decide(RULES, facts)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
-    # Kept: the checkpoint that it comes from may be deleted by a later one.
+    # Kept: the checkpoint that they come from may be deleted by a later one.
+    source = read_source_files(model.folder, with_code=trust)
     generation_config = read_generation_config(model.folder)
     chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
     generation_config = stopping_at(chat_format.end_ids, generation_config, model_config)
@@ -148,6 +157,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         tokenizer,
         anatomy,
         generation_config,
+        source,
         dataset,
         device,
         compute_dtype(facts),

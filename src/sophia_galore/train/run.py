@@ -16,6 +16,7 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.model.card import Card, write_card
 from sophia_galore.model.disk import writing
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
@@ -27,6 +28,7 @@ from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
 from sophia_galore.train.aside import open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
+from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
@@ -252,7 +254,7 @@ class _Run:
             self._folder,
             step,
             optimizer_state=self._optimizer.named_state(),
-            write_model=lambda beside: self._write_model(beside, None),
+            write_model=self._write_checkpoint_model,
             documents={
                 names.PLAN: self._plan.to_json(),
                 "run_config.json": flatten(self._config),
@@ -296,16 +298,32 @@ class _Run:
                 folder,
                 store=self._store,
                 dtype=dtype,
-                config=self._prepared.model_config,
-                generation_config=self._prepared.generation_config,
-                tokenizer=self._prepared.tokenizer,
+                source=self._prepared.source,
+                chat_template=self._plan.chat_format.template,
+                eos_token_ids=self._prepared.stop_ids,
             )
+
+    def _write_checkpoint_model(self, folder: Path) -> None:
+        self._write_model(folder, None)
+        # A run that goes on from it finds there what model it was, and under which licence.
+        write_card(folder, self._card())
+
+    def _card(self) -> Card:
+        return run_card(
+            self._folder.absolute().name,
+            plan=self._plan.to_json(),
+            config=flatten(self._config),
+            step=self._last_step,
+            losses=eval_losses(self._log.records),
+            origin=self._prepared.source.origin,
+        )
 
     def _write_final_model(self) -> None:
         self._refuse_broken_weights()
         dtype = final_dtype(self._config)
         size = model_bytes(self._config, self._plan)
         with writing("The final model", self._folder, self.way_back, needed_bytes=size):
+            write_card(self._folder, self._card())
             replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
 
     def _go_back_to_best(self) -> None:

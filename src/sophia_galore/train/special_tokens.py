@@ -58,7 +58,8 @@ def stopping_at(end_ids: Sequence[int], generation_config: Any, model_config: An
     if not end_ids:
         return generation_config
     changed = copy.deepcopy(generation_config) if generation_config is not None else GenerationConfig()
-    changed.eos_token_id = [*end_ids, *(_ids(generation_config, "eos") or _ids(model_config, "eos"))]
+    known = _ids(generation_config, "eos") or _ids(model_config, "eos")
+    changed.eos_token_id = list(dict.fromkeys([*end_ids, *known]))
     return changed
 
 

@@ -19,7 +19,7 @@ from sophia_galore.errors import CheckpointError, ModelError, UserError
 from sophia_galore.model.cache import Say
 from sophia_galore.model.source import find_local, resolve_model
 from sophia_galore.train import folder as names
-from sophia_galore.train.checkpoint import checkpoints, is_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, is_checkpoint
 from sophia_galore.train.progress import ended_early
 
 _HUBS = ("hf", "modelscope", "pypi")
@@ -93,6 +93,27 @@ def find_start(trained: Weights, say: Say) -> Weights:
             f"The model that {trained.title} was before training, {name}, can't be had: {error.cause}",
             "Put it there again, or leave --compare-base out.",
         ) from error
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse a damaged checkpoint, and the folder of a run whose model is not there or is an earlier one.
+
+    Args:
+        folder: Any folder.
+
+    Raises:
+        CheckpointError: It is one of these; another checkpoint is offered.
+    """
+    if is_checkpoint(folder):
+        find_checkpoint(folder.parent, folder)
+        return
+    if not (folder / names.PLAN).is_file() or _is_finished(folder):
+        return
+    saved = checkpoints(folder)
+    raise CheckpointError(
+        f"The run in {folder} is not finished.",
+        f"Let it go to its end, or give a checkpoint: {saved[-1]}" if saved else "Let it go to its end.",
+    )
 
 
 def _newest(saved: list[Path], say: Say) -> Weights:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from sophia_galore.model.store import INT8_FILE, open_store, read_weights
+from sophia_galore.model.store import open_store, read_weights
+from sophia_galore.model.weight_files import INT8_FILE
 from sophia_galore.numerics.int8 import Int8Format, materialise, quantise
 from unit.cli.tiny_run import World, command, json_lines, sha256
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from engines import load_parts
 from sophia_galore.model.export import read_generation_config, write_model
-from sophia_galore.model.skeleton import load_tokenizer
+from sophia_galore.model.source_files import read_source_files
 from tiny import FAMILIES, write_tiny_model
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -20,15 +20,13 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 
 def export(source: Path, target: Path, store_dtype: torch.dtype, dtype: torch.dtype | None) -> Any:
     """Load a folder into a store and write it out again; returns the store."""
-    anatomy, store = load_parts(source, store_dtype)
+    _, store = load_parts(source, store_dtype)
     target.mkdir()
     write_model(
         target,
         store=store,
         dtype=dtype,
-        config=anatomy.model.config,
-        generation_config=read_generation_config(source),
-        tokenizer=load_tokenizer(source),
+        source=read_source_files(source),
     )
     return store
 
@@ -74,13 +72,10 @@ def test_the_cache_is_on_again_and_the_skeletons_config_untouched(tmp_path: Path
         tmp_path / "target",
         store=store,
         dtype=None,
-        config=anatomy.model.config,
-        generation_config=None,
-        tokenizer=load_tokenizer(source),
+        source=read_source_files(source),
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").config.use_cache is True
     assert anatomy.model.config.use_cache is False
-    assert not (tmp_path / "target" / "generation_config.json").exists()
 
 
 def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from engines import CPU, load_frozen_parts, load_parts, make_engine
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.frozen import Freezer, Frozen8bit
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
-from sophia_galore.model.store import INT8_FILE, load_store, open_store, save_weights
+from sophia_galore.model.store import load_store, open_store, save_weights
+from sophia_galore.model.weight_files import INT8_FILE
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, materialise, quantise
 from sophia_galore.numerics.row_int8 import RowInt8
 from tiny import FAMILIES, ragged_batches, tiny_model, write_tiny_model

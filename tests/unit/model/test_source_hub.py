@@ -74,7 +74,7 @@ def test_download_takes_the_wanted_files_and_the_second_call_asks_nobody(fake_hu
     assert (model.source, model.name, model.used_fallback) == ("hf", MODEL, False)
     assert model.folder == tmp_path / "someone--tiny"
     names = sorted(path.name for path in model.folder.iterdir())
-    assert names == ["config.json", WEIGHTS, "sophia_galore_model.json", "tokenizer.json"]
+    assert names == ["README.md", "config.json", WEIGHTS, "sophia_galore_model.json", "tokenizer.json"]
     loaded = load_file(model.folder / WEIGHTS)
     assert torch.equal(loaded["model.embed_tokens.weight"], TENSORS["model.embed_tokens.weight"])
 

@@ -15,8 +15,8 @@ from sophia_galore.engine.generate import answer
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from sophia_galore.model.source_files import read_source_files
 from sophia_galore.model.store import (
-    INT8_FILE,
     WeightStore,
     convert,
     load_store,
@@ -24,6 +24,7 @@ from sophia_galore.model.store import (
     read_weights,
     save_weights,
 )
+from sophia_galore.model.weight_files import INT8_FILE
 from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, quantise
 from tiny import tiny_model, write_tiny_model
@@ -126,9 +127,7 @@ def test_the_export_is_an_ordinary_model(dtype: torch.dtype, tmp_path: Path) -> 
         tmp_path / "out",
         store=store,
         dtype=dtype,
-        config=load_model_config(source),
-        generation_config=None,
-        tokenizer=load_tokenizer(source),
+        source=read_source_files(source),
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == dtype
@@ -149,9 +148,7 @@ def test_a_remainder_is_part_of_the_weight_but_not_of_a_run_that_goes_on(tmp_pat
         tmp_path / "saved",
         store=store,
         dtype=None,
-        config=load_model_config(source),
-        generation_config=None,
-        tokenizer=load_tokenizer(source),
+        source=read_source_files(source),
     )
     assert equal(
         {key: weight.dequantise(torch.float32) for _, key, weight in read_weights(tmp_path / "saved") if key == name},

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
-from sophia_galore.model.store import INT8_FILE
+from sophia_galore.model.weight_files import INT8_FILE
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train

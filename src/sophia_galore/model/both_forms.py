@@ -1,0 +1,113 @@
+"""JSON files of a model folder as every version of transformers reads them.
+
+transformers 5 writes some settings under new names, which 4.x passes over without a word: a model then computes
+something else. What is in the new form only gets the old form beside it; what is in the old form is read by both
+and stays as it is. Each function takes a parsed file and returns a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Json = dict[str, Any]
+
+# Where a model was loaded from on somebody's machine; it says nothing of the model.
+_TRACES = ("_name_or_path", "name_or_path", "local_files_only", "is_local", "_commit_hash")
+# Of a form in which our files never hold weights.
+_PACKING = ("quantization_config", "quantization", "compression_config")
+# Where the old form has them: beside the scaling, not inside it.
+_BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
+# transformers 4.x accepts three fields in Phi-3's scaling, and reads this one beside it.
+_BESIDE_PHI3_SCALING = "original_max_position_embeddings"
+
+
+def model_config(source: Mapping[str, Any], *, dtype: str, untied: bool, keeps_code: bool) -> Json:
+    """A `config.json` for weights that were trained.
+
+    Args:
+        source: What the model's own says.
+        dtype: Precision of the file, such as "bfloat16".
+        untied: The head has weights of its own.
+        keeps_code: The Python files that `auto_map` names come along.
+
+    Returns:
+        The source's keys in their order; changed only where training changed something, or where other versions of
+        transformers would read something else.
+    """
+    drop = {*_TRACES, *_PACKING, *(() if keeps_code else ("auto_map",))}
+    written = {key: value for key, value in source.items() if key not in drop}
+    # `dtype` alone is the new form.
+    names = ("torch_dtype",) if "torch_dtype" in written and "dtype" not in written else ("torch_dtype", "dtype")
+    written |= dict.fromkeys(names, dtype)
+    written["use_cache"] = True
+    if untied and written.get("tie_word_embeddings") is not False:
+        written["tie_word_embeddings"] = False
+    return written | _old_rope(written)
+
+
+def _old_rope(config: Json) -> Json:
+    """The rope settings in the form of transformers 4.x, where they are in the new one."""
+    new = config.get("rope_parameters")
+    if not isinstance(new, Mapping) or not new:
+        return {}
+    by_layer = {name: value for name, value in new.items() if isinstance(value, Mapping)}
+    if by_layer:
+        full, local = by_layer.get("full_attention", {}), by_layer.get("sliding_attention", {})
+        old = _old_rope_of(full, config)
+        return old | ({"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {})
+    # Where both stand in a file already, transformers 5 reads the scaling and takes the rest from beside it.
+    return _old_rope_of({**new, **(config.get("rope_scaling") or {})}, config)
+
+
+def _old_rope_of(rope: Mapping[str, Any], config: Json) -> Json:
+    old = {key: rope[key] for key in _BESIDE_SCALING if rope.get(key) is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    inside = {key: value for key, value in rope.items() if key not in (*_BESIDE_SCALING, "rope_type", "type")}
+    if kind == "default":
+        return old | {"rope_scaling": None}
+    if config.get("model_type") != "phi3":
+        return old | {"rope_scaling": {"rope_type": kind, **inside}}
+    length = inside.pop(_BESIDE_PHI3_SCALING, None)
+    if length is not None:
+        old[_BESIDE_PHI3_SCALING] = config.get(_BESIDE_PHI3_SCALING, length)
+    return old | {"rope_scaling": {"type": kind, **inside}}
+
+
+def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, whole: bool, keeps_code: bool) -> Json:
+    """A `tokenizer_config.json`.
+
+    Args:
+        source: What the model's own says.
+        chat_template: Another chat template; None: as it is.
+        whole: A `tokenizer.json`, which describes the tokenizer completely, lies beside it.
+        keeps_code: The Python files that `auto_map` names come along.
+    """
+    drop = {*_TRACES, *(() if keeps_code else ("auto_map",))}
+    written = {key: value for key, value in source.items() if key not in drop}
+    extra = written.get("extra_special_tokens")
+    is_new = "backend" in source or isinstance(extra, list) or source.get("tokenizer_class") == "TokenizersBackend"
+    if isinstance(extra, list):
+        # transformers 4.x expects names there; both versions read the older key.
+        del written["extra_special_tokens"]
+        written["additional_special_tokens"] = [*written.get("additional_special_tokens", []), *extra]
+    if is_new and whole:
+        # 4.x does not know the class, or adds tokens that the class of the same name adds there.
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if chat_template is not None:
+        written["chat_template"] = chat_template
+    return written
+
+
+def generation_config(source: Mapping[str, Any] | None, model: Mapping[str, Any], stops: Sequence[int]) -> Json:
+    """A `generation_config.json` with other tokens that end an answer.
+
+    Args:
+        source: What the model's own says; None: it has none.
+        model: Its config.json, from which a missing one is derived as transformers does.
+        stops: Ids of the tokens that end an answer.
+    """
+    if source is None:
+        kinds = ("bos_token_id", "pad_token_id")
+        source = {key: model[key] for key in kinds if model.get(key) is not None}
+    return {**source, "eos_token_id": stops[0] if len(stops) == 1 else list(stops)}

@@ -1,0 +1,70 @@
+"""A model card: the README.md of a model's folder, in the form that hubs read.
+
+It begins with keys for the hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). A card that this
+package wrote has a line that says so; one without that line is somebody's own, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sophia_galore.model.origin import CARD, WRITTEN_HERE, Origin
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    Args:
+        title: Its heading.
+        base_model: Hub id of the model that was trained or converted; "": not known, or on no hub.
+        origin: What is known of that model; its licence is this one's.
+        paragraphs: What was done, in sentences.
+        table: Settings or results, name and value.
+    """
+
+    title: str
+    base_model: str
+    origin: Origin
+    paragraphs: Sequence[str]
+    table: Sequence[tuple[str, str]] = ()
+
+    def text(self) -> str:
+        """The card as a Markdown document."""
+        import yaml
+
+        keys: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        if self.base_model:
+            keys["base_model"] = self.base_model
+        licences = self.origin.license.split(", ")
+        if self.origin.license:
+            keys["license"] = licences if len(licences) > 1 else licences[0]
+        for key in ("license_name", "license_link"):
+            if value := getattr(self.origin, key):
+                keys[key] = value
+        keys["tags"] = ["sophia-galore"]
+        parts = [
+            f"---\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)}---",
+            f"<!-- {WRITTEN_HERE} -->",
+            f"# {self.title}",
+            *self.paragraphs,
+        ]
+        if self.table:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in self.table)
+            parts.append(f"| | |\n|---|---|\n{rows}")
+        return "\n\n".join(parts) + "\n"
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write a folder's model card, unless somebody else wrote the one that is there.
+
+    Args:
+        folder: The folder.
+        card: The card.
+    """
+    path = folder / CARD
+    if path.exists() and WRITTEN_HERE not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    path.write_text(card.text(), encoding="utf-8")

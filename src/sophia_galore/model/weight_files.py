@@ -1,0 +1,34 @@
+"""Which files of a folder hold a model's weights, and what they are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sophia_galore.errors import ModelError
+from sophia_galore.model.manifest import way_to_repair
+
+HEAD = "lm_head.weight"
+"""What files call the head, where it is not the embedding."""
+
+INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+"""How the names of what older files hold besides weights end; it follows from the configuration."""
+
+INT8_FILE = "model.int8.safetensors"
+"""Where a folder's weights are if some of them are in eight bits."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
+    for name in ("model.safetensors", INT8_FILE):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} holds neither model.safetensors nor an index of shards.", way_to_repair(folder))
+    try:
+        return [
+            folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: {error!r}", way_to_repair(folder)) from error

@@ -1,0 +1,98 @@
+"""A model as a GGUF file, with a Modelfile that says to Ollama how it is asked and where its answers end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sophia_galore.errors import ModelError
+from sophia_galore.model.cache import Say
+from sophia_galore.model.card import write_card
+from sophia_galore.model.export import convert_model, read_generation_config
+from sophia_galore.model.llama_cpp import GgufType, convert_to_gguf, find_converter
+from sophia_galore.model.ollama import find_format, modelfile
+from sophia_galore.model.skeleton import load_tokenizer
+from sophia_galore.model.store import is_finite, read_weights
+from sophia_galore.numerics.int8 import materialise
+from sophia_galore.train.card import folder_card
+from sophia_galore.train.whole_folder import refuse_output, write_whole
+
+
+def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, converter: str | None, say: Say) -> str:
+    """Write a GGUF file, a Modelfile and a model card into a folder.
+
+    Args:
+        source: A whole model folder, a run's folder or a checkpoint.
+        output: Where to; appears whole or not at all.
+        kind: The format of the weights.
+        title: The model's name, for the file.
+        converter: llama.cpp's converter; None: it is looked for.
+        say: Takes lines for the user.
+
+    Returns:
+        What was written, and how to use it.
+
+    Raises:
+        EnvironmentProblem: The output exists, can't be written, or the converter is not there.
+        ModelError: The source is no whole model, does not fit into the format, or the converter can't read it.
+    """
+    output = output.absolute()
+    refuse_output(output)
+    command = find_converter(converter)
+    file = f"{title}-{kind.upper()}.gguf"
+
+    def write(beside: Path) -> Path:
+        # The converter takes the folder's name for the model's where it finds no other.
+        plain, made = beside / title, beside / "made"
+        plain.mkdir()
+        made.mkdir()
+        files = convert_model(source, plain, None)
+        if kind == "f16":
+            _refuse_overflow(plain)
+        say(f"Converting to {file} by {command[-1]} ...")
+        convert_to_gguf(command, plain, made / file, kind)
+        tokenizer = load_tokenizer(plain)
+        (made / "Modelfile").write_text(_modelfile(file, plain, tokenizer), encoding="utf-8")
+        done = f"The weights are in {kind.upper()}, as a GGUF file."
+        write_card(made, folder_card(title, source, files.origin, done))
+        return made
+
+    write_whole(output, write)
+    return (
+        f"{output / file}\n"
+        f"llama.cpp: llama-cli -m {output / file}\n"
+        f"Ollama: ollama create {title.lower()} -f {output / 'Modelfile'}"
+    )
+
+
+def _refuse_overflow(folder: Path) -> None:
+    for _, name, weight in read_weights(folder):
+        if not is_finite(name, materialise(weight, torch.float16)):
+            raise ModelError(f"{name} holds values that are too large for f16.", "Take --type bf16 or q8_0.")
+
+
+def _modelfile(file: str, folder: Path, tokenizer: Any) -> str:
+    stops = _stops(folder, tokenizer)
+
+    def render(turns: Sequence[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    has_template = bool(tokenizer.chat_template)
+    # llama.cpp begins a text with this token itself, where the tokenizer does.
+    first = tokenizer("?")["input_ids"][:1]
+    begin = tokenizer.bos_token if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
+    found = find_format(render, begin=begin, ends=stops) if has_template else None
+    return modelfile(file, found, has_template=has_template, stops=stops)
+
+
+def _stops(folder: Path, tokenizer: Any) -> list[str]:
+    """Texts of the tokens at which an answer ends: generation's, and the tokenizer's own."""
+    settings = read_generation_config(folder)
+    given = getattr(settings, "eos_token_id", None)
+    ids = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+    known = [token for token in dict.fromkeys(ids) if token is not None and 0 <= token < len(tokenizer)]
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(known)]
