@@ -45,6 +45,8 @@ def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pyte
 def follow(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a line, which has to succeed."""
     program, *words = shlex.split(line)
+    if {"prepare-data", "--prepare-data"} & set(words):
+        (folder / "data" / "sample_data.json").unlink()  # tiny, and not what that command would replace
     if program == "make":
         # Continuous integration does it; here it is gone through without being done.
         done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -29,6 +29,7 @@ def test_commands_and_their_options() -> None:
         for name, command in commands.items()
     }
     assert surface == {
+        "init": ["--data", "--force", "--memory", "--model", "--output", "-d", "-m"],
         "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
         "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
         "plan": [

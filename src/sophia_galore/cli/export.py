@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from sophia_galore.cli.arguments import expanded, expanded_text
 from sophia_galore.config.quantization import LARGEST_BLOCK
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ArgumentError
@@ -16,12 +17,19 @@ from sophia_galore.train.to_gguf import export_gguf
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A run's folder, a checkpoint, a model folder, a hub id or an alias.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            callback=expanded_text, help="A run's folder, a checkpoint, a model folder, a hub id or an alias."
+        ),
+    ],
     to: Annotated[
         Literal["int8", "bf16", "fp32", "fp16", "gguf"],
         typer.Option(help="The format of the weights; gguf: a file for llama.cpp, Ollama, LM Studio."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist yet, or be empty.")],
+    output: Annotated[
+        Path, typer.Option(callback=expanded, help="Folder to write; it must not exist yet, or be empty.")
+    ],
     block_size: Annotated[
         int, typer.Option(min=0, max=LARGEST_BLOCK, help="For int8: weights of a row that share a scale; 0: all of it.")
     ] = 128,
@@ -30,7 +38,10 @@ def export(
     ] = None,
     converter: Annotated[
         str | None,
-        typer.Option(help="For gguf: llama.cpp's converter; default: $CONVERT_HF_TO_GGUF, or what is on the PATH."),
+        typer.Option(
+            callback=expanded_text,
+            help="For gguf: llama.cpp's converter; default: $CONVERT_HF_TO_GGUF, or what is on the PATH.",
+        ),
     ] = None,
 ) -> None:
     """Write a model in another format; of a checkpoint, a checkpoint that can be resumed in that format."""

@@ -23,6 +23,7 @@ from sophia_galore.cli.display import ReaderGone, displays, open_standard_stream
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
+from sophia_galore.cli.init import init
 from sophia_galore.cli.plan import plan
 from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.push import push_model
@@ -43,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init")(init)
 app.command("train")(train)
 app.command("check")(check)
 app.command("plan")(plan)

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from sophia_galore.cli.arguments import DEFAULT_CONFIG, OptimizerOption, Overrides, given_overrides
+from sophia_galore.cli.arguments import DEFAULT_CONFIG, OptimizerOption, Overrides, expanded, given_overrides, there
 from sophia_galore.cli.plan_tables import plan_of, show_fit, show_outlook
-from sophia_galore.cli.write_back import replace_between_marks, write_config
+from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_marks, write_config
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
 from sophia_galore.engine.timeline import points_of
@@ -31,7 +31,9 @@ def plan(
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help=f"The run's YAML file; without --model {DEFAULT_CONFIG} is taken."),
+        typer.Option(
+            "--config", "-c", callback=expanded, help=f"The run's YAML file; without --model {DEFAULT_CONFIG} is taken."
+        ),
     ] = None,
     optimizer: OptimizerOption = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Short for model.name=...; needs no file.")] = None,
@@ -46,10 +48,14 @@ def plan(
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option(help=f"With --fit: the file to write ({_FITTED}); with --matrix: a text with its marks."),
+        typer.Option(
+            callback=expanded, help=f"With --fit: the file to write ({_FITTED}); with --matrix: a text with its marks."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="Draw the course of memory over a step to this PNG.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=expanded, help="Draw the course of memory over a step to this PNG.")
+    ] = None,
     all_models: Annotated[
         bool, typer.Option("--matrix", help="A table of all built-in models: what fits into which card, and how.")
     ] = False,
@@ -59,7 +65,7 @@ def plan(
     words = given_overrides(short, overrides)
     if memory is not None:
         parse_size(memory, name="--memory")
-    asked = load_config(None if config is None and (model or all_models) else config or DEFAULT_CONFIG, words)
+    asked = load_config(None if config is None and (model or all_models) else there(config or DEFAULT_CONFIG), words)
     if all_models:
         _show_matrix(asked, output)
         return
@@ -130,6 +136,7 @@ def _show_matrix(asked: RunConfig, output: Path | None) -> None:
 
 
 def _draw(picture: Path, asked: RunConfig, outlook: Outlook) -> Path:
+    refuse_other_than_png(picture)
     timeline: dict[str, Any] = {"step": outlook.forecast.step, "points": points_of(outlook.forecast.course)}
     return plot_timeline(
         timeline,

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from sophia_galore.cli.arguments import expanded
 from sophia_galore.data.stdlib_docs import prepare_sample_data
 
 
 def prepare_data(
-    output: Annotated[Path, typer.Option("--output", help="The file to write.")] = Path("data/sample_data.json"),
+    output: Annotated[Path, typer.Option("--output", callback=expanded, help="The file to write.")] = Path(
+        "data/sample_data.json"
+    ),
 ) -> None:
     """Write instruction examples made from the documentation of this Python's standard library."""
     report = prepare_sample_data(output)

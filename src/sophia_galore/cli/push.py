@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from sophia_galore.cli.arguments import expanded
 from sophia_galore.model.cache import in_words
 from sophia_galore.model.hub_push import files_to_push, push, refuse_hub_id
 from sophia_galore.train.trained import refuse_unfinished
 
 
 def push_model(
-    folder: Annotated[Path, typer.Argument(help="A finished run's folder, a checkpoint or what `export` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(callback=expanded, help="A finished run's folder, a checkpoint or what `export` wrote.")
+    ],
     hub_id: Annotated[str, typer.Argument(help="Where to: owner/name.")],
     private: Annotated[bool, typer.Option("--private", help="Nobody else may see it.")] = False,
 ) -> None:

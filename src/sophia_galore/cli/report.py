@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sophia_galore.cli.arguments import expanded, expanded_paths
 from sophia_galore.cli.report_tables import show_report
 from sophia_galore.report.comparison import compared, read_runs
 from sophia_galore.report.write import write_report
@@ -17,10 +18,16 @@ DEFAULT_OUTPUT = Path("outputs/report")
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or of a comparison.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", callback=expanded_paths, help="Folders of runs, or of a comparison."),
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the report; left out: that of a single run or comparison, else outputs/report."),
+        typer.Option(
+            callback=expanded,
+            help="Folder for the report; left out: that of a single run or comparison, else outputs/report.",
+        ),
     ] = None,
 ) -> None:
     """Report on runs that exist, finished or running, from their files alone."""

@@ -11,7 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
+from sophia_galore.cli.arguments import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    OptimizerOption,
+    Overrides,
+    expanded_text,
+    read_config,
+)
 from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.placeholders import has_date
@@ -32,7 +39,11 @@ def train(
     optimizer: OptimizerOption = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="Go on from the run's newest complete checkpoint, or from the one named."),
+        typer.Option(
+            "--resume",
+            callback=expanded_text,
+            help="Go on from the run's newest complete checkpoint, or from the one named.",
+        ),
     ] = None,
 ) -> None:
     """Fine-tune all weights of a model."""

@@ -9,6 +9,7 @@ from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.errors import EnvironmentProblem, UserError
 
 _MADE_BY = "# Made by `sophia-galore plan --fit`"
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write_config(config: RunConfig, path: Path) -> Path:
@@ -31,7 +32,7 @@ def write_config(config: RunConfig, path: Path) -> Path:
                 f"{path} exists, and was not made by this command, so it is not replaced.",
                 "Give another name with --output.",
             )
-        path.write_text(f"{_MADE_BY}, version {__version__}.\n{dump_config(config)}", encoding="utf-8")
+        _replace(path, f"{_MADE_BY}, version {__version__}.\n{dump_config(config)}")
     except OSError as error:
         raise EnvironmentProblem(f"{path} can't be written: {error}.", "Give another place with --output.") from error
     return path
@@ -57,4 +58,50 @@ def replace_between_marks(path: Path, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no lines {begin} and {end}.", "Put them where the table is to stand.")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    try:
+        _replace(path, f"{before}{begin}\n{text}\n{end}{after}")
+    except OSError as error:
+        raise EnvironmentProblem(f"{path} can't be written: {error}.", "It is as it was.") from error
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a text file, and make its folder if need be.
+
+    Args:
+        path: The file; who calls has asked whether it may be replaced.
+        text: Its content.
+
+    Raises:
+        EnvironmentProblem: It can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path} can't be written: {error}.", "Give another place with --output.") from error
+
+
+def refuse_other_than_png(path: Path) -> None:
+    """Refuse to draw over a file that is no picture.
+
+    Args:
+        path: Where the picture is to be.
+
+    Raises:
+        UserError: Something else is there.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_PNG)) != _PNG:
+                raise UserError(f"{path} exists and is no PNG picture, so it is not replaced.", "Give another name.")
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one move: on a full disk the old file stays. A link stays a link."""
+    place = path.resolve()
+    beside = place.with_name(f".{place.name}.tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(place)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_galore.data import stdlib_walk
-from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.errors import DataError, EnvironmentProblem
 
 MIN_CHARS = 40
 MAX_CHARS = 1200
@@ -56,8 +57,8 @@ class SampleDataReport:
 def prepare_sample_data(path: Path) -> SampleDataReport:
     """Writes alpaca examples made from the documentation of this Python's standard library.
 
-    The same Python gives the same bytes. An existing file is replaced, in one move: a reader
-    never sees half of it.
+    The same Python gives the same bytes. An earlier file of the same making is replaced, in one
+    move: a reader never sees half of it.
 
     Args:
         path: The JSON file to write; its folder is made if need be.
@@ -67,7 +68,9 @@ def prepare_sample_data(path: Path) -> SampleDataReport:
 
     Raises:
         EnvironmentProblem: The file can't be written, or this Python has no documentation.
+        DataError: There is a file that holds other records.
     """
+    _refuse_others_records(path)
     examples = sample_examples(_walk())
     if not examples:
         raise EnvironmentProblem(
@@ -160,6 +163,27 @@ def _walk() -> list[stdlib_walk.Entry]:
             f"The documentation of Python's standard library can't be read by {sys.executable}: {error}.",
             "Give your own file as `data.train`.",
         ) from error
+
+
+def _refuse_others_records(path: Path) -> None:
+    """Whoever has put records of their own into the file, or named another one, keeps them."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    shapes = [re.escape(question).replace(r"\{name\}", ".+").replace(r"\{kind\}", ".+") for question in QUESTIONS]
+    ours = re.compile("|".join(shapes))
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        questions = [record["instruction"] for record in records]
+        if all(record.keys() == {"instruction", "input", "output"} for record in records) and all(
+            ours.fullmatch(question) for question in questions
+        ):
+            return
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise DataError(
+        f"{path} exists and holds other records than these examples, so it is not replaced.",
+        "Train on it as it is, or write the examples to another file: --output FILE.",
+    )
 
 
 def _write(path: Path, content: bytes) -> None:

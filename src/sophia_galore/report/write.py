@@ -26,10 +26,11 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
         The three files, the page first.
 
     Raises:
-        EnvironmentProblem: The folder can't be written to.
+        EnvironmentProblem: The folder can't be written to, or holds files of these names that are no report.
     """
     from sophia_galore.report.draw_comparison import draw_categories, draw_losses
 
+    _refuse_others_files(folder)
     document = document_of(comparison)
     page, text, data = (folder / name for name in (REPORT_HTML, REPORT_MD, REPORT_JSON))
     try:
@@ -47,3 +48,23 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
         cause = f"The report can't be written to {folder}: {error.strerror or error}"
         raise EnvironmentProblem(cause, "Check permissions and free space, or choose another --output.") from None
     return [page, text, data]
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """A report replaces an earlier report, and no files that only have its names."""
+    wanted = (REPORT_HTML, REPORT_MD, REPORT_JSON, *(f"{picture.name}.png" for picture in (LOSSES, CATEGORIES)))
+    found = [name for name in wanted if (folder / name).exists()]
+    if not found or _is_report(folder / REPORT_JSON):
+        return
+    raise EnvironmentProblem(
+        f"{folder / found[0]} exists, and there is no report of this program beside it, so it is not replaced.",
+        "Choose another --output, or move that file elsewhere.",
+    )
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"runs", "summary", "warnings"} <= found.keys()

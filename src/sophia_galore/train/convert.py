@@ -18,7 +18,8 @@ from sophia_galore.errors import CheckpointError, UserError
 from sophia_galore.model.card import write_card
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
-from sophia_galore.model.store import DTYPES, weight_files
+from sophia_galore.model.store import DTYPES
+from sophia_galore.model.weight_files import weight_files
 from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.train import folder as names
 from sophia_galore.train.card import folder_card

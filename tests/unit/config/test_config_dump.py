@@ -135,28 +135,10 @@ def test_a_dump_loads_back_to_an_equal_configuration(config: RunConfig) -> None:
     assert through_a_file(dump_config(config)) == config
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1e-3",
-        "yes",
-        "010",
-        "2024-01-01",
-        "=",
-        "<<",
-        "$HOME/x",
-        "a$$b",
-        "null",
-        "1:30",
-        "*a",
-        "a: b",
-        " a ",
-        "é\U0001f600",
-        "\x85\x07\n",
-        "@x",
-        "'\"",
-    ],
-)
+LOOKS = ["1e-3", "yes", "010", "2024-01-01", "=", "<<", "$HOME/x", "a$$b", "null", "1:30", "*a", "a: b", " a "]
+
+
+@pytest.mark.parametrize("text", [*LOOKS, "\u00e9\U0001f600", "\x85\x07\n", "@x", "'\""])
 def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     dumped = dump_config(named(text))
     assert through_a_file(dumped).model.name == text

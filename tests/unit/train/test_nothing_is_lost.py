@@ -12,8 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from made_runs import write_run
+from sophia_galore.cli.write_back import refuse_other_than_png
 from sophia_galore.config import RunConfig, load_config
-from sophia_galore.errors import ConfigError, EnvironmentProblem, UserError
+from sophia_galore.data.stdlib_docs import prepare_sample_data
+from sophia_galore.errors import ConfigError, DataError, EnvironmentProblem, UserError
+from sophia_galore.report.comparison import compared
+from sophia_galore.report.run import read_run
+from sophia_galore.report.write import write_report
 from sophia_galore.train import folder as names
 from sophia_galore.train.aside import foreign, must_stay, open_run_folder, refuse_foreign
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
@@ -237,6 +243,38 @@ def test_a_checkpoint_that_was_moved_elsewhere_is_not_deleted(tmp_path: Path) ->
     for step in (4, 6):
         save(tmp_path / "run", step)
     assert (tmp_path / "disk" / "kept" / "model.safetensors").is_file()
+
+
+def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
+    comparison = compared([read_run(write_run(tmp_path / "run"))])
+    write(tmp_path / "out" / "report.md")
+    with pytest.raises(EnvironmentProblem, match=r"report\.md exists"):
+        write_report(comparison, tmp_path / "out")
+    write(tmp_path / "out" / "report.json", '{"mine": 1}')
+    with pytest.raises(EnvironmentProblem, match="exists"):
+        write_report(comparison, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "report.json"}
+    for _ in range(2):
+        write_report(comparison, tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]x", "mine", '[{"instruction": "Mine?", "input": "", "output": "x"}]', '{"instruction": 1}', '[["a"]]'],
+)
+def test_sample_data_replace_sample_data_only(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "sample_data.json", text)
+    with pytest.raises(DataError, match="holds other records"):
+        prepare_sample_data(path)
+    assert path.read_text() == text
+
+
+def test_a_picture_replaces_pictures_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no PNG picture"):
+        refuse_other_than_png(write(tmp_path / "notes.txt"))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
+    refuse_other_than_png(tmp_path / "a.png")
+    refuse_other_than_png(tmp_path / "new.png")
 
 
 @pytest.fixture(scope="module")
