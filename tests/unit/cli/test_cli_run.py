@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from sophia_galore.config import load_config
 from sophia_galore.data.dataset import load_data
-from sophia_galore.train import run
+from sophia_galore.train import answers
 from unit.cli.tiny_run import Ended, World, command, json_lines, sha256
 
 FILES = [
@@ -245,7 +245,7 @@ def test_memory_of_the_answers_belongs_to_a_phase(
     def answer(*args: Any, **kwargs: Any) -> list[str]:
         return [str(torch.zeros(large_bytes, dtype=torch.uint8).numel())]
 
-    monkeypatch.setattr(run, "answer", answer)
+    monkeypatch.setattr(answers, "answer", answer)
     words = ["training.max_steps=1", 'training.sample_questions=["what"]']
     assert world.train(str(tmp_path / "run"), *words).code == 0
     report = read(tmp_path / "run" / "memory_report.json")
