@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 _THOUGHT = re.compile(r"\s*(?:<think>|<thinking>|\[THINK\])?(.*?)(?:</think>|</thinking>|\[/THINK\])(.*)", re.DOTALL)
+_THOUGHT_END = re.compile(r"\s*(?:</think>|</thinking>|\[/THINK\])")
 _THOUGHT_MARKS = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|\s")
 _OTHER_TEMPLATE = "Set another chat template (model.chat_template), or use data of the format `text`."
 
@@ -197,7 +198,7 @@ def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Se
             f"{conversation.where}: message {index + 1} of the assistant is empty, so nothing could be learned.",
             "Fill it in, or remove the record.",
         )
-    first, last = own[0].begin, own[-1].end
+    first, last = _with_marks(own[0], own[-1], written.text)
     others = [place for place in written.places if place.message != index and place.is_written]
     if any(first < place.begin < last for place in others):
         raise _mingled(conversation, index)
@@ -214,6 +215,14 @@ def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Se
     lowest = _lowest(written, frame, begin)
     spans = _believed(marked, lowest, Cover(first, last, end), after, written.text)
     return Turn(spans or ((begin, end),), tuple(own))
+
+
+def _with_marks(first: Place, last: Place, text: str) -> tuple[int, int]:
+    """Where a turn's words begin and end, with marks such as </think> that stand before or behind them there."""
+    lead, trail = first.lead.lstrip(), last.trail.rstrip()
+    begins = first.begin - len(lead) if lead.strip() and text.endswith(lead, 0, first.begin) else first.begin
+    ends = last.end + len(trail) if trail.strip() and text.startswith(trail, last.end) else last.end
+    return begins, ends
 
 
 @dataclass(frozen=True)
@@ -255,6 +264,9 @@ def _lowest(written: Written, frame: Frame, begin: int) -> int:
 
 def _end(text: str, frame: Frame, message: Message, last: int, after: int) -> int:
     """Past the token that ends a turn; where there is none, past the whitespace that does."""
+    closed = _THOUGHT_END.match(text, last, after)
+    if closed and leading_run(text[closed.end() : after], frame.ends):
+        last = closed.end()  # the turn is a thought and nothing else
     follows = text[last:after]
     content = message.content
     kept = content[len(content.rstrip()) :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sophia_galore.data.conversation import Conversation, Message
@@ -146,6 +146,8 @@ class Place:
         begin: Its first character in the written text; -1: the template leaves it out.
         end: Past its last character.
         said: The piece.
+        lead: In a field's first piece, what stands before it there: marks and whitespace.
+        trail: In its last piece, what stands behind it.
     """
 
     message: int
@@ -153,6 +155,8 @@ class Place:
     begin: int
     end: int
     said: str
+    lead: str = ""
+    trail: str = ""
 
     @property
     def is_written(self) -> bool:
@@ -272,14 +276,18 @@ def _swap(
     pieces: list[Place] = []
 
     def invent(index: int, field: str, said: str) -> str:
-        text = ""
+        text = apart = ""
+        first = len(pieces)
         for piece, may_be_invented in template.parts(said):
             if may_be_invented:
-                text += f"{word}{len(pieces)}q"
-                pieces.append(Place(index, field, -1, -1, piece))
+                text += f"{apart}{word}{len(pieces)}q"
+                pieces.append(Place(index, field, -1, -1, piece, lead=apart if len(pieces) == first else ""))
+                apart = ""
             else:
-                text += piece
-        return text
+                apart += piece
+        if len(pieces) > first:
+            pieces[-1] = replace(pieces[-1], trail=apart)
+        return text + apart
 
     swapped: Chat = []
     for index, message in enumerate(chat):
@@ -320,6 +328,6 @@ def _places(text: str, pieces: Sequence[Place], word: str, whole: str) -> tuple[
     if "".join(filled) + text[last:] != whole:
         return None
     return tuple(
-        Place(piece.message, piece.field, *found.get(number, (-1, -1)), piece.said)
-        for number, piece in enumerate(pieces)
+        replace(piece, begin=begin, end=end)
+        for piece, (begin, end) in ((piece, found.get(number, (-1, -1))) for number, piece in enumerate(pieces))
     )

@@ -39,10 +39,11 @@ ENDS_OUTSIDE_MARKS = ENDS_OUTSIDE_MARKS.replace("<|im_end|>\n{% endgen", "{% end
     "{% endgeneration %}", "{% endgeneration %}<|im_end|>{{ '\n' }}"
 )
 MERGES_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set rest = messages[1:] %}"
     "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}<|im_start|>"
-    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ first if loop.first else '' }}{{ m['content'] | trim }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ first if loop.first else '' }}"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 # Mistral's way: no header, the question is in brackets.
 BRACKETS = (
