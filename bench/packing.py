@@ -108,7 +108,10 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides in turns, each in a fresh process."""
-    sides = list(SIDES)
+    # The first one always: it is what the others are compared with.
+    sides = [
+        side for number, side in enumerate(SIDES) if number in (arguments.sides or range(len(SIDES))) or not number
+    ]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     threads = {"OMP_NUM_THREADS": str(arguments.threads)}
     for turn in range(arguments.turns):
@@ -133,6 +136,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a process; the first is not timed")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--sides", nargs="+", type=int, help="which of the sides beside the first one, by number from 0"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
     parser.add_argument("--data", default="", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
