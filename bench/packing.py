@@ -2,11 +2,16 @@
 
     python bench/packing.py
     python bench/packing.py --threads 2 --turns 5 --output FILE
+    python bench/packing.py --tenth
+
+The last line takes a tenth of the model (3 layers at its shapes, a tenth of its words, random weights) and 24 examples,
+and counts the processor's seconds of one thread in forward and backward alone: that says something on a machine that is
+busy with other work.
 
 Each side is the ordinary run (AdamW, float32, CPU) over the same examples of 20 to 200 tokens, about as many of them in
 each optimizer step. Tokens are those of the examples: padding does not count. Each side runs in a process of its own;
 the sides take turns, and the medians over the turns are compared. The first step of every process is left out. Beside
-the time that went by stands the processor's own: on a machine that others work on it alone says something.
+the time that went by stands the processor's own.
 """
 
 from __future__ import annotations
@@ -106,9 +111,43 @@ def measure(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def measure_tenth(turns: int) -> None:
+    """Print tokens a second of the processor for each side, turn by turn."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sophia_galore.data.example import Example
+    from sophia_galore.data.feed import Feed
+    from sophia_galore.engine.layerwise import LayerwiseEngine
+    from sophia_galore.model.skeleton import build_skeleton
+    from sophia_galore.model.store import WeightStore
+
+    torch.set_num_threads(1)
+    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(**shapes, num_hidden_layers=3, vocab_size=4915, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    weights = dict(LlamaForCausalLM(config).named_parameters())
+    store = WeightStore({name: weight.detach() for name, weight in weights.items()})
+    cpu = torch.device("cpu")
+    engine = LayerwiseEngine(build_skeleton(config, cpu), store, compute_dtype=torch.float32, device=cpu, seed=0)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (24,)).tolist()
+    examples = [Example.of(torch.randint(4915, (length,)).tolist(), [True] * length, "") for length in lengths]
+    for turn in range(turns):
+        for side, (batch_size, _, words) in SIDES.items():
+            sizes = [f"training.batch_size={batch_size}", "training.gradient_accumulation_steps=24"]
+            feed = Feed.of(load_config(None, [*sizes, *words]), examples)
+            batches, started = feed.step(1), time.process_time()
+            found = engine.step(batches, lambda grads: None, step=1)
+            speed = found.num_tokens / (time.process_time() - started)
+            print(f"turn {turn + 1}, {side}: {feed.fill:.0%} full, loss {found.loss:.6f}, {speed:.0f} tokens/CPU s")
+
+
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides in turns, each in a fresh process."""
-    sides = list(SIDES)
+    # The first one always: it is what the others are compared with.
+    sides = [
+        side for number, side in enumerate(SIDES) if number in (arguments.sides or range(len(SIDES))) or not number
+    ]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     threads = {"OMP_NUM_THREADS": str(arguments.threads)}
     for turn in range(arguments.turns):
@@ -133,12 +172,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a process; the first is not timed")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--sides", nargs="+", type=int, help="which of the sides beside the first one, by number from 0"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
+    parser.add_argument("--tenth", action="store_true", help="a tenth of the model, by the processor's seconds")
     parser.add_argument("--data", default="", help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(measure(arguments.side, arguments)))
+        return
+    if arguments.tenth:
+        measure_tenth(arguments.turns)
         return
     # Here once, so that every process finds the same folder.
     arguments.model = str(resolve_model(ModelConfig(name=arguments.model), print).folder)

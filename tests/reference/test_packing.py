@@ -21,7 +21,7 @@ from sophia_galore.engine.relief import split_rows
 from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
-# the worst seen is 4.0e-7.
+# the worst seen is 5.4e-7.
 TOLERANCE = 1e-6
 ATTENTIONS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 ATTENTIONS.remove(("gemma2", "sdpa"))  # which transformers refuses, since it can't cap scores
