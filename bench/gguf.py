@@ -67,7 +67,7 @@ class Answer:
 @contextmanager
 def serving(server: str, gguf: Path) -> Iterator[None]:
     """llama.cpp's server with a model, on this machine."""
-    command = [server, "-m", str(gguf), "--port", str(PORT), "--host", "127.0.0.1", "-c", "1024", "-t", "2", "-np", "1"]
+    command = [server, "-m", str(gguf), "--port", str(PORT), "--host", "127.0.0.1", "-c", "1024", "-t", "1", "-np", "1"]
     process = subprocess.Popen([*command, "-fa", "off"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -90,7 +90,7 @@ def ask(path: str, **body: Any) -> Any:
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
+    with urllib.request.urlopen(request, timeout=1800) as answer:
         return json.load(answer)
 
 
