@@ -100,24 +100,27 @@ def compare(model: Any, tokenizer: Any, prompt: str, num_tokens: int) -> Answer:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     theirs = ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+    # Answers end at different lengths; both go on to the last token.
+    ends = [
+        *_ends(model),
+        *(token for token in (tokenizer.convert_tokens_to_ids("<|endoftext|>"),) if token is not None),
+    ]
     with torch.no_grad():
         written = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
             repetition_penalty=1.0,
+            suppress_tokens=sorted(ends),
             max_new_tokens=num_tokens,
             return_dict_in_generate=True,
-            output_logits=True,
+            output_scores=True,
         )
     ours = written.sequences[0, tokens.shape[1] :].tolist()
-    leads = [float(best[0] - best[1]) for best in (logits[0].topk(2).values for logits in written.logits)]
-    settings = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True}
-    answer = ask("/completion", prompt=tokens[0].tolist(), n_predict=num_tokens, **settings)
-    found = answer["tokens"]
-    # The token that ends an answer is not among what the server gives back.
-    if answer.get("stop_type") == "eos" and ours[-1] in _ends(model):
-        found = [*found, ours[-1]] if len(found) == len(ours) - 1 else found
+    leads = [float(best[0] - best[1]) for best in (scores[0].topk(2).values for scores in written.scores)]
+    settings = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "ignore_eos": True}
+    body = {"prompt": tokens[0].tolist(), "n_predict": num_tokens, "return_tokens": True, **settings}
+    found = ask("/completion", **body)["tokens"]
     same = next((index for index, pair in enumerate(zip(ours, found, strict=False)) if pair[0] != pair[1]), None)
     num_same = min(len(ours), len(found)) if same is None else same
     return Answer(
