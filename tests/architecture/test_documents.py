@@ -58,7 +58,7 @@ def test_keys_in_backticks_exist(name: str) -> None:
     spans = [found[1] for span in CODE_SPAN.findall(prose(name)) if (found := DOTTED.match(span))]
     for word in spans:
         # Files, names of torch and of a model's weights are no keys.
-        if word.rpartition(".")[2] in {*FILE_ENDINGS, "weight"} or word.startswith("torch."):
+        if word.rpartition(".")[2] in {*FILE_ENDINGS, "weight", "jinja", "model"} or word.startswith("torch."):
             continue
         assert word in known or word == "key.path", f"{name} speaks of {word}"
 

@@ -51,7 +51,9 @@ def test_the_card_of_a_run(run: Path, world: World) -> None:
         "tags": ["sophia-galore"],
     }
     text, plan = (run / "README.md").read_text(), json.loads((run / "plan.json").read_text())
-    assert plan["data_fingerprint"] in text and "| data | data.json, 18 examples to train on, 4 held out |" in text
+    assert f"| data fingerprint | `{plan['data_fingerprint']}` |" in text
+    counts = f"{plan['num_train_examples']} examples to train on, {plan['num_eval_examples']} examples held out"
+    assert f"| data | data.json, {counts} |" in text
     losses = [line["eval_loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "eval_loss" in line]
     assert f"| eval loss before training | {losses[0]:.4f} |" in text
     assert f"| eval loss after step 3 | {losses[-1]:.4f} |" in text

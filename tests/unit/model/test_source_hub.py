@@ -26,7 +26,7 @@ TENSORS = {"model.embed_tokens.weight": torch.arange(40_000, dtype=torch.float32
 FILES = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
-    "README.md": b"not wanted",
+    "README.md": b"for its licence",
     "pytorch_model.bin": b"not wanted",
     "onnx/model.safetensors": b"not wanted",
     "modeling_tiny.py": b"raise SystemExit",

@@ -177,7 +177,7 @@ def test_a_broken_weight_is_named(name: str, world: World, tmp_path: Path, monke
 
     monkeypatch.setattr(parts, "load_store", damaged)
     ended = world.train(str(tmp_path / "run"), *words, "memory.track_steps=0")
-    assert_refused(ended, tmp_path / "run", 2, *expected, "Download the model again")
+    assert_refused(ended, tmp_path / "run", 2, *expected, "Copy the folder again from where it came from")
 
 
 def test_broken_scales_in_a_models_file(world: World, tmp_path: Path) -> None:
