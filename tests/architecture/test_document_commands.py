@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from documents import DOCUMENTS, MARKS, READMES, ROOT, TYPED, blocks, named_files, prose, read, shell_lines
+from sophia_galore.cli.arguments import STARTER
 from sophia_galore.cli.main import app
 from sophia_galore.config.aliases import ALIASES
 from sophia_galore.config.keys import known_keys
@@ -92,7 +93,9 @@ def check_arguments(command: str, words: list[str]) -> None:
         if word.startswith("-"):
             assert word in options(commands[command]), f"{command} has no {word}"
         if word == "--config":
-            assert (ROOT / words[index + 1]).is_file() or words[index + 1] in named_files(), words[index + 1]
+            assert (ROOT / words[index + 1]).is_file() or words[index + 1] in {*named_files(), str(STARTER)}, words[
+                index + 1
+            ]
         if override := OVERRIDE.match(word):
             assert override[1] in known, override[1]
 
