@@ -162,3 +162,14 @@ def test_the_project_asks_for_what_it_imports() -> None:
     }
     assert named - {"train"} <= project["optional-dependencies"].keys() and "train" in project["optional-dependencies"]
     assert "sophia-galore[train]" in project["optional-dependencies"]["dev"]
+
+
+def test_lower_bounds_are_those_that_were_tried() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (ROOT / ".ci" / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    tried = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    trl = [need for need in project["optional-dependencies"]["dev"] if need.startswith("trl")]
+    for need in (*project["dependencies"], *project["optional-dependencies"]["train"], *trl):
+        name, bound = need.split(",")[0].lower().split(">=")
+        assert f"{tried.pop(name)}.0.0".startswith(f"{bound}."), need
+    assert not tried

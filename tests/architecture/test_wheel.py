@@ -24,12 +24,6 @@ SMALL = [
     *("training.max_steps=2", "training.warmup_steps=0", "training.max_length=64", "optimizer.galore.rank=8"),
     *("training.output_dir=run", "memory.predict=false"),
 ]
-CONFIGURATION = """\
-model: {name: model}
-data: {train: data.json}
-training: {output_dir: run, max_steps: 2}
-optimizer: {type: galore}
-"""
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> str:
@@ -73,13 +67,6 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert [re.match(r"[\w.-]+", need)[0] for need in needs] == ["numpy", "safetensors", "torch"]  # type: ignore[index]
 
 
-def configuration(command: Path, folder: Path, **environment: str) -> Path:
-    """The configuration to begin with."""
-    path = folder / "run.yaml"
-    path.write_text(CONFIGURATION, encoding="utf-8")
-    return path
-
-
 def test_outside_of_the_clone(wheel: Path, tmp_path: Path) -> None:
     place, folder = tmp_path / "installed", tmp_path / "elsewhere"
     folder.mkdir()
@@ -93,7 +80,9 @@ def test_outside_of_the_clone(wheel: Path, tmp_path: Path) -> None:
     path = {"PYTHONPATH": str(place)}
     where = run(sys.executable, "-c", "import sophia_galore; print(sophia_galore.__file__)", cwd=folder, **path)
     assert Path(where.strip()).is_relative_to(place)
-    said = run(command, "train", "--config", configuration(command, folder, **path), *SMALL, cwd=folder, **path)
+    asked = ("--model", "model", "--data", "data.json", "--memory", "2GiB", "--output", "run.yaml")
+    run(command, "init", *asked, cwd=folder, **path)
+    said = run(command, "train", "--config", "run.yaml", *SMALL, cwd=folder, **path)
     assert "Model, records and reports: run" in said
     assert {"model.safetensors", "config.json", "tokenizer.json", "loss.png"} <= set(os.listdir(folder / "run"))
     answer = run(

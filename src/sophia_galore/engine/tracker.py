@@ -155,13 +155,13 @@ class StorageTracker(TorchDispatchMode):
 
     def _add(self, tensor: Tensor, category: Category) -> bool:
         """Begin to count a tensor's storage, if it is a new one; False: it is beyond the limit."""
-        if tensor.device.type != self._device_type:
-            return True
         storage = tensor.untyped_storage()
         storage_key, num_bytes = storage._cdata, storage.nbytes()
         live = self._live.get(storage_key)
         if live is not None:
             return live.num_bytes == num_bytes or self._resize(storage_key, live, num_bytes)
+        if tensor.device.type != self._device_type:  # after the storage, which is asked for faster
+            return True
         if self._exceeds(num_bytes) and (not gc.collect() or self._exceeds(num_bytes)):
             # What only a cycle of references held is no reason.
             self.refusal = Refusal(num_bytes, tuple(tensor.shape), tensor.dtype, self.held())

@@ -128,7 +128,7 @@ class Fitter:
         # The last one was needed, or the way down would have ended before it.
         for rung, changes in list(taken.items())[:-1]:
             richer = changed(config, {key: values[key] for key in changes})
-            if budget.fits(self._forecast(richer).peak_bytes):
+            if budget.fits(self._needed(richer, budget)[0]):
                 yield f"{rung.name} (back)", richer
                 config = richer
         if not fills:

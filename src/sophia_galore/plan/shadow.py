@@ -8,6 +8,7 @@ everything is finite, and what was made as zeros and never written to holds noth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.plan.remembered import key_of, recall, remember
 
 _aten = torch.ops.aten
 # Integers that are made out of nothing, and whose values are known: positions, counts, masks. Not those that are
@@ -45,9 +49,9 @@ class Shadow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # which is asked for as often as all else together
+            return args[0].fake_device
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors_in((*args, *kwargs.values()))
         if not tensors:
             if _is_counting(func.overloadpacket, args, kwargs):
                 return func(*args, **kwargs)
@@ -61,10 +65,40 @@ class Shadow(TorchDispatchMode):
         else:
             if func.overloadpacket in _INDEXING:
                 args = (args[0], _by_number(args[1]), *args[2:])
-            # Not by calling it, which would come here only after it asked the tensors' own class.
-            out = self._fake.__torch_dispatch__(func, types, args, kwargs)
+            out = self._of_fakes(func, types, args, kwargs)
         _note_zeros(func, tensors, out)
         return out
+
+    def _of_fakes(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        key = key_of(func, args, kwargs)
+        made = None if key is None else recall(key)
+        if made is not None:
+            return made(self._fake, args)
+        # Not by calling it, which would come here only after it asked the tensors' own class.
+        out = self._fake.__torch_dispatch__(func, types, args, kwargs)
+        if key is not None:
+            remember(key, func, args, out)
+        return out
+
+
+class ShadowTracker(StorageTracker):
+    """Follows storages in a shadow: what is asked for as often as all else together, it answers at once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments, which are no deeper than in a list."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(one for one in value if isinstance(one, Tensor))
+    return found
 
 
 def _is_counting(operation: Any, args: Any, kwargs: Any) -> bool:

@@ -15,7 +15,6 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.engine.timeline import Recorder, Segment, Sizes
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.model.store import DTYPES, WeightStore
@@ -25,7 +24,7 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.course import PassTrace, minus, parse_passes
 from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.plan.shadow import Shadow
+from sophia_galore.plan.shadow import Shadow, ShadowTracker
 
 _CPU = torch.device("cpu")
 
@@ -133,7 +132,7 @@ def simulate(
         probes: Whether to take a probe step in place of each step.
     """
     config = settings.config
-    tracker = StorageTracker(_CPU)
+    tracker = ShadowTracker(_CPU)
     recorder = Recorder(tracker)
     num_layers = len(model.anatomy.layers)
     with Shadow(), two_blocks_of_each(), tracker:
