@@ -285,7 +285,7 @@ def test_what_does_not_fit_says_what_helps(
     remedies = (
         "training.max_length",
         "training.batch_size",
-        "quantization.load_in_8bit=true",
+        "quantization.enabled=true",
         "optimizer.state_bits=8",
     )
     expected = ("The probe step (2 x ", "in 2 micro-batches", "needs more memory than there is", *remedies)
