@@ -92,4 +92,4 @@ def test_outside_of_the_clone(wheel: Path, tmp_path: Path) -> None:
     )
     assert answer  # of random weights; these may say nothing but new lines
     # Nothing was looked for in a clone, nor left beside what was asked for.
-    assert {path.name for path in folder.iterdir()} <= {"model", "data.json", "run", "run.yaml"}
+    assert {path.name for path in folder.iterdir()} <= {"model", "data.json", "run", "run.yaml", ".run.lock"}
