@@ -18,6 +18,7 @@ from sophia_galore.train import answers
 from unit.cli.tiny_run import Ended, World, command, json_lines, sha256
 
 FILES = [
+    "README.md",
     "model.safetensors",
     "config.json",
     "tokenizer.json",
