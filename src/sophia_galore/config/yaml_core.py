@@ -40,6 +40,15 @@ def compose(text: str) -> Node | None:
     return root
 
 
+def load(text: str) -> Any:
+    """The plain values of a YAML document that is no configuration.
+
+    Raises:
+        YAMLError: If the text is no YAML.
+    """
+    return _reader().load(text)
+
+
 def dump(values: dict[str, Any]) -> str:
     """Plain values as YAML, in block style, in their own order.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sophia_galore.config.yaml_core import dump
 from sophia_galore.model.origin import CARD, WRITTEN_HERE, Origin
 
 
@@ -33,8 +34,6 @@ class Card:
 
     def text(self) -> str:
         """The card as a Markdown document."""
-        import yaml
-
         keys: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         if self.base_model:
             keys["base_model"] = self.base_model
@@ -46,7 +45,7 @@ class Card:
                 keys[key] = value
         keys["tags"] = ["sophia-galore"]
         parts = [
-            f"---\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)}---",
+            f"---\n{dump(keys)}---",
             f"<!-- {WRITTEN_HERE} -->",
             f"# {self.title}",
             *self.paragraphs,

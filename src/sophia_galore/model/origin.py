@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from sophia_galore.config.yaml_core import YAMLError, load
 from sophia_galore.errors import ModelError
 from sophia_galore.model.manifest import read_manifest
 
@@ -88,12 +89,10 @@ def front_matter(text: str) -> Mapping[str, Any]:
     Args:
         text: The card.
     """
-    import yaml
-
+    match = _FRONT_MATTER.match(text)
     try:
-        match = _FRONT_MATTER.match(text)
-        read = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        read = load(match[1]) if match else None
+    except YAMLError:
         return {}
     return read if isinstance(read, dict) else {}
 

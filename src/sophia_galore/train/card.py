@@ -20,6 +20,7 @@ from sophia_galore.model.aliases import find_alias
 from sophia_galore.model.card import Card
 from sophia_galore.model.origin import Origin, is_hub_id
 from sophia_galore.train import folder as names
+from sophia_galore.train.result import eval_losses, exported
 
 _SETTINGS = {
     "optimizer.type": "optimizer",
@@ -89,8 +90,9 @@ def folder_card(title: str, folder: Path, origin: Origin, done: str) -> Card:
     state = _read(folder / names.TRAINER_STATE)
     if "learning_rate" in plan and config:
         log = state.get("log_history") or []
-        losses = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
-        step = int(state.get("global_step", plan.get("num_steps", 0)))
+        best = exported(log)
+        step = best[0] if best else int(state.get("global_step", plan.get("num_steps", 0)))
+        losses = [loss for loss in eval_losses(log) if loss[0] <= step]
         card = run_card(title, plan=plan, config=config, step=step, losses=losses, origin=origin)
         return Card(card.title, card.base_model, origin, [*card.paragraphs, done], card.table)
     base_model = origin.hub_id or (origin.base_model if origin.is_ours else "")

@@ -309,12 +309,14 @@ class _Run:
         write_card(folder, self._card())
 
     def _card(self) -> Card:
+        best = exported(self._log.records)
+        step = best[0] if best else self._last_step
         return run_card(
             self._folder.absolute().name,
             plan=self._plan.to_json(),
             config=flatten(self._config),
-            step=self._last_step,
-            losses=eval_losses(self._log.records),
+            step=step,
+            losses=[loss for loss in eval_losses(self._log.records) if loss[0] <= step],
             origin=self._prepared.source.origin,
         )
 
