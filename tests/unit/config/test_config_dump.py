@@ -25,6 +25,7 @@ from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
 # Where the type allows more than the rules: without these most random configurations would be refused.
 NARROWED: dict[str, st.SearchStrategy[Any]] = {
+    "data.date": st.none() | st.dates().map(str),
     "training.warmup_steps": st.integers(0, 3),
     "training.clip_by": st.just("auto"),
     "training.learning_rate": st.none() | st.floats(1e-12, 10),

@@ -17,7 +17,7 @@ from sophia_galore.data import stdlib_docs, stdlib_walk
 from sophia_galore.data.formats import detect_format, to_conversation
 from sophia_galore.data.read import read_records
 from sophia_galore.data.stdlib_docs import choose, prepare_sample_data, sample_examples, shortened
-from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.errors import DataError, EnvironmentProblem
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,13 @@ def test_an_existing_file_is_replaced_and_a_failure_leaves_it(tmp_path: Path, mo
     monkeypatch.setattr(stdlib_docs, "_walk", lambda: [entry])
     path = tmp_path / "sample.json"
     path.write_text("old")
+    with pytest.raises(DataError, match="holds other records"):
+        prepare_sample_data(path)
+    assert path.read_text() == "old"
+    path.unlink()
     assert prepare_sample_data(path).num_examples == 1
     written = path.read_bytes()
+    assert prepare_sample_data(path).num_examples == 1 and path.read_bytes() == written
     assert json.loads(written)[0]["output"] == "m.f(x)\n\nReturn x, and nothing else, for whoever asks for x."
 
     def full(*args: object) -> None:
