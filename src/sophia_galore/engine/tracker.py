@@ -143,7 +143,20 @@ class StorageTracker(TorchDispatchMode):
             self._move(self.peak_by_category, live.category, category, live.num_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        return self.took_in(func(*args, **(kwargs or {})))
+
+    def took_in(self, out: Any) -> Any:
+        """Count what an operation made.
+
+        Args:
+            out: Its result.
+
+        Returns:
+            The same.
+
+        Raises:
+            OutOfMemory: It is beyond the limit.
+        """
         if isinstance(out, Tensor):
             fits = self._add(out, self.default)
         else:

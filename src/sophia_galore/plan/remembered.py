@@ -102,6 +102,9 @@ def _form(value: Any) -> Any:
         if value.constant is not None or value.layout != torch.strided:
             raise _Unknown
         return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+    if type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided:
+        # A real one. Operations whose result's form depends on values are not remembered.
+        return "real", value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
     if isinstance(value, _SIMPLE):
         return type(value), value  # 1, 1.0 and True are equal, but make other tensors
     if isinstance(value, (list, tuple)):

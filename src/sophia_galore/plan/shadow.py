@@ -48,9 +48,12 @@ class Shadow(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.answer(func, types, args, kwargs or {})
+
+    def answer(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives, made while no mode is entered."""
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
-        kwargs = kwargs or {}
         tensors = _tensors_in((*args, *kwargs.values()))
         if not tensors:
             if _is_counting(func.overloadpacket, args, kwargs):
@@ -82,12 +85,25 @@ class Shadow(TorchDispatchMode):
 
 
 class ShadowTracker(StorageTracker):
-    """Follows storages in a shadow: what is asked for as often as all else together, it answers at once."""
+    """A shadow whose storages are followed: one mode in place of two, since each costs as much as what it does.
+
+    Args:
+        device: As for `StorageTracker`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._shadow = Shadow()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and torch would switch its compiler off and on again at each operation.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        out = self._shadow.answer(func, types, args, kwargs or {})
+        # A device is asked for as often as all else together.
+        return self.took_in(out) if func is not torch.ops.prim.device.default else out
 
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:

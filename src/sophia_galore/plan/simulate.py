@@ -24,7 +24,7 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.course import PassTrace, minus, parse_passes
 from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.plan.shadow import Shadow, ShadowTracker
+from sophia_galore.plan.shadow import ShadowTracker
 
 _CPU = torch.device("cpu")
 
@@ -135,7 +135,7 @@ def simulate(
     tracker = ShadowTracker(_CPU)
     recorder = Recorder(tracker)
     num_layers = len(model.anatomy.layers)
-    with Shadow(), two_blocks_of_each(), tracker:
+    with two_blocks_of_each(), tracker:
         store = _empty_store(model.routes, int8_format(config.quantization))
         specs = [route.spec for route in model.routes if route.spec]
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=_CPU)
