@@ -114,7 +114,7 @@ def uninterrupted(world: Path) -> Callable[[str], str]:
 
 
 # Moments inside the run and how often they are passed before death. A step passes 29 weights: 160 is in the
-# last, incomplete window of the first epoch, 365 in the last step. A checkpoint has 11 files: 30 is the third.
+# last, incomplete window of the first epoch, 365 in the last step. A checkpoint has about 12 files: 30 is in the third.
 DEATHS = [
     ("galore", "at a refresh", 60),
     ("galore", "before the rename", 3),
