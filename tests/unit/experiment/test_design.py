@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sophia_galore.config import dump_config, load_config
 from sophia_galore.errors import ArgumentError, ConfigError
 from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
 from tiny import write_tiny_data
@@ -48,9 +49,11 @@ def test_each_configuration_meets_each_seed_on_the_same_examples(world: World) -
         assert trial.config.training.seed == trial.seed
         assert trial.config.training.max_steps == 3
         assert trial.config.run_folder == str(trial.folder) == f"out/runs/{trial.name}-seed{trial.seed}"
+    date = found[0].config.data.date
+    assert date and all(trial.config.data.date == date for trial in found)
     assert found[1].words == (
         *("train", "--config", str(other), "training.max_steps=3"),
-        *("training.seed=42", "data.seed=42", "training.output_dir=out/runs/adamw-seed42"),
+        *("training.seed=42", "data.seed=42", f"data.date={date}", "training.output_dir=out/runs/adamw-seed42"),
     )
     assert list(differences(found)) == ["optimizer.type", "optimizer.galore.rank", "optimizer.galore.update_proj_gap"]
     assert differences(found)["optimizer.type"] == {"config": "galore", "adamw": "adamw"}
@@ -60,6 +63,15 @@ def test_seeds_can_be_said(world: World) -> None:
     found = trials([world.config], "training.seed=7", "data.seed=1", seeds=3)
     assert [(trial.seed, trial.config.data.seed) for trial in found] == [(7, 1), (8, 1), (9, 1)]
     assert found[2].words.count("training.seed=9") == 1
+
+
+def test_a_comparison_that_goes_on_keeps_the_day_on_which_it_began(world: World, tmp_path: Path) -> None:
+    words = [f"training.output_dir={tmp_path / 'runs' / 'config-seed42'}", "data.date=2020-02-03"]
+    run = tmp_path / "runs" / "config-seed42"
+    run.mkdir(parents=True)
+    (run / "run_config.yaml").write_text(dump_config(load_config(world.config, words)))
+    found = design([world.config], num_seeds=2, output=tmp_path, overrides=[])
+    assert [trial.config.data.date for trial in found] == ["2020-02-03", "2020-02-03"]
 
 
 def test_names_are_as_long_as_is_needed(world: World) -> None:
