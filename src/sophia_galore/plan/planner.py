@@ -85,6 +85,8 @@ class Planner:
 
     def _num_active_layers(self, config: RunConfig) -> int:
         """Layers that are gone back through: the others have no use for a graph."""
+        if config.training.trainable is None:
+            return self.num_layers
         return self.num_layers - num_idle_layers(self.subject.decide(config), self.subject.layer_names)
 
     def _estimate(self, config: RunConfig, *, keeps: bool) -> Estimate:
