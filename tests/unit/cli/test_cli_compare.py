@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,14 @@ def test_every_field_of_the_json(whole: Compared, world: World, pair: list[str])
             "step": 10,
             "num_steps": 10,
             "finished": True,
+            "ended_early": False,
+            "exported_step": None,
+            "exported_eval_loss": None,
             "failure": "",
             "tokens": sum(line["tokens"] for line in steps),
             "folder": str(folder),
             "command": f"sophia-galore train --config {pair[run['name'] == 'adamw']} {' '.join(SAVING)} "
-            f"training.seed=42 data.seed=42 training.output_dir={folder}",
+            f"training.seed=42 data.seed=42 data.date={date.today()} training.output_dir={folder}",
         }
         assert found["data_fingerprint"] == plan["data_fingerprint"]
     galore, adamw = found["runs"]

@@ -33,6 +33,7 @@ FILES = [
     "run_config.yaml",
     "loss.png",
     "memory.png",
+    "written.json",
 ]
 # Name of the run: its words, the dtype of its final model.
 RUNS: dict[str, tuple[list[str], torch.dtype]] = {

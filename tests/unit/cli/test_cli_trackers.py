@@ -121,11 +121,16 @@ def test_a_run_that_is_moved_aside_takes_its_curves_along(world: World) -> None:
         assert [step for step, _ in scalars(world.folder / name)["train/loss"]] == steps
 
 
-def test_a_place_that_can_not_be_written_to_costs_the_curves_alone(world: World, plain: Path) -> None:
-    pytest.importorskip("tensorboard")
+def test_a_place_that_can_not_be_written_to_costs_the_curves_alone(
+    world: World, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
     folder = world.folder / "taken"
-    folder.mkdir()
-    (folder / "tensorboard").write_text("a file where a folder is wanted")
+
+    def full(*args: object, **more: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", full)
     ended = world.train("taken", "report_to=tensorboard", *SHORT)
     assert ended.code == 0, ended.err
     assert ended.out.count("tensorboard can't be told more: ") == 1
