@@ -7,7 +7,6 @@ each phase did. Nothing is rounded, so nothing may differ.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import combinations, product
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from planning import asked, tiny_subject
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.plan import simulate as simulating
 from sophia_galore.plan.course import Change, PassTrace
 from sophia_galore.plan.decisions import Decisions
@@ -95,7 +95,7 @@ def random_store(*given: Any) -> Any:
 
 def simulate_with_memory(monkeypatch: pytest.MonkeyPatch, *given: Any, **more: Any) -> Simulated:
     with monkeypatch.context() as patched:
-        patched.setattr(simulating, "Shadow", nullcontext)
+        patched.setattr(simulating, "ShadowTracker", StorageTracker)
         patched.setattr(simulating, "_empty_store", random_store)
         return simulate(*given, **more)
 
