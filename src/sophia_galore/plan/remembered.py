@@ -87,7 +87,9 @@ def remember(key: Any, func: Any, args: Any, out: Any) -> None:
     if kind.place is not None:
         made = _argument(kind.place, args, out) if kind.writes else _view(kind.place, args, out)
     elif isinstance(out, FakeTensor):
-        made = _new(out)
+        # Some operations give a view and do not say so, as `_unsafe_view` does.
+        place = next((place for place, one in enumerate(args) if _shares(one, out)), None)
+        made = _new(out) if place is None else _view(place, args, out)
     elif isinstance(out, tuple) and out and all(isinstance(one, FakeTensor) for one in out):
         parts = [part for part in map(_new, out) if part is not None]
         made = _together(parts) if len(parts) == len(out) else None
@@ -166,6 +168,10 @@ def _view(place: int, args: Any, out: Any) -> Made | None:
         return FakeTensor(mode, made, device)
 
     return make
+
+
+def _shares(one: Any, out: FakeTensor) -> bool:
+    return isinstance(one, FakeTensor) and one.untyped_storage()._cdata == out.untyped_storage()._cdata
 
 
 def _is_simple(tensor: FakeTensor) -> bool:
