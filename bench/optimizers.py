@@ -113,10 +113,11 @@ def assemble(config: Any) -> tuple[Any, Any, Any]:
     """The live parts of a run: what was prepared, the engine, and the stepper."""
     from sophia_galore.engine.layerwise import LayerwiseEngine
     from sophia_galore.engine.stepper import Stepper
-    from sophia_galore.model.store import DTYPES, load_store
     from sophia_galore.optim.optimizer import ParamOptimizer
     from sophia_galore.train.listener import Listener
     from sophia_galore.train.prepare import prepare
+    from sophia_galore.weights.files import load_store
+    from sophia_galore.weights.plain import DTYPES
 
     prepared = prepare(config, Listener(), None)
     anatomy, seed = prepared.anatomy, config.training.seed

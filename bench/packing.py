@@ -120,7 +120,7 @@ def measure_tenth(turns: int) -> None:
     from sophia_galore.data.feed import Feed
     from sophia_galore.engine.layerwise import LayerwiseEngine
     from sophia_galore.model.skeleton import build_skeleton
-    from sophia_galore.model.store import WeightStore
+    from sophia_galore.weights.store import WeightStore
 
     torch.set_num_threads(1)
     shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -9,10 +9,11 @@ import torch
 
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
-from sophia_galore.model.store import WeightStore, load_store
 from sophia_galore.numerics.subspace import Projector, projection_side
+from sophia_galore.weights.bitsandbytes import Freezer
+from sophia_galore.weights.files import load_store
+from sophia_galore.weights.store import WeightStore
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ ORDER: list[set[str]] = [
     {"errors"},
     {"config"},
     {"numerics"},
+    {"weights"},
     {"optim"},
     {"model", "data"},
     {"engine"},

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from contract.cases import Case
 from engines import CPU
-from sophia_galore.numerics.int8 import Int8Format, Stored, materialise, quantise
 from sophia_galore.numerics.random import generator
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
+from sophia_galore.weights.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.weight import Weight
 
 NUM_SAMPLES = 5
 # Neither divides the columns of the cases nor is divided by them.
@@ -24,7 +25,7 @@ def make(spec: ParamSpec, seed: int = 0) -> ParamOptimizer:
     return ParamOptimizer([spec], seed=seed, device=CPU)
 
 
-def start(case: Case) -> Stored:
+def start(case: Case) -> Weight:
     """A weight to begin with."""
     weight = torch.randn(case.shape, generator=generator(1, "weight"))
     if case.dtype in (torch.int8, "folded"):
@@ -33,7 +34,7 @@ def start(case: Case) -> Stored:
     return weight.to(case.dtype)
 
 
-def values(weight: Stored) -> Tensor:
+def values(weight: Weight) -> Tensor:
     """A copy of what a stored weight stands for, in float32."""
     return materialise(weight, torch.float32).clone()
 
@@ -43,7 +44,7 @@ def gradient(spec: ParamSpec, step: int) -> Tensor:
     return torch.randn(spec.shape, generator=generator(1, "gradient", step))
 
 
-def one_step(optimizer: ParamOptimizer, name: str, weight: Stored, step: int) -> None:
+def one_step(optimizer: ParamOptimizer, name: str, weight: Weight, step: int) -> None:
     """A step of one parameter; at every other one it has a look at the curvature first."""
     spec = optimizer.specs[name]
     if step % 2:
@@ -52,7 +53,7 @@ def one_step(optimizer: ParamOptimizer, name: str, weight: Stored, step: int) ->
     optimizer.step_param(name, weight, gradient(spec, step), step=step, factor=1.0)
 
 
-def go(optimizer: ParamOptimizer, weight: Stored, steps: Iterable[int]) -> Stored:
+def go(optimizer: ParamOptimizer, weight: Weight, steps: Iterable[int]) -> Weight:
     """Steps of the only parameter."""
     (name,) = optimizer.specs
     weight = optimizer.adopt(name, weight)

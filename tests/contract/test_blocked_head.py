@@ -14,9 +14,9 @@ from sophia_galore.engine.head import Head
 from sophia_galore.engine.logits import BlockLogits, LossOf, Tile, WholeLogits
 from sophia_galore.engine.observe import Observer
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.int8 import Int8Format, materialise, quantise
 from sophia_galore.numerics.subspace import Projector, Side
+from sophia_galore.weights.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.store import WeightStore
 from tiny import VOCAB, autograd_loss, ragged_batches, tiny_model
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

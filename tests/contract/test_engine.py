@@ -18,8 +18,8 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError, RunError
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.random import generator
+from sophia_galore.weights.store import WeightStore
 from tiny import FAMILIES, ragged_batches, tiny_model
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -21,16 +21,16 @@ from sophia_galore.engine.loaded import loaded
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
-from sophia_galore.model.frozen import Frozen8bit
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.model.source_files import read_source_files
-from sophia_galore.model.store import WeightStore
-from sophia_galore.model.weight_files import INT8_FILE
-from sophia_galore.numerics.int8 import materialise
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.train.memory import MemoryMonitor
+from sophia_galore.weights.bitsandbytes import Frozen8bit
+from sophia_galore.weights.folder import INT8_FILE
+from sophia_galore.weights.int8 import materialise
+from sophia_galore.weights.store import WeightStore
 from tiny import autograd_loss, ragged_batches, tiny_model, write_tiny_model
 
 pytestmark = NEEDS_BITSANDBYTES

@@ -18,11 +18,11 @@ from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
+from sophia_galore.weights.int8 import Int8Format, quantise
+from sophia_galore.weights.store import WeightStore
 from tiny import ragged_batches, tiny_model
 
 NUM_LAYERS = 3

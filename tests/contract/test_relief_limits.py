@@ -18,8 +18,8 @@ from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.relief import AtOnce
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.subspace import Projector
+from sophia_galore.weights.store import WeightStore
 from tiny import VOCAB, tiny_model
 
 

@@ -17,11 +17,11 @@ from sophia_galore.engine.product import Terms
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.bases import BasisKind, overlap, randomized_basis, tracked_basis
-from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
+from sophia_galore.weights.int8 import Int8Format, quantise
 from tiny import VOCAB, ragged_batches
 
 SHAPES = pytest.mark.parametrize("shape", [(60, 24), (24, 60), (24, 24)], ids=["right", "left", "square"])

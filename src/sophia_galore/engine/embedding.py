@@ -13,8 +13,8 @@ from torch.func import functional_call
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall, capture_calls
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.random import generator
+from sophia_galore.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def embed(
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True
     )
-    rows = store.rows(anatomy.embed_name, tokens, dtype).requires_grad_(trains and torch.is_grad_enabled())
+    with store.borrow_rows(anatomy.embed_name, tokens, dtype) as (rows,):
+        rows.requires_grad_(trains and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
     num_rows = 0

@@ -12,7 +12,7 @@ import torch
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
+from sophia_galore.weights.store import WeightStore
 
 Message = tuple[str, str]
 """Who speaks (system, user or assistant), and what is said."""

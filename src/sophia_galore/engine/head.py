@@ -18,7 +18,7 @@ from sophia_galore.engine.logits import LossOf, Tile, logits_of
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.product import Choosers, Product, Projectors, Terms, no_choosers, whole_gradients
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
+from sophia_galore.weights.store import WeightStore
 
 Grads = dict[str, Tensor]
 
@@ -278,5 +278,5 @@ class Head:
 
     def _norm_weights(self) -> dict[str, Tensor]:
         name = self._anatomy.norm_name
-        weights = self._store.materialise(self._store.names(name), self._dtype)
-        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
+        with self._store.borrow(name) as borrowed:
+            return borrowed.values(self._dtype)

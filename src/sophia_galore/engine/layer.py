@@ -28,8 +28,8 @@ from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.segments import attending_within
 from sophia_galore.errors import RunError
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.random import key
+from sophia_galore.weights.store import WeightStore
 
 # In fp16 the gradient by a layer's output is scaled so that its largest entry is 1; where sums over
 # tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
@@ -273,10 +273,11 @@ class Layers:
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         name = self._anatomy.layer_names[index]
-        weights = self._store.materialise(self._store.names(name), self._dtype)
+        with self._store.borrow(name) as borrowed:
+            weights = borrowed.values(self._dtype)
         for weight in weights.values():
             self._observer.tag(weight, "weights")
-        return {key.removeprefix(f"{name}."): weight for key, weight in weights.items()}
+        return weights
 
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
         with attending_within(self._anatomy) if call.is_packed else nullcontext():

@@ -53,8 +53,8 @@ from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whol
 from sophia_galore.engine.relief import AtOnce, OnOom, Relief, Remedy, silent
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy, count_idle_layers
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.random import generator
+from sophia_galore.weights.store import WeightStore
 
 Apply = Callable[[Grads], None]
 
@@ -319,7 +319,7 @@ class LayerwiseEngine:
         shape = self._store[self._anatomy.head_name].shape
         default_bytes = default_chunk_bytes(self._device)
         words = shape[0]
-        if not self._store.is_ready(self._anatomy.head_name, self._dtype):
+        if not self._store[self._anatomy.head_name].is_ready(self._dtype):
             chunk_bytes = self._relief.at_once.chunk_bytes or default_bytes
             words = block_words(shape[0], shape[1] * self._dtype.itemsize, chunk_bytes)
         return self._relief.fewer_logits(num_tokens, words, default_bytes)

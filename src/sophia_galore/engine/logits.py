@@ -18,7 +18,7 @@ from torch import Tensor
 from sophia_galore.engine.cross_entropy import blocks, chunks, draw_labels, loss_sum, loss_sum_and_grad
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.online_loss import OnlineLoss
-from sophia_galore.model.store import WeightStore
+from sophia_galore.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
         loss: What the loss is made of.
         observer: Is told what tensors are.
     """
-    if store.is_ready(name, dtype):
-        return WholeLogits(store.materialise([name], dtype)[name], loss, observer)
+    if store[name].is_ready(dtype):
+        return WholeLogits(store[name].values(dtype), loss, observer)
     return BlockLogits(store, name, dtype, loss, observer)
 
 
@@ -192,10 +192,10 @@ class BlockLogits(Logits):
         # The same tokens with the last block, which is smaller, as with all others.
         together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
         for words in self._observer.parts(every):
-            weight = self._store.rows(self._name, words, self._dtype)
-            self._observer.tag(weight, "weights")
-            for tokens in together:
-                see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
+            with self._store.borrow_rows(self._name, words, self._dtype) as (weight,):
+                self._observer.tag(weight, "weights")
+                for tokens in together:
+                    see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
             del weight
 
 

@@ -12,10 +12,10 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.passage import StepResult
 from sophia_galore.engine.product import Chooser, Choosers, Projectors
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import HeldGrad, ParamOptimizer
+from sophia_galore.weights.store import WeightStore
 
 ClipBy = Literal["nothing", "model", "layer"]
 

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.model.frozen import Frozen8bit
-from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.int8 import Packed
+from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
     names = {
         id(parameter): name
         for name, parameter in anatomy.model.named_parameters()
-        if not isinstance(store[name], Frozen8bit)  # which its module holds and decodes itself
+        if not store[name].held_by_module  # which its module holds and decodes itself
     }
     places = [
         (module, key, parameter)
@@ -43,8 +42,8 @@ def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
     whole: dict[int, nn.Parameter] = {}
     for module, key, meta in places:
         stored = store[names[id(meta)]]
-        if isinstance(stored, Tensor):
-            whole.setdefault(id(meta), nn.Parameter(stored, requires_grad=False))
+        if not stored.is_packed:
+            whole.setdefault(id(meta), nn.Parameter(stored.values(stored.dtype), requires_grad=False))
             continue
         # It says shape, precision and device, which the model is asked for, and takes no memory.
         empty = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
@@ -65,7 +64,7 @@ def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
 
 
 def _decode_while_working(
-    module: nn.Module, key: str, stored: Packed, placeholder: nn.Parameter
+    module: nn.Module, key: str, stored: Weight, placeholder: nn.Parameter
 ) -> list[RemovableHandle]:
     """Hooks that put a module's decoded weight in its place before its forward, and take it away after."""
     dtype = placeholder.dtype
@@ -73,9 +72,9 @@ def _decode_while_working(
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if isinstance(module, nn.Embedding):  # of which a few rows will do
             tokens, places = torch.unique(args[0], return_inverse=True)
-            setattr(module, key, nn.Parameter(stored[tokens].dequantise(dtype), requires_grad=False))
+            setattr(module, key, nn.Parameter(stored[tokens].values(dtype), requires_grad=False))
             return (places, *args[1:])
-        setattr(module, key, nn.Parameter(stored.dequantise(dtype), requires_grad=False))
+        setattr(module, key, nn.Parameter(stored.values(dtype), requires_grad=False))
         return args
 
     def after(module: nn.Module, args: Any, out: Any) -> None:

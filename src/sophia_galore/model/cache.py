@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.disk import errno_of, lacks_room, reason
-from sophia_galore.model.manifest import check_model_folder, read_manifest, verify, write_manifest
+from sophia_galore.weights.manifest import check_model_folder, read_manifest, verify, write_manifest
 
 Say = Callable[[str], None]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model import both_forms
@@ -22,9 +21,12 @@ from sophia_galore.model.source_files import (
     SourceFiles,
     read_source_files,
 )
-from sophia_galore.model.store import WeightStore, convert, is_finite, read_weights, save_weights
-from sophia_galore.model.weight_files import HEAD, INVERSE_FREQUENCIES
-from sophia_galore.numerics.int8 import Int8Format, Stored, materialise
+from sophia_galore.weights.files import convert, read_weights, save_weights
+from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES
+from sophia_galore.weights.int8 import Int8Format
+from sophia_galore.weights.plain import PlainWeight
+from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -73,7 +75,7 @@ def write_model(
     # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
     weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
     save_weights(folder, weights)
-    dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))]
+    dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if not weight.is_packed)]
     files = {
         **source.files,
         **_settings(source, dtype_name, untied=HEAD in weights, chat_template=chat_template, stops=eos_token_ids),
@@ -110,11 +112,11 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _exported(name: str, weight: Stored, dtype: torch.dtype | None) -> Stored:
+def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:
     if dtype is None:
-        return weight.to("cpu") if isinstance(weight, Tensor) else weight
-    exported = materialise(weight, dtype).to("cpu")
-    if not is_finite(name, exported):
+        return weight if weight.is_packed or weight.device.type == "cpu" else weight.copied_to(torch.device("cpu"))
+    exported = PlainWeight(weight.values(dtype).to("cpu"))
+    if not exported.is_finite():
         raise ModelError(f"{name} holds values that are not finite in {dtype}.", "Take bf16 or fp32 for the file.")
     return exported
 
@@ -137,14 +139,13 @@ def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format |
     cpu = torch.device("cpu")
     # The check of the architecture; and whether a second copy of the embedding is one.
     tied = bool(load_model_config(source).tie_word_embeddings)
-    weights: dict[str, Stored] = {}
+    weights: dict[str, Weight] = {}
     for _, name, weight in read_weights(source):
         if (tied and name == HEAD) or name.endswith(INVERSE_FREQUENCIES):
             continue
         stays = isinstance(target, Int8Format) and len(weight.shape) != 2
-        own = weight.dtype if isinstance(weight, Tensor) else torch.float32
-        weights[name] = weight if stays else convert(weight, target or own, cpu)
-        if not is_finite(name, weights[name]):
+        weights[name] = weight if stays else convert(weight, target or weight.dtype, cpu)
+        if not weights[name].is_finite():
             raise ModelError(
                 f"{name} of {source} holds values that are not finite in the format asked for.",
                 "Take bf16 or fp32; if it is that already, the model's weights are broken.",

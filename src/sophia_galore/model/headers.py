@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sophia_galore.model.weight_files import HEAD, INVERSE_FREQUENCIES, weight_files
+from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
 
 PREFIX_BYTES = 8
 

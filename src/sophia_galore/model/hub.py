@@ -19,8 +19,8 @@ from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
-from sophia_galore.model.manifest import ADAPTER, adapter_error, sha256_of
 from sophia_galore.model.reach import Unreachable, probe_hugging_face
+from sophia_galore.weights.manifest import ADAPTER, adapter_error, sha256_of
 
 LIST_TIMEOUT_S = 15.0
 """Time that the hub has for each answer that is not a whole file."""

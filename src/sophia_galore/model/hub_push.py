@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from sophia_galore.errors import ArgumentError, EnvironmentProblem, ModelError, short
-from sophia_galore.model.manifest import check_model_folder, read_manifest, verify
 from sophia_galore.model.origin import CARD, is_hub_id
 from sophia_galore.model.skeleton import load_model_config, load_tokenizer
 from sophia_galore.model.source_files import CONFIG, read_source_files
-from sophia_galore.model.weight_files import INT8_FILE, weight_files
+from sophia_galore.weights.folder import INT8_FILE, weight_files
+from sophia_galore.weights.manifest import check_model_folder, read_manifest, verify
 
 _INDEX = "model.safetensors.index.json"
 _GGUF = re.compile(r"[^/]+\.gguf")

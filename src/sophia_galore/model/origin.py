@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 from sophia_galore.config.yaml_core import YAMLError, load
 from sophia_galore.errors import ModelError
-from sophia_galore.model.manifest import read_manifest
+from sophia_galore.weights.manifest import read_manifest
 
 CARD = "README.md"
 WRITTEN_HERE = "Written by sophia-galore. Without this line, it is not written over."

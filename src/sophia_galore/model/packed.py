@@ -16,7 +16,7 @@ from typing import Any
 from sophia_galore.errors import ModelError
 from sophia_galore.model.headers import TensorHeader, read_folder_headers
 from sophia_galore.model.origin import is_hub_id, read_origin
-from sophia_galore.model.weight_files import INT8_FILE, INVERSE_FREQUENCIES
+from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES
 
 _NAMES = {
     "aqlm": "AQLM",

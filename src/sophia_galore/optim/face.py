@@ -24,14 +24,7 @@ from sophia_galore.optim.gradients import (
     refuse_untrainable,
     refuse_valueless,
 )
-from sophia_galore.optim.members import (
-    check_keys,
-    param_shape,
-    read_groups,
-    read_pairs,
-    refuse_doubles,
-    refuse_nothing,
-)
+from sophia_galore.optim.members import check_keys, param_shape, read_groups, read_pairs, refuse_doubles, refuse_nothing
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.owners import note_owner
 from sophia_galore.optim.spec import SubspaceSpec

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics import bases, residual
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Tensor, Stored
+from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import Grad
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
-from sophia_galore.optim.move import opened, row_blocks, store
+from sophia_galore.optim.move import read_decayed
 from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
+from sophia_galore.weights.deferred import DeferredWeight
+from sophia_galore.weights.plain import PlainWeight
+from sophia_galore.weights.weight import Weight
 
 # Mean squared cosine of the principal angles from which on a subspace counts as holding still.
 _STILL = 0.5
@@ -107,15 +110,15 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Grad, step: int, seed: int
 def lowrank_step(
     spec: ParamSpec,
     state: ParamState,
-    weight: Stored,
+    weight: Weight,
     projected: Tensor,
     grad: Tensor | None,
     basis: Tensor,
     *,
     step: int,
     rate: float,
-    rounding: torch.Generator,
-    state_rounding: torch.Generator,
+    noise: Noise,
+    state_noise: Noise,
 ) -> None:
     """Move a weight by what its rule makes of the projected gradient.
 
@@ -128,11 +131,11 @@ def lowrank_step(
         basis: P, (min(m, n), r).
         step: Number of the parameter's step, counted from 1.
         rate: Learning rate.
-        rounding: For the weight.
-        state_rounding: For the state.
+        noise: For rounding the weight.
+        state_noise: For rounding the state.
     """
     subspace, side = subspace_of(spec), spec.side
-    direction, scales = _directions(spec, state, projected, step, state_rounding)
+    direction, scales = _directions(spec, state, projected, step, state_noise)
     if scales is not None and grad is not None:
         if subspace.residual == "fira":
             norm = residual.residual_norm(grad, projected, basis.T @ basis, scales, side)
@@ -142,14 +145,14 @@ def lowrank_step(
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
     length = -rate * subspace.scale
-    if isinstance(weight, FoldedTensor):
-        _add_to_remainder(weight, state, direction, spec.weight_decay, rate=rate, length=length, rounding=rounding)
+    if weight.deferred:
+        _defer(weight.deferred, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
         if refresh_is_due(spec, state, step + 1):
-            _fold_in(weight, state, rounding)
+            _round_in(weight.deferred, state, noise)
         return
-    for rows in row_blocks(weight):
+    for rows in row_blocks(weight.shape):
         stored = weight[rows]
-        values = opened(stored, rate, spec.weight_decay)
+        values = read_decayed(stored, rate, spec.weight_decay)
         # Added in place: the update of full size is never formed.
         if subspace.residual in ("none", "fira"):
             left, right = (direction[rows], basis.T) if side == "right" else (basis[rows], direction)
@@ -157,19 +160,19 @@ def lowrank_step(
         if scales is not None and grad is not None:
             factors = scales[rows] if scales.shape[0] > 1 else scales
             values.addcmul_(factors.to(values.dtype), grad[rows].to(values.dtype), value=length)
-        store(stored, values, rounding)
+        stored.write(values, noise.rows(rows, weight.shape[1]))
 
 
 def _directions(
-    spec: ParamSpec, state: ParamState, projected: Tensor, step: int, state_rounding: torch.Generator
+    spec: ParamSpec, state: ParamState, projected: Tensor, step: int, state_noise: Noise
 ) -> tuple[Tensor, Tensor | None]:
     """What the rule makes of R, and the factors by which it scaled the channels, if these are wanted."""
     rule, subspace = RULES[spec.rule], subspace_of(spec)
     # Where R itself is not needed any more, N takes its place.
     direction = projected if subspace.residual == "none" else torch.empty_like(projected)
-    for rows in row_blocks(projected) if rule.elementwise else [slice(None)]:
+    for rows in row_blocks(projected.shape) if rule.elementwise else [slice(None)]:
         direction[rows], new = rule.update(projected[rows], state.read_all(rows), spec.hyper, step)
-        state.write_all(new, state_rounding, rows)
+        state.write_all(new, state_noise, rows)
     if subspace.residual == "none":
         return direction, None
     if subspace.residual == "tensor":
@@ -178,49 +181,47 @@ def _directions(
     return direction, residual.channel_scales(direction, projected, spec.side)
 
 
-def folded(spec: ParamSpec, state: ParamState, weight: Int8Tensor) -> FoldedTensor:
-    """A weight together with the updates that its state holds for it.
+def with_deferred_update(spec: ParamSpec, state: ParamState, weight: Weight) -> Weight:
+    """A weight together with the update that its state holds for it.
 
     Args:
-        spec: The parameter, whose subspace folds late.
+        spec: The parameter, whose updates are deferred.
         state: Its state.
-        weight: Its codes and scales.
+        weight: The stored weight.
     """
 
     def factors() -> tuple[Tensor, Tensor]:
         remainder, basis = state.tensors["remainder"], state.basis()
         return (remainder, basis.T) if spec.side == "right" else (basis, remainder)
 
-    return FoldedTensor(weight, state.tensors["shrink"], factors)
+    return weight.settled.with_update(state.tensors["shrink"], factors)
 
 
-def _add_to_remainder(
-    weight: FoldedTensor,
+def _defer(
+    weight: DeferredWeight,
     state: ParamState,
     direction: Tensor,
     weight_decay: float,
     *,
     rate: float,
     length: float,
-    rounding: torch.Generator,
+    noise: Noise,
 ) -> None:
-    """Move the sum of updates by length * direction; the decay concerns it and the codes."""
-    remainder = state.tensors["remainder"]
-    for rows in row_blocks(remainder):
-        store(
-            remainder[rows],
-            opened(remainder[rows], rate, weight_decay).add_(direction[rows], alpha=length),
-            rounding,
-        )
-    weight.shrink.mul_(1 - rate * weight_decay)
+    """Move the deferred update by length * direction; weight decay concerns it and the codes."""
+    remainder, noise = state.tensors["remainder"], noise.part("remainder")
+    for rows in row_blocks(remainder.shape):
+        stored = PlainWeight(remainder[rows])
+        values = read_decayed(stored, rate, weight_decay).add_(direction[rows], alpha=length)
+        stored.write(values, noise.rows(rows, remainder.shape[1]))
+    weight.decay.mul_(1 - rate * weight_decay)
 
 
-def _fold_in(weight: FoldedTensor, state: ParamState, rounding: torch.Generator) -> None:
-    """Round the sum of updates into the codes, before the basis that it is in is made anew."""
-    for rows in row_blocks(weight):
-        weight.base[rows].write(weight[rows].dequantise(torch.float32), rounding)
+def _round_in(weight: DeferredWeight, state: ParamState, noise: Noise) -> None:
+    """Round the deferred update into the codes, before the basis that it is in is made anew."""
+    for rows in row_blocks(weight.shape):
+        weight.base[rows].write(weight[rows].values(torch.float32), noise.rows(rows, weight.shape[1]))
     state.tensors["remainder"].zero_()
-    weight.shrink.fill_(1)
+    weight.decay.fill_(1)
 
 
 def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
 
 
 def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int, seed: int) -> None:
-    rounding = generator(seed, "transport", spec.name, step, device=change.device)
+    noise = Noise.of(seed, "transport", spec.name, step, device=change.device)
     slots = RULES[spec.rule].slots
     # A factor along the long side says nothing about directions in the subspace.
     along = [name for name, slot in slots.items() if slot.extent == ("rows" if spec.side == "right" else "columns")]
@@ -244,8 +245,8 @@ def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int,
         move = move_first_moment if slot.moment == 1 else move_second_moment
         if slot.extent == "full" and spec.side == "right":
             # Each row moves by itself: a vocabulary's moments need not be wide all at once.
-            for rows in row_blocks(state.stored(name)):
-                state.write(name, move(state.read(name, rows), change, spec.side), rounding, rows)
+            for rows in row_blocks(state.stored(name).shape):
+                state.write(name, move(state.read(name, rows), change, spec.side), noise, rows)
             continue
         before = state.read(name)
         after = move(before, change, spec.side)
@@ -253,4 +254,4 @@ def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int,
             # Both factors have the mean of the whole moment, which changed.
             for other in along:
                 state.tensors[other].mul_(torch.where(before.mean() > 0, after.mean() / before.mean(), 1.0))
-        state.write(name, after, rounding)
+        state.write(name, after, noise)

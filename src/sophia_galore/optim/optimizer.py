@@ -14,17 +14,25 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError, NonFiniteError
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Tensor, Stored
+from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.numerics.rules import sophia_curvature
 from sophia_galore.numerics.subspace import Projector, UnformedGrad, project
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
-from sophia_galore.optim.lowrank import basis_at, folded, lowrank_step, refresh, refresh_is_due, subspace_of
-from sophia_galore.optim.move import row_blocks
+from sophia_galore.optim.lowrank import (
+    basis_at,
+    lowrank_step,
+    refresh,
+    refresh_is_due,
+    subspace_of,
+    with_deferred_update,
+)
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import ParamState
+from sophia_galore.weights.plain import as_weight
+from sophia_galore.weights.weight import Weight
 
 # Random directions outside of the subspace, by which the norm of what is never formed is estimated.
 _NUM_PROBES = 8
@@ -64,13 +72,13 @@ class ParamOptimizer:
             self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
 
     def step_param(
-        self, name: str, weight: Stored, grad: Tensor, *, step: int, factor: float, projected: bool = False
+        self, name: str, weight: Weight | Tensor, grad: Tensor, *, step: int, factor: float, projected: bool = False
     ) -> None:
         """Move one weight by one step.
 
         Args:
             name: The parameter's name.
-            weight: The stored weight, in any format, changed in place.
+            weight: The stored weight, in any format, changed in place; a tensor is one in its own precision.
             grad: Gradient over the whole effective batch, float32, the shape of `weight`.
             step: Number of the optimizer step, counted from 1.
             factor: The schedule's value; multiplies the parameter's own learning rate.
@@ -79,7 +87,9 @@ class ParamOptimizer:
         Raises:
             NonFiniteError: The gradient holds a NaN or an infinity; weight and state are untouched.
         """
-        self.step_held(name, weight, self.hold(name, grad, step=step, projected=projected), step=step, factor=factor)
+        self.step_held(
+            name, as_weight(weight), self.hold(name, grad, step=step, projected=projected), step=step, factor=factor
+        )
 
     def hold(self, name: str, grad: Tensor, *, step: int, projected: bool = False) -> HeldGrad:
         """The first half of a step: keep of a gradient what its second half needs. Refreshes the basis if it is due.
@@ -106,7 +116,7 @@ class ParamOptimizer:
         low = self._projected(spec, state, grad, step, projected)
         return HeldGrad(None if spec.subspace.residual == "none" else grad, low)
 
-    def step_held(self, name: str, weight: Stored, held: HeldGrad, *, step: int, factor: float) -> None:
+    def step_held(self, name: str, weight: Weight, held: HeldGrad, *, step: int, factor: float) -> None:
         """The second half of a step.
 
         Args:
@@ -118,13 +128,11 @@ class ParamOptimizer:
         """
         spec, state = self.specs[name], self._state(name, weight.device)
         rate = spec.learning_rate * factor
-        rounding = generator(self._seed, "rounding", name, step, device=weight.device)
-        state_rounding = generator(self._seed, "state rounding", name, step, device=weight.device)
+        noise = Noise.of(self._seed, "rounding", name, step, device=weight.device)
+        state_noise = Noise.of(self._seed, "state rounding", name, step, device=weight.device)
         if held.projected is None:
             assert held.full is not None  # a gradient that is not projected is held in full
-            dense_step(
-                spec, state, weight, held.full, step=step, rate=rate, rounding=rounding, state_rounding=state_rounding
-            )
+            dense_step(spec, state, weight, held.full, step=step, rate=rate, noise=noise, state_noise=state_noise)
             return
         lowrank_step(
             spec,
@@ -135,8 +143,8 @@ class ParamOptimizer:
             basis_at(spec, state, step, self._seed, weight.device),
             step=step,
             rate=rate,
-            rounding=rounding,
-            state_rounding=state_rounding,
+            noise=noise,
+            state_noise=state_noise,
         )
 
     def projector(self, name: str, step: int) -> Projector | None:
@@ -215,10 +223,10 @@ class ParamOptimizer:
             # Where the basis is drawn anew at this step, the state is still in the last one until `hold` moves it.
             grad = self._projected(spec, state, grad, max(1, step - 1), projected)
         first = state.is_empty("curvature")
-        rounding = generator(self._seed, "curvature rounding", name, step, device=grad.device)
-        for rows in row_blocks(grad):
+        noise = Noise.of(self._seed, "curvature rounding", name, step, device=grad.device)
+        for rows in row_blocks(grad.shape):
             before = None if first else state.read("curvature", rows)
-            state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), rounding, rows)
+            state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
 
     def named_state(self) -> dict[str, Tensor]:
         """All state tensors by "parameter/state" name: the live tensors, not copies."""
@@ -263,7 +271,7 @@ class ParamOptimizer:
                 tensors[key] = tensor.to(device)
         return tensors
 
-    def adopt(self, name: str, weight: Stored) -> Stored:
+    def adopt(self, name: str, weight: Weight) -> Weight:
         """The weight as it is to be used from now on: together with updates that are kept in its state, if they are.
 
         Args:
@@ -271,10 +279,9 @@ class ParamOptimizer:
             weight: The stored weight; of one that has a remainder already, the codes and scales alone are taken over.
         """
         spec = self.specs[name]
-        base = weight.base if isinstance(weight, FoldedTensor) else weight
-        if spec.subspace is None or not spec.subspace.folds_late or not isinstance(base, Int8Tensor):
+        if spec.subspace is None or not spec.subspace.folds_late:
             return weight
-        return folded(spec, self._state(name, base.device), base)
+        return with_deferred_update(spec, self._state(name, weight.device), weight)
 
     def _state(self, name: str, device: torch.device) -> ParamState:
         if name not in self._states:

@@ -7,13 +7,11 @@ from torch import Tensor
 
 from sophia_galore.numerics.blockwise import BLOCK, decode, encode
 from sophia_galore.numerics.int4 import pack, unpack
+from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.rounding import write_rounded
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import basis_shape
 from sophia_galore.optim.spec import STORED_BASES, ParamSpec
-
-ROW_ALIGNMENT = BLOCK
-"""Blocks of rows begin at multiples of this, so that they hold whole blocks of an eight-bit state."""
 
 _EVERYTHING = slice(None)
 
@@ -41,7 +39,7 @@ class ParamState:
 
         Args:
             slot: Its name.
-            rows: Which rows; begins at a multiple of `ROW_ALIGNMENT`.
+            rows: Which rows; from `row_blocks`.
         """
         if slot in self.tensors:
             return self.tensors[slot][rows].float()
@@ -49,20 +47,21 @@ class ParamState:
         scales = self.tensors[f"{slot}.scales"][_blocks(codes, rows)]
         return decode(codes[rows], scales, signed=self._slots[slot].moment == 1)
 
-    def write(self, slot: str, values: Tensor, rounding: torch.Generator, rows: slice = _EVERYTHING) -> None:
+    def write(self, slot: str, values: Tensor, noise: Noise, rows: slice = _EVERYTHING) -> None:
         """Store rows of a slot, rounded without bias where the format is narrower than float32.
 
         Args:
             slot: Its name.
             values: float32.
-            rounding: Where the bits of the rounding come from.
-            rows: Which rows; begins at a multiple of `ROW_ALIGNMENT`.
+            noise: For the rounding of the whole slot; each slot takes its own part of it.
+            rows: Which rows; from `row_blocks`.
         """
+        of_rows = noise.part(slot).rows(rows, values[0].numel())
         if slot in self.tensors:
-            write_rounded(self.tensors[slot][rows], values, rounding)
+            write_rounded(self.tensors[slot][rows], values, of_rows)
             return
         stored = self.tensors[f"{slot}.codes"]
-        codes, scales = encode(values, signed=self._slots[slot].moment == 1, generator=rounding)
+        codes, scales = encode(values, signed=self._slots[slot].moment == 1, noise=of_rows)
         stored[rows] = codes
         self.tensors[f"{slot}.scales"][_blocks(stored, rows)] = scales
 
@@ -78,10 +77,10 @@ class ParamState:
         """The same rows of every slot of the rule."""
         return {slot: self.read(slot, rows) for slot in self._slots}
 
-    def write_all(self, new: dict[str, Tensor], rounding: torch.Generator, rows: slice = _EVERYTHING) -> None:
+    def write_all(self, new: dict[str, Tensor], noise: Noise, rows: slice = _EVERYTHING) -> None:
         """Store the same rows of several slots."""
         for slot, values in new.items():
-            self.write(slot, values, rounding, rows)
+            self.write(slot, values, noise, rows)
 
     def basis(self) -> Tensor:
         """The stored basis, (min(m, n), r) float32.

@@ -9,8 +9,6 @@ from fractions import Fraction
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.quantization import QuantizationConfig
-from sophia_galore.model.store import DTYPES
-from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, apollo_scale, settled_bits
 from sophia_galore.plan.facts import Facts, Param
@@ -18,6 +16,8 @@ from sophia_galore.plan.parameters import PROJECTED, Routing, is_held_frozen, is
 from sophia_galore.plan.route import FROZEN, Format, Route
 from sophia_galore.plan.rules import RULES, optimizer
 from sophia_galore.plan.verdicts import decide
+from sophia_galore.weights.int8 import Int8Format
+from sophia_galore.weights.plain import DTYPES
 
 # Peak rates where the user gives none; README, Measured, has what they reach.
 DEFAULT_LEARNING_RATES: dict[str, float] = {

@@ -17,14 +17,16 @@ from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.engine.timeline import Recorder, Segment, Sizes
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton
-from sophia_galore.model.store import DTYPES, WeightStore
-from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored
-from sophia_galore.optim.move import two_blocks_of_each
+from sophia_galore.numerics.row_blocks import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.course import PassTrace, minus, parse_passes
 from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.plan.shadow import ShadowTracker
+from sophia_galore.weights.int8 import Int8Format, Int8Weight
+from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
 
 _CPU = torch.device("cpu")
 
@@ -207,13 +209,13 @@ def _difference(segments: Sequence[Segment]) -> Sizes:
 
 
 def _empty_store(routes: Sequence[Route], form: Int8Format) -> WeightStore:
-    weights: dict[str, Stored] = {}
+    weights: dict[str, Weight | torch.Tensor] = {}
     for route in routes:
         if route.format == "int8":
             rows, columns = route.shape
             codes = torch.empty(rows, columns, dtype=torch.int8)
             scales = torch.empty(rows, form.num_scales(columns), dtype=torch.bfloat16)
-            weights[route.name] = Int8Tensor(codes, scales, form)
+            weights[route.name] = Int8Weight(codes, scales, form)
         else:
             weights[route.name] = torch.empty(route.shape, dtype=DTYPES[route.format])
     return WeightStore(weights)

@@ -11,18 +11,14 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from sophia_galore.config import RunConfig
 from sophia_galore.errors import CheckpointError
-from sophia_galore.model.frozen import Frozen8bit
-from sophia_galore.model.store import WeightStore, read_weights
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Tensor
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train import folder as names
 from sophia_galore.train.checkpoint import Checkpoint, checkpoint_folder, find_checkpoint, is_checkpoint
 from sophia_galore.train.progress import Evaluation, best_of, evaluations_of
+from sophia_galore.weights.files import read_weights
+from sophia_galore.weights.store import WeightStore
 
 
 class BestKept:
@@ -183,17 +179,8 @@ def restore(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOptimize
     """
     optimizer.load_named_state(checkpoint.optimizer_state())
     for _, name, saved in read_weights(checkpoint.folder):
-        held = store[name]
         # Of updates that are not in the codes yet, the optimizer's state has the original.
-        held = held.base if isinstance(held, FoldedTensor) else held
-        saved = saved.base if isinstance(saved, FoldedTensor) else saved
-        if isinstance(held, Tensor) and isinstance(saved, Tensor):
-            held.copy_(saved)
-        elif isinstance(held, Int8Tensor) and isinstance(saved, Int8Tensor):
-            held.codes.copy_(saved.codes)
-            held.scales.copy_(saved.scales)
-        else:
-            assert isinstance(held, Frozen8bit)  # a run's checkpoint has its formats
+        store[name].settled.copy_(saved.settled)
 
 
 def _was_saved(folder: Path, evaluation: Evaluation) -> bool:

@@ -18,13 +18,13 @@ from sophia_galore.errors import CheckpointError, UserError
 from sophia_galore.model.card import write_card
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
-from sophia_galore.model.store import DTYPES
-from sophia_galore.model.weight_files import weight_files
-from sophia_galore.numerics.int8 import Int8Format
 from sophia_galore.train import folder as names
 from sophia_galore.train.card import folder_card
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
 from sophia_galore.train.whole_folder import refuse_output, write_whole
+from sophia_galore.weights.folder import weight_files
+from sophia_galore.weights.int8 import Int8Format
+from sophia_galore.weights.plain import DTYPES
 
 Target = Literal["int8", "bf16", "fp32", "fp16"]
 # Formats in which a run can keep its weights; fp16 is one for the final model only.

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
-from sophia_galore.model.frozen import Freezer
-from sophia_galore.model.store import DTYPES, WeightStore, load_store
-from sophia_galore.model.weight_files import HEAD
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
@@ -17,6 +14,11 @@ from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.prepare import Prepared
 from sophia_galore.train.shortage import storage_names
+from sophia_galore.weights.bitsandbytes import Freezer
+from sophia_galore.weights.files import load_store
+from sophia_galore.weights.folder import HEAD
+from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
 
 
 def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
+    anatomy = prepared.anatomy
     frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
     return load_store(
         prepared.folder,
@@ -100,6 +103,6 @@ def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
         device=prepared.device,
         int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
         form=int8_format(prepared.config.quantization),
-        without_remainders=going_on,
-        frozen=Freezer(prepared.anatomy, frozen, prepared.device) if frozen else None,
+        without_updates=going_on,
+        frozen=Freezer(anatomy.model, anatomy.linear_names(), frozen, prepared.device) if frozen else None,
     )

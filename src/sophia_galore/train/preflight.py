@@ -23,9 +23,6 @@ from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
-from sophia_galore.model.manifest import way_to_repair
-from sophia_galore.model.store import DTYPES, WeightStore
-from sophia_galore.numerics.int8 import Stored
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.route import Route
@@ -34,6 +31,9 @@ from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.train.space import refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import end_of_turn_note, stop_warning
+from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,13 @@ def _weights_are_sound(run: Loaded) -> None:
             )
 
 
-def _weight_problem(weight: Stored, route: Route) -> str | None:
+def _weight_problem(weight: Weight, route: Route) -> str | None:
     """What is wrong with a stored weight, in words that follow its name; None: nothing."""
     if tuple(weight.shape) != route.shape:
         return f"has shape {tuple(weight.shape)} instead of {route.shape}"
-    if not isinstance(weight, Tensor):
-        return weight.problem() if route.format not in DTYPES else f"is packed, but should be in {route.format}"
-    if weight.dtype != DTYPES.get(route.format):
-        return f"is in {weight.dtype}, but should be in {route.format}"
-    return None if _is_finite(weight) else "holds values that are not finite"
+    if weight.format != route.format:
+        return f"is in {weight.format}, but should be in {route.format}"
+    return weight.problem()
 
 
 def _state_is_finite(run: Loaded) -> None:

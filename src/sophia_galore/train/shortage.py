@@ -11,10 +11,8 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.tracker import Held, Live, Refusal, StorageTracker
 from sophia_galore.errors import short
-from sophia_galore.model.frozen import Frozen8bit
-from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.weights.store import WeightStore
 
 _PHASES: dict[Phase, str] = {
     "load": "while loading",
@@ -91,12 +89,9 @@ def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, st
     """
     tensors = dict(optimizer.named_state())
     for name, weight in store.items():
-        if isinstance(weight, torch.Tensor):
-            tensors[name] = weight
-        elif not isinstance(weight, Frozen8bit):
-            # The factors of a remainder are the optimizer's state.
-            packed = weight.base if isinstance(weight, FoldedTensor) else weight
-            tensors |= {f"{name}{ending}": tensor for ending, tensor in packed.tensors().items()}
+        if not weight.held_by_module:
+            # What a deferred update consists of is the optimizer's state.
+            tensors |= {f"{name}{ending}": tensor for ending, tensor in weight.settled.tensors().items()}
     return {StorageTracker.storage_key(tensor): name for name, tensor in tensors.items()}
 
 

@@ -11,9 +11,9 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.model.store import DTYPES
 from sophia_galore.plan.plan import RunPlan, evaluates_after
 from sophia_galore.train.folder import nearest_folder
+from sophia_galore.weights.plain import DTYPES
 
 # Beside the tensors: the tokenizer (the largest are some 35 MB), the plan, the records.
 _DOCUMENTS_BYTES = 40 * 2**20

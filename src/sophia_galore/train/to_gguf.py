@@ -15,10 +15,10 @@ from sophia_galore.model.export import convert_model, read_generation_config
 from sophia_galore.model.llama_cpp import GgufType, convert_to_gguf, find_converter
 from sophia_galore.model.ollama import find_format, modelfile
 from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.model.store import is_finite, read_weights
-from sophia_galore.numerics.int8 import materialise
 from sophia_galore.train.card import folder_card
 from sophia_galore.train.whole_folder import refuse_output, write_whole
+from sophia_galore.weights.files import read_weights
+from sophia_galore.weights.plain import PlainWeight
 
 
 def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, converter: str | None, say: Say) -> str:
@@ -70,7 +70,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
 
 def _refuse_overflow(folder: Path) -> None:
     for _, name, weight in read_weights(folder):
-        if not is_finite(name, materialise(weight, torch.float16)):
+        if not PlainWeight(weight.values(torch.float16)).is_finite():
             raise ModelError(f"{name} holds values that are too large for f16.", "Take --type bf16 or q8_0.")
 
 

@@ -20,7 +20,7 @@ BASE_CARD = "---\nlicense: other\nlicense_name: tiny-1\nlicense_link: LICENSE\nb
 @pytest.fixture(scope="module")
 def run(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run from a model whose card and manifest say what it is, with a checkpoint of step 2."""
-    from sophia_galore.model.manifest import write_manifest
+    from sophia_galore.weights.manifest import write_manifest
     from tiny import write_tiny_model
 
     model = write_tiny_model(tmp_path_factory.mktemp("based") / "base")

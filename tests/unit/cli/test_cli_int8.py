@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from sophia_galore.model.store import open_store, read_weights
-from sophia_galore.model.weight_files import INT8_FILE
-from sophia_galore.numerics.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.files import open_store, read_weights
+from sophia_galore.weights.folder import INT8_FILE
+from sophia_galore.weights.int8 import Int8Format, materialise, quantise
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
 INT8 = ["quantization.enabled=true", "quantization.load_in_8bit=true", "quantization.block_size=32"]

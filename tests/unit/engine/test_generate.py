@@ -21,8 +21,9 @@ from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.model.store import DTYPES, read_weights
-from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, materialise, quantise
+from sophia_galore.weights.files import read_weights
+from sophia_galore.weights.int8 import Int8Format, Int8Weight, materialise, quantise
+from sophia_galore.weights.plain import DTYPES
 from tiny import tiny_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def test_weights_are_held_as_asked(stored: str, held: Held, model: Path, tmp_pat
 def test_what_is_in_eight_bits_already_is_not_rounded_again(model: Path, tmp_path: Path) -> None:
     """A folder in blocks of 16, asked for in eight bits: its own codes."""
     convert_model(model, tmp_path, Int8Format(16))
-    codes = {name: weight for _, name, weight in read_weights(tmp_path) if isinstance(weight, Int8Tensor)}
+    codes = {name: weight for _, name, weight in read_weights(tmp_path) if isinstance(weight, Int8Weight)}
     with loaded(tmp_path, "int8", CPU) as it, torch.no_grad():
         embed = it.model.model.embed_tokens
         rows = torch.arange(5)

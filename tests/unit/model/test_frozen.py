@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import CPU, load_frozen_parts, load_parts, make_engine
 from sophia_galore.errors import ModelError, RunError
-from sophia_galore.model.frozen import Freezer, Frozen8bit
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
-from sophia_galore.model.store import load_store, open_store, save_weights
-from sophia_galore.model.weight_files import INT8_FILE
-from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, materialise, quantise
-from sophia_galore.numerics.row_int8 import RowInt8
+from sophia_galore.weights.bitsandbytes import Freezer, Frozen8bit
+from sophia_galore.weights.files import load_store, open_store, save_weights
+from sophia_galore.weights.folder import INT8_FILE
+from sophia_galore.weights.int8 import Int8Format, Int8Weight, materialise, quantise
+from sophia_galore.weights.row_int8 import RowInt8Weight
 from tiny import FAMILIES, ragged_batches, tiny_model, write_tiny_model
 
 pytestmark = NEEDS_BITSANDBYTES
@@ -133,9 +133,9 @@ def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Pa
     native = load_store(folder, shapes, tied_head=None, dtype=dtype, device=CPU, int8=names, form=form)
     for name in names:
         expected, got = quantise(materialise(store[name], torch.float32), form), native[name]
-        assert isinstance(got, Int8Tensor) and torch.equal(got.codes, expected.codes)
+        assert isinstance(got, Int8Weight) and torch.equal(got.codes, expected.codes)
     opened = open_store(folder, CPU)
-    assert isinstance(opened[Q], RowInt8), "which needs no bitsandbytes"
+    assert isinstance(opened[Q], RowInt8Weight), "which needs no bitsandbytes"
     assert opened.tensors().keys() == store.tensors().keys()
     assert all(torch.equal(tensor, store.tensors()[key]) for key, tensor in opened.tensors().items())
 

@@ -22,9 +22,9 @@ from opens_elsewhere import compare
 from sophia_galore.errors import ModelError
 from sophia_galore.model import both_forms
 from sophia_galore.model.export import convert_model, write_model
-from sophia_galore.model.manifest import check_model_folder, write_manifest
 from sophia_galore.model.skeleton import read_model_config
 from sophia_galore.model.source_files import read_source_files
+from sophia_galore.weights.manifest import check_model_folder, write_manifest
 from tiny import CHATML, write_tiny_model
 
 Json = dict[str, Any]

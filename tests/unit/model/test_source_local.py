@@ -15,8 +15,8 @@ from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import EnvironmentProblem, ModelError, UserError
 from sophia_galore.model import cache, hub, pypi, reach
 from sophia_galore.model.aliases import ALIASES, DEFAULT_ALIAS, find_alias
-from sophia_galore.model.manifest import MANIFEST_NAME, check_model_folder, write_manifest
 from sophia_galore.model.source import ResolvedModel, resolve_model
+from sophia_galore.weights.manifest import MANIFEST_NAME, check_model_folder, write_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_changed_bytes_are_seen_in_small_files_always_and_in_weights_when_asked(
     weights.write_bytes(content[:-1] + b"\x01")
     with pytest.raises(ModelError, match="SHA-256"):
         resolve("a/b", tmp_path)
-    monkeypatch.setattr("sophia_galore.model.manifest._ALWAYS_HASHED_BYTES", 100)
+    monkeypatch.setattr("sophia_galore.weights.manifest._ALWAYS_HASHED_BYTES", 100)
     assert resolve("a/b", tmp_path).source == "local cache"
     with pytest.raises(ModelError, match=r"model\.safetensors was changed"):
         resolve("a/b", tmp_path, deep=True)

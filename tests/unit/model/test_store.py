@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engines import load_parts
 from sophia_galore.errors import ModelError
-from sophia_galore.model.store import WeightStore, load_store
+from sophia_galore.weights.files import load_store
+from sophia_galore.weights.store import WeightStore
 from tiny import FAMILIES, tiny_model, write_tiny_model
 
 CPU = torch.device("cpu")

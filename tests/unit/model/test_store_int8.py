@@ -16,17 +16,11 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.source_files import read_source_files
-from sophia_galore.model.store import (
-    WeightStore,
-    convert,
-    load_store,
-    open_store,
-    read_weights,
-    save_weights,
-)
-from sophia_galore.model.weight_files import INT8_FILE
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, quantise
+from sophia_galore.weights.deferred import DeferredWeight
+from sophia_galore.weights.files import convert, load_store, open_store, read_weights, save_weights
+from sophia_galore.weights.folder import INT8_FILE
+from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
+from sophia_galore.weights.store import WeightStore
 from tiny import tiny_model, write_tiny_model
 
 FORM = Int8Format(24)
@@ -53,7 +47,7 @@ def test_matrices_are_rounded_to_nearest_and_the_rest_stays(tmp_path: Path) -> N
     for name, parameter in tiny_model().named_parameters():
         weight = store[name]
         if parameter.ndim == 2 and not name.startswith("model.layers.1."):
-            assert isinstance(weight, Int8Tensor)
+            assert isinstance(weight, Int8Weight)
             expected = quantise(parameter.detach(), FORM)
             assert torch.equal(weight.codes, expected.codes) and torch.equal(weight.scales, expected.scales)
         else:
@@ -98,7 +92,7 @@ def test_a_folder_in_eight_bits_is_taken_as_it_is_or_converted(tmp_path: Path) -
     assert same["model.embed_tokens.weight"].form == FORM  # type: ignore[union-attr]
     values = dequantised(same)
     for name, weight in other.items():
-        if isinstance(weight, Int8Tensor):
+        if isinstance(weight, Int8Weight):
             expected = quantise(values[name], Int8Format(0))
             assert torch.equal(weight.codes, expected.codes)
     plain = load_store(
@@ -139,9 +133,9 @@ def test_a_remainder_is_part_of_the_weight_but_not_of_a_run_that_goes_on(tmp_pat
     source = write_tiny_model(tmp_path / "model")
     store, name = load(source), "model.layers.0.mlp.up_proj.weight"
     base = store[name]
-    assert isinstance(base, Int8Tensor)
+    assert isinstance(base, Int8Weight)
     left, right = torch.randn(96, 2).to(torch.bfloat16), torch.randn(2, 64).to(torch.bfloat16)
-    store[name] = FoldedTensor(base, torch.tensor([0.5]), lambda: (left, right))
+    store[name] = DeferredWeight(base, torch.tensor([0.5]), lambda: (left, right))
     values = dequantised(store)
     (tmp_path / "saved").mkdir()
     write_model(
@@ -155,9 +149,9 @@ def test_a_remainder_is_part_of_the_weight_but_not_of_a_run_that_goes_on(tmp_pat
         {name: values[name]},
     )  # type: ignore[union-attr]
     going_on = load(tmp_path / "saved", without_remainders=True)[name]
-    assert isinstance(going_on, Int8Tensor) and torch.equal(going_on.codes, base.codes)
+    assert isinstance(going_on, Int8Weight) and torch.equal(going_on.codes, base.codes)
     anew = load(tmp_path / "saved")[name]
-    assert isinstance(anew, Int8Tensor)
+    assert isinstance(anew, Int8Weight)
     scales = anew.scales.float().repeat_interleave(FORM.block, 1)[:, :64]
     assert ((anew.dequantise(torch.float32) - values[name]).abs() <= scales).all()
 
@@ -166,9 +160,9 @@ def test_a_remainder_goes_into_the_codes_without_bias() -> None:
     """It is smaller than a code nearly everywhere, so that nearest would lose it."""
     base = quantise(0.05 * torch.randn(400, 64), Int8Format(64))
     left, right = 1e-5 * torch.ones(400, 2), torch.ones(2, 64)  # 2e-5, where a code is some 1e-3
-    folded = FoldedTensor(base, torch.ones(1), lambda: (left, right))
+    folded = DeferredWeight(base, torch.ones(1), lambda: (left, right))
     made = convert(folded, Int8Format(64), CPU)
-    assert isinstance(made, Int8Tensor) and made.codes.data_ptr() != base.codes.data_ptr()
+    assert isinstance(made, Int8Weight) and made.codes.data_ptr() != base.codes.data_ptr()
     moved = made.dequantise(torch.float32) - base.dequantise(torch.float32)
     # 25,600 draws of a code with probability 2 in a hundred: a deviation of its mean of 1.8e-6.
     assert float(moved.mean()) == pytest.approx(2e-5, abs=9e-6)
@@ -177,9 +171,9 @@ def test_a_remainder_goes_into_the_codes_without_bias() -> None:
 def test_a_remainder_stays_one_where_a_folder_is_opened(tmp_path: Path) -> None:
     store, name = load(write_tiny_model(tmp_path / "model")), "model.layers.0.mlp.up_proj.weight"
     base = store[name]
-    assert isinstance(base, Int8Tensor)
+    assert isinstance(base, Int8Weight)
     left, right = torch.randn(96, 2).to(torch.bfloat16), torch.randn(2, 64).to(torch.bfloat16)
-    store[name] = FoldedTensor(base, torch.tensor([0.5]), lambda: (left, right))
+    store[name] = DeferredWeight(base, torch.tensor([0.5]), lambda: (left, right))
     save_weights(tmp_path, dict(store.items()))
     assert equal(dequantised(open_store(tmp_path, CPU)), dequantised(store))
 
@@ -188,8 +182,8 @@ def test_a_remainder_stays_one_where_a_folder_is_opened(tmp_path: Path) -> None:
 def test_a_broken_remainder_is_refused(how: str, tmp_path: Path) -> None:
     store, name = load(write_tiny_model(tmp_path / "model")), "model.layers.0.mlp.up_proj.weight"
     base = store[name]
-    assert isinstance(base, Int8Tensor)
-    store[name] = FoldedTensor(base, torch.ones(1), lambda: (torch.ones(96, 2), torch.ones(2, 64)))
+    assert isinstance(base, Int8Weight)
+    store[name] = DeferredWeight(base, torch.ones(1), lambda: (torch.ones(96, 2), torch.ones(2, 64)))
     tensors = store.tensors()
     if how == "left is missing":
         del tensors[f"{name}.left"]

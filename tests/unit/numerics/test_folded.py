@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.numerics.random import generator
+from sophia_galore.weights.deferred import DeferredWeight
+from sophia_galore.weights.int8 import Int8Format, quantise
 
 
-def made(shape: tuple[int, int] = (12, 20), rank: int = 3) -> tuple[FoldedTensor, Tensor]:
+def made(shape: tuple[int, int] = (12, 20), rank: int = 3) -> tuple[DeferredWeight, Tensor]:
     """The weight, and what it stands for in float64."""
     draw = generator(0, "folded", *shape)
     base = quantise(0.05 * torch.randn(*shape, generator=draw), Int8Format(8))
@@ -19,7 +19,7 @@ def made(shape: tuple[int, int] = (12, 20), rank: int = 3) -> tuple[FoldedTensor
     right = torch.randn(rank, shape[1], generator=draw)
     shrink = torch.tensor([0.9])
     exact = base.dequantise(torch.float32).double() * shrink.double() + left.double() @ right.double()
-    return FoldedTensor(base, shrink, lambda: (left, right)), exact
+    return DeferredWeight(base, shrink, lambda: (left, right)), exact
 
 
 def test_it_stands_for_the_sum() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia_galore.numerics.int8 import LARGEST_CODE, Int8Format, Int8Tensor, materialise, quantise
 from sophia_galore.numerics.random import generator
+from sophia_galore.weights.int8 import LARGEST_CODE, Int8Format, Int8Weight, materialise, quantise
 
 CODES = torch.arange(-LARGEST_CODE, LARGEST_CODE + 1, dtype=torch.int8)  # all 255
 BLOCKS = [0, 1, 3, 16, 64, 128]
@@ -21,18 +21,18 @@ def matrix(rows: int, columns: int, seed: int = 0, size: float = 0.05) -> Tensor
     return size * torch.randn(rows, columns, generator=generator(seed, "matrix"))
 
 
-def copy(weight: Int8Tensor) -> Int8Tensor:
-    return Int8Tensor(weight.codes.clone(), weight.scales.clone(), weight.form)
+def copy(weight: Int8Weight) -> Int8Weight:
+    return Int8Weight(weight.codes.clone(), weight.scales.clone(), weight.form)
 
 
-def same(one: Int8Tensor, other: Int8Tensor) -> bool:
+def same(one: Int8Weight, other: Int8Weight) -> bool:
     return torch.equal(one.codes, other.codes) and torch.equal(one.scales, other.scales)
 
 
-def with_scale(scale: float, block: int, codes: Tensor = CODES) -> Int8Tensor:
+def with_scale(scale: float, block: int, codes: Tensor = CODES) -> Int8Weight:
     form = Int8Format(block)
     scales = torch.full((1, form.num_scales(len(codes))), scale).to(torch.bfloat16)
-    return Int8Tensor(codes[None].clone(), scales, form)
+    return Int8Weight(codes[None].clone(), scales, form)
 
 
 @settings(deadline=None)
@@ -74,7 +74,7 @@ def test_a_write_is_unbiased() -> None:
     step = torch.linspace(-2, 2, 64) * float(start.scales[0, 0])
     for factor in (1e-3, 0.3, 40.0):
         value = start.dequantise(torch.float32) + factor * step
-        many = Int8Tensor(start.codes.repeat(num_draws, 1), start.scales.repeat(num_draws, 1), start.form)
+        many = Int8Weight(start.codes.repeat(num_draws, 1), start.scales.repeat(num_draws, 1), start.form)
         many.write(value.repeat(num_draws, 1), generator(0, "draws", str(factor)))
         scale = float(many.scales[0, 0])
         assert (many.scales == many.scales[0, 0]).all()
@@ -200,7 +200,7 @@ def test_bytes() -> None:
     ],
 )
 def test_what_is_broken_is_said(codes: Tensor, scales: Tensor, words: str) -> None:
-    problem = Int8Tensor(codes, scales, Int8Format(4)).problem()
+    problem = Int8Weight(codes, scales, Int8Format(4)).problem()
     assert problem is not None and re.search(words, problem)
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import RunError
-from sophia_galore.numerics.row_int8 import RowInt8
+from sophia_galore.weights.row_int8 import RowInt8Weight
 
 
-def make(rows: int = 5, columns: int = 7) -> RowInt8:
+def make(rows: int = 5, columns: int = 7) -> RowInt8Weight:
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(-127, 128, (rows, columns), generator=draw, dtype=torch.int8)
-    return RowInt8(codes, torch.rand(rows, generator=draw))
+    return RowInt8Weight(codes, torch.rand(rows, generator=draw))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,5 +69,5 @@ PROBLEMS: list[tuple[Tensor, Tensor, str]] = [
 
 @pytest.mark.parametrize(("codes", "absmax", "cause"), PROBLEMS, ids=[cause for *_, cause in PROBLEMS])
 def test_what_is_wrong_is_told(codes: Tensor, absmax: Tensor, cause: str) -> None:
-    assert cause in str(RowInt8(codes, absmax).problem())
+    assert cause in str(RowInt8Weight(codes, absmax).problem())
     assert make().problem() is None

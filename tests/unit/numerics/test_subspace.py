@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 
 from algebra import project_back
 from sophia_galore.numerics.bases import random_basis
-from sophia_galore.numerics.subspace import (
-    Projector,
-    basis_shape,
-    project,
-    projected_shape,
-    projection_side,
-)
+from sophia_galore.numerics.subspace import Projector, basis_shape, project, projected_shape, projection_side
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 99), st.data())

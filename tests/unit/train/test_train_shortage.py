@@ -11,12 +11,12 @@ from torch import Tensor
 from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import EnvironmentProblem, ModelError, OutOfMemory
-from sophia_galore.model.store import WeightStore
-from sophia_galore.numerics.folded import FoldedTensor
-from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.shortage import storage_names
+from sophia_galore.weights.deferred import DeferredWeight
+from sophia_galore.weights.int8 import Int8Format, quantise
+from sophia_galore.weights.store import WeightStore
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 2**20
@@ -171,7 +171,7 @@ def test_names_are_those_of_files_and_cost_nothing() -> None:
     def factors() -> tuple[Tensor, Tensor]:
         raise AssertionError("would make tensors")
 
-    folded = FoldedTensor(quantise(torch.randn(4, 8), Int8Format(4), CPU), torch.ones(1), factors)
+    folded = DeferredWeight(quantise(torch.randn(4, 8), Int8Format(4), CPU), torch.ones(1), factors)
     plain = torch.zeros(3)
     names = storage_names(WeightStore({"a": plain, "b": codes, "c": folded}), ParamOptimizer((), seed=0, device=CPU))
     tensors = (plain, codes.codes, codes.scales, folded.base.codes, folded.base.scales)

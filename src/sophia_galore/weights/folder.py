@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from sophia_galore.errors import ModelError
-from sophia_galore.model.manifest import way_to_repair
+from sophia_galore.weights.manifest import way_to_repair
 
 HEAD = "lm_head.weight"
 """What files call the head, where it is not the embedding."""

@@ -15,12 +15,14 @@ reason a new scale leaves some room above the largest weight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sophia_galore.numerics.noise import Noise
+from sophia_galore.weights.weight import Rows, Weight
 
 LARGEST_CODE = 127
 # Room above the largest weight of a block whose scale is made anew: its code is 124 or 125.
@@ -30,45 +32,6 @@ _ROOM = 1 + 1 / 64
 _MARGIN = 2.0**-17
 # Blocks of weights below this (some 1e-34) count as zero: their quotients would leave float32.
 _SMALLEST_SCALE = 2.0**-110
-
-
-class Packed(Protocol):
-    """A stored weight in a format that has to be decoded; its rows can be had one by one."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """(m, n), as the model has it."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-
-    def numel(self) -> int:
-        """m * n."""
-
-    def __getitem__(self, rows: slice | Tensor) -> Packed:
-        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The values, (m, n), in some precision."""
-
-    def write(self, values: Tensor, rounding: torch.Generator) -> None:
-        """Store new values, rounded into the format.
-
-        Args:
-            values: (m, n) float32; used up.
-            rounding: Where the bits of the rounding come from.
-        """
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What it consists of, by what a file puts behind its name; the first has the name itself."""
-
-    def problem(self) -> str | None:
-        """What is wrong with its parts, in words that follow a name; None: nothing."""
-
-
-Stored = Tensor | Packed
-"""A weight as it is between uses: a tensor in its own precision, or something that has to be decoded."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +56,7 @@ class Int8Format:
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Tensor(Packed):
+class Int8Weight(Weight):
     """A matrix in eight bits.
 
     Args:
@@ -107,24 +70,30 @@ class Int8Tensor(Packed):
     form: Int8Format
 
     @property
-    def shape(self) -> torch.Size:
-        """(m, n)."""
-        return self.codes.shape
+    def format(self) -> str:
+        """int8."""
+        return "int8"
 
-    @property
-    def device(self) -> torch.device:
-        """Where codes and scales are."""
-        return self.codes.device
+    def __getitem__(self, rows: Rows) -> Int8Weight:
+        """As `Weight` says."""
+        return Int8Weight(self.codes[rows], self.scales[rows], self.form)
 
-    def numel(self) -> int:
-        """m * n."""
-        return self.codes.numel()
+    @classmethod
+    def copy_of(cls, other: Int8Weight, form: Int8Format, device: torch.device) -> Int8Weight:
+        """A copy on a device, which may be written in another way; its blocks are the same."""
+        return cls(other.codes.to(device, copy=True), other.scales.to(device, copy=True), form)
 
-    def __getitem__(self, rows: slice | Tensor) -> Int8Tensor:
-        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
-        return Int8Tensor(self.codes[rows], self.scales[rows], self.form)
+    def copied_to(self, device: torch.device) -> Int8Weight:
+        """As `Weight` says."""
+        return Int8Weight.copy_of(self, self.form, device)
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def with_update(self, decay: Tensor, factors: Callable[[], tuple[Tensor, Tensor]]) -> Weight:
+        """As `Weight` says."""
+        from sophia_galore.weights.deferred import DeferredWeight  # which is made of this one
+
+        return DeferredWeight(self, decay, factors)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
         """code * scale: exact in float32, one rounding elsewhere; no temporary but in float16.
 
         Args:
@@ -134,19 +103,19 @@ class Int8Tensor(Packed):
             (m, n), a new tensor.
         """
         if dtype == torch.float16:  # where a scale may be below the smallest number
-            return self.dequantise(torch.float32).to(dtype)
-        values = self.codes.to(dtype)
-        for block, which in _blocks(values, self.form):
+            return self.values(torch.float32).to(dtype)
+        decoded = self.codes.to(dtype)
+        for block, which in _blocks(decoded, self.form):
             block.mul_(self.scales[:, which, None].to(dtype))
-        return values
+        return decoded
 
     @torch.no_grad()
-    def write(self, values: Tensor, rounding: torch.Generator | None) -> None:
+    def write(self, values: Tensor, noise: Noise | None) -> None:
         """Store new values; a block's scale changes if the block outgrew it, or shrank below half of it.
 
         Args:
             values: (m, n) float32; used up.
-            rounding: Where the bits of the rounding come from. None: to nearest.
+            noise: For rounding without bias; None: to nearest.
         """
         for (block, which), (codes, _) in zip(_blocks(values, self.form), _blocks(self.codes, self.form), strict=True):
             old = self.scales[:, which].float()
@@ -157,9 +126,9 @@ class Int8Tensor(Packed):
             self.scales[:, which] = scales.to(torch.bfloat16)
             # Where the scale is zero all codes are: any divisor does that leaves no NaN.
             block.div_(scales.masked_fill(scales == 0, torch.inf)[..., None])
-            if rounding is not None and self.form.stochastic:
-                noise = torch.empty(block.shape, dtype=torch.float32, device=block.device)
-                block.add_(noise.uniform_(_MARGIN, 1 - _MARGIN, generator=rounding)).floor_()
+            if noise is not None and self.form.stochastic:
+                drawn = torch.empty(block.shape, dtype=torch.float32, device=block.device)
+                block.add_(drawn.uniform_(_MARGIN, 1 - _MARGIN, generator=noise.generator)).floor_()
             else:
                 block.round_()
             codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
@@ -169,7 +138,7 @@ class Int8Tensor(Packed):
         return {"": self.codes, ".scales": self.scales}
 
     def problem(self) -> str | None:
-        """What is wrong with codes and scales, in words that follow a name; None: nothing."""
+        """As `Weight` says."""
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
             return f"holds {self.codes.dtype} codes and {self.scales.dtype} scales instead of int8 and bfloat16"
         if self.codes.ndim != 2 or not self.codes.numel():
@@ -184,7 +153,7 @@ class Int8Tensor(Packed):
         return None
 
 
-def quantise(values: Tensor, form: Int8Format, device: torch.device | None = None) -> Int8Tensor:
+def quantise(values: Tensor, form: Int8Format, device: torch.device | None = None) -> Int8Weight:
     """A matrix in eight bits, rounded to nearest.
 
     Args:
@@ -197,7 +166,7 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
     """
     rows, columns = values.shape
     place = device or values.device
-    made = Int8Tensor(
+    made = Int8Weight(
         torch.zeros(rows, columns, dtype=torch.int8, device=place),
         torch.zeros(rows, form.num_scales(columns), dtype=torch.bfloat16, device=place),
         form,
@@ -208,11 +177,6 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
         part = slice(start, start + size)
         made[part].write(values[part].to(place, torch.float32, copy=True), None)
     return made
-
-
-def materialise(weight: Stored, dtype: torch.dtype) -> Tensor:
-    """A stored weight in some precision; where it has that already, no copy is made."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantise(dtype)
 
 
 def _scales(extent: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, RunError, short
-from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.numerics.int8 import Packed, Stored, materialise
-from sophia_galore.numerics.row_int8 import RowInt8
+from sophia_galore.numerics.noise import Noise
+from sophia_galore.weights.row_int8 import RowInt8Weight
+from sophia_galore.weights.weight import Rows, Weight
 
 QUANTISED_FROM = torch.float16
 """bitsandbytes rounds a weight to this first, so that is what it has to be finite in."""
@@ -32,7 +32,7 @@ QUANTISED_FROM = torch.float16
 _OUTLIER_THRESHOLD = 6.0
 
 
-class Frozen8bit(Packed):
+class Frozen8bit(Weight):
     """The weight of one `Linear8bitLt`.
 
     Args:
@@ -43,36 +43,44 @@ class Frozen8bit(Packed):
         self._module = module
 
     @property
+    def format(self) -> str:
+        """bnb8."""
+        return "bnb8"
+
+    @property
     def shape(self) -> torch.Size:
-        """(m, n)."""
+        """As `Weight` says, even where codes or scales were lost."""
         return torch.Size((self._module.out_features, self._module.in_features))
 
     @property
-    def device(self) -> torch.device:
-        """Where codes and scales are."""
-        return self.held().device
+    def held_by_module(self) -> bool:
+        """Yes."""
+        return True
 
-    def numel(self) -> int:
-        """m * n."""
-        return self.shape.numel()
-
-    def __getitem__(self, rows: slice | Tensor) -> RowInt8:
-        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
+    def __getitem__(self, rows: Rows) -> RowInt8Weight:
+        """As `Weight` says."""
         return self.held()[rows]
 
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """The values with which the module computes, (m, n), in some precision."""
-        return self.held().dequantise(dtype)
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """As `Weight` says: the values with which the module computes."""
+        return self.held().values(dtype)
 
-    def write(self, values: Tensor, rounding: torch.Generator) -> None:
+    def write(self, values: Tensor, noise: Noise | None) -> None:
         """Refuse: the weight is frozen.
 
         Raises:
             RunError: Always.
         """
-        self.held().write(values, rounding)
+        self.held().write(values, noise)
 
-    def held(self) -> RowInt8:
+    def copied_to(self, device: torch.device) -> RowInt8Weight:
+        """As `Weight` says, outside of the module."""
+        return self.held().copied_to(device)
+
+    def copy_(self, other: Weight) -> None:
+        """Nothing: it never changes, so that of the same run is what it is."""
+
+    def held(self) -> RowInt8Weight:
         """The module's codes and scales themselves, not a copy.
 
         Raises:
@@ -81,14 +89,14 @@ class Frozen8bit(Packed):
         codes, absmax = self._pair()
         if codes is None or absmax is None:
             raise RunError(f"A Linear8bitLt of shape {tuple(self.shape)} {self.problem()}.")
-        return RowInt8(codes, absmax)
+        return RowInt8Weight(codes, absmax)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes and scales, as a file keeps them."""
+        """As `Weight` says."""
         return self.held().tensors()
 
     def problem(self) -> str | None:
-        """What is wrong inside the module, in words that follow a name; None: nothing."""
+        """As `Weight` says, of the module."""
         codes, absmax = self._pair()
         if codes is None or absmax is None:
             return f"has lost its {'codes (CB)' if codes is None else 'scales (SCB)'}"
@@ -96,7 +104,7 @@ class Frozen8bit(Packed):
             return f"holds codes of shape {tuple(codes.shape)} instead of {tuple(self.shape)}"
         if self._module.weight.requires_grad or self._module.state.has_fp16_weights:
             return "is set to be trained, which weights in eight bits of bitsandbytes can't be"
-        return RowInt8(codes, absmax).problem()
+        return RowInt8Weight(codes, absmax).problem()
 
     def _pair(self) -> tuple[Tensor | None, Tensor | None]:
         """Codes and scales from where the next forward takes them.
@@ -112,8 +120,9 @@ class Freezer:
     """Puts a `Linear8bitLt` in place of one linear layer after the other, as their weights are read.
 
     Args:
-        anatomy: The model's parts; changed in place.
-        names: Names of the weights to freeze, of those that `anatomy.linear_names` gives.
+        model: The model, parameters on the meta device; changed in place.
+        linears: Names of the weights of the linear layers inside its decoder layers.
+        names: Names of the weights to freeze.
         device: Where the frozen weights live.
 
     Raises:
@@ -121,7 +130,9 @@ class Freezer:
         ModelError: A name is not that of a plain linear layer's weight inside a decoder layer.
     """
 
-    def __init__(self, anatomy: Anatomy, names: Collection[str], device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, linears: Collection[str], names: Collection[str], device: torch.device
+    ) -> None:
         _silence()
         try:
             self._nn: Any = importlib.import_module("bitsandbytes.nn")
@@ -130,19 +141,18 @@ class Freezer:
                 f"quantization.backend: bitsandbytes can't be used here, importing the package fails: {short(error)}.",
                 'Install it: pip install "sophia-galore[bitsandbytes]".',
             ) from error
-        linears = set(anatomy.linear_names())
         for name in names:
             # What a model's own kind of linear layer does beside the product is not known, and would be lost.
-            if name in linears and type(anatomy.model.get_submodule(name.removesuffix(".weight"))) is nn.Linear:
+            if name in linears and type(model.get_submodule(name.removesuffix(".weight"))) is nn.Linear:
                 continue
             raise ModelError(
                 f"bitsandbytes can't hold {name}: it is not the weight of a plain linear layer in a decoder layer.",
                 "Use quantization.backend: native for this model.",
             )
         self.names = frozenset(names)
-        self._model, self._device = anatomy.model, device
+        self._model, self._device = model, device
 
-    def freeze(self, name: str, weight: Stored) -> Frozen8bit:
+    def freeze(self, name: str, weight: Weight) -> Frozen8bit:
         """Put a `Linear8bitLt` in a linear layer's place. Its bias stays the same parameter, and stays trained.
 
         Args:
@@ -179,13 +189,13 @@ class Freezer:
         setattr(self._model.get_submodule(parent_name), key, module)
         return made
 
-    def _parameter(self, weight: Stored) -> Any:
+    def _parameter(self, weight: Weight) -> Any:
         settings = {"requires_grad": False, "has_fp16_weights": False}
-        if isinstance(weight, RowInt8):
+        if isinstance(weight, RowInt8Weight):
             own = weight.copied_to(self._device)
             return self._nn.Int8Params(own.codes, CB=own.codes, SCB=own.absmax, **settings)
         # It quantises what comes from a CPU only; a tensor that is on the device already it would leave as it is.
-        return self._nn.Int8Params(materialise(weight, QUANTISED_FROM).to("cpu"), **settings).to(self._device)
+        return self._nn.Int8Params(weight.values(QUANTISED_FROM).to("cpu"), **settings).to(self._device)
 
 
 class _Known(logging.Filter):

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import RunError
-from sophia_galore.numerics.int8 import LARGEST_CODE, Packed
+from sophia_galore.numerics.noise import Noise
+from sophia_galore.weights.int8 import LARGEST_CODE
+from sophia_galore.weights.weight import Rows, Weight
 
 ABSMAX = ".scb"
 """What a file puts behind a weight's name for its scales."""
 
 
 @dataclass(frozen=True, eq=False)
-class RowInt8(Packed):
+class RowInt8Weight(Weight):
     """A matrix in eight bits with one scale a row.
 
     Args:
@@ -30,28 +32,19 @@ class RowInt8(Packed):
     absmax: Tensor
 
     @property
-    def shape(self) -> torch.Size:
-        """(m, n)."""
-        return self.codes.shape
+    def format(self) -> str:
+        """bnb8."""
+        return "bnb8"
 
-    @property
-    def device(self) -> torch.device:
-        """Where codes and scales are."""
-        return self.codes.device
+    def __getitem__(self, rows: Rows) -> RowInt8Weight:
+        """As `Weight` says."""
+        return RowInt8Weight(self.codes[rows], self.absmax[rows])
 
-    def numel(self) -> int:
-        """m * n."""
-        return self.codes.numel()
+    def copied_to(self, device: torch.device) -> RowInt8Weight:
+        """As `Weight` says."""
+        return RowInt8Weight(self.codes.to(device, copy=True), self.absmax.to(device, copy=True))
 
-    def __getitem__(self, rows: slice | Tensor) -> RowInt8:
-        """Some rows: by a slice, a view of them; by a tensor of row numbers, a copy."""
-        return RowInt8(self.codes[rows], self.absmax[rows])
-
-    def copied_to(self, device: torch.device) -> RowInt8:
-        """A copy, which shares nothing with this one."""
-        return RowInt8(self.codes.to(device, copy=True), self.absmax.to(device, copy=True))
-
-    def dequantise(self, dtype: torch.dtype) -> Tensor:
+    def values(self, dtype: torch.dtype) -> Tensor:
         """code * (absmax / 127): the same operations as in bitsandbytes, so the values are those that it computes with.
 
         Args:
@@ -63,7 +56,7 @@ class RowInt8(Packed):
         # The product of a half-precision and a float32 tensor is formed in float32 and rounded once.
         return self.codes.to(dtype).mul_(self.absmax.unsqueeze(1).mul(1.0 / LARGEST_CODE))
 
-    def write(self, values: Tensor, rounding: torch.Generator | None) -> None:
+    def write(self, values: Tensor, noise: Noise | None) -> None:
         """Refuse: this format is for weights that are frozen.
 
         Raises:
@@ -76,7 +69,7 @@ class RowInt8(Packed):
         return {"": self.codes, ABSMAX: self.absmax}
 
     def problem(self) -> str | None:
-        """What is wrong with codes and scales, in words that follow a name; None: nothing."""
+        """As `Weight` says."""
         if self.codes.dtype != torch.int8 or self.absmax.dtype != torch.float32:
             return f"holds {self.codes.dtype} codes and {self.absmax.dtype} scales instead of int8 and float32"
         if self.codes.ndim != 2 or self.absmax.shape != self.codes.shape[:1]:

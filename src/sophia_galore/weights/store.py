@@ -1,0 +1,123 @@
+"""The weight store: where a model's weights live between uses, and how they are borrowed for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sophia_galore.weights.plain import as_weight
+from sophia_galore.weights.weight import Rows, Weight
+
+
+class Borrowed:
+    """Weights that are on the device where they are computed with, for as long as a context of `borrow` lasts.
+
+    Args:
+        weights: By full name.
+        prefix: What is left out of the names of `values`.
+    """
+
+    def __init__(self, weights: dict[str, Weight], prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> Weight:
+        """A stored weight by its full name: whoever writes it changes the model."""
+        return self._weights[name]
+
+    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights that a module has to be given, by their names inside of it; not those that it holds itself.
+
+        Args:
+            dtype: Compute precision.
+
+        Returns:
+            Read only: what is stored in that precision is not copied. Dropping it frees what was decoded.
+        """
+        return {
+            name.removeprefix(self._prefix): weight.values(dtype)
+            for name, weight in self._weights.items()
+            if not weight.held_by_module
+        }
+
+
+class WeightStore:
+    """Named weights, each in its own format.
+
+    Args:
+        weights: Name to weight, in the model's order; a tensor is one in its own precision. Taken over, not copied.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight | Tensor]) -> None:
+        self._weights = {name: as_weight(weight) for name, weight in weights.items()}
+        self._num_borrowed = 0
+
+    def __getitem__(self, name: str) -> Weight:
+        """What is stored under a name, wherever it is: for its shape, its format, its files. To compute, borrow it."""
+        return self._weights[name]
+
+    def __setitem__(self, name: str, weight: Weight) -> None:
+        """Put another weight in a known one's place."""
+        if name not in self._weights:
+            raise KeyError(name)
+        self._weights[name] = weight
+
+    def items(self) -> Iterable[tuple[str, Weight]]:
+        """Names and weights, in the model's order."""
+        return self._weights.items()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
+        return {
+            name + ending: tensor
+            for name, weight in self._weights.items()
+            for ending, tensor in weight.tensors().items()
+        }
+
+    def first_non_finite(self) -> str | None:
+        """The first weight that holds a NaN or an infinity; None: there is none."""
+        return next((name for name, weight in self._weights.items() if not weight.is_finite()), None)
+
+    def plain_dtype(self) -> torch.dtype:
+        """Precision of the weights that need no decoding."""
+        return next(weight.dtype for weight in self._weights.values() if not weight.is_packed)
+
+    @contextmanager
+    def borrow(self, name: str) -> Iterator[Borrowed]:
+        """A weight, or all weights of a module such as a layer, for as long as they are used.
+
+        Inside of the context they may be read and written; what is written stays.
+
+        Args:
+            name: A weight's name, or a module's without the final dot.
+        """
+        prefix = f"{name}."
+        found = {key: weight for key, weight in self._weights.items() if key == name or key.startswith(prefix)}
+        self._num_borrowed += 1
+        try:
+            yield Borrowed(found, prefix)
+        finally:
+            found.clear()
+            self._num_borrowed -= 1
+
+    @contextmanager
+    def borrow_rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+        """Some rows of a weight in compute precision, such as those of a batch's tokens, or a tile of the vocabulary.
+
+        Args:
+            name: Which weight.
+            rows: Which rows.
+            dtype: Compute precision.
+
+        Yields:
+            One tensor (k, n), in a list so that its memory can be freed inside of the context; read only.
+        """
+        self._num_borrowed += 1
+        lent = [self._weights[name][rows].values(dtype)]
+        try:
+            yield lent
+        finally:
+            lent.clear()
+            self._num_borrowed -= 1
