@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of tokens and its gradient by the logits.
+"""Cross-entropy of a chunk of tokens and its gradient with respect to the logits.
 
 torch's own functions are used, so that backward starts from the same bits as ordinary autograd does:
 where a layer's gradient nearly cancels (the key biases of Qwen2), a last bit here becomes 1e-6 there.
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sophia_galore.numerics.random import draw_classes
+
+TokenWeight = float | Tensor
+"""What a token's loss is multiplied by in the gradient: one number for all tokens, or one for each, float32."""
 
 # Bytes of one chunk's float32 logits where the user says nothing; log-probabilities and two gradients of that
 # size come on top. A chunk's products read the whole weight of the head, which on a CPU takes longer than the
@@ -98,22 +101,32 @@ def loss_sum(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     return functional.cross_entropy(_capped(logits, softcap), labels, reduction="sum")
 
 
-def loss_sum_and_grad(logits: Tensor, labels: Tensor, softcap: float | None, divisor: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and the gradient of loss / divisor by the logits.
+def log_probs(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """(N,) float32: log p of each label; arguments as for `loss_sum`."""
+    return functional.cross_entropy(_capped(logits, softcap), labels, reduction="none").neg_()
+
+
+def loss_sum_and_grad(
+    logits: Tensor, labels: Tensor, softcap: float | None, weight: TokenWeight
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and the gradient of the weighted sum with respect to the logits.
 
     Args:
         logits: (N, V) float32, not part of a graph.
         labels: (N,) int64, all counted.
         softcap: As for `loss_sum`.
-        divisor: What the loss is divided by, such as the counted tokens of the effective batch.
+        weight: One number, or (N,).
 
     Returns:
-        Scalar: the sum of losses, not divided; and (N, V) float32.
+        Scalar: the sum of losses without weights; and (N, V) float32.
     """
+    reduction = "sum" if isinstance(weight, float) else "none"
     with torch.enable_grad():
-        loss = loss_sum(logits.requires_grad_(), labels, softcap)
-    (grad,) = torch.autograd.grad(loss, logits, torch.tensor(1 / divisor, dtype=loss.dtype, device=loss.device))
-    return loss.detach(), grad
+        capped = _capped(logits.requires_grad_(), softcap)
+        loss = functional.cross_entropy(capped, labels, reduction=reduction)
+    factor = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device)
+    (grad,) = torch.autograd.grad(loss, logits, factor)
+    return loss.detach().sum(), grad
 
 
 def draw_labels(logits: Tensor, softcap: float | None, generator: torch.Generator) -> Tensor:

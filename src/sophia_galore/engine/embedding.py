@@ -37,7 +37,7 @@ class Embedded:
         """Gradient of the looked-up rows.
 
         Args:
-            hidden_grads: Per micro-batch (B, T, d), the gradient by `hidden`.
+            hidden_grads: Per micro-batch (B, T, d), the gradient with respect to `hidden`.
             padding_idx: Token that gets no gradient; None: all get theirs.
 
         Returns:
@@ -53,7 +53,7 @@ class Embedded:
 
 
 @dataclass(frozen=True)
-class Noise:
+class EmbeddingNoise:
     """Noise on embeddings in training (NEFTune, Jain et al., arXiv 2310.05914, algorithm 1).
 
     Uniform in (-1, 1), times alpha / sqrt(L d): L are the tokens of the example itself, without padding. It is a
@@ -105,7 +105,7 @@ def embed(
     dtype: torch.dtype,
     *,
     trains: bool = True,
-    noise: Noise | None = None,
+    noise: EmbeddingNoise | None = None,
 ) -> Embedded:
     """Look up the tokens of an effective batch, and learn how the layers are called.
 

@@ -1,8 +1,7 @@
-"""The head: norm, projection to the vocabulary, loss; logits never exist as a whole.
+"""The head: norm, projection to the vocabulary, objective; logits never exist as a whole.
 
-Only positions whose label counts are computed, a tile of logits at a time. Their labels are the data's, or
-drawn from the model's own distribution: the gradient by those is what Sophia's Gauss-Newton-Bartlett
-estimate of the curvature is made of (arXiv 2305.14342, algorithm 2).
+Only positions whose label counts are computed, a tile of logits at a time. An objective whose token weights depend on
+the log-probabilities costs one more pass over the logits, which comes first.
 """
 
 from __future__ import annotations
@@ -13,17 +12,21 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import IGNORED, MicroBatch
+from sophia_galore.engine.cross_entropy import TokenWeight
+from sophia_galore.engine.layer import Gradients, Tensors
 from sophia_galore.engine.logits import LossOf, Tile, logits_of
+from sophia_galore.engine.objective import CountedTokens, Objective, sequence_numbers
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Choosers, Product, Projectors, Terms, no_choosers, whole_gradients
+from sophia_galore.engine.projected_gradient import LazyTerms, ProjectedSum
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector
+from sophia_galore.optim.request import GradientRequest, Wants, whole_gradients
 from sophia_galore.weights.store import WeightStore
-
-Grads = dict[str, Tensor]
 
 # Tokens that go back through the norm at once: its float32 temporaries are some ten times as large as they are.
 _NORM_TOKENS = 1024
+_MEAN_CROSS_ENTROPY = Objective()
 
 
 class Head:
@@ -36,10 +39,10 @@ class Head:
         observer: Is told what tensors are.
         hidden: Per micro-batch (B, T, d), the output of the last layer.
         batches: The micro-batches.
-        projector: What the gradients of the head's and the embedding's weight are wanted times.
-        sampler: Draws the labels; None: they are the data's.
-        chooser: Where `projector` wants nothing: who says what the gradient is wanted times, having seen it in
-            products; each of these takes the logits once more.
+        objective: What is minimised.
+        sampler: Draws the labels, if the objective samples them.
+        wants: In which form the gradients of the head's and the embedding's weight are wanted. Where the basis comes
+            from the gradient, each product with it takes the logits once more.
         chunk_bytes: Bytes of the float32 logits that are worked on at once.
         frozen: Names of weights that get no gradient.
 
@@ -56,76 +59,82 @@ class Head:
         observer: Observer,
         hidden: Sequence[Tensor],
         batches: Sequence[MicroBatch],
-        projector: Projectors = whole_gradients,
-        sampler: torch.Generator | None = None,
         *,
-        chooser: Choosers = no_choosers,
+        objective: Objective = _MEAN_CROSS_ENTROPY,
+        sampler: torch.Generator | None = None,
+        wants: Wants = whole_gradients,
         chunk_bytes: int,
         frozen: Collection[str] = (),
     ) -> None:
         self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
+        self._batches, self._objective = batches, objective
         self._shapes = [part.shape for part in hidden]
-        self._counted = [batch.labels != -100 for batch in batches]
+        self._counted = [batch.labels != IGNORED for batch in batches]
         self.labels = torch.cat([batch.labels[mask] for batch, mask in zip(batches, self._counted, strict=True)])
         self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
-        self._projector, self._chooser, self._frozen = projector, chooser, frozen
-        self._product = self._product_of(anatomy.head_name)
+        self._device = self._entering.device
+        self._wants, self._frozen = wants, frozen
+        self._request = self._request_of(anatomy.head_name)
+        self._product = self._product_of(anatomy.head_name, self._request)
         self._normed: Tensor | None = None
+        self._weight: TokenWeight = 0.0
         # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
         self._scale = float(len(self.labels)) if dtype == torch.float16 else 1.0
-        loss = LossOf(self.labels, anatomy.logit_softcap, len(self.labels) / self._scale, sampler, chunk_bytes)
+        loss = LossOf(self.labels, anatomy.logit_softcap, sampler, chunk_bytes)
         self._logits = logits_of(store, anatomy.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
         """Summed cross-entropy in nats, without gradients."""
         return self._logits.loss_sum(self._norm(self._entering, self._norm_weights()))
 
-    def backward(self) -> tuple[float, list[Tensor], Grads]:
+    def backward(self) -> tuple[float, list[Tensor], Gradients]:
         """Forward and backward through the head.
 
         Returns:
-            Mean loss in nats; per micro-batch (B, T, d) the gradient by the hidden states (float32 if the
-            compute precision is float16, else in compute precision); float32 gradients of the norm and,
-            if they can be known now, of the untied head's weight or their product.
+            The loss; per micro-batch (B, T, d) the gradient with respect to the hidden states (float32 if the compute
+            precision is float16, else in compute precision); float32 gradients of the norm and, if it can be known
+            now, of the untied head's weight.
         """
         anatomy = self._anatomy
         now, trains = self._product, anatomy.head_name not in self._frozen
-        later = trains and now is None and (anatomy.tied or self._is_chosen())
+        later = trains and now is None and (anatomy.tied or self._request is not None)
         with torch.no_grad():
             normed = self._norm(self._entering, self._norm_weights())
             if later:
                 self._normed = normed  # for the weight's gradient
+            loss, self._weight = self._weigh(normed)
             weight_grad = self._zero_grad() if trains and not (now or later) else None
-            loss, normed_grad = self._walk(normed, now, weight_grad)
+            loss_sum, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
                 if anatomy.tied and self._dtype != torch.float32:
-                    now.lay_by()  # the layers' turn is before the embedding's
+                    now.narrow()  # the layers' turn is before the embedding's
                     self._observer.tag(now.sum, "gradients")
             del normed
-        in_grads, grads = self._through_norm(normed_grad)
+        in_grads, norm_grads = self._through_norm(normed_grad)
+        gradients: Gradients = {**norm_grads}
         if weight_grad is not None:
-            grads[anatomy.head_name] = weight_grad
+            gradients[anatomy.head_name] = weight_grad
         elif not anatomy.tied and now is not None:
-            grads[anatomy.head_name] = now.sum
+            gradients[anatomy.head_name] = ProjectedGradient(now.sum)
             self._product = None
-        return loss / len(self.labels), in_grads, grads
+        return loss_sum / len(self.labels) if loss is None else loss, in_grads, gradients
 
     @torch.no_grad()
-    def chosen_grad(self) -> Grads:
-        """The product of the untied head's weight whose projector had to see the gradient first.
+    def late_gradient(self) -> Gradients:
+        """The gradient of the untied head's weight whose basis had to come from the gradient first.
 
         After `backward`, before that weight changes, and only if the loss was finite.
         """
         anatomy = self._anatomy
         if anatomy.tied or self._normed is None:
             return {}
-        product = self._choose(anatomy.head_name, self._add_terms)
+        product = self._with_basis_from(self._request, anatomy.head_name, self._add_terms)
         self._normed = None
         return {} if product is None else {anatomy.head_name: product}
 
     @torch.no_grad()
-    def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Tensor:
+    def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Gradient:
         """Gradient of the embedding, that of the tied head included; after `backward`, before that weight changes.
 
         Args:
@@ -136,26 +145,35 @@ class Head:
             (V, d) float32, or its product.
         """
         anatomy = self._anatomy
-        product = self._product if anatomy.tied else self._product_of(anatomy.embed_name)
+        request = self._request if anatomy.tied else self._request_of(anatomy.embed_name)
+        product = self._product if anatomy.tied else self._product_of(anatomy.embed_name, request)
         self._product = None
         if product is not None:
-            product.take_up()
+            product.widen()
             product.add_rows(tokens, rows_grad)
-            return product.sum
+            return ProjectedGradient(product.sum)
 
-        def add_to(product: Product) -> None:
+        def add_to(product: ProjectedSum) -> None:
             if anatomy.tied:
                 self._add_terms(product)
             product.add_rows(tokens, rows_grad)
 
-        chosen = self._choose(anatomy.embed_name, add_to)
+        chosen = self._with_basis_from(request, anatomy.embed_name, add_to)
         if chosen is not None:
             return chosen
         grad = self._tied_weight_grad() if anatomy.tied else self._zero_grad()
         return grad.index_add_(0, tokens, rows_grad)
 
-    def _walk(self, normed: Tensor, product: Product | None, weight_grad: Tensor | None) -> tuple[float, Tensor]:
-        """Summed loss, and the gradient by the normed states; that of the weight is added to what is there for it."""
+    def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
+        """The loss, None where it is the mean of what the next pass finds; and the tokens' weights, scaled."""
+        if not self._objective.needs_log_probs:
+            return None, self._scale / len(self.labels)
+        tokens = CountedTokens(self.labels, sequence_numbers(self._batches))
+        loss, weights = self._objective.weigh(tokens, self._logits.log_probs(normed))
+        return loss, weights * self._scale
+
+    def _walk(self, normed: Tensor, product: ProjectedSum | None, weight_grad: Tensor | None) -> tuple[float, Tensor]:
+        """Summed cross-entropy, and the gradient with respect to the normed states; the weight's is added up."""
         # Rounding each part of a sum to half precision is one thing, rounding the sum after each part another.
         dtype = torch.float32 if self._logits.in_parts else self._dtype
         normed_grad = torch.zeros(normed.shape, dtype=dtype, device=normed.device)
@@ -168,12 +186,12 @@ class Head:
             elif weight_grad is not None:
                 self._add_weight_grad(weight_grad, tile, normed)
 
-        loss = self._logits.walk(normed, visit)
+        loss = self._logits.walk(normed, self._weight, visit)
         return loss, normed_grad
 
-    def _through_norm(self, normed_grad: Tensor) -> tuple[list[Tensor], Grads]:
-        """Gradients by the hidden states and by the norm's weights; of the norm's graph a part exists at a time."""
-        entering, sums = self._entering, Grads()
+    def _through_norm(self, normed_grad: Tensor) -> tuple[list[Tensor], Tensors]:
+        """Gradients with respect to the hidden states and the norm's weights; a part of its graph exists at a time."""
+        entering, sums = self._entering, Tensors()
         del self._entering
         norm = self._anatomy.norm_name
         leaves = {
@@ -193,44 +211,40 @@ class Head:
         grads = {f"{norm}.{key}": total / self._scale for key, total in sums.items()}
         return self._scatter(entering), grads
 
-    def _is_chosen(self) -> bool:
-        """Whether the head's product is wanted times something that depends on the gradient."""
-        return self._chooser(self._anatomy.head_name) is not None
-
-    def _choose(self, name: str, add_to: Callable[[Product], None]) -> Tensor | None:
-        """The product of a weight's gradient with what its chooser wants, if it has one."""
-        choose = self._chooser(name)
-        if choose is None:
+    def _with_basis_from(
+        self, request: GradientRequest, name: str, add_to: Callable[[ProjectedSum], None]
+    ) -> ProjectedGradient | None:
+        """A weight's projected gradient, where the basis is made from the gradient; None: that is not wanted."""
+        if request is None or isinstance(request, Projector):
             return None
-        weight = self._store[name]
 
-        def add_and_tag(product: Product) -> None:
+        def add_and_tag(product: ProjectedSum) -> None:
             self._observer.tag(product.sum, "gradients")
             add_to(product)
 
-        unformed = Terms(weight.shape, weight.device, add_and_tag)
-        return unformed.of(choose(unformed))
+        gradient = LazyTerms(self._store[name].shape, self._device, add_and_tag)
+        return ProjectedGradient(gradient.of(request(gradient)))
 
-    def _add_terms(self, product: Product) -> None:
-        """The head's terms of a product, by the logits once more."""
+    def _add_terms(self, product: ProjectedSum) -> None:
+        """The head's terms of a projected gradient, by the logits once more."""
         assert self._normed is not None
-        self._logits.walk(self._normed, self._adder(product, self._normed))
+        self._logits.walk(self._normed, self._weight, self._adder(product, self._normed))
         self._unscale(product)
 
-    def _adder(self, product: Product, normed: Tensor) -> Callable[[Tile], None]:
-        """Adds a tile's term to a product."""
-        kept: dict[int, Tensor] = {}
+    def _adder(self, product: ProjectedSum, normed: Tensor) -> Callable[[Tile], None]:
+        """Adds a tile's term to a projected gradient."""
+        saved: dict[int, Tensor] = {}
 
         def add(tile: Tile) -> None:
             first = tile.tokens.start
-            of_tokens = kept[first] if first in kept else product.keep(normed[tile.tokens].float())
-            if product.keeps_little:  # so that the next block of words need not make it again
-                kept[first] = of_tokens
+            of_tokens = saved[first] if first in saved else product.save_input(normed[tile.tokens].float())
+            if product.saves_less:  # so that the next vocabulary slice need not make it again
+                saved[first] = of_tokens
             product.add(tile.grad, of_tokens, tile.words)
 
         return add
 
-    def _unscale(self, product: Product) -> None:
+    def _unscale(self, product: ProjectedSum) -> None:
         if self._scale != 1.0:
             product.sum.div_(self._scale)
 
@@ -238,23 +252,24 @@ class Head:
         """Gradient of the tied head's weight, (V, d) float32, by the logits once more."""
         normed, grad = self._normed, self._zero_grad()
         assert normed is not None
-        self._logits.walk(normed, lambda tile: self._add_weight_grad(grad, tile, normed))
+        self._logits.walk(normed, self._weight, lambda tile: self._add_weight_grad(grad, tile, normed))
         return grad
 
-    def _product_of(self, name: str) -> Product | None:
-        """For the weight of the head or the embedding, a new product if one is wanted; float32, as the logits are."""
-        wanted = self._projector(name) if name not in self._frozen else None
-        if wanted is None:
+    def _request_of(self, name: str) -> GradientRequest:
+        return self._wants(name) if name not in self._frozen else None
+
+    def _product_of(self, name: str, request: GradientRequest) -> ProjectedSum | None:
+        """For the weight of the head or the embedding, an empty sum if one is wanted; float32, as the logits are."""
+        if not isinstance(request, Projector):
             return None
-        weight = self._store[name]
-        product = Product(wanted, weight.shape, torch.float32, weight.device)
+        product = ProjectedSum(request, self._store[name].shape, torch.float32, self._device)
         self._observer.tag(product.sum, "gradients")
         return product
 
     def _zero_grad(self) -> Tensor:
         """Zeros for the gradient of the head or the embedding, (V, d) float32."""
-        weight = self._store[self._anatomy.embed_name]
-        grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        shape = self._store[self._anatomy.embed_name].shape
+        grad = torch.zeros(shape, dtype=torch.float32, device=self._device)
         self._observer.tag(grad, "gradients")
         return grad
 
@@ -272,11 +287,11 @@ class Head:
             out.append(full)
         return out
 
-    def _norm(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def _norm(self, hidden: Tensor, weights: Tensors) -> Tensor:
         normed: Tensor = functional_call(self._anatomy.norm, weights, (hidden,))
         return normed
 
-    def _norm_weights(self) -> dict[str, Tensor]:
+    def _norm_weights(self) -> Tensors:
         name = self._anatomy.norm_name
         with self._store.borrow(name) as borrowed:
-            return borrowed.values(self._dtype)
+            return borrowed.values_of(name, self._dtype)

@@ -1,10 +1,11 @@
-"""One layer over all micro-batches: forward, and backward by computing it once more or through a graph that was kept.
+"""One layer over all micro-batches: forward, and backward with or without activation checkpointing.
 
-A layer's weights are there in compute precision while it works, for all micro-batches. Its gradients, or the products
-in their place, add up over the micro-batches; they are whole when its backward is done.
+A layer's weights are there in compute precision while it works, for all micro-batches. Its gradients, whole or
+projected, are summed over the micro-batches; they are finished when its backward is.
 
-A graph that is kept begins at the layer's own leaves: what entered it is cut off from the layer before. Backward goes
-through it once, micro-batch by micro-batch, and what it passed is freed at once.
+With activation checkpointing backward computes the layer once more. Without it the layer's graph is kept from forward:
+it begins at the layer's own leaves, cut off from the layer before. Backward goes through it once, micro-batch by
+micro-batch, and what it has passed is freed at once.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from torch.func import functional_call
 
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.determinism import strictly_repeatable
-from sophia_galore.engine.head import Grads
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.product import Product, Projectors
+from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.segments import attending_within
 from sophia_galore.errors import RunError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.numerics.random import key
+from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector, tensor_of
+from sophia_galore.optim.request import Wants
 from sophia_galore.weights.store import WeightStore
 
-# In fp16 the gradient by a layer's output is scaled so that its largest entry is 1; where sums over
+Tensors = dict[str, Tensor]
+Gradients = dict[str, Gradient]
+"""Finished gradients by their parameters' full names."""
+
+# In fp16 the gradient with respect to a layer's output is scaled so that its largest entry is 1; where sums over
 # tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
 _FP16_BACKOFF = 16.0
 _FP16_MAX_TRIES = 6
@@ -44,17 +50,17 @@ class LayerGraph:
     Args:
         leaves: The weights in compute precision; what the store holds in it already is not copied. Those that are
             trained want a gradient.
-        products: By name, those of them whose gradient is wanted in a product.
-        linears: Puts the products in place of these gradients while it is entered.
+        products: By name, the sums for those of them whose gradient is wanted projected.
+        linears: Puts these sums in place of the gradients while it is entered.
         kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
         sums: In half precision, float32 sums of the gradients so far.
     """
 
-    leaves: Grads
-    products: dict[str, Product]
+    leaves: Tensors
+    products: dict[str, ProjectedSum]
     linears: ProjectedLinears
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    sums: Grads = field(default_factory=dict)
+    sums: Tensors = field(default_factory=dict)
 
 
 class Layers:
@@ -116,7 +122,7 @@ class Layers:
         return out
 
     def keep(
-        self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, projector: Projectors
+        self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, wants: Wants
     ) -> tuple[list[Tensor], LayerGraph]:
         """A layer whose graph is kept for `backward`.
 
@@ -125,12 +131,12 @@ class Layers:
             inputs: Per micro-batch (B, T, d); no graph goes on before them.
             calls: Per micro-batch.
             step: Number of the optimizer step, for dropout.
-            projector: What gradients are wanted times.
+            wants: In which form gradients are wanted.
 
         Returns:
             Per micro-batch (B, T, d), no part of the graph; and the graph.
         """
-        graph = self._begin(index, projector)
+        graph = self._begin(index, wants)
         for which, call in enumerate(calls):
             graph.kept.append(self._through(index, graph, call, inputs[which], step, which))
         return [out.detach() for _, out in graph.kept], graph
@@ -142,38 +148,37 @@ class Layers:
         calls: Sequence[LayerCall],
         out_grads: list[Tensor],
         step: int,
-        projector: Projectors,
+        wants: Wants,
         graph: LayerGraph | None = None,
         *,
         spends: bool = False,
-    ) -> tuple[Grads, list[Tensor]]:
+    ) -> tuple[Gradients, list[Tensor]]:
         """Go back through one layer for every micro-batch.
 
         Args:
             index: Which layer.
             inputs: Per micro-batch (B, T, d), what entered the layer.
             calls: Per micro-batch.
-            out_grads: Per micro-batch (B, T, d), the gradient by the layer's output.
+            out_grads: Per micro-batch (B, T, d), the gradient with respect to the layer's output.
             step: As in forward.
-            projector: What gradients are wanted times.
+            wants: In which form gradients are wanted.
             graph: What `keep` gave; used up. None: the layer is computed once more.
             spends: Whether `inputs` and `out_grads` may be let go of, a micro-batch after the other: nobody will go
                 through the layer again.
 
         Returns:
-            The layer's gradients or their products (float32, full names) and, per micro-batch, the gradient by its
-            input.
+            The layer's gradients (float32) and, per micro-batch, the gradient with respect to its input.
         """
         if self._dtype != torch.float16:
             if not spends:
                 inputs, out_grads = list(inputs), list(out_grads)
-            return self._backward_scaled(index, inputs, calls, out_grads, step, projector, 1.0, graph)
+            return self._backward_scaled(index, inputs, calls, out_grads, step, wants, 1.0, graph)
         largest = max(float(grad.abs().amax()) for grad in out_grads)
         scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for _ in range(_FP16_MAX_TRIES):
             again = (list(inputs), calls, list(out_grads))
-            grads, in_grads = self._backward_scaled(index, *again, step, projector, scale, graph)
-            if all(bool(torch.isfinite(grad).all()) for grad in [*grads.values(), *in_grads]):
+            grads, in_grads = self._backward_scaled(index, *again, step, wants, scale, graph)
+            if all(bool(torch.isfinite(grad).all()) for grad in [*map(tensor_of, grads.values()), *in_grads]):
                 break
             scale /= _FP16_BACKOFF
             graph = None  # which can be gone through once
@@ -186,14 +191,14 @@ class Layers:
         calls: Sequence[LayerCall],
         out_grads: list[Tensor],
         step: int,
-        projector: Projectors,
+        wants: Wants,
         scale: float,
         graph: LayerGraph | None,
-    ) -> tuple[Grads, list[Tensor]]:
+    ) -> tuple[Gradients, list[Tensor]]:
         """`backward`, which uses up what it is given: of a micro-batch that is done nothing stays."""
         name = self._anatomy.layer_names[index]
         is_kept = graph is not None
-        graph = graph or self._begin(index, projector)
+        graph = graph or self._begin(index, wants)
         leaves, products = graph.leaves, graph.products
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
@@ -219,15 +224,18 @@ class Layers:
         if scale != 1.0:
             for grad in sums.values():
                 grad.div_(scale)
-        return {f"{name}.{key}": sums[key] for key in trained}, in_grads
+        gradients: Gradients = {}
+        for inner in trained:
+            gradients[f"{name}.{inner}"] = ProjectedGradient(sums[inner]) if inner in products else sums[inner]
+        return gradients, in_grads
 
-    def _begin(self, index: int, projector: Projectors) -> LayerGraph:
+    def _begin(self, index: int, wants: Wants) -> LayerGraph:
         layer = self._anatomy.layer_names[index]
         leaves = {
             key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
             for key, weight in self._weights(index).items()
         }
-        products = self._products(layer, leaves, projector)
+        products = self._products(layer, leaves, wants)
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
         graph = LayerGraph(leaves, products, linears)
         for name, leaf in leaves.items():
@@ -236,11 +244,11 @@ class Layers:
             leaf.register_post_accumulate_grad_hook(partial(self._take_gradient, name, products.get(name), graph.sums))
         return graph
 
-    def _take_gradient(self, name: str, product: Product | None, sums: Grads, leaf: Tensor) -> None:
-        """A weight has its gradient by one micro-batch: in half precision it goes into the sum before the next does."""
+    def _take_gradient(self, name: str, product: ProjectedSum | None, sums: Tensors, leaf: Tensor) -> None:
+        """A weight has its gradient of one micro-batch: in half precision it is added before the next one comes."""
         grad = leaf.grad
         if grad is None:
-            return  # a product got it
+            return  # a projected sum got it
         self._observer.tag(grad, "gradients")
         if product is not None:
             product.add_whole(grad)  # a module used the weight in another way than as linear
@@ -262,19 +270,19 @@ class Layers:
         with self._dropout_stream(step, index, which), graph.linears if graph.products else nullcontext():
             return leaf, self._run(index, graph.leaves, call, leaf)
 
-    def _products(self, layer: str, leaves: Grads, projector: Projectors) -> dict[str, Product]:
-        """Empty products for those of a layer's weights whose gradient is wanted in one."""
-        products: dict[str, Product] = {}
+    def _products(self, layer: str, leaves: Tensors, wants: Wants) -> dict[str, ProjectedSum]:
+        """Empty sums for those of a layer's weights whose gradient is wanted projected."""
+        products: dict[str, ProjectedSum] = {}
         for name, leaf in leaves.items():
-            wanted = projector(f"{layer}.{name}") if leaf.requires_grad else None
-            if wanted is not None:
-                products[name] = Product(wanted, leaf.shape, self._dtype, self._device)
+            wanted = wants(f"{layer}.{name}") if leaf.requires_grad else None
+            if isinstance(wanted, Projector):
+                products[name] = ProjectedSum(wanted, leaf.shape, self._dtype, self._device)
         return products
 
     def _weights(self, index: int) -> dict[str, Tensor]:
         name = self._anatomy.layer_names[index]
         with self._store.borrow(name) as borrowed:
-            weights = borrowed.values(self._dtype)
+            weights = borrowed.values_of(name, self._dtype)
         for weight in weights.values():
             self._observer.tag(weight, "weights")
         return weights

@@ -1,62 +1,124 @@
 """The layer-wise step: the layer is the unit of work, the micro-batch is the inner loop.
 
     forward, no grad:  for layer: for micro-batch: hidden = layer(hidden)          layer inputs are kept
-    head:              for tile of logits: loss, gradient by the hidden states
-    backward:          for layer, last to first: for micro-batch: recompute, backward; then step the layer
+    head:              for tile of logits: loss, gradient with respect to the hidden states
+    backward:          for layer, last to first: for micro-batch: recompute, backward; then the layer's weights step
     embedding:         scatter; step
 
-Gradients add up over the whole effective batch while those of one layer only exist. A tied head and
-embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
-that it need not stay alive while the layers work; that costs computing the logits once more.
+Gradients are summed over the whole effective batch while only those of one layer exist. `forward` goes as far as the
+loss; `backward` is a generator, which yields the finished gradients of one layer after the other while that layer's
+weights are borrowed. Each is whole or projected, as the optimizer said beforehand.
 
-Of the last layers graphs may be kept in forward; backward then goes straight through them, and nothing is computed
-twice. A kept graph is one layer's own: its gradients come to be when backward comes to the layer, as everybody's do.
+A tied head and embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
+that it need not stay alive while the layers work; that costs computing the logits once more. A projected one is small:
+it is formed with the head and waits for the embedding's part. Where its basis comes from the gradient, head and
+embedding are asked for several products, one after the other.
 
-Where a gradient is wanted in a product with a known matrix only, the product is what is handed on, and
-of a linear layer's, the head's or the embedding's weight the gradient itself never exists. The product
-is small: a tied weight's is formed with the head and waits for the embedding's part. Where the matrix
-depends on the gradient, head and embedding are asked for several products, one after the other.
+The last layers may go without activation checkpointing: their graphs are kept in forward and nothing of them is
+computed twice.
 
 An observer sees a step of L layers in these phases, each a context of its own, none within another; planning of memory
 relies on it:
 
     forward            the embedding
     forward      x L   a layer, first to last; with its graph where that is kept
-    head               loss, gradient by the hidden states, gradient or product of an untied head and of the norm
-    step               these are handed on
-    backward, step     x L: a layer, last to first, and its gradients are handed on
-    backward           the gradient by the embedding's rows
+    head               loss, gradients with respect to the hidden states, of the norm and of an untied head
+    step               these are used
+    backward, step     x L: a layer, last to first, and its gradients are used
+    backward           the gradient with respect to the embedding's rows
     head or backward   the embedding's gradient; `head` if it is tied, since then there are logits once more
-    step               it is handed on
+    step               it is used
 
-A part that is repeated enters its phase again. Evaluation is one phase `eval`. Layers in and before which all weights
-are frozen are not gone back through, but are phases all the same.
+Whoever iterates over `backward` enters the phase `step` by `using`. A part that is repeated enters its phase again.
+Evaluation is one phase `eval`. Layers in and before which all weights are frozen are not gone back through, but are
+phases all the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
 from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
-from sophia_galore.engine.embedding import Noise, embed
-from sophia_galore.engine.head import Grads, Head
-from sophia_galore.engine.layer import Layers
+from sophia_galore.engine.embedding import EmbeddingNoise, embed
+from sophia_galore.engine.head import Head
+from sophia_galore.engine.layer import Gradients, Layers
+from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
-from sophia_galore.engine.passage import Asked, Passage, StepResult, to_device
-from sophia_galore.engine.product import Choosers, Projectors, no_choosers, whole_gradients
-from sophia_galore.engine.relief import AtOnce, OnOom, Relief, Remedy, silent
+from sophia_galore.engine.retry import (
+    ChunkSizes,
+    Made,
+    OnOom,
+    Retry,
+    Smaller,
+    fewer_kept_layers,
+    fewer_rows,
+    silent,
+    smaller_logits,
+)
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy, count_idle_layers
 from sophia_galore.numerics.random import generator
-from sophia_galore.weights.store import WeightStore
+from sophia_galore.numerics.subspace import tensor_of
+from sophia_galore.optim.request import Wants, whole_gradients
+from sophia_galore.weights.store import Borrowed, WeightStore
 
-Apply = Callable[[Grads], None]
+_CROSS_ENTROPY = CrossEntropy()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found.
+
+    Args:
+        loss: The objective's loss over the counted tokens of the effective batch; for cross-entropy the mean, in nats.
+        num_tokens: Tokens of the effective batch, padding not included.
+        num_counted: Tokens whose loss counts.
+    """
+
+    loss: float
+    num_tokens: int
+    num_counted: int
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A step up to the head: the loss is known, and the way back is prepared.
+
+    Args:
+        result: The loss, and what it is over.
+        request: What the step was asked for.
+        activations: What backward starts from.
+        head: The head, which still has to form a tied weight's gradient.
+        gradients: Those of the norm and of an untied head.
+    """
+
+    result: StepResult
+    request: StepRequest
+    activations: StepActivations
+    head: Head
+    gradients: Gradients
+
+
+@dataclass(frozen=True)
+class FinishedGradients:
+    """Gradients over the whole effective batch, and the weights that they belong to, while these are borrowed.
+
+    Args:
+        weights: The borrowed weights; those of the gradients may be written.
+        gradients: By the parameter's name; to be taken out one by one, so that each is freed as soon as it was used.
+    """
+
+    weights: Borrowed
+    gradients: Gradients
 
 
 class LayerwiseEngine:
@@ -70,13 +132,12 @@ class LayerwiseEngine:
         seed: The run's seed, for dropout and drawn labels.
         observer: Is told phases and what tensors are.
         logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
-        keep_layers: Graphs of so many last layers are kept through the forward pass of a step instead of being
-            recomputed in backward. More than there are layers: all.
+        keep_layers: So many last layers go without activation checkpointing in a step. More than there are: all.
         on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
-            with fewer kept graphs, smaller tiles of logits or smaller micro-batches, and goes on like that.
+            with smaller chunks (`engine/retry.py`), and goes on with these.
         say: Is told in a sentence what was adapted.
         frozen: Names of weights that get no gradient.
-        neftune_alpha: Size of the noise on embeddings in a step (`Noise`); 0: none.
+        neftune_alpha: Size of the noise on embeddings in a step (`EmbeddingNoise`); 0: none.
     """
 
     def __init__(
@@ -105,66 +166,103 @@ class LayerwiseEngine:
         self._trains_embedding = anatomy.embed_name not in self._frozen
         trained = [name for name in anatomy.parameter_shapes() if name not in self._frozen]
         self._num_idle = count_idle_layers(anatomy.layer_names, anatomy.embed_name, trained)
-        at_once = AtOnce(min(keep_layers, len(anatomy.layers) - self._num_idle), logits_chunk_bytes)
-        self._relief = Relief(at_once, on_oom, say, device)
+        most_kept = len(anatomy.layers) - self._num_idle
+        sizes = ChunkSizes(min(keep_layers, most_kept), logits_chunk_bytes or default_chunk_bytes(device))
+        self._retry = Retry(sizes, on_oom, say, device)
         self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer, self._frozen)
 
     @property
-    def at_once(self) -> AtOnce:
+    def chunk_sizes(self) -> ChunkSizes:
         """How much is in memory at once, as was asked or as was learned since."""
-        return self._relief.at_once
+        return self._retry.sizes
 
-    def step(
+    def forward(
         self,
         batches: Sequence[MicroBatch],
-        apply: Apply,
         *,
         step: int,
-        projector: Projectors = whole_gradients,
-        chooser: Choosers = no_choosers,
-        sampled_labels: bool = False,
-    ) -> StepResult:
-        """Forward and backward over an effective batch; each layer's gradients are handed on and dropped.
+        wants: Wants = whole_gradients,
+        objective: Objective = _CROSS_ENTROPY,
+    ) -> ForwardPass:
+        """Through embedding, layers and head.
 
         Args:
             batches: The micro-batches of one optimizer step.
-            apply: Called with the finished gradients (name to float32 tensor) of one layer after the other;
-                may change the weights of that layer.
             step: Number of the optimizer step, for dropout and drawn labels.
-            projector: For a weight's name, what its gradient G is wanted times: `apply` gets the product, G A
-                (m, k) or A^T G (k, n), in place of G (m, n). None: `apply` gets G. In half precision A is rounded
-                to it; in fp16 its columns should be of about unit length, or products may leave the range.
-            chooser: For the head's or embedding's weight, where `projector` gives None: who says what G is wanted
-                times, asked with a G that is not formed before that weight changes. None: `apply` gets G.
-            sampled_labels: Draw the labels of the counted positions from the model's own distribution, as a
-                function of seed and step (`Head`).
+            wants: In which form each gradient is wanted: whole, (m, n); or as a product, G A (m, k) or A^T G (k, n).
+                In half precision A is rounded to it; in fp16 its columns should be of about unit length, or products
+                may leave the range. A basis from the gradient is made for head and embedding only; a layer's gradient
+                is whole then.
+            objective: What is minimised; drawn labels are a function of seed and step.
 
         Returns:
-            Loss and token counts.
+            What `backward` goes on from, once.
 
         Raises:
-            NonFiniteError: The loss is not finite; `apply` was not called.
+            NonFiniteError: The loss is not finite.
         """
-        anatomy, observer = self._anatomy, self._observer
-        asked = Asked(step, projector, chooser, sampled_labels)
-        noise = Noise(self._neftune_alpha, self._seed, step) if self._neftune_alpha else None
-        way = self._set_out(batches, noise)
-        self._enter(way, step)
-        while len(way.inputs) <= len(anatomy.layers):
-            self._forward(way, asked)
-        head, loss, grads = self._through_head(way, asked)
-        self._hand_on(apply, grads)
+        request = StepRequest(step, wants, objective)
+        noise = EmbeddingNoise(self._neftune_alpha, self._seed, step) if self._neftune_alpha else None
+        acts = self._start(batches, noise)
+        self._run(
+            partial(self._enter, acts), acts, lambda: f"the embedding at step {step}", partial(self._fewer_rows, acts)
+        )
+        while len(acts.inputs) <= len(self._anatomy.layers):
+            self._run(
+                partial(self._forward_layer, acts, request),
+                acts,
+                lambda: f"forward of layer {len(acts.inputs) - 1} at step {step}",
+                partial(self._smaller_forward, acts),
+            )
+        head, loss, gradients = self._run(
+            partial(self._through_head, acts, request),
+            acts,
+            lambda: f"the head at step {step}",
+            partial(self._smaller_head, acts),
+        )
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The loss is {loss} at step {step}.",
+                "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
+            )
+        result = StepResult(loss, sum(batch.num_tokens for batch in batches), _num_counted(batches))
+        return ForwardPass(result, request, acts, head, gradients)
+
+    def backward(self, done: ForwardPass) -> Generator[FinishedGradients]:
+        """Back through head, layers and embedding.
+
+        Args:
+            done: From `forward`; used up.
+
+        Yields:
+            The finished gradients, float32, of head and norm, of one layer after the other, last to first, and of the
+            embedding; where all of these are frozen, none. Their weights may be changed until the next ones are asked
+            for. Close the generator if you do not exhaust it.
+        """
+        anatomy, store, acts, step = self._anatomy, self._store, done.activations, done.request.step
+        with store.borrow(anatomy.norm_name, anatomy.head_name) as weights:
+            yield FinishedGradients(weights, done.gradients)
         for index in reversed(range(len(anatomy.layers))):
-            self._hand_on(apply, self._backward(way, index, asked))
-        rows_grad, grads = None, {}
-        with observer.phase("backward"):
-            if self._trains_embedding:
-                rows_grad = way.embedded.rows_grad(way.out_grads, anatomy.padding_idx)
-        with observer.phase("head" if anatomy.tied else "backward"):
-            if rows_grad is not None:
-                grads = {anatomy.embed_name: head.embedding_grad(way.embedded.tokens, rows_grad)}
-        self._hand_on(apply, grads)
-        return StepResult(loss, sum(batch.num_tokens for batch in batches), sum(batch.num_counted for batch in batches))
+            with store.borrow(anatomy.layer_names[index]) as weights:
+                gradients = self._run(
+                    partial(self._backward_layer, acts, index, done.request),
+                    acts,
+                    partial("backward of layer {} at step {}".format, index, step),
+                    partial(self._smaller_backward, acts, index),
+                )
+                yield FinishedGradients(weights, gradients)
+                del gradients
+        with store.borrow(anatomy.embed_name) as weights:
+            yield FinishedGradients(weights, self._through_embedding(acts, done.head))
+
+    @contextmanager
+    def using(self, finished: FinishedGradients) -> Iterator[Gradients]:
+        """The phase in which finished gradients are used, without autograd; what is left of them is dropped after."""
+        with self._observer.phase("step"), torch.no_grad():
+            for name in finished.gradients:  # no name for a gradient itself: it would live as long as the context
+                self._observer.tag(tensor_of(finished.gradients[name]), "gradients")
+            yield finished.gradients
+            finished.gradients.clear()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -176,165 +274,170 @@ class LayerwiseEngine:
         Returns:
             Summed cross-entropy in nats and the number of counted tokens.
         """
-        anatomy = self._anatomy
-        way = self._set_out(batches)
-        was_training = anatomy.model.training
-        anatomy.model.eval()
-
-        def forward() -> list[Tensor]:
-            embedded = way.embed(way.batches)
-            hidden = list(embedded.hidden)
-            for index in range(len(anatomy.layers)):
-                self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
-            return hidden
-
+        acts = self._start(batches, None)
+        was_training = self._anatomy.model.training
+        self._anatomy.model.eval()
         try:
             with self._observer.phase("eval"):
-                hidden = self._relief.run(lambda: "evaluation", forward, lambda: self._fewer_rows(way))
-                loss = self._relief.run(
-                    lambda: "the head in evaluation",
-                    lambda: self._head(hidden, way.batches).loss_sum(),
-                    lambda: self._fewer_logits(way),
+                hidden = self._run(
+                    partial(self._evaluate_layers, acts), acts, lambda: "evaluation", partial(self._fewer_rows, acts)
                 )
-                return loss, sum(batch.num_counted for batch in batches)
+                loss = self._run(
+                    lambda: self._head(hidden, acts).loss_sum(),
+                    acts,
+                    lambda: "the head in evaluation",
+                    partial(self._smaller_logits, acts),
+                )
+                return loss, _num_counted(batches)
         finally:
-            anatomy.model.train(was_training)
+            self._anatomy.model.train(was_training)
 
-    def _set_out(self, batches: Sequence[MicroBatch], noise: Noise | None = None) -> Passage:
+    # The parts of a step. Each may be repeated.
+
+    def _start(self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
         how = partial(embed, self._anatomy, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise)
-        return Passage(on_device, how, self._relief.at_once.most_rows)
+        return StepActivations(on_device, how, self.chunk_sizes.max_rows)
 
-    def _enter(self, way: Passage, step: int) -> None:
-        def part() -> None:
-            with self._observer.phase("forward"):
-                way.enter()
+    def _enter(self, acts: StepActivations) -> None:
+        with self._observer.phase("forward"):
+            acts.enter()
 
-        self._relief.run(lambda: f"the embedding at step {step}", part, lambda: self._fewer_rows(way))
+    def _forward_layer(self, acts: StepActivations, request: StepRequest) -> None:
+        """The next layer; another one, once a retry began anew with smaller micro-batches."""
+        with self._observer.phase("forward"):
+            index = len(acts.inputs) - 1
+            inputs, calls = acts.inputs[-1], acts.calls(index)
+            if index < self._first_kept():
+                out = self._layers.forward(index, inputs, calls, request.step)
+            else:
+                out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants)
+            acts.inputs.append(out)
 
-    def _forward(self, way: Passage, asked: Asked) -> None:
-        """One layer on."""
-
-        def next_layer() -> int:
-            return len(way.inputs) - 1  # another one, once a remedy began anew
-
-        def part() -> None:
-            with self._observer.phase("forward"):
-                index = next_layer()
-                inputs, calls = way.inputs[-1], way.calls(index)
-                if index < self._first_kept():
-                    out = self._layers.forward(index, inputs, calls, asked.step)
-                else:
-                    out, way.graphs[index] = self._layers.keep(index, inputs, calls, asked.step, asked.projector)
-                way.inputs.append(out)
-
-        def remedy() -> Remedy | None:
-            is_kept = next_layer() >= self._first_kept()
-            return self._fewer_graphs(way) if way.graphs or is_kept else self._fewer_rows(way)
-
-        self._relief.run(lambda: f"forward of layer {next_layer()} at step {asked.step}", part, remedy)
-
-    def _through_head(self, way: Passage, asked: Asked) -> tuple[Head, float, Grads]:
+    def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
         """The loss, and back through the head."""
-        step, is_choosing = asked.step, False
+        with self._observer.phase("head"):
+            acts.out_grads, acts.head_is_final = [], False
+            samples = request.objective.samples_labels
+            sampler = generator(self._seed, "sampled labels", request.step, device=self._device) if samples else None
+            hidden = self._take_output(acts, request.step)
+            head = self._head(hidden, acts, request, sampler)
+            del hidden
+            loss, acts.out_grads, gradients = head.backward()
+            if math.isfinite(loss):
+                acts.head_is_final = True  # the optimizer's basis may be refreshed from here on
+                gradients |= head.late_gradient()
+            return head, loss, gradients
 
-        def part() -> tuple[Head, float, Grads]:
-            nonlocal is_choosing
-            with self._observer.phase("head"):
-                way.out_grads = []
-                sampled = asked.sampled_labels
-                sampler = generator(self._seed, "sampled labels", step, device=self._device) if sampled else None
-                head = self._head(self._take_output(way, step), way.batches, asked.projector, sampler, asked.chooser)
-                loss, way.out_grads, grads = head.backward()
-                if not math.isfinite(loss):
-                    raise NonFiniteError(
-                        f"The loss is {loss} at step {step}.",
-                        "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
-                    )
-                is_choosing = True
-                return head, loss, grads | head.chosen_grad()
-
-        def remedy() -> Remedy | None:
-            if is_choosing:
-                return None  # the optimizer's basis may have been refreshed
-            return self._fewer_graphs(way) if way.graphs else self._fewer_logits(way)
-
-        return self._relief.run(lambda: f"the head at step {step}", part, remedy)
-
-    def _take_output(self, way: Passage, step: int) -> list[Tensor]:
+    def _take_output(self, acts: StepActivations, step: int) -> list[Tensor]:
         """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
         last = len(self._anatomy.layers) - 1
-        if len(way.inputs) > last + 1:
-            return way.inputs.pop()
-        if last in way.graphs:
-            return [out.detach() for _, out in way.graphs[last].kept]
-        return self._layers.forward(last, way.inputs[-1], way.calls(last), step)
+        if len(acts.inputs) > last + 1:
+            return acts.inputs.pop()
+        if last in acts.graphs:
+            return [out.detach() for _, out in acts.graphs[last].kept]
+        return self._layers.forward(last, acts.inputs[-1], acts.calls(last), step)
 
     def _head(
         self,
         hidden: list[Tensor],
-        batches: Sequence[MicroBatch],
-        projector: Projectors = whole_gradients,
+        acts: StepActivations,
+        request: StepRequest | None = None,
         sampler: torch.Generator | None = None,
-        chooser: Choosers = no_choosers,
     ) -> Head:
-        parts = (self._anatomy, self._store, self._dtype, self._observer, hidden, batches, projector, sampler)
-        chunk_bytes = self._relief.at_once.chunk_bytes or default_chunk_bytes(self._device)
-        return Head(*parts, chooser=chooser, chunk_bytes=chunk_bytes, frozen=self._frozen)
-
-    def _backward(self, way: Passage, index: int, asked: Asked) -> Grads:
-        """One layer back; returns its gradients."""
-        if index < self._num_idle:
-            with self._observer.phase("backward"):
-                way.inputs.pop()
-                return {}
-
-        def part() -> tuple[Grads, list[Tensor]]:
-            with self._observer.phase("backward"):
-                graph = way.graphs.pop(index, None)
-                inputs, calls = way.inputs[-1], way.calls(index)
-                parts = (inputs, calls, way.out_grads, asked.step, asked.projector, graph)
-                return self._layers.backward(index, *parts, spends=not self._relief.adapts)
-
-        def remedy() -> Remedy | None:
-            # A layer that can't be computed once more has no room for its graph beside others either.
-            if way.graphs or index >= self._first_kept():
-                return self._fewer_graphs(way)
-            # In forward, dropout drew for the micro-batches as they are.
-            return None if self._anatomy.has_dropout else self._fewer_rows(way)
-
-        grads, in_grads = self._relief.run(lambda: f"backward of layer {index} at step {asked.step}", part, remedy)
-        way.out_grads = in_grads
-        way.inputs.pop()
-        return grads
-
-    def _first_kept(self) -> int:
-        return len(self._anatomy.layers) - self._relief.at_once.keep_layers
-
-    def _fewer_graphs(self, way: Passage) -> Remedy | None:
-        return self._relief.fewer_graphs(lambda: way.keep_graphs(self._first_kept()))
-
-    def _fewer_logits(self, way: Passage) -> Remedy | None:
-        num_tokens = sum(batch.num_counted for batch in way.batches)
-        shape = self._store[self._anatomy.head_name].shape
-        default_bytes = default_chunk_bytes(self._device)
-        words = shape[0]
-        if not self._store[self._anatomy.head_name].is_ready(self._dtype):
-            chunk_bytes = self._relief.at_once.chunk_bytes or default_bytes
-            words = block_words(shape[0], shape[1] * self._dtype.itemsize, chunk_bytes)
-        return self._relief.fewer_logits(num_tokens, words, default_bytes)
-
-    def _fewer_rows(self, way: Passage) -> Remedy | None:
-        # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
-        return self._relief.fewer_rows(
-            way.batches, lambda most_rows: way.split(most_rows, anew=self._anatomy.has_dropout)
+        return Head(
+            self._anatomy,
+            self._store,
+            self._dtype,
+            self._observer,
+            hidden,
+            acts.batches,
+            objective=request.objective if request else _CROSS_ENTROPY,
+            sampler=sampler,
+            wants=request.wants if request else whole_gradients,
+            chunk_bytes=self.chunk_sizes.logits_bytes,
+            frozen=self._frozen,
         )
 
-    def _hand_on(self, apply: Apply, grads: Grads) -> None:
-        with self._observer.phase("step"), torch.no_grad():
-            if not grads:
-                return  # all of them are frozen
-            for name in grads:  # no name for a gradient itself: it would live as long as `apply` runs
-                self._observer.tag(grads[name], "gradients")
-            apply(grads)
-            grads.clear()
+    def _backward_layer(self, acts: StepActivations, index: int, request: StepRequest) -> Gradients:
+        """One layer back; returns its gradients."""
+        with self._observer.phase("backward"):
+            if index < self._num_idle:
+                acts.inputs.pop()
+                return {}
+            graph = acts.graphs.pop(index, None)
+            inputs, calls = acts.inputs[-1], acts.calls(index)
+            parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph)
+            gradients, in_grads = self._layers.backward(index, *parts, spends=not self._retry.adapts)
+        acts.out_grads = in_grads
+        acts.inputs.pop()
+        return gradients
+
+    def _through_embedding(self, acts: StepActivations, head: Head) -> Gradients:
+        anatomy, rows_grad = self._anatomy, None
+        with self._observer.phase("backward"):
+            if self._trains_embedding:
+                rows_grad = acts.embedded.rows_grad(acts.out_grads, anatomy.padding_idx)
+        with self._observer.phase("head" if anatomy.tied else "backward"):
+            if rows_grad is None:
+                return {}
+            gradients: Gradients = {anatomy.embed_name: head.embedding_grad(acts.embedded.tokens, rows_grad)}
+            del rows_grad  # within the phase, so that its end is seen there
+            return gradients
+
+    def _evaluate_layers(self, acts: StepActivations) -> list[Tensor]:
+        embedded = acts.embed(acts.batches)
+        hidden = list(embedded.hidden)
+        for index in range(len(self._anatomy.layers)):
+            self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
+        return hidden
+
+    # What is tried when memory runs out in a part.
+
+    def _run(
+        self,
+        part: Callable[[], Made],
+        acts: StepActivations,
+        where: Callable[[], str],
+        smaller: Callable[[], Smaller | None],
+    ) -> Made:
+        return self._retry.run(part, where=where, smaller=smaller, shrink=partial(self._shrink, acts))
+
+    def _shrink(self, acts: StepActivations, sizes: ChunkSizes) -> None:
+        acts.drop_graphs(self._first_kept())
+        if sizes.max_rows is not None:
+            # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
+            acts.split(sizes.max_rows, anew=self._anatomy.has_dropout)
+
+    def _first_kept(self) -> int:
+        return len(self._anatomy.layers) - self.chunk_sizes.keep_layers
+
+    def _smaller_forward(self, acts: StepActivations) -> Smaller | None:
+        is_kept = len(acts.inputs) - 1 >= self._first_kept()
+        return fewer_kept_layers(self.chunk_sizes) if acts.graphs or is_kept else self._fewer_rows(acts)
+
+    def _smaller_head(self, acts: StepActivations) -> Smaller | None:
+        if acts.head_is_final:
+            return None
+        return fewer_kept_layers(self.chunk_sizes) if acts.graphs else self._smaller_logits(acts)
+
+    def _smaller_backward(self, acts: StepActivations, index: int) -> Smaller | None:
+        # A layer that can't be computed once more has no room for its graph beside others either.
+        if acts.graphs or index >= self._first_kept():
+            return fewer_kept_layers(self.chunk_sizes)
+        # In forward, dropout drew for the micro-batches as they are.
+        return None if self._anatomy.has_dropout else self._fewer_rows(acts)
+
+    def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
+        weight, sizes = self._store[self._anatomy.head_name], self.chunk_sizes
+        words, width = weight.shape
+        if not weight.is_ready(self._dtype):
+            words = block_words(words, width * self._dtype.itemsize, sizes.logits_bytes)
+        return smaller_logits(sizes, _num_counted(acts.batches), words)
+
+    def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
+        return fewer_rows(self.chunk_sizes, acts.batches)
+
+
+def _num_counted(batches: Sequence[MicroBatch]) -> int:
+    return sum(batch.num_counted for batch in batches)

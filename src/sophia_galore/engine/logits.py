@@ -2,20 +2,31 @@
 
 Where the store holds the head's weight as it is computed with, a tile is a chunk of tokens by the whole vocabulary:
 its loss and gradient come from one computation of its logits. Where the weight must be decoded first, a tile is a
-chunk of tokens by a block of words, so that no more than the block is ever decoded; the softmax then takes a pass
+chunk of tokens by a vocabulary slice, so that no more than the slice is ever decoded; the softmax then takes a pass
 of its own (`OnlineLoss`), and the logits are computed once more than otherwise.
+
+The gradient of a token's logits is its weight in the objective times (softmax - onehot).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sophia_galore.engine.cross_entropy import blocks, chunks, draw_labels, loss_sum, loss_sum_and_grad
+from sophia_galore.engine.cross_entropy import (
+    TokenWeight,
+    blocks,
+    chunks,
+    draw_labels,
+    log_probs,
+    loss_sum,
+    loss_sum_and_grad,
+)
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.online_loss import OnlineLoss
 from sophia_galore.weights.store import WeightStore
@@ -23,13 +34,13 @@ from sophia_galore.weights.store import WeightStore
 
 @dataclass(frozen=True)
 class Tile:
-    """Gradients of some tokens' logits for some words.
+    """Gradients of some tokens' logits for a vocabulary slice.
 
     Args:
         tokens: Which tokens.
-        words: Which words.
+        words: Which vocabulary entries.
         weight: (words, d), the head's rows in compute precision; read only.
-        grad: (tokens, words) float32, the gradient of loss / divisor by the logits.
+        grad: (tokens, words) float32, the gradient with respect to the logits.
     """
 
     tokens: slice
@@ -45,14 +56,12 @@ class LossOf:
     Args:
         labels: (N,) int64; drawn ones are written here in the first pass.
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
-        divisor: What the loss is divided by before its gradient is taken.
         sampler: Draws the labels from softmax(logits); None: they are given.
         chunk_bytes: Bytes of a tile's float32 logits.
     """
 
     labels: Tensor
     softcap: float | None
-    divisor: float
     sampler: torch.Generator | None
     chunk_bytes: int
 
@@ -70,11 +79,19 @@ class Logits(Protocol):
             normed: (N, d), what enters the head, in compute precision.
         """
 
-    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+    def log_probs(self, normed: Tensor) -> Tensor:
+        """Log-probabilities of the labels, (N,) float32.
+
+        Args:
+            normed: As for `loss_sum`.
+        """
+
+    def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
         """Go over all tiles; labels are drawn in the first walk, and kept for the later ones.
 
         Args:
             normed: As for `loss_sum`; the same at each walk.
+            weight: What each token adds to the gradient: one number for all of them, or (N,) float32.
             visit: Is shown one tile after the other, and must keep none. All blocks of words have the same chunks
                 of tokens.
 
@@ -94,7 +111,7 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
         observer: Is told what tensors are.
     """
     if store[name].is_ready(dtype):
-        return WholeLogits(store[name].values(dtype), loss, observer)
+        return WholeLogits(store, name, loss, observer)
     return BlockLogits(store, name, dtype, loss, observer)
 
 
@@ -102,51 +119,74 @@ class WholeLogits(Logits):
     """Tiles of all words: one computation of the logits gives loss and gradient.
 
     Args:
-        weight: (V, d) in compute precision.
+        store: The weights.
+        name: The head's weight, (V, d), stored in compute precision.
         loss: What the loss is made of.
         observer: Is told what tensors are.
     """
 
     in_parts = False
 
-    def __init__(self, weight: Tensor, loss: LossOf, observer: Observer) -> None:
-        self._weight, self._loss, self._observer = weight, loss, observer
+    def __init__(self, store: WeightStore, name: str, loss: LossOf, observer: Observer) -> None:
+        self._store, self._name, self._loss, self._observer = store, name, loss, observer
         self._sampler = loss.sampler
 
     def loss_sum(self, normed: Tensor) -> float:
         """As `Logits` says; of given labels."""
-        total = 0.0
-        for tokens in self._chunks():
-            logits = _product(normed[tokens], self._weight, self._observer)
-            total += float(loss_sum(logits, self._loss.labels[tokens], self._loss.softcap))
+        labels, softcap, total = self._loss.labels, self._loss.softcap, 0.0
+        with self._whole() as head:
+            for tokens in self._chunks():
+                total += float(loss_sum(_product(normed[tokens], head, self._observer), labels[tokens], softcap))
         return total
 
-    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+    def log_probs(self, normed: Tensor) -> Tensor:
         """As `Logits` says."""
-        total, words = 0.0, slice(0, self._weight.shape[0])
-        for tokens in self._chunks():
-            loss, grad = self._grad(normed, tokens)
-            total += float(loss)
-            visit(Tile(tokens, words, self._weight, grad))
-            del grad
+        found = torch.empty(len(normed), dtype=torch.float32, device=normed.device)
+        with self._whole() as head:
+            for tokens in self._chunks():
+                logits = self._drawn(normed, tokens, head)
+                found[tokens] = log_probs(logits, self._loss.labels[tokens], self._loss.softcap)
+        self._sampler = None
+        return found
+
+    def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
+        """As `Logits` says."""
+        total = 0.0
+        with self._whole() as head:
+            for tokens in self._chunks():
+                loss, grad = self._grad(normed, tokens, head, weight)
+                total += float(loss)
+                visit(Tile(tokens, slice(0, head.shape[0]), head, grad))
+                del grad
         self._sampler = None
         return total
 
-    def _grad(self, normed: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
-        labels, softcap = self._loss.labels, self._loss.softcap
-        logits = _product(normed[tokens], self._weight, self._observer)
-        if self._sampler is not None:
-            labels[tokens] = draw_labels(logits, softcap, self._sampler)
-        loss, grad = loss_sum_and_grad(logits, labels[tokens], softcap, self._loss.divisor)
+    def _grad(self, normed: Tensor, tokens: slice, head: Tensor, weight: TokenWeight) -> tuple[Tensor, Tensor]:
+        logits = self._drawn(normed, tokens, head)
+        of_tokens = weight if isinstance(weight, float) else weight[tokens]
+        loss, grad = loss_sum_and_grad(logits, self._loss.labels[tokens], self._loss.softcap, of_tokens)
         self._observer.tag(grad, "logits")
         return loss, grad
 
+    def _drawn(self, normed: Tensor, tokens: slice, head: Tensor) -> Tensor:
+        """A chunk's logits; its labels are drawn by them, if that is still to be done."""
+        logits = _product(normed[tokens], head, self._observer)
+        if self._sampler is not None:
+            self._loss.labels[tokens] = draw_labels(logits, self._loss.softcap, self._sampler)
+        return logits
+
+    @contextmanager
+    def _whole(self) -> Iterator[Tensor]:
+        with self._store.borrow(self._name) as borrowed:
+            weight = borrowed[self._name]
+            yield weight.values(weight.dtype)
+
     def _chunks(self) -> Iterator[slice]:
-        return chunks(len(self._loss.labels), self._weight.shape[0], self._loss.chunk_bytes)
+        return chunks(len(self._loss.labels), self._store[self._name].shape[0], self._loss.chunk_bytes)
 
 
 class BlockLogits(Logits):
-    """Tiles of some words, whose rows of the weight are decoded for as long as they are worked on.
+    """Tiles of a vocabulary slice, whose rows of the weight are decoded for as long as they are worked on.
 
     Args:
         store: The weights.
@@ -166,14 +206,19 @@ class BlockLogits(Logits):
         """As `Logits` says."""
         return self._survey(normed).total()
 
-    def walk(self, normed: Tensor, visit: Callable[[Tile], None]) -> float:
+    def log_probs(self, normed: Tensor) -> Tensor:
+        """As `Logits` says."""
+        return self._survey(normed).log_probs()
+
+    def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
         """As `Logits` says."""
         online = self._survey(normed)
 
-        def differentiate(tokens: slice, words: slice, weight: Tensor, logits: Tensor) -> None:
-            grad = online.grad(tokens, words, logits, self._loss.divisor)
+        def differentiate(tokens: slice, words: slice, head: Tensor, logits: Tensor) -> None:
+            of_tokens = weight if isinstance(weight, float) else weight[tokens]
+            grad = online.grad(tokens, words, logits, of_tokens)
             self._observer.tag(grad, "logits")
-            visit(Tile(tokens, words, weight, grad))
+            visit(Tile(tokens, words, head, grad))
 
         self._each(normed, differentiate)
         return online.total()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sophia_galore.engine.cross_entropy import TokenWeight
 from sophia_galore.numerics.random import draw_clocks
 
 
@@ -55,17 +56,21 @@ class OnlineLoss:
         """After the first pass: the summed cross-entropy in nats."""
         return float((self._sum.log() + (self._largest - self._label_logit)).sum(dtype=torch.float64))
 
-    def grad(self, tokens: slice, words: slice, logits: Tensor, divisor: float) -> Tensor:
-        """The second pass: the gradient of loss / divisor by a tile of logits.
+    def log_probs(self) -> Tensor:
+        """After the first pass: log-probabilities of the labels, (N,) float32."""
+        return self._label_logit - self._largest - self._sum.log()
+
+    def grad(self, tokens: slice, words: slice, logits: Tensor, weight: TokenWeight) -> Tensor:
+        """The second pass: the gradient of the weighted loss with respect to a tile of logits.
 
         Args:
             tokens: Which tokens.
             words: Which words.
             logits: (tokens, words) float32, those of the first pass; used up.
-            divisor: What the loss is divided by, such as the counted tokens of the effective batch.
+            weight: Of these tokens: one number, or (tokens,) float32.
 
         Returns:
-            (tokens, words) float32: (softmax - onehot) / divisor, by the chain rule through the cap.
+            (tokens, words) float32: weight (softmax - onehot), by the chain rule through the cap.
         """
         slope = None
         if self._softcap is not None:
@@ -75,7 +80,7 @@ class OnlineLoss:
         grad = logits.sub_(self._largest[tokens][:, None]).exp_().div_(self._sum[tokens][:, None])
         inside, places = self._places(tokens, words)
         grad.scatter_add_(1, places[:, None], -inside[:, None].to(grad.dtype))
-        grad.mul_(1 / divisor)
+        grad.mul_(weight if isinstance(weight, float) else weight[:, None])
         return grad if slope is None else grad.mul_(slope)
 
     def _places(self, tokens: slice, words: slice) -> tuple[Tensor, Tensor]:

@@ -12,20 +12,20 @@ bits of one without.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.head import Grads
 from sophia_galore.engine.layerwise import LayerwiseEngine
-from sophia_galore.engine.product import Chooser
 from sophia_galore.errors import NonFiniteError, OutOfMemory, RunError, lacks_memory, short
 from sophia_galore.numerics.bases import random_basis, tracked_basis
 from sophia_galore.numerics.random import generator
-from sophia_galore.numerics.subspace import Projector, UnformedGrad, projection_side
+from sophia_galore.numerics.subspace import LazyGradient, Projector, projection_side, tensor_of
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.request import BasisFromGradient
 
 WHAT_HELPS = (
     "Lower training.max_length or training.batch_size, or use quantization.enabled=true or "
@@ -71,22 +71,26 @@ def take_probe(
     seen: set[str] = set()
     kept: list[Tensor] = []
 
-    def look(grads: Grads) -> None:
-        if stopped():
-            raise KeyboardInterrupt
-        for name in list(grads):
-            grad = grads.pop(name)
-            if not is_usable(grad):
-                raise NonFiniteError(
-                    f"The gradient of {name} is not finite in the probe step (or above {LARGEST_GRAD:g}).", _PRECISION
-                )
-            seen.add(name)
-            if name in held_shapes:
-                # Filled, since a system may give out memory that it does not have until it is written to.
-                kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
-
     try:
-        engine.step(batches, look, step=step, chooser=lambda name: _trial(optimizer, name, step))
+        forward = engine.forward(batches, step=step, wants=lambda name: _trial(optimizer, name, step))
+        with closing(engine.backward(forward)) as layers:
+            del forward
+            for layer in layers:
+                with engine.using(layer) as gradients:
+                    if stopped():
+                        raise KeyboardInterrupt
+                    for name in list(gradients):
+                        grad = tensor_of(gradients.pop(name))
+                        if not is_usable(grad):
+                            raise NonFiniteError(
+                                f"The gradient of {name} is not finite in the probe step (or above {LARGEST_GRAD:g}).",
+                                _PRECISION,
+                            )
+                        seen.add(name)
+                        if name in held_shapes:
+                            # Filled, since a system may give out memory that it does not have until it is written to.
+                            kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
+                        del grad
     except NonFiniteError as error:
         cause = error.cause if "probe step" in error.cause else f"In the probe step: {error.cause}"
         raise NonFiniteError(cause, _PRECISION) from error
@@ -105,14 +109,14 @@ def take_probe(
         )
 
 
-def _trial(optimizer: ParamOptimizer, name: str, step: int) -> Chooser | None:
+def _trial(optimizer: ParamOptimizer, name: str, step: int) -> BasisFromGradient | None:
     """Makes a basis of the products that a refresh takes, and drops it; None where a first step forms the gradient."""
     subspace = optimizer.specs[name].subspace
-    if subspace is None or optimizer.chooser(name, step) is None:
+    if subspace is None or optimizer.basis_from_gradient(name, step) is None:
         return None
     rank = subspace.rank
 
-    def choose(grad: UnformedGrad) -> Projector:
+    def choose(grad: LazyGradient) -> Projector:
         start = random_basis(min(grad.shape), rank, generator(0, "probe", name, device=grad.device))
         return Projector(tracked_basis(grad, start), projection_side(grad.shape))
 

@@ -2,7 +2,7 @@
 
 The modules are those of Hugging Face and stay as they are: a mode around the layer's forward sees each call of
 `torch.nn.functional.linear` and, where the weight is one of the projected ones, puts a function in its place that
-gives the same output, and in backward adds to a `Product` instead of forming the weight's gradient.
+gives the same output, and in backward adds to a `ProjectedSum` instead of forming the weight's gradient.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from sophia_galore.engine.product import Product
+from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.numerics.subspace import Projector
 
 
 class _ProjectedLinear(torch.autograd.Function):
-    """x W^T + b, whose backward gives the weight no gradient but its `Product` a term."""
+    """x W^T + b, whose backward gives the weight no gradient but its `ProjectedSum` a term."""
 
     @staticmethod
-    def forward(ctx: Any, entering: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+    def forward(ctx: Any, entering: Tensor, weight: Tensor, bias: Tensor | None, product: ProjectedSum) -> Tensor:
         ctx.product = product
-        ctx.save_for_backward(product.keep(entering.reshape(-1, entering.shape[-1])), weight)
+        ctx.save_for_backward(product.save_input(entering.reshape(-1, entering.shape[-1])), weight)
         return functional.linear(entering, weight, bias)
 
     @staticmethod
@@ -38,7 +38,7 @@ class _ProjectedLinear(torch.autograd.Function):
         return out_grad @ weight if wants_entering else None, None, flat.sum(0) if wants_bias else None, None
 
 
-def projected_linear(entering: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
+def projected_linear(entering: Tensor, weight: Tensor, bias: Tensor | None, product: ProjectedSum) -> Tensor:
     """A linear map; its backward adds G A or A^T G to `product` and leaves the weight without gradient.
 
     Args:
@@ -59,7 +59,7 @@ def plain_product(entering: Tensor, out_grad: Tensor, projector: Projector) -> T
 
     Args:
         entering: (..., n).
-        out_grad: (..., m), the gradient by the linear map's output.
+        out_grad: (..., m), the gradient with respect to the linear map's output.
         projector: A and its side.
 
     Returns:
@@ -75,7 +75,7 @@ class ProjectedLinears(TorchFunctionMode):
         products: Weight and product; weights are known by identity, as they are handed to the module.
     """
 
-    def __init__(self, products: Iterable[tuple[Tensor, Product]]) -> None:
+    def __init__(self, products: Iterable[tuple[Tensor, ProjectedSum]]) -> None:
         super().__init__()
         self._products = {id(weight): product for weight, product in products}
 

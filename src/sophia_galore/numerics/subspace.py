@@ -33,7 +33,7 @@ def projected_shape(shape: tuple[int, int] | torch.Size, rank: int) -> tuple[int
     return (shape[0], rank) if projection_side(shape) == "right" else (rank, shape[1])
 
 
-class UnformedGrad(Protocol):
+class LazyGradient(Protocol):
     """A gradient G of shape (m, n) that exists only as what it does to other matrices."""
 
     @property
@@ -55,7 +55,7 @@ class UnformedGrad(Protocol):
         """
 
 
-Grad = Tensor | UnformedGrad
+Grad = Tensor | LazyGradient
 """A gradient of which products are wanted: formed or not."""
 
 
@@ -76,6 +76,26 @@ class Projector:
         if not isinstance(grad, Tensor):
             return grad.of(self)
         return grad @ self.matrix if self.side == "right" else self.matrix.T @ grad
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedGradient:
+    """A gradient that was formed as a product only.
+
+    Args:
+        product: G A or A^T G, float32, where the first columns of A are the basis; scaling it scales the gradient.
+    """
+
+    product: Tensor
+
+
+Gradient = Tensor | ProjectedGradient
+"""A finished gradient: the whole one, or its product with the projector that was asked for."""
+
+
+def tensor_of(gradient: Gradient) -> Tensor:
+    """The one tensor that a gradient consists of."""
+    return gradient.product if isinstance(gradient, ProjectedGradient) else gradient
 
 
 def project(grad: Tensor, basis: Tensor) -> Tensor:

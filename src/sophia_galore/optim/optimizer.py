@@ -7,7 +7,7 @@ in a subspace), and the updated weight is rounded back into its stored format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,14 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.numerics.rules import sophia_curvature
-from sophia_galore.numerics.subspace import Projector, UnformedGrad, project
+from sophia_galore.numerics.subspace import (
+    Gradient,
+    LazyGradient,
+    ProjectedGradient,
+    Projector,
+    project,
+    tensor_of,
+)
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.lowrank import (
@@ -29,6 +36,7 @@ from sophia_galore.optim.lowrank import (
     subspace_of,
     with_deferred_update,
 )
+from sophia_galore.optim.request import BasisFromGradient, GradientRequest
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.plain import as_weight
@@ -39,7 +47,7 @@ _NUM_PROBES = 8
 
 
 @dataclass(eq=False)
-class HeldGrad:
+class PreparedGradient:
     """A gradient as far as its step needs it.
 
     Args:
@@ -71,34 +79,29 @@ class ParamOptimizer:
         if device is not None:
             self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
 
-    def step_param(
-        self, name: str, weight: Weight | Tensor, grad: Tensor, *, step: int, factor: float, projected: bool = False
-    ) -> None:
+    def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
         """Move one weight by one step.
 
         Args:
             name: The parameter's name.
             weight: The stored weight, in any format, changed in place; a tensor is one in its own precision.
-            grad: Gradient over the whole effective batch, float32, the shape of `weight`.
+            grad: Gradient over the whole effective batch, float32: of the shape of `weight`, or its product with what
+                `request` asked for.
             step: Number of the optimizer step, counted from 1.
             factor: The schedule's value; multiplies the parameter's own learning rate.
-            projected: `grad` is the gradient times `projector(name, step)` instead.
 
         Raises:
             NonFiniteError: The gradient holds a NaN or an infinity; weight and state are untouched.
         """
-        self.step_held(
-            name, as_weight(weight), self.hold(name, grad, step=step, projected=projected), step=step, factor=factor
-        )
+        self.apply(name, as_weight(weight), self.prepare(name, grad, step=step), step=step, factor=factor)
 
-    def hold(self, name: str, grad: Tensor, *, step: int, projected: bool = False) -> HeldGrad:
+    def prepare(self, name: str, grad: Gradient, *, step: int) -> PreparedGradient:
         """The first half of a step: keep of a gradient what its second half needs. Refreshes the basis if it is due.
 
         Args:
             name: The parameter's name.
             grad: As for `step_param`.
             step: As for `step_param`.
-            projected: As for `step_param`.
 
         Returns:
             What is needed; scaling it scales the gradient.
@@ -106,23 +109,25 @@ class ParamOptimizer:
         Raises:
             NonFiniteError: As for `step_param`.
         """
-        _refuse_non_finite(name, grad, step)
+        _refuse_non_finite(name, tensor_of(grad), step)
         spec = self.specs[name]
+        if isinstance(grad, ProjectedGradient):
+            return PreparedGradient(None, _inside(spec, grad))
         if spec.subspace is None:
-            return HeldGrad(grad, None)
+            return PreparedGradient(grad, None)
         state = self._state(name, grad.device)
-        if not projected and refresh_is_due(spec, state, step):
+        if refresh_is_due(spec, state, step):
             refresh(spec, state, grad, step, self._seed)
-        low = self._projected(spec, state, grad, step, projected)
-        return HeldGrad(None if spec.subspace.residual == "none" else grad, low)
+        low = project(grad, basis_at(spec, state, step, self._seed, grad.device))
+        return PreparedGradient(None if spec.subspace.residual == "none" else grad, low)
 
-    def step_held(self, name: str, weight: Weight, held: HeldGrad, *, step: int, factor: float) -> None:
+    def apply(self, name: str, weight: Weight, prepared: PreparedGradient, *, step: int, factor: float) -> None:
         """The second half of a step.
 
         Args:
             name: The parameter's name.
             weight: As for `step_param`.
-            held: From `hold` at the same step; used up.
+            prepared: From `prepare` at the same step; used up.
             step: As for `step_param`.
             factor: As for `step_param`.
         """
@@ -130,22 +135,33 @@ class ParamOptimizer:
         rate = spec.learning_rate * factor
         noise = Noise.of(self._seed, "rounding", name, step, device=weight.device)
         state_noise = Noise.of(self._seed, "state rounding", name, step, device=weight.device)
-        if held.projected is None:
-            assert held.full is not None  # a gradient that is not projected is held in full
-            dense_step(spec, state, weight, held.full, step=step, rate=rate, noise=noise, state_noise=state_noise)
+        if prepared.projected is None:
+            assert prepared.full is not None  # a gradient that is not projected is held in full
+            dense_step(spec, state, weight, prepared.full, step=step, rate=rate, noise=noise, state_noise=state_noise)
             return
         lowrank_step(
             spec,
             state,
             weight,
-            held.projected,
-            held.full,
+            prepared.projected,
+            prepared.full,
             basis_at(spec, state, step, self._seed, weight.device),
             step=step,
             rate=rate,
             noise=noise,
             state_noise=state_noise,
         )
+
+    def request(self, name: str, step: int, *, observing: bool = False) -> GradientRequest:
+        """In which form the gradient of a parameter is wanted at a step.
+
+        Args:
+            name: The parameter's name.
+            step: Number of the step, counted from 1.
+            observing: The gradient is for `observe_curvature`, else for `prepare`.
+        """
+        projector = self.projector(name, step)
+        return self.basis_from_gradient(name, step, observing=observing) if projector is None else projector
 
     def projector(self, name: str, step: int) -> Projector | None:
         """What the gradient of a parameter is wanted times at a step, if it is not wanted itself.
@@ -168,14 +184,13 @@ class ParamOptimizer:
             return None
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
 
-    def chooser(self, name: str, step: int, *, observing: bool = False) -> Callable[[UnformedGrad], Projector] | None:
-        """Who says what the gradient is wanted times at a step at which `projector` can't: the basis comes first.
+    def basis_from_gradient(self, name: str, step: int, *, observing: bool = False) -> BasisFromGradient | None:
+        """How a basis is made from a gradient that is not formed, at a step at which `projector` can't know it.
 
         Args:
             name: The parameter's name.
             step: Number of the step, counted from 1.
-            observing: The product is for `observe_curvature`, else for `hold`; either takes it as that of a
-                projector.
+            observing: As for `request`.
 
         Returns:
             A function that refreshes the basis by products of the gradient, if that is due, and then says what
@@ -185,9 +200,9 @@ class ParamOptimizer:
         if not _wants_products(spec) or subspace_of(spec).kind == "svd":
             return None
 
-        def choose(grad: UnformedGrad) -> Projector:
+        def choose(grad: LazyGradient) -> Projector:
             state = self._state(name, grad.device)
-            # A curvature is in the basis of the step before, from which `hold` moves it; at first there is none.
+            # A curvature is in the basis of the step before, from which `prepare` moves it; at first there is none.
             due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
             if due:
                 refresh(spec, state, _Refusing(grad, name, step), step, self._seed)
@@ -195,19 +210,16 @@ class ParamOptimizer:
 
         return choose
 
-    def observe_curvature(
-        self, name: str, grad: Tensor, *, step: int, num_samples: int, projected: bool = False
-    ) -> None:
+    def observe_curvature(self, name: str, grad: Gradient, *, step: int, num_samples: int) -> None:
         """Take in a gradient whose labels were sampled from the model; no weight moves.
 
         Rules without a curvature pass over it.
 
         Args:
             name: The parameter's name.
-            grad: Gradient of the mean loss over the sampled labels, float32.
+            grad: Gradient of the mean loss over the sampled labels, float32; whole, or as `request` asked for it.
             step: Number of the optimizer step that comes next, counted from 1.
             num_samples: How many labels the loss was a mean over.
-            projected: `grad` is the gradient times `projector(name, step)` instead.
 
         Raises:
             NonFiniteError: As for `step_param`.
@@ -215,13 +227,15 @@ class ParamOptimizer:
         spec = self.specs[name]
         if spec.rule != "sophia":
             return
-        _refuse_non_finite(name, grad, step)
-        state = self._state(name, grad.device)
-        if spec.subspace is not None:
-            if not projected and step == 1:
+        _refuse_non_finite(name, tensor_of(grad), step)
+        state = self._state(name, tensor_of(grad).device)
+        if isinstance(grad, ProjectedGradient):
+            grad = _inside(spec, grad)
+        elif spec.subspace is not None:
+            if step == 1:
                 refresh(spec, state, grad, step, self._seed)  # there is no basis yet
-            # Where the basis is drawn anew at this step, the state is still in the last one until `hold` moves it.
-            grad = self._projected(spec, state, grad, max(1, step - 1), projected)
+            # Where the basis is drawn anew at this step, the state is still in the last one until `prepare` moves it.
+            grad = project(grad, basis_at(spec, state, max(1, step - 1), self._seed, grad.device))
         first = state.is_empty("curvature")
         noise = Noise.of(self._seed, "curvature rounding", name, step, device=grad.device)
         for rows in row_blocks(grad.shape):
@@ -271,8 +285,8 @@ class ParamOptimizer:
                 tensors[key] = tensor.to(device)
         return tensors
 
-    def adopt(self, name: str, weight: Weight) -> Weight:
-        """The weight as it is to be used from now on: together with updates that are kept in its state, if they are.
+    def with_deferred_update(self, name: str, weight: Weight) -> Weight:
+        """The weight as it is to be used from now on: together with the update that its state keeps, if it does.
 
         Args:
             name: The parameter's name.
@@ -296,19 +310,12 @@ class ParamOptimizer:
         probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
         return Projector(torch.cat([basis, probes], 1), spec.side)
 
-    def _projected(self, spec: ParamSpec, state: ParamState, grad: Tensor, step: int, projected: bool) -> Tensor:
-        """R, from G or from the product with a projector, whose first columns are the basis."""
-        if not projected:
-            return project(grad, basis_at(spec, state, step, self._seed, grad.device))
-        rank = subspace_of(spec).rank
-        return grad[:, :rank].contiguous() if spec.side == "right" else grad[:rank]
-
 
 @dataclass(frozen=True, eq=False)
 class _Refusing:
     """A gradient that was not formed, none of whose products is handed on unless it is usable."""
 
-    grad: UnformedGrad
+    grad: LazyGradient
     name: str
     step: int
 
@@ -324,6 +331,12 @@ class _Refusing:
         product = self.grad.of(projector)
         _refuse_non_finite(self.name, product, self.step)
         return product
+
+
+def _inside(spec: ParamSpec, grad: ProjectedGradient) -> Tensor:
+    """R, from the product with a projector whose first columns are the basis."""
+    rank = subspace_of(spec).rank
+    return grad.product[:, :rank].contiguous() if spec.side == "right" else grad.product[:rank]
 
 
 def _wants_products(spec: ParamSpec) -> bool:

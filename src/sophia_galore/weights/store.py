@@ -17,29 +17,29 @@ class Borrowed:
 
     Args:
         weights: By full name.
-        prefix: What is left out of the names of `values`.
     """
 
-    def __init__(self, weights: dict[str, Weight], prefix: str) -> None:
-        self._weights, self._prefix = weights, prefix
+    def __init__(self, weights: dict[str, Weight]) -> None:
+        self._weights = weights
 
     def __getitem__(self, name: str) -> Weight:
         """A stored weight by its full name: whoever writes it changes the model."""
         return self._weights[name]
 
-    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def values_of(self, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights that a module has to be given, by their names inside of it; not those that it holds itself.
 
         Args:
+            module: Its name without the final dot.
             dtype: Compute precision.
 
         Returns:
             Read only: what is stored in that precision is not copied. Dropping it frees what was decoded.
         """
         return {
-            name.removeprefix(self._prefix): weight.values(dtype)
+            name.removeprefix(f"{module}."): weight.values(dtype)
             for name, weight in self._weights.items()
-            if not weight.held_by_module
+            if name.startswith(f"{module}.") and not weight.held_by_module
         }
 
 
@@ -52,7 +52,6 @@ class WeightStore:
 
     def __init__(self, weights: Mapping[str, Weight | Tensor]) -> None:
         self._weights = {name: as_weight(weight) for name, weight in weights.items()}
-        self._num_borrowed = 0
 
     def __getitem__(self, name: str) -> Weight:
         """What is stored under a name, wherever it is: for its shape, its format, its files. To compute, borrow it."""
@@ -85,22 +84,20 @@ class WeightStore:
         return next(weight.dtype for weight in self._weights.values() if not weight.is_packed)
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[Borrowed]:
-        """A weight, or all weights of a module such as a layer, for as long as they are used.
+    def borrow(self, *names: str) -> Iterator[Borrowed]:
+        """Weights, or all weights of modules such as a layer, for as long as they are used.
 
         Inside of the context they may be read and written; what is written stays.
 
         Args:
-            name: A weight's name, or a module's without the final dot.
+            names: Names of weights, or of modules without the final dot.
         """
-        prefix = f"{name}."
-        found = {key: weight for key, weight in self._weights.items() if key == name or key.startswith(prefix)}
-        self._num_borrowed += 1
+        prefixes = tuple(f"{name}." for name in names)
+        found = {key: weight for key, weight in self._weights.items() if key in names or key.startswith(prefixes)}
         try:
-            yield Borrowed(found, prefix)
+            yield Borrowed(found)
         finally:
             found.clear()
-            self._num_borrowed -= 1
 
     @contextmanager
     def borrow_rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[list[Tensor]]:
@@ -114,10 +111,8 @@ class WeightStore:
         Yields:
             One tensor (k, n), in a list so that its memory can be freed inside of the context; read only.
         """
-        self._num_borrowed += 1
         lent = [self._weights[name][rows].values(dtype)]
         try:
             yield lent
         finally:
             lent.clear()
-            self._num_borrowed -= 1

@@ -1,7 +1,7 @@
-"""A product with a gradient, added up from the gradient's factors; the gradient itself is never formed.
+"""A projected gradient, added up from the gradient's factors; the gradient itself is never formed.
 
-A weight W of shape (m, n) that maps x (T, n) to x W^T has the gradient G = d^T x, with d (T, m) the gradient by
-its output. Where only G A or A^T G is wanted, the order of multiplication is free:
+A weight W of shape (m, n) that maps x (T, n) to x W^T has the gradient G = d^T x, with d (T, m) the gradient
+with respect to its output. Where only G A or A^T G is wanted, the order of multiplication is free:
 
     side right, A is (n, k):  G A   = d^T (x A)      k (n + m) T operations instead of m n T, and only x A is kept
     side left,  A is (m, k):  A^T G = (d A)^T x
@@ -15,30 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.subspace import Projector, UnformedGrad
-
-# For a parameter's name: what its gradient is wanted times; None: the gradient itself is wanted.
-Projectors = Callable[[str], Projector | None]
-# Says what a gradient is wanted times once it has seen the gradient, in other products.
-Chooser = Callable[[UnformedGrad], Projector]
-# For a parameter's name: who says what its gradient is wanted times; None: the gradient itself is wanted.
-Choosers = Callable[[str], Chooser | None]
+from sophia_galore.numerics.subspace import Projector
 
 _ALL = slice(None)
 
 
-def whole_gradients(name: str) -> Projector | None:
-    """The `Projectors` that project nothing."""
-    return None
-
-
-def no_choosers(name: str) -> Chooser | None:
-    """The `Choosers` that leave every gradient as it is."""
-    return None
-
-
-class Product:
-    """G A or A^T G of one weight, a float32 sum over micro-batches or chunks of tokens.
+class ProjectedSum:
+    """G A or A^T G of one weight: a float32 sum over micro-batches or chunks of tokens.
 
     Args:
         projector: A and its side.
@@ -66,23 +49,23 @@ class Product:
             self._sum = torch.zeros(self._size, dtype=torch.float32, device=self._device)
         return self._sum
 
-    def lay_by(self) -> None:
+    def narrow(self) -> None:
         """Nothing is added for a while: the sum takes as little memory as bfloat16 does until it is taken up again.
 
         One rounding by 2^-9 of each entry, once a step: less than what half-precision factors are rounded by.
         """
         self._sum = self.sum.to(torch.bfloat16)
 
-    def take_up(self) -> None:
+    def widen(self) -> None:
         """More is going to be added."""
         self._sum = self.sum.float()
 
     @property
-    def keeps_little(self) -> bool:
-        """Whether what `keep` gives is smaller than the input."""
+    def saves_less(self) -> bool:
+        """Whether what `save_input` gives is smaller than the input."""
         return self._right
 
-    def keep(self, entering: Tensor) -> Tensor:
+    def save_input(self, entering: Tensor) -> Tensor:
         """What `add` will need of the weight's input.
 
         Args:
@@ -98,7 +81,7 @@ class Product:
 
         Args:
             out_grad: d, (T, number of outputs), the other outputs' columns left out.
-            kept: What `keep` gave for the same tokens.
+            kept: What `save_input` gave for the same tokens.
             outputs: Which of the m outputs.
         """
         left = out_grad if self._right else out_grad @ self._matrix[outputs]
@@ -133,8 +116,8 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Terms:
-    """An `UnformedGrad`: a gradient that is known by how its terms are added up in a product.
+class LazyTerms:
+    """An `LazyGradient`: a gradient that is known by how its terms are added up in a product.
 
     Args:
         shape: (m, n), the weight's shape.
@@ -144,10 +127,10 @@ class Terms:
 
     shape: torch.Size
     device: torch.device
-    add_to: Callable[[Product], None]
+    add_to: Callable[[ProjectedSum], None]
 
     def of(self, projector: Projector) -> Tensor:
         """G A, (m, k), or A^T G, (k, n), float32."""
-        product = Product(projector, self.shape, torch.float32, self.device)
+        product = ProjectedSum(projector, self.shape, torch.float32, self.device)
         self.add_to(product)
         return product.sum

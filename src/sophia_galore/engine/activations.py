@@ -1,4 +1,4 @@
-"""What a step has under way between embedding and embedding."""
+"""What a step holds between its forward and its backward pass."""
 
 from __future__ import annotations
 
@@ -12,41 +12,24 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.embedding import Embedded
 from sophia_galore.engine.layer import LayerGraph
-from sophia_galore.engine.product import Choosers, Projectors
-from sophia_galore.engine.relief import split_rows
+from sophia_galore.engine.objective import Objective
+from sophia_galore.engine.retry import split_rows
+from sophia_galore.optim.request import Wants
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a step was asked.
+class StepRequest:
+    """What a step is asked for.
 
     Args:
         step: Its number.
-        projector: What gradients are wanted times.
-        chooser: Who says what gradients are wanted times, having seen them.
-        sampled_labels: Whether labels are drawn.
+        wants: In which form each gradient is wanted.
+        objective: What is minimised.
     """
 
     step: int
-    projector: Projectors
-    chooser: Choosers
-    sampled_labels: bool
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step found.
-
-    Args:
-        loss: Mean cross-entropy over the counted tokens of the effective batch, in nats; of drawn labels, if
-            they were drawn.
-        num_tokens: Tokens of the effective batch, padding not included.
-        num_counted: Tokens whose loss counts.
-    """
-
-    loss: float
-    num_tokens: int
-    num_counted: int
+    wants: Wants
+    objective: Objective
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -60,23 +43,26 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     )
 
 
-class Passage:
-    """An effective batch on its way through the layers, forth and back.
+class StepActivations:
+    """An effective batch on its way through the layers.
 
     Args:
-        batches: The micro-batches, on the device of the weights.
+        batches: The micro-batches, on the device of the arithmetic.
         embed: Embeds micro-batches.
+        max_rows: Micro-batches with more rows are split; None: none is.
 
     Attributes:
         batches: The micro-batches, as they are split by now.
         inputs: Of each layer that was gone through and not gone back through, per micro-batch (B, T, d), what entered
             it; last, what came out of the last one of them, until the head takes it.
-        graphs: By the layer's number, those that were kept.
-        out_grads: Per micro-batch (B, T, d), the gradient by the output of the layer that backward comes to next.
+        graphs: By the layer's number, those of layers without activation checkpointing.
+        out_grads: Per micro-batch (B, T, d), the gradient with respect to the output of the layer that backward
+            reaches next.
+        head_is_final: Whether the head may not be repeated, since the optimizer has seen its gradients.
     """
 
     def __init__(
-        self, batches: Sequence[MicroBatch], embed: Callable[[Sequence[MicroBatch]], Embedded], most_rows: int | None
+        self, batches: Sequence[MicroBatch], embed: Callable[[Sequence[MicroBatch]], Embedded], max_rows: int | None
     ) -> None:
         self.batches = list(batches)
         self.embed = embed
@@ -84,8 +70,9 @@ class Passage:
         self.inputs: list[list[Tensor]] = []
         self.graphs: dict[int, LayerGraph] = {}
         self.out_grads: list[Tensor] = []
-        if most_rows is not None:
-            self.split(most_rows)
+        self.head_is_final = False
+        if max_rows is not None:
+            self.split(max_rows)
 
     @property
     def embedded(self) -> Embedded:
@@ -102,19 +89,21 @@ class Passage:
         """Per micro-batch, how a layer is called."""
         return [layer_calls[index] for layer_calls in self.embedded.calls]
 
-    def keep_graphs(self, first: int) -> None:
-        """Drop the graphs of the layers before one."""
-        for index in [index for index in self.graphs if index < first]:
+    def drop_graphs(self, first_kept: int) -> None:
+        """Drop the graphs of the layers before one; backward computes these once more."""
+        for index in [index for index in self.graphs if index < first_kept]:
             del self.graphs[index]
 
-    def split(self, most_rows: int, *, anew: bool = False) -> None:
-        """Split micro-batches, and with them all that is under way; no graph may be.
+    def split(self, max_rows: int, *, anew: bool = False) -> None:
+        """Split micro-batches, and with them all that is kept of them; no graph may be.
 
         Args:
-            most_rows: Those with more rows are split.
+            max_rows: Those with more rows are split; where none has, nothing happens.
             anew: Begin anew with the embedding, because the layers would draw other numbers.
         """
-        parts = [split_rows(batch, most_rows) for batch in self.batches]
+        if all(len(batch.input_ids) <= max_rows for batch in self.batches):
+            return
+        parts = [split_rows(batch, max_rows) for batch in self.batches]
         sizes = [[len(part.input_ids) for part in of_one] for of_one in parts]
 
         def rows(whole: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,82 @@
+"""What a step minimises: from the log-probabilities of the counted tokens to a loss and a weight for each token.
+
+The gradient of any such loss L with respect to the logits of token t is w_t (softmax - onehot) with
+w_t = -dL / d log p_t, so the head needs nothing but the weights. A new way of training is a new class here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sophia_galore.data.batches import IGNORED, MicroBatch
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """The tokens of an effective batch whose loss counts, in the order of micro-batches, rows and positions.
+
+    Args:
+        labels: (N,) int64, what each is to be.
+        sequences: (N,) int64, the example that each belongs to, numbered through the effective batch.
+    """
+
+    labels: Tensor
+    sequences: Tensor
+
+
+class Objective:
+    """The base of all objectives: here the mean cross-entropy over the counted tokens.
+
+    Attributes:
+        samples_labels: Labels are drawn from the model's own distribution instead of taken from the data.
+        needs_log_probs: The weights depend on the log-probabilities, so that the head finds these in a pass of their
+            own and asks `weigh`; else every token has the weight 1 / N, and one pass is enough.
+    """
+
+    samples_labels: bool = False
+    needs_log_probs: bool = False
+
+    def weigh(self, tokens: CountedTokens, log_probs: Tensor) -> tuple[float, Tensor]:
+        """The loss, and what each token adds to its gradient. Asked only where `needs_log_probs` is true.
+
+        Args:
+            tokens: The counted tokens.
+            log_probs: (N,) float32, log p of each token's label.
+
+        Returns:
+            The loss, and (N,) float32 weights: minus the derivative of the loss by each log-probability.
+        """
+        return float(-log_probs.mean()), torch.full_like(log_probs, 1 / len(log_probs))
+
+
+class CrossEntropy(Objective):
+    """The mean cross-entropy of the data's labels."""
+
+
+class SampledCrossEntropy(Objective):
+    """The mean cross-entropy of labels that are drawn from the model's own distribution.
+
+    Its gradient is what Sophia's Gauss-Newton-Bartlett estimate of the curvature is made of (arXiv 2305.14342,
+    algorithm 2).
+    """
+
+    samples_labels = True
+
+
+def sequence_numbers(batches: Sequence[MicroBatch]) -> Tensor:
+    """(N,) int64: the example that each counted token of an effective batch belongs to, numbered through it."""
+    found, first = [], 0
+    for batch in batches:
+        lengths = batch.lengths or [(batch.input_ids.shape[1],)] * len(batch.input_ids)
+        rows: list[list[int]] = []
+        for row in lengths:
+            rows.append([first + place for place, length in enumerate(row) for _ in range(length)])
+            first += len(row)
+        width = batch.input_ids.shape[1]
+        numbers = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=batch.labels.device)
+        found.append(numbers[batch.labels != IGNORED])
+    return torch.cat(found)
