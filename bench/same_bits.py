@@ -139,6 +139,7 @@ def run_case(work: Path, words: list[str]) -> dict[str, Any]:
         "training.gradient_accumulation_steps=2",
         "training.max_length=128",
         "training.device=cpu",
+        "optimizer.state_bits=32",
         "optimizer.galore.rank=16",
         "optimizer.galore.update_proj_gap=3",
         "optimizer.apollo.update_proj_gap=3",

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics.noise import Noise
+from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT
 
-BLOCK = 128
+BLOCK = ROW_ALIGNMENT
+"""Elements that share a scale."""
 # Blocks with a smaller maximum are stored as zeros: above it no decoded value is subnormal, below it
 # (gradients of 3e-17) an optimizer's epsilon is all that counts.
 SMALLEST_SCALE = 2.0**-110
@@ -137,23 +139,15 @@ def _in_blocks(flat: Tensor) -> Tensor:
 def _add_noise(bits: Tensor, cut: int, noise: Noise) -> None:
     """Add a uniform integer below 2^cut to each element, in place; a carry into the exponent is right.
 
-    The noise has sixteen bits, so that one 64-bit draw serves four elements, and stands in the middle
-    of its step of 2^(cut - 16). So a value within half such a step of a code, which is 3 units in the
-    last place (signed: 7), goes there with certainty. A round trip through `decode` costs at most 3
-    below and 1 above (signed: 1 and 2), over all 2^23 mantissas of a scale and every code's. What it
-    adds to the expectation of other values is below 2^-20 of them.
+    The noise has sixteen bits, and stands in the middle of its step of 2^(cut - 16). So a value within half such a
+    step of a code, which is 3 units in the last place (signed: 7), goes there with certainty. A round trip through
+    `decode` costs at most 3 below and 1 above (signed: 1 and 2), over all 2^23 mantissas of a scale and every code's.
+    What it adds to the expectation of other values is below 2^-20 of them.
 
     Args:
-        bits: int32 (n,), n a multiple of 4, the bits of positive float32 numbers; changed in place.
+        bits: int32 (n,), the bits of positive float32 numbers; changed in place.
         cut: The lowest bit that is kept.
         noise: Where it comes from.
     """
-    shift = cut - _NOISE_BITS
-    draws = torch.empty(bits.numel() // 4, dtype=torch.int64, device=bits.device)
-    words = draws.random_(-(1 << 63), None, generator=noise.generator).view(torch.int32)
-    first, second = bits.add_(1 << (shift - 1)).view(2, -1)
-    # Lower halves of the words for one half of the elements, upper halves for the other: strides of two
-    # elements, or sixteen-bit views with their conversion, take several times as long.
-    mask = ((1 << _NOISE_BITS) - 1) << shift
-    second.add_(words.bitwise_right_shift(_NOISE_BITS - shift).bitwise_and_(mask))
-    first.add_(words.bitwise_left_shift_(shift).bitwise_and_(mask))
+    step = 1 << (cut - _NOISE_BITS)
+    bits.add_(noise.integers(bits), alpha=step).add_(step // 2)

@@ -25,8 +25,7 @@ def stochastic_round_bf16(values: Tensor, noise: Noise) -> Tensor:
         bfloat16 tensor of the same shape. What bfloat16 can hold exactly is returned unchanged.
     """
     bits = values.view(torch.int32)
-    drawn = torch.randint(0, 1 << 16, bits.shape, generator=noise.generator, device=bits.device, dtype=torch.int32)
-    rounded = drawn.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    rounded = noise.integers(bits).add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
     # A finite value in the last half step below infinity must not become infinite or NaN by the noise.
     largest = torch.finfo(torch.bfloat16).max
     plain = values.to(torch.bfloat16)

@@ -235,7 +235,7 @@ def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
 
 
 def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int, seed: int) -> None:
-    noise = Noise.of(seed, "transport", spec.name, step, device=change.device)
+    noise = Noise.of(seed, "transport", spec.name, step)
     slots = RULES[spec.rule].slots
     # A factor along the long side says nothing about directions in the subspace.
     along = [name for name, slot in slots.items() if slot.extent == ("rows" if spec.side == "right" else "columns")]

@@ -133,8 +133,8 @@ class ParamOptimizer:
         """
         spec, state = self.specs[name], self._state(name, weight.device)
         rate = spec.learning_rate * factor
-        noise = Noise.of(self._seed, "rounding", name, step, device=weight.device)
-        state_noise = Noise.of(self._seed, "state rounding", name, step, device=weight.device)
+        noise = Noise.of(self._seed, "rounding", name, step)
+        state_noise = Noise.of(self._seed, "state rounding", name, step)
         if prepared.projected is None:
             assert prepared.full is not None  # a gradient that is not projected is held in full
             dense_step(spec, state, weight, prepared.full, step=step, rate=rate, noise=noise, state_noise=state_noise)
@@ -237,7 +237,7 @@ class ParamOptimizer:
             # Where the basis is drawn anew at this step, the state is still in the last one until `prepare` moves it.
             grad = project(grad, basis_at(spec, state, max(1, step - 1), self._seed, grad.device))
         first = state.is_empty("curvature")
-        noise = Noise.of(self._seed, "curvature rounding", name, step, device=grad.device)
+        noise = Noise.of(self._seed, "curvature rounding", name, step)
         for rows in row_blocks(grad.shape):
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)

@@ -93,7 +93,7 @@ class DeferredWeight(Weight):
             device: Where it lives.
         """
         made = Int8Weight.copy_of(self.base, form, device)
-        noise = Noise.of(0, "remainder", *self.shape, device=device)
+        noise = Noise.of(0, "remainder", *self.shape)
         made.write(self.values(torch.float32).to(device), noise)
         return made
 

@@ -27,9 +27,6 @@ from sophia_galore.weights.weight import Rows, Weight
 LARGEST_CODE = 127
 # Room above the largest weight of a block whose scale is made anew: its code is 124 or 125.
 _ROOM = 1 + 1 / 64
-# The noise of rounding stays this far from 0 and 1, so that a sum with the largest code does not round up to the
-# next one: what is a code already stays it.
-_MARGIN = 2.0**-17
 # Blocks of weights below this (some 1e-34) count as zero: their quotients would leave float32.
 _SMALLEST_SCALE = 2.0**-110
 
@@ -117,7 +114,10 @@ class Int8Weight(Weight):
             values: (m, n) float32; used up.
             noise: For rounding without bias; None: to nearest.
         """
-        for (block, which), (codes, _) in zip(_blocks(values, self.form), _blocks(self.codes, self.form), strict=True):
+        is_stochastic = noise is not None and self.form.stochastic
+        drawn = noise.uniform(values) if noise is not None and is_stochastic else values
+        parts = zip(*(_blocks(matrix, self.form) for matrix in (values, self.codes, drawn)), strict=True)
+        for (block, which), (codes, _), (draw, _) in parts:
             old = self.scales[:, which].float()
             extent = torch.maximum(block.amax(2), block.amin(2).neg_())
             before = codes.amax(2).maximum(codes.amin(2).neg_()) * old
@@ -126,9 +126,9 @@ class Int8Weight(Weight):
             self.scales[:, which] = scales.to(torch.bfloat16)
             # Where the scale is zero all codes are: any divisor does that leaves no NaN.
             block.div_(scales.masked_fill(scales == 0, torch.inf)[..., None])
-            if noise is not None and self.form.stochastic:
-                drawn = torch.empty(block.shape, dtype=torch.float32, device=block.device)
-                block.add_(drawn.uniform_(_MARGIN, 1 - _MARGIN, generator=noise.generator)).floor_()
+            if is_stochastic:
+                # The noise is never so near to 1 that a sum with the largest code rounds up: what is a code stays it.
+                block.add_(draw).floor_()
             else:
                 block.round_()
             codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
