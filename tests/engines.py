@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.objective import CrossEntropy, Objective, SampledCrossEntropy
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
-from sophia_galore.numerics.subspace import Projector, projection_side
+from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of
+from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.store import WeightStore
@@ -31,7 +37,7 @@ def load_frozen_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple
     anatomy = build_skeleton(load_model_config(folder), CPU)
     names = anatomy.linear_names()
     tied_head = "lm_head.weight" if anatomy.tied else None
-    freezer = Freezer(anatomy, names, CPU)
+    freezer = Freezer(anatomy.model, names, names, CPU)
     shapes = anatomy.parameter_shapes()
     store = load_store(folder, shapes, tied_head=tied_head, dtype=dtype, device=CPU, frozen=freezer)
     return anatomy, store, names
@@ -47,6 +53,31 @@ def make_engine(
 ) -> LayerwiseEngine:
     """An engine on the CPU."""
     return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, **more)
+
+
+def take_step(
+    engine: LayerwiseEngine,
+    batches: Sequence[MicroBatch],
+    apply: Callable[[dict[str, Tensor]], object],
+    *,
+    step: int,
+    wants: Wants = whole_gradients,
+    sampled: bool = False,
+    objective: Objective | None = None,
+) -> StepResult:
+    """Forward and backward; `apply` gets the tensors of each layer's finished gradients."""
+    objective = objective or (SampledCrossEntropy() if sampled else CrossEntropy())
+    forward = engine.forward(batches, step=step, wants=wants, objective=objective)
+    result = forward.result
+    with closing(engine.backward(forward)) as layers:
+        del forward
+        for layer in layers:
+            with engine.using(layer) as gradients:
+                tensors = {name: tensor_of(gradients.pop(name)) for name in list(gradients)}
+                if tensors:
+                    apply(tensors)
+                del tensors
+    return result
 
 
 def everything_projected(anatomy: Anatomy) -> dict[str, Projector]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -89,7 +90,7 @@ def gradients(
         got.update(grads)
 
     with memory or nullcontext():
-        engine.step(batches, apply, step=step, projector=(projectors or {}).get)
+        take_step(engine, batches, apply, step=step, wants=(projectors or {}).get)
     return got
 
 

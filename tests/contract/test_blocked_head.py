@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 
 from engines import load_parts, make_engine
@@ -63,7 +64,7 @@ def run(
     got: dict[str, Tensor] = {}
     engine = make_engine(anatomy, store, compute_dtype=DTYPES[dtype])
     wanted = (projectors or {}).get
-    result = engine.step(ragged_batches(), lambda grads: got.update(grads), step=1, projector=wanted)
+    result = take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1, wants=wanted)
     return result.loss, got
 
 
@@ -172,7 +173,7 @@ def test_gradients_of_drawn_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def drawn(step: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         got: dict[str, Tensor] = {}
         make_engine(anatomy, store, seed=seed).step(
-            ragged_batches(), lambda grads: got.update(grads), step=step, sampled_labels=True
+            ragged_batches(), lambda grads: got.update(grads), step=step, sampled=True
         )
         return heads[-1].labels, got
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sophia_galore.engine.projected_gradient import ProjectedSum
+from engines import take_step
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,7 +17,6 @@ from engines import load_parts, make_engine
 from sophia_galore.engine import cross_entropy
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer, Phase
-from sophia_galore.engine.product import Product
 from sophia_galore.engine.projected_linear import ProjectedLinears, plain_product, projected_linear
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import RunError
@@ -49,7 +50,7 @@ def random_projectors(
 
 def run(engine: LayerwiseEngine, projectors: dict[str, Projector], batches: list | None = None) -> dict[str, Tensor]:  # type: ignore[type-arg]
     got: dict[str, Tensor] = {}
-    engine.step(batches or ragged_batches(), lambda grads: got.update(grads), step=1, projector=projectors.get)
+    take_step(engine, batches or ragged_batches(), lambda grads: got.update(grads), step=1, wants=projectors.get)
     return got
 
 
@@ -281,7 +282,7 @@ def test_projected_linear_against_its_plain_twin(side: Side, with_bias: bool) ->
     weight = random(6, 5).requires_grad_()
     bias = random(6).requires_grad_() if with_bias else None
     projector = Projector(random(5 if side == "right" else 6, 3), side)
-    product = Product(projector, weight.shape, torch.float64)
+    product = ProjectedSum(projector, weight.shape, torch.float64)
     expected = torch.zeros_like(product.sum, dtype=torch.float64)
     for _ in range(2):
         entering, signal = random(2, 4, 5).requires_grad_(), random(2, 4, 6)

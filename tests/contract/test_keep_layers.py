@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 
 from engines import CPU, everything_projected, load_parts, make_engine
@@ -43,7 +44,14 @@ def run(parts: tuple[Anatomy, WeightStore], keep_layers: int, **more: Any) -> tu
     projectors, sampled = more.pop("projectors", {}), more.pop("sampled_labels", False)
     engine = make_engine(*parts, keep_layers=keep_layers, **more)
     got: dict[str, Tensor] = {}
-    result = engine.step(ragged_batches(), got.update, step=3, projector=projectors.get, sampled_labels=sampled)
+    result = take_step(
+        engine,
+        ragged_batches(),
+        got.update,
+        step=3,
+        wants=projectors.get,
+        sampled=sampled,
+    )
     return result.loss, got
 
 
@@ -78,7 +86,7 @@ def test_the_bits_of_products(tmp_path: Path, stored: str, compute_dtype: torch.
 def test_the_bits_of_drawn_labels(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     parts = load_parts(tmp_path)
-    assert_same_bits(run(parts, 2, sampled_labels=True), run(parts, 0, sampled_labels=True))
+    assert_same_bits(run(parts, 2, sampled=True), run(parts, 0, sampled=True))
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["whole", "products"])
@@ -122,7 +130,7 @@ def test_fp16_tries_again_by_recomputation(tmp_path: Path) -> None:
 
         engine._layers._backward_scaled = first_try_overflows  # type: ignore[method-assign]
         got: dict[str, Tensor] = {}
-        loss = engine.step(ragged_batches(), got.update, step=1, projector=projectors.get).loss
+        loss = take_step(engine, ragged_batches(), got.update, step=1, wants=projectors.get).loss
         assert graphs == ([True, False, True, False, False, False] if keep_layers else [False] * 6)
         ends.append((loss, got))
     assert_same_bits(ends[1], ends[0])
@@ -157,7 +165,7 @@ def test_the_order_of_phases(tmp_path: Path, tied: bool, keep_layers: int) -> No
     tiny_model("llama", tied=tied).save_pretrained(tmp_path)
     observer = _Phases(StorageTracker(CPU))
     engine = make_engine(*load_parts(tmp_path), keep_layers=keep_layers, observer=observer)
-    engine.step(ragged_batches(), lambda grads: None, step=1)
+    take_step(engine, ragged_batches(), lambda grads: None, step=1)
     forward = ["forward"] + ["forward"] * NUM_LAYERS
     backward = ["backward", "step"] * NUM_LAYERS
     last = ["backward", "head" if tied else "backward", "step"]
@@ -178,7 +186,7 @@ def test_what_a_graph_holds_is_free_when_its_layer_is_done(tmp_path: Path, compu
         observer = _Phases(tracker)
         engine = make_engine(anatomy, store, keep_layers=keep_layers, observer=observer, compute_dtype=compute_dtype)
         with tracker:
-            engine.step(ragged_batches(), lambda grads: None, step=1)
+            take_step(engine, ragged_batches(), lambda grads: None, step=1)
         return observer.alive
 
     plain = alive(0)
@@ -210,7 +218,7 @@ def test_a_graph_is_one_layers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return out, graph
 
     monkeypatch.setattr(engine._layers, "keep", look)
-    engine.step(ragged_batches(), lambda grads: None, step=1)
+    take_step(engine, ragged_batches(), lambda grads: None, step=1)
     assert len(graphs) == NUM_LAYERS and not any(graph.kept for graph in graphs)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sophia_galore.engine.retry import ChunkSizes, split_rows
+from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE, RunsOut, gradients, rows_of, shrink_tiles, worst
 from engines import CPU, everything_projected, load_parts, make_engine
 from sophia_galore.engine.observe import Phase
-from sophia_galore.engine.relief import AtOnce, split_rows
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import OutOfMemory
 from sophia_galore.numerics.rules import Hyper
@@ -88,7 +89,7 @@ def test_it_may_run_out_more_than_once(tmp_path: Path, keep_layers: int) -> None
         engine = make_engine(*parts, keep_layers=keep_layers, on_oom="adapt", say=said.append, observer=memory)
         got = gradients(engine, rows_of(4) + ragged_batches(), memory)
         assert memory.ran_out == len(said) == 2
-        assert engine.at_once == (AtOnce(0, 0, None) if keep_layers else AtOnce(0, 0, 1))
+        assert engine.chunk_sizes == (ChunkSizes(0, 0, None) if keep_layers else ChunkSizes(0, 0, 1))
         assert worst(got, expected) <= TOLERANCE
 
 
@@ -163,7 +164,9 @@ def test_evaluation_is_relieved_too(tmp_path: Path, share: float) -> None:
     assert memory.ran_out == len(said) == 1 and said[0].startswith("Memory ran out in ")
     assert num_counted == expected[1]
     assert total == pytest.approx(expected[0], rel=1e-6)  # float32 sums of some 50 tokens
-    assert engine.at_once.keep_layers == 3 and not parts[0].model.training == engine._anatomy.model.training is False
+    assert (
+        engine.chunk_sizes.keep_layers == 3 and not parts[0].model.training == engine._anatomy.model.training is False
+    )
 
 
 def test_drawn_labels_and_a_head_that_is_decoded(tmp_path: Path) -> None:
@@ -175,7 +178,13 @@ def test_drawn_labels_and_a_head_that_is_decoded(tmp_path: Path) -> None:
         got: dict[str, Tensor] = {}
         engine = make_engine(*parts, on_oom="adapt", observer=memory, keep_layers=1)
         with memory:
-            engine.step(ragged_batches(), got.update, step=1, sampled_labels=sampled)
+            take_step(
+                engine,
+                ragged_batches(),
+                got.update,
+                step=1,
+                sampled=sampled,
+            )
         return got
 
     expected = {sampled: drawn_step(RunsOut(), sampled=sampled) for sampled in (False, True)}

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from sophia_galore.engine.retry import ChunkSizes
+from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE, RunsOut, gradients, rows_of, shrink_tiles, worst
 from engines import CPU, load_parts, make_engine
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Phase
-from sophia_galore.engine.relief import AtOnce
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
 from sophia_galore.numerics.subspace import Projector
@@ -109,26 +110,26 @@ def test_a_limit_is_kept_to_and_remembered(tmp_path: Path) -> None:
 
     largest = peak(make_engine(*parts, keep_layers=3))
     lean = make_engine(*parts)
-    lean._relief.at_once = AtOnce(0, 1, 1)
+    lean._retry.sizes = ChunkSizes(0, 1, 1)
     least = peak(lean)
     expected = gradients(make_engine(*parts), rows_of(8))
-    fewer: list[AtOnce] = []
+    fewer: list[ChunkSizes] = []
     for share in (0.7, 0.4, 0.1):
         said: list[str] = []
         engine = make_engine(*parts, keep_layers=3, on_oom="adapt", say=said.append)
         limit = Limited(least + int(share * (largest - least)))
         assert worst(gradients(engine, rows_of(8), limit), expected) <= TOLERANCE
         assert said and len(set(said)) == len(said)
-        fewer.append(engine.at_once)
+        fewer.append(engine.chunk_sizes)
         said.clear()
         assert worst(gradients(engine, rows_of(8), Limited(limit.limit), step=2), expected) <= TOLERANCE
         assert not said
     assert [at_once.keep_layers for at_once in fewer] == sorted((a.keep_layers for a in fewer), reverse=True)
-    assert fewer[-1].keep_layers == 0 and fewer[-1].most_rows is not None
+    assert fewer[-1].keep_layers == 0 and fewer[-1].max_rows is not None
     engine = make_engine(*parts, keep_layers=3, on_oom="adapt")
     with pytest.raises(torch.OutOfMemoryError, match="CPU out of memory in a test"):
         gradients(engine, rows_of(8), Limited(least // 2))
-    assert engine.at_once.keep_layers == 0 and engine.at_once.chunk_bytes == 4 * VOCAB * 8
+    assert engine.chunk_sizes.keep_layers == 0 and engine.chunk_sizes.logits_bytes == 4 * VOCAB * 8
 
 
 def test_each_change_is_said_in_a_sentence(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_an_error_goes_on_up_where_nothing_is_left(tmp_path: Path, phase: Phase,
     with pytest.raises(OutOfMemory, match="Out of memory in a test"):
         gradients(engine, rows_of(4), memory)
     # A layer whose forward comes before those that are kept, the head after all of them, a layer between them.
-    assert engine.at_once.keep_layers == {"forward": 2, "head": 0, "backward": 1}[phase]
+    assert engine.chunk_sizes.keep_layers == {"forward": 2, "head": 0, "backward": 1}[phase]
 
 
 def test_nothing_is_repeated_unless_asked(tmp_path: Path) -> None:
@@ -179,7 +180,7 @@ def test_nothing_is_repeated_unless_asked(tmp_path: Path) -> None:
     engine = make_engine(*load_parts(tmp_path), keep_layers=2, observer=memory)
     with pytest.raises(OutOfMemory):
         gradients(engine, rows_of(4), memory)
-    assert engine.at_once == AtOnce(2, 0)
+    assert engine.chunk_sizes == ChunkSizes(2, 0)
 
 
 def test_other_errors_are_no_reason_to_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +206,8 @@ def test_while_a_weight_moves_nothing_is_repeated(tmp_path: Path) -> None:
             raise OutOfMemory("Out of memory in the optimizer.")
 
     with pytest.raises(OutOfMemory, match="in the optimizer"):
-        engine.step(rows_of(4), apply, step=1)
-    assert len(asked) == 2 and engine.at_once == AtOnce(0, 0)
+        take_step(engine, rows_of(4), apply, step=1)
+    assert len(asked) == 2 and engine.chunk_sizes == ChunkSizes(0, 0)
 
 
 def test_while_a_basis_is_chosen_nothing_is_repeated(tmp_path: Path) -> None:
@@ -218,10 +219,11 @@ def test_while_a_basis_is_chosen_nothing_is_repeated(tmp_path: Path) -> None:
         raise OutOfMemory("Out of memory in the chooser.")
 
     with pytest.raises(OutOfMemory, match="in the chooser"):
-        engine.step(
+        take_step(
+            engine,
             rows_of(4),
             lambda grads: None,
             step=1,
-            chooser=lambda name: choose if name == "lm_head.weight" else None,
+            wants=lambda name: choose if name == "lm_head.weight" else None,
         )
-    assert engine.at_once == AtOnce(2, 0)
+    assert engine.chunk_sizes == ChunkSizes(2, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 
 from engines import CPU, load_parts, make_engine
@@ -122,7 +123,7 @@ def test_clipping_by_the_layer_limits_each_one(tmp_path: Path) -> None:
     """Every layer's step is that of its own gradient, scaled to the limit if it is longer."""
     parts = Parts(tmp_path, clip_by="layer", max_grad_norm=0.2)
     seen: dict[str, Tensor] = {}
-    parts.stepper._engine.step(ragged_batches(1), lambda grads: seen.update(grads), step=1)
+    take_step(parts.stepper._engine, ragged_batches(1), lambda grads: seen.update(grads), step=1)
     optimizer, weights = ParamOptimizer(parts.specs, seed=0, device=CPU), parts.weights()
     groups: dict[str, list[str]] = {}
     for name in seen:
@@ -252,7 +253,7 @@ def test_projectors_are_asked_for_at_the_step_that_runs(tmp_path: Path) -> None:
     def watching(batches: list[MicroBatch], apply: Any, *, projector: Any, **more: Any) -> Any:
         found: dict[str, Projector | None] = {spec.name: projector(spec.name) for spec in parts.specs}
         shapes.append({name for name, wanted in found.items() if wanted})
-        return original(batches, apply, projector=projector, **more)
+        return original(batches, apply, wants=projector, **more)
 
     engine.step = watching  # type: ignore[method-assign,assignment]
     parts.go(3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from contract.test_stepper import SUBSPACE, Parts, worst_error
 from engines import CPU
 from sophia_galore.engine import cross_entropy
-from sophia_galore.engine.product import Terms
+from sophia_galore.engine.projected_gradient import LazyTerms
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.bases import BasisKind, overlap, randomized_basis, tracked_basis
@@ -30,7 +30,7 @@ RANK = SUBSPACE.rank
 
 
 def unformed(grad: Tensor) -> Terms:
-    return Terms(grad.shape, CPU, lambda product: product.add_whole(grad))
+    return LazyTerms(grad.shape, CPU, lambda product: product.add_whole(grad))
 
 
 def gradient(shape: tuple[int, int], step: int) -> Tensor:
@@ -69,7 +69,7 @@ def end(spec: ParamSpec, by_products: bool, num_steps: int) -> tuple[Tensor, dic
         if by_products:
             projector = optimizer.projector("w", step)
             if projector is None:
-                choose = optimizer.chooser("w", step)
+                choose = optimizer.basis_from_gradient("w", step)
                 assert choose is not None
                 projector = choose(unformed(grad))
         given = grad if projector is None else projector.of(grad)
@@ -100,7 +100,7 @@ def test_gradients_are_wanted_where_products_are_not_enough(kind: str) -> None:
     assert spec.subspace is not None
     if kind in ("not fast", "dense"):
         spec = replace(spec, subspace=replace(spec.subspace, fast=False) if kind == "not fast" else None)
-    assert ParamOptimizer([spec], seed=0).chooser("w", 1) is None
+    assert ParamOptimizer([spec], seed=0).basis_from_gradient("w", 1) is None
 
 
 @SHAPES
@@ -118,7 +118,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_alone(
     optimizer.place_state("w", CPU)
     before = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
     grad[3, 5] = bad
-    choose = optimizer.chooser("w", 1)
+    choose = optimizer.basis_from_gradient("w", 1)
     assert choose is not None
     with pytest.raises(NonFiniteError, match="gradient of w is not finite at step 1"):
         product = choose(unformed(grad)).of(grad)
@@ -199,7 +199,7 @@ def test_choosers_and_projectors_say_the_same() -> None:
     """After its refresh a chooser gives what the fast path gives at any other step: basis and probes."""
     spec = spec_of((60, 24))
     optimizer = ParamOptimizer([spec], seed=0)
-    choose = optimizer.chooser("w", 1)
+    choose = optimizer.basis_from_gradient("w", 1)
     assert choose is not None
     chosen = choose(unformed(gradient((60, 24), 1)))
     assert isinstance(chosen, Projector) and chosen.side == "right"

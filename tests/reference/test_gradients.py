@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 
 from engines import load_parts, make_engine
@@ -27,7 +28,7 @@ def gradients(folder: Path, compute_dtype: torch.dtype) -> tuple[float, dict[str
     anatomy, store = load_parts(folder)
     got: dict[str, Tensor] = {}
     engine = make_engine(anatomy, store, compute_dtype=compute_dtype)
-    result = engine.step(ragged_batches(), lambda grads: got.update(grads), step=1)
+    result = take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1)
     return result.loss, got
 
 
@@ -101,17 +102,17 @@ def test_dropout_draws_the_same_in_forward_and_recomputation(tmp_path: Path) -> 
     engine = make_engine(anatomy, store)
     name = "model.layers.0.mlp.down_proj.weight"
     got: dict[str, Tensor] = {}
-    engine.step(ragged_batches(), lambda grads: got.update(grads), step=7)
+    take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=7)
     direction = got[name] / got[name].norm()
     losses = []
     for shift in (1e-2, -1e-2):
         store[name].add_(direction, alpha=shift)
-        losses.append(engine.step(ragged_batches(), lambda grads: None, step=7).loss)
+        losses.append(take_step(engine, ragged_batches(), lambda grads: None, step=7).loss)
         store[name].sub_(direction, alpha=shift)
     slope = (losses[0] - losses[1]) / 2e-2
     # Second order in the shift and float32 losses of about 6: worst seen 2e-4 relative.
     assert slope == pytest.approx(float(got[name].norm()), rel=5e-3)
-    assert engine.step(ragged_batches(), lambda grads: None, step=8).loss != losses[0]
+    assert take_step(engine, ragged_batches(), lambda grads: None, step=8).loss != losses[0]
 
 
 def drawn_step(
@@ -123,7 +124,7 @@ def drawn_step(
     anatomy, store = load_parts(folder)
     got: dict[str, Tensor] = {}
     result = make_engine(anatomy, store).step(
-        ragged_batches(), lambda grads: got.update(grads), step=1, projector=projectors.get, sampled_labels=True
+        ragged_batches(), lambda grads: got.update(grads), step=1, wants=projectors.get, sampled=True
     )
     return result.loss, got, heads[0].labels
 

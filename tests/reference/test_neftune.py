@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from sophia_galore.engine.retry import split_rows
+from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE as SPLIT_TOLERANCE
@@ -17,7 +19,6 @@ from contract.running_out import RunsOut, gradients, worst
 from engines import load_parts, make_engine
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.embedding import Noise
-from sophia_galore.engine.relief import split_rows
 from sophia_galore.numerics.random import generator
 from tiny import FAMILIES, autograd_loss, ragged_batches, tiny_model
 
@@ -59,7 +60,7 @@ def test_gradients_equal_autograd_with_the_same_noise(tmp_path: Path, family: st
     expected_loss = autograd_loss(model.train(), batches)
     got: dict[str, Tensor] = {}
     engine = make_engine(*load_parts(tmp_path), seed=SEED, neftune_alpha=ALPHA)
-    result = engine.step(batches, lambda grads: got.update(grads), step=STEP)
+    result = take_step(engine, batches, lambda grads: got.update(grads), step=STEP)
     assert result.loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of some 50 tokens
     for name, parameter in model.named_parameters():
         error = float((got[name] - parameter.grad).norm() / parameter.grad.norm())

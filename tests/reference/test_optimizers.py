@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines import take_step
 
 from engines import CPU, load_parts, make_engine
 from sophia_galore.numerics.rules import Hyper
@@ -47,7 +48,7 @@ def test_adamw_equals_torch(tmp_path: Path, family: str, tied: bool) -> None:
             for name, grad in grads.items():
                 optimizer.step_param(name, store[name], grad, step=step, factor=1.0)
 
-        engine.step(batches, apply, step=step)
+        take_step(engine, batches, apply, step=step)
     for name, parameter in model.named_parameters():
         error = store[name] - parameter.detach()
         if name.endswith("k_proj.bias"):

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from sophia_galore.engine.retry import split_rows
+from engines import take_step
 from torch import Tensor
 
 from engines import everything_projected, load_parts, make_engine
 from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.engine import segments
-from sophia_galore.engine.relief import split_rows
 from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
@@ -112,7 +113,7 @@ def test_evaluation_of_packed_rows_is_that_of_their_examples(tmp_path: Path, fam
 def test_labels_drawn_in_packed_rows_are_as_many_and_repeat(tmp_path: Path) -> None:
     """Drawn labels depend on the order of the tokens, which is another one; but they are as good, and repeat."""
     tiny_model("gemma2").save_pretrained(tmp_path)
-    first, again = (step(tmp_path, packed_batches(), sampled_labels=True) for _ in range(2))
+    first, again = (step(tmp_path, packed_batches(), sampled=True) for _ in range(2))
     assert first[0] == again[0] and all(torch.equal(grad, again[1][name]) for name, grad in first[1].items())
     assert first[0] != step(tmp_path, packed_batches())[0]
 
@@ -150,8 +151,8 @@ def test_the_models_own_attention_comes_back(tmp_path: Path, error: type[Excepti
 
     engine = make_engine(anatomy, store)
     if error is None:
-        engine.step(packed_batches(), apply, step=1)
+        take_step(engine, packed_batches(), apply, step=1)
     else:
         with pytest.raises(error):
-            engine.step(packed_batches(), apply, step=1)
+            take_step(engine, packed_batches(), apply, step=1)
     assert segments.own_attention(anatomy) == "sdpa"

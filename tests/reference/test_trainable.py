@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import take_step
 from torch import Tensor
 
 from contract.running_out import RunsOut
@@ -69,7 +70,7 @@ def compare(
     monkeypatch.setattr(Layers, "backward", lambda self, i, *a, **k: gone_back.append(i) or backward(self, i, *a, **k))
     engine = make_engine(*load_parts(folder), frozen=named.keys() - trained, **more)
     got: dict[str, Tensor] = {}
-    result = engine.step(ragged_batches(), lambda grads: got.update(grads), step=1)
+    result = take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1)
     assert result.loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of some 50 tokens
     assert got.keys() == trained
     for name in trained:
@@ -95,7 +96,7 @@ def test_no_gradient_is_formed_of_a_frozen_matrix(tmp_path: Path) -> None:
         matrices, count = 0, Products()
         engine = make_engine(*parts, observer=count, frozen=frozen)
         with count:
-            engine.step(ragged_batches()[:1], lambda grads: None, step=1)
+            take_step(engine, ragged_batches()[:1], lambda grads: None, step=1)
         return matrices
 
     names = set(parts[0].parameter_shapes())
@@ -122,7 +123,7 @@ def test_products_in_place_of_gradients_are_those_of_what_is_trained(tmp_path: P
     make_engine(*parts).step(ragged_batches(), lambda grads: whole.update(grads), step=1)
     got: dict[str, Tensor] = {}
     engine = make_engine(*parts, frozen=frozen)
-    engine.step(ragged_batches(), lambda grads: got.update(grads), step=1, projector=projector)
+    take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1, wants=projector)
     assert set(asked) == got.keys() == trained
     for name in trained:
         assert torch.allclose(got[name], projectors[name].of(whole[name]), rtol=1e-5, atol=1e-7)
