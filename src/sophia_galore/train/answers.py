@@ -9,7 +9,7 @@ from typing import Literal
 from sophia_galore.engine.generate import answer
 from sophia_galore.train import folder as names
 from sophia_galore.train.folder import write_json
-from sophia_galore.train.prepare import Prepared
+from sophia_galore.train.prepared import Prepared
 from sophia_galore.weights.store import WeightStore
 
 When = Literal["before", "after"]

@@ -9,84 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.data.dataset import Dataset
-from sophia_galore.data.feed import Feed
-from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
-from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.route import Route
-from sophia_galore.train.checkpoint import Checkpoint, checkpoints
-from sophia_galore.train.memory import MemoryMonitor
-from sophia_galore.train.signals import StopRequest
+from sophia_galore.train.checkpoint import checkpoints
+from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.space import refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import end_of_turn_note, stop_warning
 from sophia_galore.weights.manifest import way_to_repair
-from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.weight import Weight
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A run before any weight is loaded.
-
-    Args:
-        config: What was asked.
-        plan: What will be done.
-        model_config: The model's Hugging Face configuration.
-        tokenizer: Its tokenizer.
-        generation_config: Its generation settings, or None.
-        dataset: The tokenised data.
-        checkpoint: Where the run goes on from, if it does.
-    """
-
-    config: RunConfig
-    plan: RunPlan
-    model_config: Any
-    tokenizer: Any
-    generation_config: Any
-    dataset: Dataset
-    checkpoint: Checkpoint | None
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A run before its first step.
-
-    Args:
-        config: What was asked.
-        plan: What will be done.
-        feed: The training examples on their way to the steps.
-        store: The weights.
-        optimizer: The optimizer with its state.
-        engine: The engine.
-        monitor: Watches the engine's memory.
-        checkpoint: Where the run goes on from, if it does.
-        stop: Whether the user asked the run to stop.
-    """
-
-    config: RunConfig
-    plan: RunPlan
-    feed: Feed
-    store: WeightStore
-    optimizer: ParamOptimizer
-    engine: LayerwiseEngine
-    monitor: MemoryMonitor
-    checkpoint: Checkpoint | None
-    stop: StopRequest
-
-
-def _disk_has_room(run: Planned) -> None:
+def _disk_has_room(run: Prepared) -> None:
     folder, going_on = Path(run.config.run_folder), run.checkpoint
     # Those of an earlier run are moved aside with it, and stay.
     here = going_on is not None and going_on.folder.parent.resolve() == folder.resolve()
@@ -99,7 +39,7 @@ def _disk_has_room(run: Planned) -> None:
     refuse_full_disk(folder, space)
 
 
-def _learns_to_stop(run: Planned) -> str | None:
+def _learns_to_stop(run: Prepared) -> str | None:
     return stop_warning(
         run.dataset.train,
         model_config=run.model_config,
@@ -108,20 +48,20 @@ def _learns_to_stop(run: Planned) -> str | None:
     )
 
 
-def _stops_at_turns(run: Planned) -> str | None:
+def _stops_at_turns(run: Prepared) -> str | None:
     return end_of_turn_note(run.plan.chat_format.end_ids, run.tokenizer)
 
 
 def _weights_are_sound(run: Loaded) -> None:
-    for route in run.plan.routes:
+    for route in run.prepared.plan.routes:
         with run.monitor.phase("load"):
             problem = _weight_problem(run.store[route.name], route)
         if problem:
             raise ModelError(
                 f"{route.name} {problem}.",
                 "Go on from an earlier checkpoint (--resume=PATH)."
-                if run.checkpoint
-                else way_to_repair(Path(run.plan.model_folder)),
+                if run.prepared.checkpoint
+                else way_to_repair(Path(run.prepared.plan.model_folder)),
             )
 
 
@@ -135,13 +75,13 @@ def _weight_problem(weight: Weight, route: Route) -> str | None:
 
 
 def _state_is_finite(run: Loaded) -> None:
-    if run.checkpoint is None:
+    if run.prepared.checkpoint is None:
         return  # all zeros
     for name, tensor in run.optimizer.named_state().items():
         # Codes are finite by nature; the scales beside them have their own name.
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(
-                f"{run.checkpoint.folder}: the optimizer's state {name} holds values that are not finite.",
+                f"{run.prepared.checkpoint.folder}: the optimizer's state {name} holds values that are not finite.",
                 "Go on from an earlier checkpoint (--resume=PATH), or start without --resume.",
             )
 
@@ -152,33 +92,34 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _probe_step_fits(run: Loaded) -> str | None:
-    training, step = run.config.training, (run.checkpoint.step if run.checkpoint else 0) + 1
-    if not training.probe_step or step > run.plan.num_steps:
+    training, plan, checkpoint = run.prepared.config.training, run.prepared.plan, run.prepared.checkpoint
+    step = (checkpoint.step if checkpoint else 0) + 1
+    if not training.probe_step or step > plan.num_steps:
         return None
     batches = run.feed.largest_window()
-    specs = [route.spec for route in run.plan.routes if route.spec]
+    specs = [route.spec for route in plan.routes if route.spec]
     take_probe(
         run.engine,
         batches,
         step=step,
         optimizer=run.optimizer,
         trained=[spec.name for spec in specs],
-        held_shapes={spec.name: spec.held_shape for spec in specs} if run.plan.clip_by == "model" else {},
+        held_shapes={spec.name: spec.held_shape for spec in specs} if plan.clip_by == "model" else {},
         max_length=training.max_length,
         stopped=lambda: run.stop.requested,
         explain=run.monitor.explain,
     )
     peak = run.monitor.end_probe()
-    if torch.device(run.plan.device).type == "cuda":
+    if torch.device(plan.device).type == "cuda":
         torch.cuda.empty_cache()  # what the allocator keeps shall be what the steps themselves need
     return f"Probe step: {describe_probe(batches)} fit" + (f", peak {bytes_in_words(peak)}." if peak else ".")
 
 
-BEFORE_LOADING: tuple[Callable[[Planned], str | None], ...] = (_disk_has_room, _learns_to_stop, _stops_at_turns)
+BEFORE_LOADING: tuple[Callable[[Prepared], str | None], ...] = (_disk_has_room, _learns_to_stop, _stops_at_turns)
 AFTER_LOADING: tuple[Callable[[Loaded], str | None], ...] = (_weights_are_sound, _state_is_finite, _probe_step_fits)
 
 
-def before_loading(run: Planned) -> list[str]:
+def before_loading(run: Prepared) -> list[str]:
     """Go through the checks that need no weights.
 
     Args:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
 from sophia_galore.data.chat_format import ChatFormat, choose_chat_format
-from sophia_galore.data.dataset import Dataset, load_data
+from sophia_galore.data.dataset import load_data
 from sophia_galore.data.render import describe
 from sophia_galore.engine.generate import stop_tokens
 from sophia_galore.errors import ConfigError
-from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
-from sophia_galore.model.source_files import SourceFiles, read_source_files
+from sophia_galore.model.source_files import read_source_files
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, ask_trackers, largest_token
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
-from sophia_galore.plan.planner import Outlook, Planner, look_ahead
+from sophia_galore.plan.planner import Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
@@ -34,50 +31,11 @@ from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.listener import Listener
-from sophia_galore.train.preflight import Planned, before_loading
+from sophia_galore.train.preflight import before_loading
+from sophia_galore.train.prepared import Prepared
 from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
 
 _NUM_SHOWN_EXAMPLES = 2
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run before any weight is loaded.
-
-    Args:
-        config: What was asked.
-        plan: What will be done.
-        folder: The folder that weights and tokenizer are read from: the model's, or a checkpoint.
-        model_config: The model's Hugging Face configuration.
-        tokenizer: Its tokenizer.
-        anatomy: Its parts, on the meta device.
-        generation_config: Its generation settings, or None.
-        source: Its files beside the weights.
-        dataset: The tokenised data.
-        device: Where the arithmetic runs.
-        compute_dtype: Its precision.
-        planner: Knows what this and other configurations need.
-        outlook: What the run is expected to need; None: that was not asked for.
-    """
-
-    config: RunConfig
-    plan: RunPlan
-    folder: Path
-    model_config: Any
-    tokenizer: Any
-    anatomy: Anatomy
-    generation_config: Any
-    source: SourceFiles
-    dataset: Dataset
-    device: torch.device
-    compute_dtype: torch.dtype
-    planner: Planner
-    outlook: Outlook | None
-
-    @property
-    def stop_ids(self) -> list[int] | None:
-        """The tokens at which the trained model's answers end; None: those of its source."""
-        return list(self.generation_config.eos_token_id) if self.plan.chat_format.end_ids else None
 
 
 def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None = None) -> Prepared:
@@ -141,17 +99,10 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         facts = replace(facts, memory=outlook.facts())
     keep_layers = outlook.forecast.keep_layers if outlook else planner.keep_layers(config)
     plan = make_plan(facts, model=model, dataset=dataset, chat_format=chat_format, keep_layers=keep_layers)
-    found = before_loading(Planned(config, plan, model_config, tokenizer, generation_config, dataset, checkpoint))
-    plan = replace(plan, notes=(*plan.notes, *found))
-    if checkpoint:
-        plan = _as_begun(plan, checkpoint.plan)
-    listener.planned(plan)
-    if outlook is not None:
-        listener.say(outlook.sentence())
-    listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
-    return Prepared(
+    prepared = Prepared(
         config,
         plan,
+        checkpoint,
         model.folder,
         model_config,
         tokenizer,
@@ -164,6 +115,14 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         planner,
         outlook,
     )
+    plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
+    if checkpoint:
+        plan = _as_begun(plan, checkpoint.plan)
+    listener.planned(plan)
+    if outlook is not None:
+        listener.say(outlook.sentence())
+    listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
+    return replace(prepared, plan=plan)
 
 
 def _chat_format(

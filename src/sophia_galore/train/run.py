@@ -13,7 +13,6 @@ import torch
 
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
-from sophia_galore.data.feed import Feed
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.card import Card, write_card
@@ -22,26 +21,26 @@ from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
 from sophia_galore.plan.plan import evaluates_after
-from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
 from sophia_galore.train.aside import open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
 from sophia_galore.train.card import run_card
-from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files, write_json, write_jsonl, write_whole
 from sophia_galore.train.listener import Listener, Listeners
+from sophia_galore.train.load import load
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
-from sophia_galore.train.parts import assemble
-from sophia_galore.train.preflight import Loaded, after_loading
-from sophia_galore.train.prepare import Prepared, prepare
+from sophia_galore.train.preflight import after_loading
+from sophia_galore.train.prepare import prepare
+from sophia_galore.train.prepared import Loaded
 from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
 from sophia_galore.train.resume import refuse_difference
-from sophia_galore.train.signals import StopRequest, stop_on_signal
+from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
 
@@ -98,7 +97,7 @@ def train(
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop, keep=keep)
+            run = _Run(load(prepared, monitor, listener, stop), folder, listener, keep)
             write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
@@ -113,37 +112,19 @@ def train(
 class _Run:
     """The live parts of a run, and its loop."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        folder: Path,
-        listener: Listener,
-        monitor: MemoryMonitor,
-        checkpoint: Checkpoint | None,
-        stop: StopRequest,
-        keep: Sequence[Path],
-    ) -> None:
-        config, plan = prepared.config, prepared.plan
-        self._prepared, self._folder, self._listener = prepared, folder, listener
-        self._config, self._plan = config, plan
+    def __init__(self, loaded: Loaded, folder: Path, listener: Listener, keep: Sequence[Path]) -> None:
+        prepared = loaded.prepared
+        config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
+        self._loaded, self._prepared, self._config, self._plan = loaded, prepared, config, plan
+        self._folder, self._listener = folder, listener
+        self._monitor, self._stop = loaded.monitor, loaded.stop
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
-        self._monitor, self._stop = monitor, stop
-        parts = assemble(prepared, monitor, listener, checkpoint)
-        self._store, self._optimizer, self._engine, self._stepper = (
-            parts.store,
-            parts.optimizer,
-            parts.engine,
-            parts.stepper,
-        )
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
-        pad_id = pad_token(prepared.tokenizer)
-        self._feed = Feed.of(config, prepared.dataset.train, pad_id)
-        self._eval_feed = Feed.of(config, prepared.dataset.eval, pad_id)
-        for said in after_loading(self._loaded(checkpoint)):
+        for said in after_loading(loaded):
             listener.say(said)
         # Only now: what fails until here leaves the folder as it was.
         moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
@@ -201,10 +182,10 @@ class _Run:
         """One optimizer step; returns its record."""
         plan = self._plan
         started_s = time.perf_counter()
-        batches = self._feed.step(step)
+        batches = self._loaded.feed.step(step)
         factor = self._factor(step)
         try:
-            result, norm = self._stepper.take(batches, step=step, factor=factor)
+            result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_way_back(error) from error
         self._last_step = step
@@ -220,12 +201,15 @@ class _Run:
         }
 
     def _evaluate(self, step: int) -> None:
-        batches = self._eval_feed.longest_first()
+        batches = self._loaded.eval_feed.longest_first()
         if not batches:
             return
         # As many micro-batches at a time as in a training step, so that evaluation needs no more memory.
         together = self._config.training.gradient_accumulation_steps
-        parts = [self._engine.evaluate(batches[start : start + together]) for start in range(0, len(batches), together)]
+        parts = [
+            self._loaded.engine.evaluate(batches[start : start + together])
+            for start in range(0, len(batches), together)
+        ]
         eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
@@ -253,7 +237,7 @@ class _Run:
         self._saved = save_checkpoint(
             self._folder,
             step,
-            optimizer_state=self._optimizer.named_state(),
+            optimizer_state=self._loaded.optimizer.named_state(),
             write_model=self._write_checkpoint_model,
             documents={
                 names.PLAN: self._plan.to_json(),
@@ -270,21 +254,8 @@ class _Run:
     def _ask(self, when: When) -> None:
         if self._config.training.sample_questions:
             with self._monitor.phase("eval"):
-                given = ask(self._prepared, self._store, self._folder, when)
+                given = ask(self._prepared, self._loaded.store, self._folder, when)
             self._listener.answered(when, given)
-
-    def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:
-        return Loaded(
-            config=self._config,
-            plan=self._plan,
-            feed=self._feed,
-            store=self._store,
-            optimizer=self._optimizer,
-            engine=self._engine,
-            monitor=self._monitor,
-            checkpoint=checkpoint,
-            stop=self._stop,
-        )
 
     def _write_documents(self) -> None:
         write_json(self._folder / names.PLAN, self._plan.to_json())
@@ -296,7 +267,7 @@ class _Run:
         with self._monitor.apart():
             write_model(
                 folder,
-                store=self._store,
+                store=self._loaded.store,
                 dtype=dtype,
                 source=self._prepared.source,
                 chat_template=self._plan.chat_format.template,
@@ -331,7 +302,9 @@ class _Run:
     def _go_back_to_best(self) -> None:
         """Let the weights be those of the lowest eval loss, if that was asked for."""
         with self._monitor.apart():
-            best = self._best.go_back(self._store, self._optimizer, self._evaluations, last_step=self._last_step)
+            best = self._best.go_back(
+                self._loaded.store, self._loaded.optimizer, self._evaluations, last_step=self._last_step
+            )
         if best:
             self._record(self._at(self._last_step) | {"exported_step": best.step, "exported_eval_loss": best.loss})
 
@@ -359,7 +332,7 @@ class _Run:
 
     def _refuse_broken_weights(self) -> None:
         """What is written must be a model that can be used; the step that broke it would show only in the next one."""
-        broken = self._store.first_non_finite()
+        broken = self._loaded.store.first_non_finite()
         if broken is not None:
             cause = f"{broken} holds values that are not finite after step {self._last_step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))

@@ -1,19 +1,19 @@
-"""The live parts of a run, put together."""
+"""From what was prepared to a run with weights: its live parts, put together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.plan.subject import pad_token
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
-from sophia_galore.train.prepare import Prepared
+from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.shortage import storage_names
+from sophia_galore.train.signals import StopRequest
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
@@ -21,37 +21,20 @@ from sophia_galore.weights.plain import DTYPES
 from sophia_galore.weights.store import WeightStore
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a run consists of.
-
-    Args:
-        store: The weights.
-        optimizer: The optimizer with its state.
-        engine: Finds gradients.
-        stepper: Takes steps.
-    """
-
-    store: WeightStore
-    optimizer: ParamOptimizer
-    engine: LayerwiseEngine
-    stepper: Stepper
-
-
-def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, checkpoint: Checkpoint | None) -> Parts:
+def load(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, stop: StopRequest) -> Loaded:
     """Load weights and state, and put engine and optimizer over them.
 
     Args:
         prepared: What will be done.
         monitor: Watches memory.
         listener: Hears what happens.
-        checkpoint: Where the run goes on from, if it does.
+        stop: Whether the user asked the run to stop.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
         OutOfMemory: They do not fit.
     """
-    config, plan = prepared.config, prepared.plan
+    config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
         listener.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         store = _load(prepared, going_on=checkpoint is not None)
@@ -89,7 +72,9 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
         curvature_every=plan.curvature_every,
         max_grad_norm=config.training.max_grad_norm,
     )
-    return Parts(store, optimizer, engine, stepper)
+    pad_id = pad_token(prepared.tokenizer)
+    feed, eval_feed = (Feed.of(config, part, pad_id) for part in (prepared.dataset.train, prepared.dataset.eval))
+    return Loaded(prepared, store, optimizer, engine, stepper, feed, eval_feed, monitor, stop)
 
 
 def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
