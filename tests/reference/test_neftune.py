@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from sophia_galore.engine.retry import split_rows
-from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE as SPLIT_TOLERANCE
 from contract.running_out import RunsOut, gradients, worst
-from engines import load_parts, make_engine
+from engines import load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.embedding import Noise
+from sophia_galore.engine.retry import split_rows
 from sophia_galore.numerics.random import generator
 from tiny import FAMILIES, autograd_loss, ragged_batches, tiny_model
 

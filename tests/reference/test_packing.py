@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from sophia_galore.engine.retry import split_rows
-from engines import take_step
 from torch import Tensor
 
-from engines import everything_projected, load_parts, make_engine
+from engines import everything_projected, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.engine import segments
+from sophia_galore.engine.retry import split_rows
 from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
@@ -39,7 +38,7 @@ def step(folder: Path, batches: list[MicroBatch], attention: str = "", **more: A
         anatomy.base.config._attn_implementation = attention  # type: ignore[union-attr]
     asked = {key: more.pop(key) for key in ("projector", "sampled_labels") if key in more}
     got: dict[str, Tensor] = {}
-    result = make_engine(anatomy, store, **more).step(batches, lambda grads: got.update(grads), step=1, **asked)
+    result = take_step(make_engine(anatomy, store, **more), batches, lambda grads: got.update(grads), step=1, **asked)
     return result.loss, got
 
 

@@ -127,7 +127,7 @@ def test_the_probe_counts_to_the_report_but_to_no_step() -> None:
 
 
 def set_nan(store: WeightStore) -> None:
-    store["model.norm.weight"][3] = torch.nan  # type: ignore[index]
+    store["model.norm.weight"].first[3] = torch.nan
 
 
 def edit_int8(change: Callable[[Any], Any]) -> Callable[[WeightStore], None]:
@@ -161,7 +161,7 @@ STORES: dict[str, tuple[Callable[[WeightStore], None], list[str], list[str]]] = 
     "scales of another dtype": (edit_int8(without_scales), [INT8], [Q_PROJ, "torch.float32 scales"]),
     "half of it": (edit_int8(half_of), [INT8], [Q_PROJ, "shape (32, 64) instead of (64, 64)"]),
     "another dtype": (edit_int8(lambda w: w.bfloat16()), [], [Q_PROJ, "torch.bfloat16, but should be in fp32"]),
-    "not packed": (edit_int8(lambda w: w.dequantise(torch.float32)), [INT8], [Q_PROJ, "should be in int8"]),
+    "not packed": (edit_int8(lambda w: w.values(torch.float32)), [INT8], [Q_PROJ, "should be in int8"]),
 }
 
 
@@ -240,7 +240,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_earlier_run_stays(
 
     replace_step(monkeypatch, broken)
     stepped = []
-    monkeypatch.setattr(ParamOptimizer, "step_held", lambda *given, **more: stepped.append(given))
+    monkeypatch.setattr(ParamOptimizer, "apply", lambda *given, **more: stepped.append(given))
     ended = world.train(str(folder), "training.max_steps=1", "memory.track_steps=0")
     assert ended.code == 1 and not stepped
     assert f"The gradient of {Q_PROJ} is not finite in the probe step" in ended.err
