@@ -34,5 +34,5 @@ def run_ours(config: RunConfig, *, resume_from: Path | None = None) -> Measured:
     """
     times = _Times()
     result = train(config, times, resume=resume_from is not None, resume_from=resume_from)
-    tracked = result.memory["peak_allocated_bytes"] if config.memory.track_steps else None
+    tracked = result.memory.peak_allocated_bytes if config.memory.track_steps else None
     return Measured(times.steps, times.peak_process_bytes, tracked)

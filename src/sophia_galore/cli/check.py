@@ -32,4 +32,4 @@ def check(
     plan = prepare(asked, terminal).plan
     if parameters:
         terminal.routed(plan)
-    print("Nothing speaks against this run.")
+    print("Configuration OK.")

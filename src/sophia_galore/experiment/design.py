@@ -12,7 +12,7 @@ from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.data.template_date import today
 from sophia_galore.errors import ArgumentError, ConfigError
-from sophia_galore.report.comparison import RUNS
+from sophia_galore.records.files import RUNS
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.result import asked_of

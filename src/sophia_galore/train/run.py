@@ -23,7 +23,11 @@ from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
 from sophia_galore.plan.plan import evaluates_after
 from sophia_galore.plan.subject import pad_token
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.metrics import Evaluation, Exported, TrainStep, evaluations_of, exported_of
+from sophia_galore.records.run import TrainerState
+from sophia_galore.records.schema import write_json, write_jsonl, write_text
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
 from sophia_galore.train.aside import open_run_folder, refuse_moving
@@ -32,14 +36,14 @@ from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_files, write_json, write_jsonl, write_whole
+from sophia_galore.train.folder import locked, replace_files
 from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading
 from sophia_galore.train.prepare import Prepared, prepare
-from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
+from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.signals import StopRequest, stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
@@ -99,7 +103,7 @@ def train(
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
             run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop, keep=keep)
-            write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
+            write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
             with monitor.explaining(run.way_back), writing("What a run records", folder, run.way_back):
@@ -150,11 +154,11 @@ class _Run:
         if moved:
             listener.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
-        self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None, listener.say)
+        self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, listener.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._patience = progress.patience_of(config)
         self._best = open_best(config, checkpoint, self._evaluations, folder, listener.say)
-        write_json(folder / names.TRAINER_STATE, self._trainer_state())
+        write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
         listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
@@ -190,8 +194,8 @@ class _Run:
         with contextlib.suppress(OSError):
             self._log.close()
         for name, document in (
-            (names.TRAINER_STATE, self._trainer_state()),
-            (names.MEMORY_REPORT, self._monitor.report()),
+            (files.TRAINER_STATE, self._trainer_state().to_json()),
+            (files.MEMORY_REPORT, self._monitor.report()),
         ):
             with contextlib.suppress(OSError):
                 write_json(self._folder / name, document)
@@ -209,15 +213,15 @@ class _Run:
             raise self._with_way_back(error) from error
         self._last_step = step
         memory = self._monitor.end_step(step)
-        return {
+        return TrainStep(
             **self._at(step),
-            "loss": result.loss,
-            "learning_rate": plan.learning_rate * factor,
-            "grad_norm": norm,
-            "tokens": result.num_tokens,
-            "tokens_per_second": round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            loss=result.loss,
+            learning_rate=plan.learning_rate * factor,
+            grad_norm=norm,
+            tokens=result.num_tokens,
+            tokens_per_second=round(result.num_tokens / (time.perf_counter() - started_s), 2),
             **memory,
-        }
+        ).to_json()
 
     def _evaluate(self, step: int) -> None:
         batches = self._eval_feed.longest_first()
@@ -230,8 +234,8 @@ class _Run:
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
-        self._evaluations.append(progress.Evaluation(step, eval_loss))
-        self._record(self._at(step) | {"eval_loss": eval_loss} | progress.waiting(self._evaluations, self._patience))
+        self._evaluations.append(Evaluation(**self._at(step), loss=eval_loss))
+        self._record(progress.counted(self._evaluations, self._patience).to_json())
         self._listener.evaluated(step, eval_loss)
 
     def _at(self, step: int) -> dict[str, Any]:
@@ -256,10 +260,10 @@ class _Run:
             optimizer_state=self._optimizer.named_state(),
             write_model=self._write_checkpoint_model,
             documents={
-                names.PLAN: self._plan.to_json(),
-                "run_config.json": flatten(self._config),
-                names.TRAINER_STATE: self._trainer_state(),
-                names.MEMORY_REPORT: self._monitor.report(),
+                files.PLAN: self._plan.to_json(),
+                files.FLAT_CONFIG: flatten(self._config),
+                files.TRAINER_STATE: self._trainer_state().to_json(),
+                files.MEMORY_REPORT: self._monitor.report(),
             },
             keep_last=self._config.checkpoint.keep_last,
             keep_steps=self._best.steps,
@@ -287,10 +291,10 @@ class _Run:
         )
 
     def _write_documents(self) -> None:
-        write_json(self._folder / names.PLAN, self._plan.to_json())
-        write_whole(self._folder / names.CONFIG, dump_config(self._config))
+        write_json(self._folder / files.PLAN, self._plan.to_json())
+        write_text(self._folder / files.CONFIG, dump_config(self._config))
         if bad := self._prepared.dataset.bad:
-            write_jsonl(self._folder / names.BAD_RECORDS, map(vars, bad))
+            write_jsonl(self._folder / files.BAD_RECORDS, (each.to_json() for each in bad))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():
@@ -309,14 +313,14 @@ class _Run:
         write_card(folder, self._card())
 
     def _card(self) -> Card:
-        best = exported(self._log.records)
-        step = best[0] if best else self._last_step
+        best = exported_of(self._log.records)
+        step = best.exported_step if best else self._last_step
         return run_card(
             self._folder.absolute().name,
             plan=self._plan.to_json(),
             config=flatten(self._config),
             step=step,
-            losses=[loss for loss in eval_losses(self._log.records) if loss[0] <= step],
+            evaluations=[each for each in evaluations_of(self._log.records) if each.step <= step],
             origin=self._prepared.source.origin,
         )
 
@@ -326,36 +330,30 @@ class _Run:
         size = model_bytes(self._config, self._plan)
         with writing("The final model", self._folder, self.way_back, needed_bytes=size):
             write_card(self._folder, self._card())
-            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
+            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=files.MODEL)
 
     def _go_back_to_best(self) -> None:
         """Let the weights be those of the lowest eval loss, if that was asked for."""
         with self._monitor.apart():
             best = self._best.go_back(self._store, self._optimizer, self._evaluations, last_step=self._last_step)
         if best:
-            self._record(self._at(self._last_step) | {"exported_step": best.step, "exported_eval_loss": best.loss})
+            exported = Exported(**self._at(self._last_step), exported_step=best.step, loss=best.loss)
+            self._record(exported.to_json())
 
-    def _trainer_state(self) -> dict[str, Any]:
-        plan = self._plan
-        records = self._log.trainer_state(
+    def _trainer_state(self) -> TrainerState:
+        return progress.trainer_state(
+            self._log.records,
+            self._evaluations,
+            self._patience,
+            self._best.path,
             step=self._last_step,
-            epoch=self._last_step / plan.steps_per_epoch,
-            num_steps=plan.num_steps,
-            epochs=plan.num_steps / plan.steps_per_epoch,
+            num_steps=self._plan.num_steps,
+            steps_per_epoch=self._plan.steps_per_epoch,
         )
-        return records | progress.trainer_words(self._evaluations, self._patience, self._best.path)
 
     def _result(self, *, finished: bool) -> RunResult:
-        return RunResult(
-            folder=self._folder,
-            step=self._last_step,
-            finished=finished,
-            saved=None if finished else self._saved,
-            eval_losses=eval_losses(self._log.records),
-            memory=self._monitor.report(),
-            exported=exported(self._log.records),
-            early=self._last_step < self._plan.num_steps,
-        )
+        memory = MemoryReport.of(self._monitor.report(), files.MEMORY_REPORT)
+        return RunResult(self._folder, self._trainer_state(), memory, None if finished else self._saved)
 
     def _refuse_broken_weights(self) -> None:
         """What is written must be a model that can be used; the step that broke it would show only in the next one."""

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from sophia_galore.config import load_config
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.disk import errno_of, reason
-from sophia_galore.train import folder as names
+from sophia_galore.records import files as names
+from sophia_galore.records.schema import write_json
 from sophia_galore.train import run as running
 from sophia_galore.train.checkpoint import find_checkpoint
 from sophia_galore.train.listener import Listener
@@ -151,7 +152,7 @@ def test_records_that_find_no_room_follow(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_document_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    names.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     original = Path.write_text
 
     def half(self: Path, text: str, **more: Any) -> int:
@@ -160,7 +161,7 @@ def test_a_document_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="x"):
-        names.write_json(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["plan.json"]
 

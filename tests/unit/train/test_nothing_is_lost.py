@@ -17,10 +17,10 @@ from sophia_galore.cli.write_back import refuse_other_than_png
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.data.stdlib_docs import prepare_sample_data
 from sophia_galore.errors import ConfigError, DataError, EnvironmentProblem, UserError
+from sophia_galore.records import files as names
 from sophia_galore.report.comparison import compared
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
-from sophia_galore.train import folder as names
 from sophia_galore.train.aside import foreign, must_stay, open_run_folder, refuse_foreign
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
 from sophia_galore.train.folder import locked

@@ -35,11 +35,11 @@ def run(world: World, folder: Path, resume_from: Path | None = None) -> RunResul
 def test_a_run_and_its_resumption_end_in_the_same_bytes(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     straight, other = tmp_path / "straight", tmp_path / "other"
-    losses = run(world, straight).eval_losses
+    losses = run(world, straight).evaluations
     shutil.copytree(straight, other)
     (other / "model.safetensors").unlink()
     assert (other / "checkpoint-2" / INT8_FILE).is_file()
-    assert run(world, other, other / "checkpoint-2").eval_losses == losses
+    assert run(world, other, other / "checkpoint-2").evaluations == losses
     assert losses[-1][1] < losses[0][1]
     assert (other / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert AutoModelForCausalLM.from_pretrained(straight).dtype == torch.bfloat16
