@@ -30,7 +30,7 @@ class Spread(Record):
         deviation: Their sample standard deviation; None for a single one.
     """
 
-    mean: float
+    mean: int | float
     deviation: float | None
 
 

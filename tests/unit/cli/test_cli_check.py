@@ -14,7 +14,7 @@ import transformers
 from rich.console import Console
 from safetensors.torch import save_file
 
-from sophia_galore.cli.tables import trained_share, verdict_line
+from sophia_galore.cli.route_tables import trained_share, verdict_line
 from sophia_galore.config import load_config
 from sophia_galore.plan.facts import BitsandbytesFacts
 from sophia_galore.plan.plan import RunPlan

@@ -40,7 +40,7 @@ def test_a_run_and_its_resumption_end_in_the_same_bytes(tmp_path: Path) -> None:
     (other / "model.safetensors").unlink()
     assert (other / "checkpoint-2" / INT8_FILE).is_file()
     assert run(world, other, other / "checkpoint-2").evaluations == losses
-    assert losses[-1][1] < losses[0][1]
+    assert losses[-1].loss < losses[0].loss
     assert (other / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert AutoModelForCausalLM.from_pretrained(straight).dtype == torch.bfloat16
     routes = json.loads((straight / "plan.json").read_text())["routes"]
