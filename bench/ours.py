@@ -7,12 +7,12 @@ from typing import Any
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.memory import peak_process_bytes
 from sophia_galore.train.run import train
 
 
-class _Times(Listener):
+class _Times(Callback):
     def __init__(self) -> None:
         self.steps: list[tuple[int, float]] = []
         self.peak_process_bytes = 0

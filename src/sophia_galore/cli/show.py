@@ -18,7 +18,7 @@ from sophia_galore.data.gather import FileRead
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.records.files import BAD_RECORDS
 from sophia_galore.report.warnings import REPEATED
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 
 _LONGEST_EXAMPLE = 900
 _MOST_FILES = 20
@@ -50,7 +50,7 @@ def time_in_words(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-class Terminal(Listener):
+class Terminal(Callback):
     """Shows a run: on a terminal with a line that stays alive during a step, elsewhere a line a step.
 
     Args:

@@ -12,8 +12,8 @@ from sophia_galore.model.weight_files import HEAD
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.prepare import Prepared
 from sophia_galore.train.shortage import storage_names
@@ -36,13 +36,13 @@ class Parts:
     stepper: Stepper
 
 
-def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, checkpoint: Checkpoint | None) -> Parts:
+def assemble(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, checkpoint: Checkpoint | None) -> Parts:
     """Load weights and state, and put engine and optimizer over them.
 
     Args:
         prepared: What will be done.
         monitor: Watches memory.
-        listener: Hears what happens.
+        callback: Called when something happens.
         checkpoint: Where the run goes on from, if it does.
 
     Raises:
@@ -51,7 +51,7 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
     """
     config, plan = prepared.config, prepared.plan
     with monitor.phase("load"):
-        listener.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
+        callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         store = _load(prepared, going_on=checkpoint is not None)
         specs = (route.spec for route in plan.routes if route.spec)
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=prepared.device)
@@ -63,7 +63,7 @@ def assemble(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, che
 
     def adapted(change: str) -> None:
         monitor.adaptations.append(change)
-        listener.say(change)
+        callback.say(change)
 
     engine = LayerwiseEngine(
         prepared.anatomy,

@@ -32,12 +32,12 @@ from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
 from sophia_galore.train.aside import open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
+from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files
-from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
@@ -52,7 +52,7 @@ from sophia_galore.train.trackers import Trackers
 
 def train(
     config: RunConfig,
-    listener: Listener,
+    callback: Callback,
     *,
     resume: bool = False,
     resume_from: Path | None = None,
@@ -63,7 +63,7 @@ def train(
 
     Args:
         config: What was asked.
-        listener: Hears what happens.
+        callback: Called when something happens.
         resume: Go on from a checkpoint of the run's folder.
         resume_from: That checkpoint; None: the newest complete one.
         command: What was typed to start the run, for its records.
@@ -79,17 +79,17 @@ def train(
     config = settled(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
-        listener.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
+        callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
         return finished
     if config.training.report_to:
-        listener = Listeners(listener, Trackers(config, listener.say))
+        callback = Callbacks(callback, Trackers(config, callback.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     # Before anything is downloaded or read; and once more, right before it is moved.
     keep = refuse_moving(config, config_file, checkpoint)
-    prepared = prepare(config, listener, checkpoint)
+    prepared = prepare(config, callback, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
-        listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
+        callback.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
     with (
         locked(folder),
         repeatable(prepared.device),
@@ -102,7 +102,7 @@ def train(
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(prepared, folder, listener, monitor=monitor, checkpoint=checkpoint, stop=stop, keep=keep)
+            run = _Run(prepared, folder, callback, monitor=monitor, checkpoint=checkpoint, stop=stop, keep=keep)
             write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
@@ -121,20 +121,20 @@ class _Run:
         self,
         prepared: Prepared,
         folder: Path,
-        listener: Listener,
+        callback: Callback,
         monitor: MemoryMonitor,
         checkpoint: Checkpoint | None,
         stop: StopRequest,
         keep: Sequence[Path],
     ) -> None:
         config, plan = prepared.config, prepared.plan
-        self._prepared, self._folder, self._listener = prepared, folder, listener
+        self._prepared, self._folder, self._callback = prepared, folder, callback
         self._config, self._plan = config, plan
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
         self._monitor, self._stop = monitor, stop
-        parts = assemble(prepared, monitor, listener, checkpoint)
+        parts = assemble(prepared, monitor, callback, checkpoint)
         self._store, self._optimizer, self._engine, self._stepper = (
             parts.store,
             parts.optimizer,
@@ -148,18 +148,18 @@ class _Run:
         self._feed = Feed.of(config, prepared.dataset.train, pad_id)
         self._eval_feed = Feed.of(config, prepared.dataset.eval, pad_id)
         for said in after_loading(self._loaded(checkpoint)):
-            listener.say(said)
+            callback.say(said)
         # Only now: what fails until here leaves the folder as it was.
         moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
         if moved:
-            listener.say(f"The earlier run in {folder} was moved to {moved}.")
+            callback.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
-        self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, listener.say)
+        self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, callback.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._patience = progress.patience_of(config)
-        self._best = open_best(config, checkpoint, self._evaluations, folder, listener.say)
+        self._best = open_best(config, checkpoint, self._evaluations, folder, callback.say)
         write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
-        listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
+        callback.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
         """All steps that are left, or until a stop is requested."""
@@ -173,7 +173,7 @@ class _Run:
             record = self._step(step)
             self._record(record)
             seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
-            self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
+            self._callback.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if evaluates_after(step, self._config, self._plan.steps_per_epoch, self._plan.num_steps):
                 self._evaluate(step)
             if self._stop.requested or self._saves_after(step) or self._best.is_new(step, self._evaluations):
@@ -182,7 +182,7 @@ class _Run:
                 return self._result(finished=False)
         if self._patience and self._last_step < self._plan.num_steps:
             why = progress.why_it_ends(self._evaluations, self._patience, self._plan.num_steps)
-            self._listener.say(f"Ended early: {why}.")
+            self._callback.say(f"Ended early: {why}.")
         self._go_back_to_best()
         self._write_final_model()
         self._ask("after")
@@ -199,7 +199,7 @@ class _Run:
         ):
             with contextlib.suppress(OSError):
                 write_json(self._folder / name, document)
-        self._listener.closed(failed=failed)
+        self._callback.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -236,14 +236,14 @@ class _Run:
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
         self._evaluations.append(Evaluation(**self._at(step), loss=eval_loss))
         self._record(progress.counted(self._evaluations, self._patience).to_json())
-        self._listener.evaluated(step, eval_loss)
+        self._callback.evaluated(step, eval_loss)
 
     def _at(self, step: int) -> dict[str, Any]:
         return {"step": step, "epoch": round(step / self._plan.steps_per_epoch, 6)}
 
     def _record(self, record: dict[str, Any]) -> None:
         self._log.add(record)
-        self._listener.recorded(record)
+        self._callback.recorded(record)
 
     def _saves_after(self, step: int) -> bool:
         settings = self._config.checkpoint
@@ -275,7 +275,7 @@ class _Run:
         if self._config.training.sample_questions:
             with self._monitor.phase("eval"):
                 given = ask(self._prepared, self._store, self._folder, when)
-            self._listener.answered(when, given)
+            self._callback.answered(when, given)
 
     def _loaded(self, checkpoint: Checkpoint | None) -> Loaded:
         return Loaded(

@@ -1,4 +1,4 @@
-"""Live trackers hear what `metrics.jsonl` is told, and nothing depends on them: one that fails is left out."""
+"""Live trackers get what `metrics.jsonl` gets, and nothing depends on them: one that fails is left out."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sophia_galore.errors import short
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.records import files
 from sophia_galore.records.schema import write_json
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.integrations import BEGIN, Beginning, Tracked
-from sophia_galore.train.listener import Listener
 
 # What a plan settles that was left open, or that the data say.
 _PLANNED = (
@@ -34,7 +34,7 @@ _PLANNED = (
 )
 
 
-class Trackers(Listener):
+class Trackers(Callback):
     """Forwards every record to the trackers that were asked for.
 
     A tracker starts when the run's folder is open, in which some of them write, and ends with the run. What each calls

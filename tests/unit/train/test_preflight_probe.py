@@ -19,8 +19,8 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.model.store import WeightStore
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train import parts, run
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from tiny import write_tiny_model
 from unit.cli.tiny_run import Ended, World, json_lines, make_world, sha256
@@ -343,13 +343,13 @@ def test_ctrl_c_in_the_probe_stops_with_nothing_begun(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_in_python_says_it_to_its_listener(world: World, tmp_path: Path) -> None:
+def test_a_run_in_python_says_it_to_its_callback(world: World, tmp_path: Path) -> None:
     heard: list[str] = []
 
-    class Ears(Listener):
+    class Says(Callback):
         def say(self, text: str) -> None:
             heard.append(text)
 
     words = ["training.max_steps=1", f"training.output_dir={tmp_path / 'run'}"]
-    assert run.train(load_config(world.config, words), Ears()).finished
+    assert run.train(load_config(world.config, words), Says()).finished
     assert sum(text.startswith("Probe step: ") for text in heard) == 1

@@ -14,8 +14,8 @@ from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.report.run import read_run
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import checkpoints
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train
 from sophia_galore.train.trained import find_weights
@@ -38,7 +38,7 @@ class Crash(Exception):
 
 
 @dataclass
-class Heard(Listener):
+class Heard(Callback):
     """Keeps what is said; raises where a run is to be cut short."""
 
     crash_after: int = 0

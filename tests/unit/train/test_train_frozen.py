@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
 from sophia_galore.model.weight_files import INT8_FILE
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, make_world
@@ -29,7 +29,7 @@ def run(world: World, folder: Path, resume_from: Path | None = None) -> RunResul
         "checkpoint.save_every_steps=2",
         f"training.output_dir={folder}",
     ]
-    return train(load_config(world.config, words), Listener(), resume=resume_from is not None, resume_from=resume_from)
+    return train(load_config(world.config, words), Callback(), resume=resume_from is not None, resume_from=resume_from)
 
 
 def test_a_run_and_its_resumption_end_in_the_same_bytes(tmp_path: Path) -> None:
