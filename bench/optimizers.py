@@ -114,12 +114,12 @@ def assemble(config: Any) -> tuple[Any, Any, Any]:
     from sophia_galore.engine.layerwise import LayerwiseEngine
     from sophia_galore.engine.stepper import Stepper
     from sophia_galore.optim.optimizer import ParamOptimizer
-    from sophia_galore.train.listener import Listener
+    from sophia_galore.train.callback import Callback
     from sophia_galore.train.prepare import prepare
     from sophia_galore.weights.files import load_store
     from sophia_galore.weights.plain import DTYPES
 
-    prepared = prepare(config, Listener(), None)
+    prepared = prepare(config, Callback(), None)
     anatomy, seed = prepared.anatomy, config.training.seed
     store = load_store(
         prepared.folder,

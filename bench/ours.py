@@ -7,12 +7,12 @@ from typing import Any
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.memory import peak_process_bytes
 from sophia_galore.train.run import train
 
 
-class _Times(Listener):
+class _Times(Callback):
     def __init__(self) -> None:
         self.steps: list[tuple[int, float]] = []
         self.peak_process_bytes = 0
@@ -34,5 +34,5 @@ def run_ours(config: RunConfig, *, resume_from: Path | None = None) -> Measured:
     """
     times = _Times()
     result = train(config, times, resume=resume_from is not None, resume_from=resume_from)
-    tracked = result.memory["peak_allocated_bytes"] if config.memory.track_steps else None
+    tracked = result.memory.peak_allocated_bytes if config.memory.track_steps else None
     return Measured(times.steps, times.peak_process_bytes, tracked)

@@ -31,7 +31,7 @@ from typing import Any
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.model.source import resolve_model
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.memory import peak_process_bytes
 from sophia_galore.train.run import train
 
@@ -59,7 +59,7 @@ def write_data(path: Path, tokenizer: Path) -> None:
     path.write_text(json.dumps([{"text": text} for text in texts]), encoding="utf-8")
 
 
-class _Times(Listener):
+class _Times(Callback):
     """Tokens, seconds and seconds of the processor so far, when each step is done."""
 
     def __init__(self) -> None:

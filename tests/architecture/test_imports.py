@@ -13,6 +13,7 @@ SOURCE = Path(sophia_galore.__file__).parent
 # Rooms in the order of the river; a room may import from those in earlier groups, and from itself.
 ORDER: list[set[str]] = [
     {"errors"},
+    {"records"},
     {"config"},
     {"numerics"},
     {"weights"},
@@ -25,7 +26,7 @@ ORDER: list[set[str]] = [
     {"cli"},
 ]
 ALLOWED = {room: set().union(*ORDER[:place]) | {room} for place, group in enumerate(ORDER) for room in group} | {
-    "report": {"errors", "report"}
+    "report": {"errors", "records", "report"}
 }
 ALLOWED["experiment"] |= {"report"}
 ALLOWED["cli"] |= {"report"}

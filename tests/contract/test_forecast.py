@@ -12,7 +12,7 @@ import pytest
 from sophia_galore.config import load_config
 from sophia_galore.plan.forecast import Forecast
 from sophia_galore.train import run as running
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import Prepared
 from tiny import write_tiny_data, write_tiny_model
 
@@ -64,7 +64,7 @@ class World:
                     *words,
                 ],
             )
-            running.train(config, Listener())
+            running.train(config, Callback())
         (prepared,) = seen
         assert prepared.outlook is not None
         return prepared.outlook.forecast, json.loads((output / "memory_report.json").read_text())

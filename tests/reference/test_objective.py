@@ -17,13 +17,7 @@ from contract.running_out import TOLERANCE as SPLIT_TOLERANCE
 from contract.running_out import RunsOut, shrink_tiles, worst
 from engines import everything_projected, load_parts, make_engine, take_step
 from sophia_galore.data.batches import IGNORED, MicroBatch, collate
-from sophia_galore.engine.objective import (
-    CountedTokens,
-    CrossEntropy,
-    Objective,
-    SampledCrossEntropy,
-    sequence_numbers,
-)
+from sophia_galore.engine.objective import CountedTokens, CrossEntropy, Objective, SampledCrossEntropy, sequence_numbers
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.numerics.subspace import Projector

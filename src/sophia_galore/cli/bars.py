@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.report.categories import colour_of, in_order
+from sophia_galore.report.style import colour_of, in_order
 
 LEGEND_WIDTH = 80
 """Columns that the legend never exceeds."""

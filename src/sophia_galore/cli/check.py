@@ -10,8 +10,8 @@ import typer
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.show import Terminal
 from sophia_galore.train.aside import refuse_moving
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.dated import settled
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
 
 
@@ -26,10 +26,10 @@ def check(
     asked = settled(read_config(config, optimizer, overrides))
     refuse_moving(asked, config, None)
     if as_json:
-        print(json.dumps(prepare(asked, Listener()).plan.to_json(), indent=2))
+        print(json.dumps(prepare(asked, Callback()).plan.to_json(), indent=2))
         return
     terminal = Terminal()
     plan = prepare(asked, terminal).plan
     if parameters:
         terminal.routed(plan)
-    print("Nothing speaks against this run.")
+    print("Configuration OK.")

@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.status import Status
 
 from sophia_galore.cli.arguments import expanded, expanded_paths
-from sophia_galore.cli.report_tables import show_report
+from sophia_galore.cli.report import show_report
 from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError, UserError
 from sophia_galore.experiment.children import Stopped, carry_out
 from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
+from sophia_galore.records.files import PLAN
 from sophia_galore.report.comparison import compared
-from sophia_galore.report.run import PLAN_FILE, read_run
+from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
 
 DEFAULT_OUTPUT = Path("outputs/compare")
@@ -73,7 +74,7 @@ def _report(
     trials: list[Trial], failures: dict[str, str], command: str, output: Path, console: Console | None = None
 ) -> list[Path]:
     """Write what is known of the runs so far, and show it."""
-    began = [trial for trial in trials if (trial.folder / PLAN_FILE).exists()]
+    began = [trial for trial in trials if (trial.folder / PLAN).exists()]
     if not began:
         if console is None:
             return []

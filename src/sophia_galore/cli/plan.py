@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ from sophia_galore.plan.fit import Fitter
 from sophia_galore.plan.matrix import LIMITS, markdown, matrix
 from sophia_galore.plan.planner import Outlook, Planner, look_ahead
 from sophia_galore.plan.subject import look_up
+from sophia_galore.records.memory import Timeline
 from sophia_galore.report.plots import plot_timeline
 
 _FITTED = Path("fitted.yaml")
@@ -137,9 +138,8 @@ def _show_matrix(asked: RunConfig, output: Path | None) -> None:
 
 def _draw(picture: Path, asked: RunConfig, outlook: Outlook) -> Path:
     refuse_other_than_png(picture)
-    timeline: dict[str, Any] = {"step": outlook.forecast.step, "points": points_of(outlook.forecast.course)}
     return plot_timeline(
-        timeline,
+        Timeline(step=outlook.forecast.step, points=points_of(outlook.forecast.course)),
         picture,
         title=f"{asked.model.name}: memory over one step, as planned",
         limit_bytes=outlook.budget.tensor_bytes if outlook.budget else None,

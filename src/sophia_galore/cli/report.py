@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from sophia_galore.cli.arguments import expanded, expanded_paths
-from sophia_galore.cli.report_tables import show_report
-from sophia_galore.report.comparison import compared, read_runs
+from sophia_galore.report import document
+from sophia_galore.report.comparison import Comparison, compared, read_runs
+from sophia_galore.report.sections import document_of
 from sophia_galore.report.write import write_report
 
 DEFAULT_OUTPUT = Path("outputs/report")
+
+_SHOWN = ("Eval loss", "Memory", "Time")
+"""Sections whose tables are shown on the terminal."""
 
 
 def report(
@@ -37,3 +43,40 @@ def report(
     show_report(console, comparison)
     files = write_report(comparison, output or (runs[0] if len(runs) == 1 else DEFAULT_OUTPUT))
     console.print("Report: " + ", ".join(map(str, files)), markup=False)
+
+
+def show_report(console: Console, comparison: Comparison) -> None:
+    """Print the finding, warnings and first tables of a report; everything else is in its files.
+
+    Args:
+        console: Where to.
+        comparison: The runs.
+    """
+    page = document_of(comparison)
+    tables = [
+        part
+        for section in page.sections
+        if section.heading in _SHOWN
+        for part in section.parts
+        if isinstance(part, document.Table)
+    ]
+    for table in tables:
+        console.print(_table(table))
+    for part in page.opening:
+        if isinstance(part, document.Points):
+            for item in part.items:
+                console.print(f"Warning: {item}", style="bold yellow", markup=False)
+        elif isinstance(part, document.Paragraph):
+            console.print(part.text, style="bold", markup=False)
+
+
+def _table(table: document.Table) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD)
+    for place, column in enumerate(table.columns):
+        if place == 0:
+            shown.add_column(column, overflow="fold")
+        else:  # a heading may be broken, a number not
+            shown.add_column(column, justify="right", min_width=max(len(row[place]) for row in table.rows))
+    for row in table.rows:
+        shown.add_row(*(cell.replace("[", "\\[") for cell in row))
+    return shown

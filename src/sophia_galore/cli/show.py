@@ -9,17 +9,16 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from sophia_galore.cli.tables import arranged, parameter_table, plan_table, remarks, trained_share, verdict_line
-from sophia_galore.cli.times import time_in_words
+from sophia_galore.cli.route_tables import arranged, parameter_table, plan_table, remarks, trained_share, verdict_line
 from sophia_galore.config.data_section import DataConfig
 from sophia_galore.config.data_source import sources_in_words
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.gather import FileRead
 from sophia_galore.plan.plan import RunPlan
-from sophia_galore.report.doubts import REPEATED
-from sophia_galore.train import folder as names
-from sophia_galore.train.listener import Listener
+from sophia_galore.records.files import BAD_RECORDS
+from sophia_galore.report.warnings import REPEATED
+from sophia_galore.train.callback import Callback
 
 _LONGEST_EXAMPLE = 900
 _MOST_FILES = 20
@@ -44,7 +43,14 @@ def file_lines(files: Sequence[FileRead]) -> list[str]:
     return lines
 
 
-class Terminal(Listener):
+def time_in_words(seconds: float) -> str:
+    """Seconds as "1:02:03" or "2:03"."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class Terminal(Callback):
     """Shows a run: on a terminal with a line that stays alive during a step, elsewhere a line a step.
 
     Args:
@@ -83,7 +89,7 @@ class Terminal(Listener):
         self.say(f"Format of the training records: {dataset.format}.")
         if dataset.bad:
             self.console.print(
-                f"{len(dataset.bad)} records can't be used and are left out; {names.BAD_RECORDS} in the run's folder "
+                f"{len(dataset.bad)} records can't be used and are left out; {BAD_RECORDS} in the run's folder "
                 f"lists them. The first: {dataset.bad[0].where}: {dataset.bad[0].reason}",
                 style="bold yellow",
                 markup=False,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -24,8 +22,10 @@ from sophia_galore.cli.show import Terminal
 from sophia_galore.config.placeholders import has_date
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem, lacks_package, short
+from sophia_galore.records.files import ANSWERS
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.run import Answers
 from sophia_galore.report.plots import plot_loss, plot_memory
-from sophia_galore.train import folder as names
 from sophia_galore.train import run
 from sophia_galore.train.checkpoint import checkpoints
 
@@ -71,24 +71,23 @@ def train(
         return
     pictures = _draw(terminal, result.folder)
     _compare_answers(terminal, result.folder)
-    if result.eval_losses:
-        (first, before), (_, after) = result.eval_losses[0], result.exported or result.eval_losses[-1]
-        start = "before" if first == 0 else f"after step {first}"
+    if evaluations := result.evaluations:
+        first, after = evaluations[0], (result.exported or evaluations[-1]).loss
+        start = f"after step {first.step}" if first.step else "before"
         terminal.console.print(
-            f"Eval loss {before:.4f} {start}, {after:.4f} after training: {after - before:+.4f} nats a token.",
-            style="bold green" if after < before else "bold red",
+            f"Eval loss {first.loss:.4f} {start}, {after:.4f} after training: {after - first.loss:+.4f} nats a token.",
+            style="bold green" if after < first.loss else "bold red",
         )
     memory = result.memory
-    categories = memory.get("categories") or {}
     # Where no storage was followed, nothing is known about what the peak consists of.
-    if any(categories.values()):
+    if any(memory.categories.values()):
         width = min(terminal.console.width, LEGEND_WIDTH)
-        terminal.console.print(memory_bar(categories, limit_bytes=memory.get("limit_bytes"), width=width))
-    limit = f" (memory.limit: {bytes_in_words(memory['limit_bytes'])})" if memory.get("limit_bytes") else ""
+        terminal.console.print(memory_bar(memory.categories, limit_bytes=memory.limit_bytes, width=width))
+    limit = f" (memory.limit: {bytes_in_words(memory.limit_bytes)})" if memory.limit_bytes else ""
     terminal.say(
-        f"Peak memory: {bytes_in_words(memory['peak_allocated_bytes'])} allocated{limit}, "
-        f"{bytes_in_words(memory['peak_reserved_bytes'])} reserved, "
-        f"{bytes_in_words(memory['peak_process_bytes'])} resident ({memory['measured_by']})."
+        f"Peak memory: {bytes_in_words(memory.peak_allocated_bytes or 0)} allocated{limit}, "
+        f"{bytes_in_words(memory.peak_reserved_bytes or 0)} reserved, "
+        f"{bytes_in_words(memory.peak_process_bytes or 0)} resident ({memory.measured_by})."
     )
     if predicted := prediction_line(memory):
         terminal.console.print(predicted)
@@ -96,7 +95,7 @@ def train(
     terminal.say(f"Pictures: {pictures}")
 
 
-def prediction_line(memory: Mapping[str, Any]) -> Text | None:
+def prediction_line(memory: MemoryReport) -> Text | None:
     """What was predicted, beside what came; a warning where the two are far apart.
 
     Args:
@@ -105,11 +104,11 @@ def prediction_line(memory: Mapping[str, Any]) -> Text | None:
     Returns:
         A sentence; None where nothing was predicted.
     """
-    predicted_bytes, ratio = memory.get("predicted_peak_bytes"), memory.get("predicted_ratio")
+    predicted_bytes, ratio = memory.predicted_peak_bytes, memory.predicted_ratio
     if predicted_bytes is None:
         return None
     size = bytes_in_words(predicted_bytes)
-    if memory.get("adaptations"):
+    if memory.adaptations:
         return Text(f"Predicted: {size} for what was asked; memory ran out, so less was taken at once.")
     if ratio is None:
         return Text(f"Predicted: {size}.")
@@ -138,11 +137,10 @@ def _words(optimizer: str | None, overrides: list[str] | None) -> list[str]:
 
 
 def _compare_answers(terminal: Terminal, folder: Path) -> None:
-    path = folder / names.ANSWERS
-    if not path.exists():
+    if not (folder / ANSWERS).exists():
         return
-    answers = json.loads(path.read_text(encoding="utf-8"))
-    for question, after in answers.get("after", {}).items():
+    answers = Answers.read(folder / ANSWERS)
+    for question, after in answers.after.items():
         terminal.console.print(question, style="bold cyan", markup=False)
-        terminal.console.print(f"  before: {answers.get('before', {}).get(question, '-')}", style="dim", markup=False)
+        terminal.console.print(f"  before: {answers.before.get(question, '-')}", style="dim", markup=False)
         terminal.console.print(f"  after:  {after}", markup=False)

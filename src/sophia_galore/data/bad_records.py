@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 from sophia_galore.errors import DataError
+from sophia_galore.records.run import BadRecord
 
 SHOWN = 5
 """Places that a message names."""
@@ -25,21 +25,6 @@ Report = Callable[[str, DataError], None]
 def stop_at_once(where: str, error: DataError) -> None:
     """The report of those who want the first error as it is."""
     raise error
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """One record that can't be used.
-
-    Attributes:
-        where: Its place, as in `Record.where`.
-        reason: What is wrong with it, without its place.
-        remedy: What can be done about it.
-    """
-
-    where: str
-    reason: str
-    remedy: str
 
 
 class BadRecords:
@@ -84,7 +69,7 @@ class BadRecords:
             error: Why.
         """
         reason = error.cause.removeprefix(where).lstrip(": ")
-        self._found.setdefault(where, BadRecord(where, reason, error.remedy))
+        self._found.setdefault(where, BadRecord(where=where, reason=reason, remedy=error.remedy))
 
     def refuse(self, num_records: int, *, at_any_rate: bool = False) -> None:
         """Does nothing if there are none, or if they are to be left out and others are there.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sophia_galore.config.data_section import DataConfig
 from sophia_galore.config.data_source import sources_in_words
-from sophia_galore.data.bad_records import BadRecord, BadRecords
+from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example
 from sophia_galore.data.gather import FileRead, gather
@@ -19,6 +19,7 @@ from sophia_galore.data.render import Tokenised, tokenise
 from sophia_galore.data.repetition import Repetition, repetition
 from sophia_galore.data.split import in_seeded_order, split_off
 from sophia_galore.errors import DataError
+from sophia_galore.records.run import BadRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,8 @@ from sophia_galore.engine.generate import Answer, Message, Settings, Stream, gen
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import read_generation_config
-from sophia_galore.model.headers import TensorHeader, main_dtype, read_folder_headers
+from sophia_galore.model.headers import main_dtype, read_folder_headers
+from sophia_galore.model.safetensors_header import TensorHeader
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD

@@ -12,8 +12,8 @@ from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.data.template_date import today
 from sophia_galore.errors import ArgumentError, ConfigError
-from sophia_galore.report.comparison import RUNS
-from sophia_galore.train.listener import Listener
+from sophia_galore.records.files import RUNS
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.result import asked_of
 
@@ -132,7 +132,7 @@ def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
         firsts.setdefault(trial.name, trial)
     first, found = "", ("", 0)
     for name, trial in firsts.items():
-        plan = prepare(changed(trial.config, {"memory.predict": False}), Listener()).plan
+        plan = prepare(changed(trial.config, {"memory.predict": False}), Callback()).plan
         here = (plan.data_fingerprint, plan.num_steps)
         if not first:
             first, found = name, here

@@ -1,27 +1,17 @@
-"""What safetensors files say of their tensors, before the first byte of a weight: names, types, shapes.
-
-A file is 8 bytes of header length, a JSON header, then the tensors' bytes
-(https://huggingface.co/docs/safetensors/index#format).
-"""
+"""What the headers of a model's weights say of it, before the first byte of a weight is read."""
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from sophia_galore.model.safetensors_header import TensorHeader, read_file_header
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
 
-PREFIX_BYTES = 8
-
-# The format's own limit; more is no header but somebody's mistake.
-_MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,45 +27,6 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor of a file.
-
-    Attributes:
-        dtype: Its type as the format writes it, such as "BF16".
-        shape: Its shape.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_headers(read: Callable[[int, int], bytes]) -> dict[str, TensorHeader]:
-    """Reads the headers of one file, and nothing behind them.
-
-    Args:
-        read: Gives the bytes of the file from the first number up to, not including, the second.
-
-    Returns:
-        What the file says of each of its tensors, by name.
-
-    Raises:
-        ValueError: It is no safetensors file.
-    """
-    try:
-        (length,) = struct.unpack("<Q", read(0, PREFIX_BYTES))
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"its header would have {length:,} bytes")
-        entries = json.loads(read(PREFIX_BYTES, PREFIX_BYTES + length))
-        return {
-            name: TensorHeader(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
-    except (struct.error, KeyError, TypeError, AttributeError) as error:
-        raise ValueError("it is no safetensors file") from error
-
-
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
     """Reads the headers of all weights of a model's folder.
 
@@ -87,13 +38,7 @@ def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
     """
     headers: dict[str, TensorHeader] = {}
     for path in weight_files(folder):
-        with path.open("rb") as file:
-
-            def read(start: int, stop: int) -> bytes:
-                file.seek(start)
-                return file.read(stop - start)
-
-            headers |= read_headers(read)
+        headers |= read_file_header(path).tensors
     return headers
 
 

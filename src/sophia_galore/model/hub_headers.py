@@ -13,10 +13,8 @@ from typing import Any
 
 from sophia_galore.errors import ModelError
 from sophia_galore.model import hub
-from sophia_galore.model.headers import TensorHeader, read_headers
-
-_WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+from sophia_galore.model.safetensors_header import TensorHeader, read_header
+from sophia_galore.records.files import MODEL, MODEL_INDEX
 
 
 @dataclass(frozen=True)
@@ -56,22 +54,22 @@ def read_published(model_id: str) -> Published:
 
 
 def _weight_files(model_id: str, commit: str, sizes: dict[str, int]) -> list[str]:
-    if _WHOLE in sizes:
-        return [_WHOLE]
-    if _INDEX not in sizes:
+    if MODEL in sizes:
+        return [MODEL]
+    if MODEL_INDEX not in sizes:
         raise ModelError(
-            f"The repository {model_id} holds neither {_WHOLE} nor an index of shards.",
+            f"The repository {model_id} holds neither {MODEL} nor an index of shards.",
             "Give the id of a transformers model whose weights are in the safetensors format.",
         )
     try:
-        return sorted({str(name) for name in _read_json(model_id, commit, _INDEX, sizes)["weight_map"].values()})
+        return sorted({str(name) for name in _read_json(model_id, commit, MODEL_INDEX, sizes)["weight_map"].values()})
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(model_id, _INDEX, "it has no weight_map") from error
+        raise _damaged(model_id, MODEL_INDEX, "it has no weight_map") from error
 
 
 def _headers_of(model_id: str, commit: str, name: str) -> dict[str, TensorHeader]:
     try:
-        return read_headers(lambda start, stop: _fetch(model_id, commit, name, start, stop))
+        return read_header(lambda start, stop: _fetch(model_id, commit, name, start, stop)).tensors
     except ValueError as error:
         raise _damaged(model_id, name, str(error)) from error
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.cache import Say, disk_problem
 from sophia_galore.model.reach import Unreachable, probe_modelscope
+from sophia_galore.records.files import MODEL_INDEX
 
 _INSTALL = "Install it: pip install 'sophia-galore[modelscope]'."
 _PATTERNS = [
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    "model.safetensors.index.json",
+    MODEL_INDEX,
     "tokenizer*",
     "vocab.*",
     "merges.txt",

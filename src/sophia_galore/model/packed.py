@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import ModelError
-from sophia_galore.model.headers import TensorHeader, read_folder_headers
+from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.model.origin import is_hub_id, read_origin
+from sophia_galore.model.safetensors_header import TensorHeader
+from sophia_galore.records.files import MODEL
 from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES
 
 _NAMES = {
@@ -114,7 +116,7 @@ def refuse_packed(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None  # whoever reads it for its own sake says so
     declared = declared_packing(config) if isinstance(config, dict) else None
-    if (folder / INT8_FILE).is_file() and not (folder / "model.safetensors").is_file():
+    if (folder / INT8_FILE).is_file() and not (folder / MODEL).is_file():
         return declared  # codes of our own
     has_weights = any(folder.glob("*.safetensors"))
     try:

@@ -18,14 +18,7 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.numerics.rules import sophia_curvature
-from sophia_galore.numerics.subspace import (
-    Gradient,
-    LazyGradient,
-    ProjectedGradient,
-    Projector,
-    project,
-    tensor_of,
-)
+from sophia_galore.numerics.subspace import Gradient, LazyGradient, ProjectedGradient, Projector, project, tensor_of
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.lowrank import (

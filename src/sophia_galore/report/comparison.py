@@ -6,16 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sophia_galore.errors import UserError
-from sophia_galore.report.doubts import Doubt, doubts
-from sophia_galore.report.result import Result, result_of
-from sophia_galore.report.run import PLAN_FILE, Run, begun, read_run
-from sophia_galore.report.summary import Group, summary
-
-RUNS = "runs"
-"""Where the runs of a comparison lie, in its folder."""
+from sophia_galore.records import files
+from sophia_galore.records.report import GroupNumbers, Report, RunNumbers, RunWarning
+from sophia_galore.records.run import Environment
+from sophia_galore.report.numbers import grouped, numbers_of
+from sophia_galore.report.run import Run, read_run
+from sophia_galore.report.warnings import warnings_of
 
 
 @dataclass(frozen=True)
@@ -24,59 +22,49 @@ class Comparison:
 
     Args:
         runs: What was read.
-        results: The numbers of each run.
+        numbers: The numbers of each run.
         groups: The runs of one name over their seeds.
-        doubts: What speaks against believing the numbers.
+        warnings: Reasons not to believe the numbers as they stand.
         command: What the comparison was made by; "" for runs that were there.
     """
 
     runs: tuple[Run, ...]
-    results: tuple[Result, ...]
-    groups: tuple[Group, ...]
-    doubts: tuple[Doubt, ...]
+    numbers: tuple[RunNumbers, ...]
+    groups: tuple[GroupNumbers, ...]
+    warnings: tuple[RunWarning, ...]
     command: str
 
     @property
-    def machine(self) -> dict[str, Any]:
-        """Of the first run; another one's is a doubt."""
-        return dict(self.runs[0].environment.get("machine") or {})
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """Of the first run; another one's are a doubt."""
-        return dict(self.runs[0].environment.get("versions") or {})
+    def environment(self) -> Environment:
+        """Of the first run; if another run has another one, there is a warning."""
+        return self.runs[0].environment
 
     @property
     def date(self) -> str:
         """When the first run was started, UTC."""
-        return min((str(run.environment["started"]) for run in self.runs if run.environment.get("started")), default="")
-
-    @property
-    def run_commands(self) -> tuple[str, ...]:
-        """What the runs were made by."""
-        return tuple(str(run.environment["command"]) for run in self.runs if run.environment.get("command"))
+        return min((run.environment.started for run in self.runs if run.environment.started), default="")
 
     @property
     def data_fingerprint(self) -> str | None:
         """Of the data of all runs; None if they are not the same."""
-        found = {str(run.plan["data_fingerprint"]) for run in self.runs}
+        found = {run.plan.data_fingerprint for run in self.runs}
         return found.pop() if len(found) == 1 else None
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, for `report.json`."""
-        return {
-            "runs": [
-                {**result.to_json(), "folder": str(run.folder), "command": run.environment.get("command", "")}
-                for run, result in zip(self.runs, self.results, strict=True)
+    def report(self) -> Report:
+        """As `report.json` has it."""
+        return Report(
+            runs=[
+                {**numbers.to_json(), "folder": str(run.folder), "command": run.environment.command}
+                for run, numbers in zip(self.runs, self.numbers, strict=True)
             ],
-            "summary": [group.to_json() for group in self.groups],
-            "warnings": [doubt.to_json() for doubt in self.doubts],
-            "machine": self.machine,
-            "versions": self.versions,
-            "data_fingerprint": self.data_fingerprint,
-            "date": self.date,
-            "command": self.command,
-        }
+            summary=list(self.groups),
+            warnings=list(self.warnings),
+            machine=self.environment.machine.to_json(),
+            versions=self.environment.versions,
+            data_fingerprint=self.data_fingerprint,
+            date=self.date,
+            command=self.command,
+        )
 
 
 def compared(runs: Sequence[Run], *, command: str = "", failures: Mapping[str, str] | None = None) -> Comparison:
@@ -87,12 +75,12 @@ def compared(runs: Sequence[Run], *, command: str = "", failures: Mapping[str, s
         command: What the comparison was made by.
         failures: Why runs that left nothing to read failed, by their labels.
     """
-    results = tuple(result_of(run) for run in runs)
+    numbers = tuple(numbers_of(run) for run in runs)
     never_began = [
-        Doubt("unfinished", (name,), f"{name}: failed before its first step: {reason}")
-        for name, reason in (failures or {}).items()
+        RunWarning(kind="unfinished", runs=[label], message=f"{label}: failed before its first step: {reason}")
+        for label, reason in (failures or {}).items()
     ]
-    return Comparison(tuple(runs), results, tuple(summary(results)), (*doubts(runs), *never_began), command)
+    return Comparison(tuple(runs), numbers, tuple(grouped(numbers)), (*warnings_of(runs), *never_began), command)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -122,20 +110,21 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [replace(run, name=_called(run, depth)) for run in runs]
 
 
-def holds_runs(folder: Path) -> bool:
-    """Whether it is the output of a comparison."""
-    return (folder / RUNS).is_dir() and not (folder / PLAN_FILE).exists()
-
-
 def _runs_in(folder: Path) -> list[Path]:
     """The runs that a folder stands for: itself, or those of a comparison in the order in which they were begun."""
-    if not holds_runs(folder):
+    if not (folder / files.RUNS).is_dir() or (folder / files.PLAN).exists():
         return [folder]
-    found = [path for path in (folder / RUNS).iterdir() if (path / PLAN_FILE).exists()]
+    found = [path for path in (folder / files.RUNS).iterdir() if (path / files.PLAN).exists()]
     found = [path for path in found if not re.search(r"\.previous-\d+$", path.name)]
     if not found:
         raise UserError(f"In {folder} no run has begun yet.", "Wait until one has, or name the folder of a run.")
-    return sorted(found, key=lambda path: (begun(path), path.name))
+    return sorted(found, key=lambda path: (_begun(path), path.name))
+
+
+def _begun(folder: Path) -> str:
+    """When a run was started, as a text that sorts by time; "" where that is not known."""
+    path = folder / files.ENVIRONMENT
+    return Environment.read(path).started if path.exists() else ""
 
 
 def _called(run: Run, depth: int) -> str:

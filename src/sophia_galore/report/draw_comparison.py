@@ -7,9 +7,8 @@ from itertools import accumulate
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from sophia_galore.report.categories import colour_of, in_order
 from sophia_galore.report.draw_loss import FEWEST_SMOOTHED, smooth
-from sophia_galore.report.result import step_seconds
+from sophia_galore.report.numbers import step_seconds
 from sophia_galore.report.run import Run
 from sophia_galore.report.style import (
     AMBER,
@@ -21,7 +20,9 @@ from sophia_galore.report.style import (
     ORANGE,
     PURPLE,
     SKY,
+    colour_of,
     headline,
+    in_order,
     mebibytes,
     new_figure,
     note,
@@ -108,9 +109,9 @@ def _draw_side(
             trend = smooth([loss for _, loss in steps])
             axes.plot([place for place, _ in steps], trend, color=colour, alpha=0.25, linewidth=1.2, linestyle=line)
         evals = [
-            (by_step[record.step], record.eval_loss)
+            (by_step[record.step], record.loss)
             for record in run.metrics.eval
-            if record.step in by_step and isfinite(record.eval_loss)
+            if record.step in by_step and isfinite(record.loss)
         ]
         axes.plot(
             [place for place, _ in evals],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from sophia_galore.report.records import EvalLine, Metrics, TrainLine
+from sophia_galore.records.metrics import Evaluation, Metrics, TrainStep
 from sophia_galore.report.style import BLUE, GREEN, MUTED, ORANGE, headline, new_figure, note, quantity, step_axis
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def draw_loss(metrics: Metrics) -> Figure:
         metrics: Any records, also none or a single step.
     """
     train = [line for line in metrics.train if isfinite(line.loss)]
-    evals = [line for line in metrics.eval if isfinite(line.eval_loss)]
+    evals = [line for line in metrics.eval if isfinite(line.loss)]
     rates = [(line.step, line.learning_rate) for line in metrics.train if line.learning_rate is not None]
     figure = new_figure(9, 6 if rates else 5)
     headline(figure, "Loss", _subtitle(metrics, evals))
@@ -80,7 +80,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [total / weight for total, weight in zip(both_sides(values), both_sides([1.0] * len(values)), strict=True)]
 
 
-def _draw_losses(axes: Axes, train: Sequence[TrainLine], evals: Sequence[EvalLine]) -> None:
+def _draw_losses(axes: Axes, train: Sequence[TrainStep], evals: Sequence[Evaluation]) -> None:
     steps, losses = [line.step for line in train], [line.loss for line in train]
     if len(train) >= FEWEST_SMOOTHED:
         axes.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=0.9, label="training, each step")
@@ -91,7 +91,7 @@ def _draw_losses(axes: Axes, train: Sequence[TrainLine], evals: Sequence[EvalLin
         as_points = len(evals) <= MOST_POINTS
         axes.plot(
             [line.step for line in evals],
-            [line.eval_loss for line in evals],
+            [line.loss for line in evals],
             color=ORANGE,
             linewidth=1.4,
             linestyle=(0, (4, 3)) if as_points else "-",
@@ -125,18 +125,18 @@ def _rate(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _subtitle(metrics: Metrics, evals: Sequence[EvalLine]) -> str:
+def _subtitle(metrics: Metrics, evals: Sequence[Evaluation]) -> str:
     """The run in one line: how far it came, and what evaluation says of it."""
     steps = len(metrics.train)
     parts = [f"{steps:,} step{'' if steps == 1 else 's'}"]
     lost = sum(not isfinite(line.loss) for line in metrics.train)
     if len(evals) > 1:
-        best = min(evals, key=lambda line: line.eval_loss)
-        parts.append(f"evaluation {evals[0].eval_loss:.3f} → {evals[-1].eval_loss:.3f}")
-        if f"{best.eval_loss:.3f}" != f"{evals[-1].eval_loss:.3f}":
-            parts.append(f"best {best.eval_loss:.3f} at step {best.step:,}")
+        best = min(evals, key=lambda line: line.loss)
+        parts.append(f"evaluation {evals[0].loss:.3f} → {evals[-1].loss:.3f}")
+        if f"{best.loss:.3f}" != f"{evals[-1].loss:.3f}":
+            parts.append(f"best {best.loss:.3f} at step {best.step:,}")
     elif evals:
-        parts.append(f"evaluation {evals[0].eval_loss:.3f} at step {evals[0].step:,}")
+        parts.append(f"evaluation {evals[0].loss:.3f} at step {evals[0].step:,}")
     if lost:
         parts.append(f"{lost} not finite, left out")
     return "  ·  ".join(parts)

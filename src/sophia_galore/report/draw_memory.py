@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.metrics import Metrics
 from sophia_galore.report.draw_timeline import Box, draw_timeline
-from sophia_galore.report.memory_report import MemoryReport
-from sophia_galore.report.records import Metrics
 from sophia_galore.report.style import (
     BLUE,
     GREEN,

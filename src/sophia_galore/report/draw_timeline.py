@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from sophia_galore.report.categories import COLOURS, in_order
-from sophia_galore.report.levels import REACH, Level, draw_levels, levels_of
-from sophia_galore.report.phases import draw_phases
-from sophia_galore.report.style import INK, MUTED, ORANGE, headline, new_figure, size_in_unit, unit_of
-from sophia_galore.report.timeline import Moment, Timeline
+from sophia_galore.records.memory import Moment, Timeline
+from sophia_galore.report.style import (
+    CATEGORY_COLOURS,
+    INK,
+    MUTED,
+    ORANGE,
+    headline,
+    in_order,
+    new_figure,
+    size_in_unit,
+    unit_of,
+)
+from sophia_galore.report.timeline_labels import REACH, Mark, draw_marks, draw_phases, marks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,9 +109,9 @@ def draw_timeline(
     highest = max(timeline.moments, key=lambda moment: moment.total_bytes)
     _draw_layers(axes, places, layers)
     _x_axis(axes, places, timed=timeline.timed)
-    levels = levels_of(timeline, limit_bytes, predicted_peak_bytes)
-    _y_axis(axes, timeline.peak_bytes, levels)
-    draw_levels(axes, levels, places[_highest(moments)], timeline.peak_bytes)
+    marks = marks_of(timeline, limit_bytes, predicted_peak_bytes)
+    _y_axis(axes, timeline.peak_bytes, marks)
+    draw_marks(axes, marks, places[_highest(moments)], timeline.peak_bytes)
     if limit_bytes is not None and timeline.peak_bytes > limit_bytes:
         _draw_excess(axes, places, moments, limit_bytes)
     draw_phases(axes, places, [moment.phase for moment in moments])
@@ -136,7 +144,7 @@ def stack(moments: Sequence[Moment]) -> dict[str, list[int]]:
     for place, moment in enumerate(moments):
         for name, size in moment.categories.items():
             known = name.replace("_", " ")
-            series = found.setdefault(known if known in COLOURS else "other", [0] * len(moments))
+            series = found.setdefault(known if known in CATEGORY_COLOURS else "other", [0] * len(moments))
             series[place] += size
     return {name: found[name] for name in in_order(found) if any(found[name])}
 
@@ -159,7 +167,9 @@ def _draw_layers(axes: Axes, places: Sequence[float], layers: dict[str, list[int
     for name, series in layers.items():
         above = [bottom + size for bottom, size in zip(below, series, strict=True)]
         # A hairline of the same colour closes the seam between two areas.
-        axes.fill_between(places, below, above, facecolor=COLOURS[name], edgecolor=COLOURS[name], linewidth=0.3)
+        axes.fill_between(
+            places, below, above, facecolor=CATEGORY_COLOURS[name], edgecolor=CATEGORY_COLOURS[name], linewidth=0.3
+        )
         below = above
     if len(places) <= MOST_OUTLINED:
         axes.plot(places, below, color=INK, linewidth=0.9, solid_joinstyle="round")
@@ -192,11 +202,11 @@ def _x_axis(axes: Axes, places: Sequence[float], *, timed: bool) -> None:
         axes.set_xticks([])
 
 
-def _y_axis(axes: Axes, peak_bytes: int, levels: Sequence[Level]) -> None:
+def _y_axis(axes: Axes, peak_bytes: int, marks: Sequence[Mark]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     unit, _ = unit_of(peak_bytes)
-    top = max(level.size_bytes for level in levels if level.size_bytes <= REACH * peak_bytes)
+    top = max(mark.size_bytes for mark in marks if mark.size_bytes <= REACH * peak_bytes)
     axes.set_ylim(0, 1.06 * top)
     ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, 1.06 * top / unit)
     axes.set_yticks([tick * unit for tick in ticks if tick * unit <= 1.06 * top], minor=False)
@@ -223,7 +233,9 @@ def _legend(figure: Figure, box: Box, timeline: Timeline, at_peak: dict[str, lis
     left = box.left
     for name in names:
         corner = (left / width, (top - 0.5) / height)
-        figure.add_artist(Rectangle(corner, 0.13 / width, 0.13 / height, facecolor=COLOURS[name], edgecolor="none"))
+        figure.add_artist(
+            Rectangle(corner, 0.13 / width, 0.13 / height, facecolor=CATEGORY_COLOURS[name], edgecolor="none")
+        )
         size = size_in_unit(at_peak.get(name, [0])[0], timeline.peak_bytes)
         ends = write(left + 0.2, 0.49, name, INK, fontsize=10), write(left + 0.2, 0.68, size, MUTED, fontsize=9.5)
         left = max(ends) + 0.32

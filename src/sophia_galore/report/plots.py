@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sophia_galore.errors import UserError
-from sophia_galore.report.json_fields import FOREIGN
-from sophia_galore.report.memory_report import read_memory_report
-from sophia_galore.report.records import METRICS_FILE, Metrics, read_metrics
+from sophia_galore.records.files import LOSS_PICTURE, MEMORY_PICTURE, MEMORY_REPORT, METRICS
+from sophia_galore.records.memory import MemoryReport, Timeline
+from sophia_galore.records.metrics import Metrics, read_metrics
 from sophia_galore.report.style import save, styled
-from sophia_galore.report.timeline import timeline_of
 
 
 def plot_loss(run_dir: Path) -> Path:
@@ -31,7 +27,7 @@ def plot_loss(run_dir: Path) -> Path:
     from sophia_galore.report.draw_loss import draw_loss
 
     with styled():
-        return save(draw_loss(metrics), Path(run_dir) / "loss.png")
+        return save(draw_loss(metrics), run_dir / LOSS_PICTURE)
 
 
 def plot_memory(run_dir: Path) -> Path:
@@ -47,28 +43,21 @@ def plot_memory(run_dir: Path) -> Path:
         UserError: If the report is missing or broken.
         EnvironmentProblem: If the figure can't be written.
     """
-    report = read_memory_report(run_dir)
-    has_metrics = (Path(run_dir) / METRICS_FILE).exists()
-    metrics = read_metrics(run_dir) if has_metrics else Metrics((), ())
+    report = MemoryReport.read(run_dir / MEMORY_REPORT)
+    metrics = read_metrics(run_dir) if (run_dir / METRICS).exists() else Metrics()
     from sophia_galore.report.draw_memory import draw_memory
 
     with styled():
-        return save(draw_memory(report, metrics), Path(run_dir) / "memory.png")
+        return save(draw_memory(report, metrics), run_dir / MEMORY_PICTURE)
 
 
 def plot_timeline(
-    timeline: Mapping[str, Any],
-    path: Path,
-    *,
-    title: str,
-    limit_bytes: int | None,
-    predicted_peak_bytes: int | None,
+    timeline: Timeline, path: Path, *, title: str, limit_bytes: int | None, predicted_peak_bytes: int | None
 ) -> Path:
     """Draws the memory of one step from moment to moment.
 
     Args:
-        timeline: `{"step": 2, "points": [{"phase": "forward", "categories": {"weights": 5}}, ...]}`, sizes in bytes;
-            points that were measured have a `time_s`.
+        timeline: The step; something is allocated in it.
         path: The PNG to write.
         title: Headline of the figure.
         limit_bytes: What may be allocated; None without a limit.
@@ -78,14 +67,10 @@ def plot_timeline(
         `path`.
 
     Raises:
-        UserError: If the timeline is none, or nothing is allocated in it.
         EnvironmentProblem: If the figure can't be written.
     """
-    found = timeline_of(timeline, "timeline")
-    if found is None:
-        raise UserError("The timeline has no point at which something is allocated", FOREIGN)
     from sophia_galore.report.draw_timeline import timeline_figure
 
+    bounds = {"limit_bytes": limit_bytes, "predicted_peak_bytes": predicted_peak_bytes}
     with styled():
-        figure = timeline_figure(found, title=title, limit_bytes=limit_bytes, predicted_peak_bytes=predicted_peak_bytes)
-        return save(figure, Path(path))
+        return save(timeline_figure(timeline, title=title, **bounds), path)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from sophia_galore.records import files
+from sophia_galore.records.report import GroupNumbers, RunNumbers, Spread
+from sophia_galore.records.run import Machine
 from sophia_galore.report.comparison import Comparison
 from sophia_galore.report.document import Code, Document, Paragraph, Part, Picture, Points, Section, Table
-from sophia_galore.report.doubts import differing_keys, label
-from sophia_galore.report.result import Result, Spread
 from sophia_galore.report.run import Run
 from sophia_galore.report.style import mebibytes
-from sophia_galore.report.summary import Group
+from sophia_galore.report.warnings import differing_keys
 
-LOSSES = Picture("losses", "Eval loss of each run against tokens and against time")
-CATEGORIES = Picture("memory-by-category", "What the peak memory of each run consists of")
+LOSSES = Picture(files.LOSSES_PICTURE, "Eval loss of each run against tokens and against time")
+CATEGORIES = Picture(files.CATEGORIES_PICTURE, "What the peak memory of each run consists of")
 
 _UNKNOWN = "-"
 _NO_SPREAD = 1e-3
@@ -27,26 +28,26 @@ def document_of(comparison: Comparison) -> Document:
     Args:
         comparison: What was read of them.
     """
-    groups, results = comparison.groups, comparison.results
+    groups, runs = comparison.groups, comparison.numbers
     names = [group.name for group in groups]
-    title = f"Run: {names[0]}" if len(results) == 1 else "Comparison: " + ", ".join(names)
+    title = f"Run: {names[0]}" if len(runs) == 1 else "Comparison: " + ", ".join(names)
     opening: list[Part] = [Paragraph(_finding(groups))]
-    if comparison.doubts:
-        opening.append(Points([doubt.message for doubt in comparison.doubts], warns=True))
+    if comparison.warnings:
+        opening.append(Points([warning.message for warning in comparison.warnings], warns=True))
     sections = [
         Section("Eval loss", [_losses(groups), LOSSES]),
         Section("Memory", [_memory(groups), CATEGORIES]),
         Section("Time", [_time(groups)]),
     ]
-    if len(results) > len(groups):
-        sections.append(Section("Run by run", [_each(results)]))
+    if len(runs) > len(groups):
+        sections.append(Section("Run by run", [_each(runs)]))
     if len(groups) > 1:
         sections.append(Section("What differs in the settings", [_settings(comparison.runs)]))
     sections.append(Section("How it was made", _making(comparison)))
     return Document(title, opening, sections)
 
 
-def _finding(groups: Sequence[Group]) -> str:
+def _finding(groups: Sequence[GroupNumbers]) -> str:
     """What a reader wants to know first."""
     done = [group for group in groups if group.final_eval_loss is not None]
     if not done:
@@ -69,7 +70,7 @@ def _finding(groups: Sequence[Group]) -> str:
     return said
 
 
-def _losses(groups: Sequence[Group]) -> Table:
+def _losses(groups: Sequence[GroupNumbers]) -> Table:
     num_epochs = max((len(group.eval_loss) for group in groups), default=0)
     columns = ["run", "optimizer", "seeds", *(f"epoch {number + 1}" for number in range(num_epochs))]
     if len(groups) > 1:
@@ -84,7 +85,7 @@ def _losses(groups: Sequence[Group]) -> Table:
     return Table(columns, rows)
 
 
-def _memory(groups: Sequence[Group]) -> Table:
+def _memory(groups: Sequence[GroupNumbers]) -> Table:
     columns = ["run", "peak allocated", "peak reserved", "peak process", "optimizer state", "parameters trained"]
     rows = [
         [
@@ -100,7 +101,7 @@ def _memory(groups: Sequence[Group]) -> Table:
     return Table(columns, rows)
 
 
-def _time(groups: Sequence[Group]) -> Table:
+def _time(groups: Sequence[GroupNumbers]) -> Table:
     rows = [
         [group.name, _number(group.seconds_per_epoch, digits=1), _number(group.tokens_per_second, digits=1)]
         for group in groups
@@ -108,23 +109,23 @@ def _time(groups: Sequence[Group]) -> Table:
     return Table(["run", "seconds an epoch", "tokens a second"], rows)
 
 
-def _each(results: Sequence[Result]) -> Table:
-    num_epochs = max(len(result.eval_loss) for result in results)
+def _each(runs: Sequence[RunNumbers]) -> Table:
+    num_epochs = max(len(run.eval_loss) for run in runs)
     columns = ["run", "seed", "steps", "before", *(f"epoch {number + 1}" for number in range(num_epochs))]
     columns += ["peak allocated", "tokens a second"]
     rows = []
-    for result in results:
-        losses = [f"{loss:.4f}" for loss in result.eval_loss]
+    for run in runs:
+        losses = [f"{loss:.4f}" for loss in run.eval_loss]
         rows.append(
             [
-                result.name,
-                str(result.seed),
-                f"{result.step} of {result.num_steps}" + (", ended early" if result.ended_early else ""),
-                _UNKNOWN if result.eval_loss_before is None else f"{result.eval_loss_before:.4f}",
+                run.name,
+                str(run.seed),
+                f"{run.step} of {run.num_steps}" + (", ended early" if run.ended_early else ""),
+                _UNKNOWN if run.eval_loss_before is None else f"{run.eval_loss_before:.4f}",
                 *losses,
                 *[_UNKNOWN] * (num_epochs - len(losses)),
-                _UNKNOWN if result.peak_allocated_bytes is None else mebibytes(result.peak_allocated_bytes),
-                _UNKNOWN if result.tokens_per_second is None else f"{result.tokens_per_second:.1f}",
+                _UNKNOWN if run.peak_allocated_bytes is None else mebibytes(run.peak_allocated_bytes),
+                _UNKNOWN if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
             ]
         )
     return Table(columns, rows)
@@ -146,17 +147,18 @@ def _settings(runs: Sequence[Run]) -> Part:
 def _making(comparison: Comparison) -> list[Part]:
     plan = comparison.runs[0].plan
     lines = [
-        f"Model: {plan.get('model_name')} ({plan.get('num_parameters', 0):,} parameters), "
-        f"{plan.get('compute_dtype')} arithmetic on {plan.get('device')}.",
-        f"Data: {plan.get('num_train_examples')} examples to train on, {plan.get('num_eval_examples')} to measure on; "
+        f"Model: {plan.model_name} ({plan.num_parameters:,} parameters), {plan.compute_dtype} arithmetic on "
+        f"{plan.device}.",
+        f"Data: {plan.num_train_examples} examples to train on, {plan.num_eval_examples} to measure on; "
         f"fingerprint {comparison.data_fingerprint or 'not the same for all'}.",
-        f"Steps: {plan['num_steps']}, {plan['steps_per_epoch']} an epoch.",
+        f"Steps: {plan.num_steps}, {plan.steps_per_epoch} an epoch.",
     ]
     lines += [f"{run_label}: {said}." for run_label, said in _endings(comparison)]
-    if comparison.machine:
-        lines.append("Machine: " + machine_in_words(comparison.machine) + ".")
-    if comparison.versions:
-        lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in comparison.versions.items()) + ".")
+    machine, versions = comparison.environment.machine, comparison.environment.versions
+    if machine.model_fields_set:
+        lines.append(f"Machine: {_in_words(machine)}.")
+    if versions:
+        lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
     if comparison.date:
         lines.append(f"Begun: {comparison.date}.")
     lines += [
@@ -167,23 +169,24 @@ def _making(comparison: Comparison) -> list[Part]:
         + ".",
     ]
     parts: list[Part] = [Points(lines)]
-    if commands := [comparison.command, *comparison.run_commands]:
-        parts.append(Code([command for command in commands if command]))
+    commands = [comparison.command, *(run.environment.command for run in comparison.runs)]
+    if typed := [command for command in commands if command]:
+        parts.append(Code(typed))
     return parts
 
 
 def _endings(comparison: Comparison) -> list[tuple[str, str]]:
     """For each run that did not simply go through all steps and end with the last model, what it did."""
     found = []
-    for run, result in zip(comparison.runs, comparison.results, strict=True):
-        said = [f"ended early, after step {result.step} of {result.num_steps}"] if result.ended_early else []
-        if result.exported_eval_loss is not None:
+    for run, numbers in zip(comparison.runs, comparison.numbers, strict=True):
+        said = [f"ended early, after step {numbers.step} of {numbers.num_steps}"] if numbers.ended_early else []
+        if numbers.exported_eval_loss is not None:
             said.append(
-                f"the final model is the best one, after step {result.exported_step}, with an eval loss of "
-                f"{result.exported_eval_loss:.4f}"
+                f"the final model is the best one, after step {numbers.exported_step}, with an eval loss of "
+                f"{numbers.exported_eval_loss:.4f}"
             )
         if said:
-            found.append((label(run), "; ".join(said)))
+            found.append((run.label, "; ".join(said)))
     return found
 
 
@@ -192,13 +195,13 @@ def _measured_by(runs: Sequence[Run]) -> str:
     return f", by {next(iter(ways))}" if len(ways) == 1 else ""
 
 
-def machine_in_words(machine: dict[str, Any]) -> str:
+def _in_words(machine: Machine) -> str:
     """`2 cores, AMD EPYC, threads: 2, 24,105 MiB, Linux-6.1`"""
     words = [
-        str(machine.get("gpu") or ""),
-        f"{machine.get('num_cores')} cores, {machine.get('processor')}, threads: {machine.get('num_threads')}",
-        mebibytes(machine.get("memory_bytes") or 0),
-        str(machine.get("system")),
+        machine.gpu or "",
+        f"{machine.num_cores} cores, {machine.processor}, threads: {machine.num_threads}",
+        mebibytes(machine.memory_bytes or 0),
+        str(machine.system),
     ]
     return ", ".join(word for word in words if word)
 

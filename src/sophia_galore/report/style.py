@@ -5,7 +5,7 @@ matplotlib takes about a second to import, so it is imported where it is used an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,17 @@ SILVER = "#AEB7C0"
 INK = "#1F2933"
 MUTED = "#6B7785"
 FAINT = "#E4E8EC"
+
+CATEGORY_COLOURS = {
+    "weights": BLUE,
+    "optimizer state": SKY,
+    "projections": PALE,
+    "activations": GREEN,
+    "gradients": AMBER,
+    "logits": PURPLE,
+    "other": SILVER,
+}
+"""The categories of memory, from the bottom of a stack to its top: blue is what stays through the run."""
 
 MIB = 2**20
 
@@ -116,6 +127,17 @@ def size_in_unit(size_bytes: int, peak_bytes: int) -> str:
         return mebibytes(size_bytes)
     size = size_bytes / unit
     return f"{size:,.0f} {name}" if size >= 1 or not size else f"< 1 {name}"
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names in the order of the stack; those that are not known come last, in their own order."""
+    known = list(CATEGORY_COLOURS)
+    return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in CATEGORY_COLOURS else len(known))
+
+
+def colour_of(name: str) -> str:
+    """Its colour; of what is not known, that of "other"."""
+    return CATEGORY_COLOURS.get(name, CATEGORY_COLOURS["other"])
 
 
 def step_axis(axes: Axes) -> None:

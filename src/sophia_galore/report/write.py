@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.records.files import REPORT_FILES, REPORT_HTML, REPORT_JSON, REPORT_MD
+from sophia_galore.records.report import Report
+from sophia_galore.records.schema import write_json
 from sophia_galore.report.comparison import Comparison
-from sophia_galore.report.html import to_html
-from sophia_galore.report.markdown import to_markdown
+from sophia_galore.report.document import to_html, to_markdown
 from sophia_galore.report.sections import CATEGORIES, LOSSES, document_of
 from sophia_galore.report.style import as_svg, save, styled
-
-REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 
 
 def write_report(comparison: Comparison, folder: Path) -> list[Path]:
@@ -39,11 +38,11 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
         with styled():
             for picture, draw in ((LOSSES, draw_losses), (CATEGORIES, draw_categories)):
                 figure = draw(comparison.runs)
-                save(figure, folder / f"{picture.name}.png")
+                save(figure, folder / picture.name)
                 pictures[picture.name] = as_svg(figure)
         page.write_text(to_html(document, pictures), encoding="utf-8")
         text.write_text(to_markdown(document), encoding="utf-8")
-        data.write_text(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(data, comparison.report().to_json())
     except OSError as error:
         cause = f"The report can't be written to {folder}: {error.strerror or error}"
         raise EnvironmentProblem(cause, "Check permissions and free space, or choose another --output.") from None
@@ -52,19 +51,10 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
 
 def _refuse_others_files(folder: Path) -> None:
     """A report replaces an earlier report, and no files that only have its names."""
-    wanted = (REPORT_HTML, REPORT_MD, REPORT_JSON, *(f"{picture.name}.png" for picture in (LOSSES, CATEGORIES)))
-    found = [name for name in wanted if (folder / name).exists()]
-    if not found or _is_report(folder / REPORT_JSON):
+    found = [name for name in REPORT_FILES if (folder / name).exists()]
+    if not found or Report.find(folder / REPORT_JSON):
         return
     raise EnvironmentProblem(
         f"{folder / found[0]} exists, and there is no report of this program beside it, so it is not replaced.",
         "Choose another --output, or move that file elsewhere.",
     )
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"runs", "summary", "warnings"} <= found.keys()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 from sophia_galore.engine.generate import answer
-from sophia_galore.train import folder as names
-from sophia_galore.train.folder import write_json
+from sophia_galore.records import files
+from sophia_galore.records.run import Answers
+from sophia_galore.records.schema import write_json
 from sophia_galore.train.prepared import Prepared
 from sophia_galore.weights.store import WeightStore
 
@@ -37,8 +37,8 @@ def ask(prepared: Prepared, store: WeightStore, folder: Path, when: When) -> lis
         device=prepared.device,
         generation_config=prepared.generation_config,
     )
-    path = folder / names.ANSWERS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path = folder / files.ANSWERS
+    known = Answers.read(path).to_json() if path.exists() else {}
     given = list(zip(training.sample_questions, answers, strict=True))
     write_json(path, known | {when: dict(given)})
     return given

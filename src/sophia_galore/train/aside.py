@@ -6,50 +6,23 @@ be a run's: what else lies there is somebody's, and nobody asked to have it move
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.errors import ConfigError, EnvironmentProblem
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.schema import find_json, find_object
 from sophia_galore.train.checkpoint import Checkpoint, beside_manifest
+from sophia_galore.train.folder import not_writable
 
 _NUM_SHOWN = 3
 
-# What a run writes beside its model. `written.json` names the model's own files, which every tokenizer calls otherwise.
-_RECORDS = {
-    names.METRICS,
-    "metrics.tmp",
-    names.PLAN,
-    names.CONFIG,
-    names.ANSWERS,
-    names.MEMORY_REPORT,
-    names.ENVIRONMENT,
-    names.TRAINER_STATE,
-    names.TRACKERS,
-    names.WRITTEN,
-    "bad_records.jsonl",
-    "loss.png",
-    "memory.png",
-    # A report of this run alone lies in its folder.
-    "report.html",
-    "report.md",
-    "report.json",
-    "losses.png",
-    "memory-by-category.png",
-    # What trackers keep on this machine.
-    "tensorboard",
-    "wandb",
-    "mlflow",
-    "trackio",
-}
 # Files of models as transformers names them: for runs of versions that kept no list of their own.
 _MODEL = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md"
@@ -65,11 +38,10 @@ _JUNK = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep"}
 
 def holds_run(folder: Path) -> bool:
     """Whether a run was begun in a folder."""
-    if (folder / names.METRICS).is_file():
+    if (folder / files.METRICS).is_file():
         return True
     # Killed between its first two files; but others call their files plan.json too.
-    plan = _read(folder / names.PLAN)
-    return isinstance(plan, dict) and "routes" in plan
+    return "routes" in find_object(folder / files.PLAN)
 
 
 def foreign(folder: Path) -> list[str]:
@@ -178,12 +150,12 @@ def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable
         probe.touch()
         probe.unlink()
         if begun is not None and begun != here:
-            for name in (names.METRICS, names.ANSWERS):
+            for name in (files.METRICS, files.ANSWERS):
                 if (begun / name).exists():
                     shutil.copyfile(begun / name, here / name)
         return moved
     except OSError as error:
-        raise names.not_writable(folder, error) from error
+        raise not_writable(folder, error) from error
 
 
 def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
@@ -200,7 +172,7 @@ def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
 
 def _refuse_replacing(folder: Path, here: Path) -> None:
     """A folder without a run is written into; what lies there under a name that a run writes would be lost."""
-    found = sorted(path.name for path in here.iterdir() if path.name in _RECORDS or _MODEL.fullmatch(path.name))
+    found = sorted(path.name for path in here.iterdir() if path.name in files.RUN_FILES or _MODEL.fullmatch(path.name))
     saved = sorted(path.name for path in here.glob("checkpoint-*") if _WORK.fullmatch(path.name))
     if found or saved:
         raise EnvironmentProblem(
@@ -221,22 +193,14 @@ def _refuse_loose_link(folder: Path) -> None:
 
 def _is_runs(path: Path, listed: set[str]) -> bool:
     name = path.name
-    known = name in _RECORDS or name in listed or _MODEL.fullmatch(name) or _WORK.fullmatch(name)
+    known = name in files.RUN_FILES or name in listed or _MODEL.fullmatch(name) or _WORK.fullmatch(name)
     # A link leads to what is not in the folder; a run makes none.
     return bool(known) and not path.is_symlink()
 
 
 def _listed(folder: Path) -> set[str]:
-    found = _read(folder / names.WRITTEN)
+    found = find_json(folder / files.WRITTEN)
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
-
-
-def _read(path: Path) -> Any:
-    """What a JSON file holds; None where it can't be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _free_name(folder: Path) -> Path:

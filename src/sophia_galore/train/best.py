@@ -6,7 +6,6 @@ from the run's records and from what lies on the disk, so a run that goes on fro
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 from sophia_galore.config import RunConfig
 from sophia_galore.errors import CheckpointError
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.train import folder as names
-from sophia_galore.train.checkpoint import Checkpoint, checkpoint_folder, find_checkpoint, is_checkpoint
-from sophia_galore.train.progress import Evaluation, best_of, evaluations_of
+from sophia_galore.records.files import TRAINER_STATE, checkpoint_folder
+from sophia_galore.records.metrics import Evaluation
+from sophia_galore.records.run import TrainerState
+from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint
+from sophia_galore.train.progress import best_of
 from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.store import WeightStore
 
@@ -186,10 +187,6 @@ def restore(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOptimize
 def _was_saved(folder: Path, evaluation: Evaluation) -> bool:
     """Whether a checkpoint is there of the very model that was measured, and not of another time at the same step."""
     path = checkpoint_folder(folder, evaluation.step)
-    if not is_checkpoint(path):
-        return False
-    try:
-        state = json.loads((path / names.TRAINER_STATE).read_text(encoding="utf-8"))
-        return evaluation in evaluations_of(state["log_history"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # damaged
+    state = TrainerState.find(path / TRAINER_STATE) if is_checkpoint(path) else None
+    known = state.evaluations if state else []
+    return any((each.step, each.loss) == (evaluation.step, evaluation.loss) for each in known)

@@ -6,7 +6,6 @@ written by `export` from its folder say the same. Paths are not among it: only t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from sophia_galore.errors import UserError
 from sophia_galore.model.aliases import find_alias
 from sophia_galore.model.card import Card
 from sophia_galore.model.origin import Origin, is_hub_id
-from sophia_galore.train import folder as names
-from sophia_galore.train.result import eval_losses, exported
+from sophia_galore.records import files
+from sophia_galore.records.metrics import Evaluation
+from sophia_galore.records.run import TrainerState
+from sophia_galore.records.schema import find_object
 
 _SETTINGS = {
     "optimizer.type": "optimizer",
@@ -42,7 +43,7 @@ def run_card(
     plan: Mapping[str, Any],
     config: Mapping[str, Any],
     step: int,
-    losses: Sequence[tuple[int, float]],
+    evaluations: Sequence[Evaluation],
     origin: Origin,
 ) -> Card:
     """The model card of a run.
@@ -52,7 +53,7 @@ def run_card(
         plan: The run's plan, as in its plan.json.
         config: Its flattened configuration.
         step: The step after which the weights are.
-        losses: Step and loss of its evaluations.
+        evaluations: Those of models that had seen no more steps.
         origin: What is known of the model that was trained.
     """
     base_model, shown = _base_of(plan, origin)
@@ -65,11 +66,12 @@ def run_card(
         ("learning rate", f"{plan['learning_rate']:g}"),
         *((words, str(config[key])) for key, words in _SETTINGS.items() if key in config),
     ]
-    if losses:
-        (first, before), (last, after) = losses[0], losses[-1]
-        table.append(("eval loss " + ("before training" if first == 0 else f"after step {first}"), f"{before:.4f}"))
-        if last != first:
-            table.append((f"eval loss after step {last}", f"{after:.4f}"))
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        when = f"after step {first.step}" if first.step else "before training"
+        table.append((f"eval loss {when}", f"{first.loss:.4f}"))
+        if last.step != first.step:
+            table.append((f"eval loss after step {last.step}", f"{last.loss:.4f}"))
     said = (
         f"{shown}, fine-tuned by sophia-galore {__version__}. Losses are in nats a token; the data fingerprint is the "
         "SHA-256 of all tokens and of which of them count."
@@ -86,14 +88,13 @@ def folder_card(title: str, folder: Path, origin: Origin, done: str) -> Card:
         origin: What that folder says of its origin.
         done: What was done with it, in a sentence.
     """
-    plan, config = _read(folder / names.PLAN), _read(folder / "run_config.json") or _config_of(folder)
-    state = _read(folder / names.TRAINER_STATE)
+    plan, config = find_object(folder / files.PLAN), find_object(folder / files.FLAT_CONFIG) or _config_of(folder)
     if "learning_rate" in plan and config:
-        log = state.get("log_history") or []
-        best = exported(log)
-        step = best[0] if best else int(state.get("global_step", plan.get("num_steps", 0)))
-        losses = [loss for loss in eval_losses(log) if loss[0] <= step]
-        card = run_card(title, plan=plan, config=config, step=step, losses=losses, origin=origin)
+        state = TrainerState.find(folder / files.TRAINER_STATE)
+        exported = state.exported if state else None
+        step = exported.exported_step if exported else state.global_step if state else int(plan.get("num_steps", 0))
+        evaluations = [each for each in state.evaluations if each.step <= step] if state else []
+        card = run_card(title, plan=plan, config=config, step=step, evaluations=evaluations, origin=origin)
         return Card(card.title, card.base_model, origin, [*card.paragraphs, done], card.table)
     base_model = origin.hub_id or (origin.base_model if origin.is_ours else "")
     return Card(title, base_model, origin, [done])
@@ -121,14 +122,6 @@ def _data_names(config: Mapping[str, Any]) -> list[str]:
 
 def _config_of(run: Path) -> Mapping[str, Any]:
     try:
-        return flatten(load_config(run / names.CONFIG)) if (run / names.CONFIG).is_file() else {}
+        return flatten(load_config(run / files.CONFIG)) if (run / files.CONFIG).is_file() else {}
     except UserError:
         return {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}

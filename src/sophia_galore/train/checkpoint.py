@@ -8,7 +8,6 @@ either the whole checkpoint or a hidden folder that the next save removes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -20,13 +19,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sophia_galore.errors import CheckpointError
+from sophia_galore.errors import CheckpointError, UserError, short
 from sophia_galore.model.disk import errno_of, not_saved
-from sophia_galore.train.progress import Evaluation, evaluations_of
+from sophia_galore.records import files
+from sophia_galore.records.files import checkpoint_folder
+from sophia_galore.records.metrics import Evaluation, evaluations_of
+from sophia_galore.records.run import CheckpointManifest
+from sophia_galore.records.schema import read_object
+from sophia_galore.weights.manifest import sha256_of
 
-_MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,18 @@ class Checkpoint:
 
     def memory_report(self) -> dict[str, Any]:
         """What was measured until it was made; {} in one of a version that did not write that."""
-        path = self.folder / "memory_report.json"
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+        path = self.folder / files.MEMORY_REPORT
+        return read_object(path) if path.is_file() else {}
 
     def evaluations(self) -> list[Evaluation]:
         """Those of the run until it was made."""
-        state = json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8"))
-        return evaluations_of(state.get("log_history", []))
+        return evaluations_of(read_object(self.folder / files.TRAINER_STATE).get("log_history", []))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The saved state tensors."""
         from safetensors.torch import load_file
 
-        return load_file(self.folder / "optimizer.safetensors")
+        return load_file(self.folder / files.OPTIMIZER_STATE)
 
 
 def save_checkpoint(
@@ -102,12 +102,13 @@ def save_checkpoint(
             shutil.rmtree(left)
         beside.mkdir(parents=True)
         write_model(beside)
-        save_file(dict(optimizer_state), beside / "optimizer.safetensors")
+        save_file(dict(optimizer_state), beside / files.OPTIMIZER_STATE)
         for name, document in documents.items():
             (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        files = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
-        manifest = beside / _MANIFEST
-        manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
+        hashes = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
+        manifest = beside / files.MANIFEST
+        document = CheckpointManifest(step=step, files=hashes).to_json()
+        manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
         _flush_folder(beside)
         replaced = _out_of_the_way(final)
@@ -130,11 +131,6 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies, or would."""
-    return run_folder / f"checkpoint-{step}"
-
-
 def checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run_folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
@@ -143,7 +139,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a complete checkpoint."""
-    return (folder / _MANIFEST).is_file()
+    return (folder / files.MANIFEST).is_file()
 
 
 def beside_manifest(folder: Path) -> list[Path]:
@@ -152,10 +148,8 @@ def beside_manifest(folder: Path) -> list[Path]:
     Args:
         folder: A checkpoint; one without a manifest was not written by a run, so all of it is somebody's.
     """
-    try:
-        saved = {*json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"], _MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
-        saved = set()
+    manifest = CheckpointManifest.find(folder / files.MANIFEST)
+    saved = {*manifest.files, files.MANIFEST} if manifest else set()
     return sorted(path for path in folder.iterdir() if path.name not in saved)
 
 
@@ -177,7 +171,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
     if asked is not None:
         if not is_checkpoint(asked):
             raise CheckpointError(
-                f"{asked} is not a complete checkpoint: it holds no {_MANIFEST}.",
+                f"{asked} is not a complete checkpoint: it holds no {files.MANIFEST}.",
                 _offer(checkpoints(asked.parent) if asked.parent.is_dir() else []),
             )
         return _verify(asked, [path for path in checkpoints(asked.parent) if path != asked])
@@ -218,33 +212,33 @@ def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint, but nothing that was not saved with it. What can't be deleted costs space, not the run."""
     if checkpoint.is_symlink():
         return  # somebody moved it elsewhere, to keep it
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, UserError):
         if not beside_manifest(checkpoint):
             # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
             renamed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
             checkpoint.rename(renamed)
             shutil.rmtree(renamed, ignore_errors=True)
             return
-        files = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))["files"]
+        saved = CheckpointManifest.read(checkpoint / files.MANIFEST).files
         # The manifest first: without it, this is no checkpoint any more.
-        for name in (_MANIFEST, *files):
+        for name in (files.MANIFEST, *saved):
             (checkpoint / name).unlink()
 
 
 def _verify(folder: Path, others: list[Path]) -> Checkpoint:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        for name, digest in manifest["files"].items():
+        manifest = CheckpointManifest.read(folder / files.MANIFEST)
+        for name, digest in manifest.files.items():
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} is damaged: {name} is missing.", _offer(others))
-            if _hash(folder / name) != digest:
+            if sha256_of(folder / name) != digest:
                 raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _offer(others))
-        saved = {
-            name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "run_config")
-        }
-        return Checkpoint(folder, int(manifest["step"]), saved["plan"], saved["run_config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}", _offer(others)) from error
+        plan, config = (read_object(folder / name) for name in (files.PLAN, files.FLAT_CONFIG))
+        return Checkpoint(folder, manifest.step, plan, config)
+    except CheckpointError:
+        raise
+    except (OSError, UserError) as error:
+        raise CheckpointError(f"{folder} is damaged: {short(error)}.", _offer(others)) from error
 
 
 def _offer(others: list[Path]) -> str:
@@ -253,18 +247,10 @@ def _offer(others: list[Path]) -> str:
     return f"Go on from another one: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _hash_and_flush(path: Path) -> str:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-    return _hash(path)
+    return sha256_of(path)
 
 
 def _flush_folder(folder: Path) -> None:

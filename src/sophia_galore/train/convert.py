@@ -6,7 +6,6 @@ result is a checkpoint again, and a run goes on from it if its configuration ask
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from pathlib import Path
@@ -18,7 +17,8 @@ from sophia_galore.errors import CheckpointError, UserError
 from sophia_galore.model.card import write_card
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.schema import read_object
 from sophia_galore.train.card import folder_card
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
 from sophia_galore.train.whole_folder import refuse_output, write_whole
@@ -100,16 +100,15 @@ def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: 
         for name, tensor in checkpoint.optimizer_state().items()
         if name.rpartition("/")[2] not in _REMAINDER
     }
-    trainer_state = json.loads((checkpoint.folder / names.TRAINER_STATE).read_text(encoding="utf-8"))
     return save_checkpoint(
         folder,
         checkpoint.step,
         optimizer_state=state,
         write_model=write_model,
         documents={
-            names.PLAN: _converted_plan(checkpoint, to, form),
-            "run_config.json": checkpoint.config | _settings(to, form, str(checkpoint.config["model.store"])),
-            names.TRAINER_STATE: trainer_state,
+            files.PLAN: _converted_plan(checkpoint, to, form),
+            files.FLAT_CONFIG: checkpoint.config | _settings(to, form, str(checkpoint.config["model.store"])),
+            files.TRAINER_STATE: read_object(checkpoint.folder / files.TRAINER_STATE),
         },
         keep_last=1,
     )

@@ -12,34 +12,33 @@ import psutil
 import torch
 
 from sophia_galore import __version__
+from sophia_galore.records.run import Environment, Machine
 
 _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "numpy")
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """Machine, versions, command and time, as plain data.
+    """Machine, versions, command and time, for `environment.json`.
 
     Args:
         device: Where the arithmetic runs.
         command: What was typed; "" if the run was not started by a command.
-
-    Returns:
-        `machine` (its parts; memory in bytes), `versions` by package, `command`, `started` (UTC, ISO 8601).
     """
-    return {
-        "machine": {
-            "system": platform.platform(aliased=True, terse=True),
-            "processor": processor(),
-            "num_cores": psutil.cpu_count(logical=True),
-            "num_threads": torch.get_num_threads(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "gpu_memory_bytes": torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None,
-        },
-        "versions": {"sophia-galore": __version__, "python": platform.python_version(), **_installed()},
-        "command": command,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    on_gpu = device.type == "cuda"
+    return Environment(
+        machine=Machine(
+            system=platform.platform(aliased=True, terse=True),
+            processor=processor(),
+            num_cores=psutil.cpu_count(logical=True),
+            num_threads=torch.get_num_threads(),
+            memory_bytes=psutil.virtual_memory().total,
+            gpu=torch.cuda.get_device_name(device) if on_gpu else None,
+            gpu_memory_bytes=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+        ),
+        versions={"sophia-galore": __version__, "python": platform.python_version(), **_installed()},
+        command=command,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    ).to_json()
 
 
 def processor() -> str:

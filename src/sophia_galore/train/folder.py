@@ -1,31 +1,18 @@
-"""The run's folder: where everything about a run lies."""
+"""The run's folder: whether it can be written to, who uses it, and how files appear in it whole."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from sophia_galore.errors import EnvironmentProblem
-
-METRICS = "metrics.jsonl"
-PLAN = "plan.json"
-CONFIG = "run_config.yaml"
-ANSWERS = "answers.json"
-MEMORY_REPORT = "memory_report.json"
-ENVIRONMENT = "environment.json"
-TRAINER_STATE = "trainer_state.json"
-TRACKERS = "trackers.json"
-BAD_RECORDS = "bad_records.jsonl"
-MODEL = "model.safetensors"
-WRITTEN = "written.json"
-"""Names of the files of the final model, for those who ask what a run wrote."""
+from sophia_galore.records.files import WRITTEN
+from sophia_galore.records.schema import write_json
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -85,29 +72,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def write_json(path: Path, document: Mapping[str, Any] | Sequence[str]) -> None:
-    """Write a JSON document as people can read it."""
-    write_whole(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file; on a full disk the old one stays."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_jsonl(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON document a line."""
-    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
-    # What can't be written as UTF-8, such as half of a surrogate pair in a file's name, is shown by its number.
-    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:

@@ -9,7 +9,7 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.plan.subject import pad_token
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.shortage import storage_names
@@ -21,13 +21,13 @@ from sophia_galore.weights.plain import DTYPES
 from sophia_galore.weights.store import WeightStore
 
 
-def load(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, stop: StopRequest) -> Loaded:
+def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest) -> Loaded:
     """Load weights and state, and put engine and optimizer over them.
 
     Args:
         prepared: What will be done.
         monitor: Watches memory.
-        listener: Hears what happens.
+        callback: Hears what happens.
         stop: Whether the user asked the run to stop.
 
     Raises:
@@ -36,7 +36,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, stop: S
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
-        listener.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
+        callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         store = _load(prepared, going_on=checkpoint is not None)
         specs = (route.spec for route in plan.routes if route.spec)
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=prepared.device)
@@ -48,7 +48,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, listener: Listener, stop: S
 
     def adapted(change: str) -> None:
         monitor.adaptations.append(change)
-        listener.say(change)
+        callback.say(change)
 
     engine = LayerwiseEngine(
         prepared.anatomy,

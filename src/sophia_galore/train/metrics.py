@@ -1,4 +1,4 @@
-"""What happened, a line at a time: `metrics.jsonl`, and `trainer_state.json` made from it."""
+"""What happened, a line at a time: `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sophia_galore.model.disk import reason
-
-_STATE_KEYS = (
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "eval_loss",
-    "exported_step",
-    "exported_eval_loss",
-)
 
 
 class MetricsLog:
@@ -92,13 +81,3 @@ class MetricsLog:
             with suppress(OSError):  # what is left in its buffer has been written here
                 self._file.close()
         self._file = self._path.open("a", encoding="utf-8")
-
-    def trainer_state(self, *, step: int, epoch: float, num_steps: int, epochs: float) -> dict[str, Any]:
-        """The records in the layout of Hugging Face's `trainer_state.json`, which other tools plot."""
-        return {
-            "global_step": step,
-            "epoch": epoch,
-            "max_steps": num_steps,
-            "num_train_epochs": epochs,
-            "log_history": [{key: record[key] for key in _STATE_KEYS if key in record} for record in self.records],
-        }

@@ -27,10 +27,10 @@ from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.aside import refuse_surroundings
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.folder import refuse_unwritable
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.preflight import before_loading
 from sophia_galore.train.prepared import Prepared
 from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
@@ -38,12 +38,12 @@ from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_a
 _NUM_SHOWN_EXAMPLES = 2
 
 
-def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None = None) -> Prepared:
+def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None = None) -> Prepared:
     """Find the model, read the data, make the plan; nothing is written but downloads.
 
     Args:
         config: What was asked.
-        listener: Hears what happens.
+        callback: Called when something happens.
         checkpoint: Where the run goes on from; it brings its own model and tokenizer.
 
     Returns:
@@ -63,10 +63,10 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.
     decide(RULES, facts)
     trust = config.model.trust_remote_code
-    model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, listener.say)
+    model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, callback.say)
     if not checkpoint:
         _refuse_folder_of_model(config, model)
-    model_config = read_model_config(model.folder, trust_remote_code=trust, say=listener.say)
+    model_config = read_model_config(model.folder, trust_remote_code=trust, say=callback.say)
     missed = config.model.name if model.used_fallback else ""
     facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
     if not facts.is_buildable:
@@ -89,7 +89,7 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
         tokenizer=tokenizer,
         date=chat_format.date,
     )
-    listener.data_read(config.data, dataset)
+    callback.data_read(config.data, dataset)
     _, num_steps = count_steps(config, dataset)
     planner = Planner(
         subject_of_data(facts, anatomy, dataset, num_steps=num_steps, pad_id=pad_token(tokenizer), source=model.source)
@@ -118,10 +118,10 @@ def prepare(config: RunConfig, listener: Listener, checkpoint: Checkpoint | None
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:
         plan = _as_begun(plan, checkpoint.plan)
-    listener.planned(plan)
+    callback.planned(plan)
     if outlook is not None:
-        listener.say(outlook.sentence())
-    listener.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
+        callback.say(outlook.sentence())
+    callback.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
     return replace(prepared, plan=plan)
 
 

@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.config import RunConfig
-
-_CALLBACK, _COUNTER = "EarlyStoppingCallback", "early_stopping_patience_counter"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation.
-
-    Args:
-        step: Optimizer steps before it; 0: of the model as it was given.
-        loss: Mean loss on the evaluation examples, in nats a token.
-    """
-
-    step: int
-    loss: float
+from sophia_galore.records.metrics import Evaluation
+from sophia_galore.records.run import (
+    HISTORY_KEYS,
+    EarlyStopping,
+    StatefulCallbacks,
+    StoppingCount,
+    StoppingLimits,
+    TrainerState,
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +42,6 @@ def patience_of(config: RunConfig) -> Patience | None:
     if training.early_stopping_patience is None:
         return None
     return Patience(training.early_stopping_patience, training.early_stopping_threshold)
-
-
-def evaluations_of(records: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
-    """The evaluations among a run's records, in their order.
-
-    Args:
-        records: Lines of `metrics.jsonl`, or of the history in `trainer_state.json`.
-    """
-    return [Evaluation(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
 
 
 def best_of(evaluations: Iterable[Evaluation]) -> Evaluation | None:
@@ -94,16 +79,17 @@ def patience_is_used_up(evaluations: Sequence[Evaluation], patience: Patience | 
     return patience is not None and num_without_improvement(evaluations, patience.threshold) >= patience.evaluations
 
 
-def waiting(evaluations: Sequence[Evaluation], patience: Patience | None) -> dict[str, int]:
-    """What the record of an evaluation says of patience; {} where nothing depends on it.
+def counted(evaluations: Sequence[Evaluation], patience: Patience | None) -> Evaluation:
+    """The last evaluation, with what its record says of patience, where something depends on that.
 
     Args:
-        evaluations: The evaluation itself last.
+        evaluations: So far, in their order.
         patience: When the run ends early; None: never.
     """
     if patience is None:
-        return {}
-    return {"evaluations_without_improvement": num_without_improvement(evaluations, patience.threshold)}
+        return evaluations[-1]
+    count = num_without_improvement(evaluations, patience.threshold)
+    return evaluations[-1].model_copy(update={"without_improvement": count})
 
 
 def why_it_ends(evaluations: Sequence[Evaluation], patience: Patience, num_steps: int) -> str:
@@ -124,32 +110,44 @@ def why_it_ends(evaluations: Sequence[Evaluation], patience: Patience, num_steps
     )
 
 
-def trainer_words(
-    evaluations: Sequence[Evaluation], patience: Patience | None, checkpoint: Path | None
-) -> dict[str, Any]:
-    """What `trainer_state.json` says of this, in Hugging Face's words.
+def trainer_state(
+    records: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
+    patience: Patience | None,
+    checkpoint: Path | None,
+    *,
+    step: int,
+    num_steps: int,
+    steps_per_epoch: int,
+) -> TrainerState:
+    """How far a run is, in Hugging Face's words.
 
     Args:
+        records: The lines of `metrics.jsonl`.
         evaluations: So far.
         patience: When the run ends early; None: never.
-        checkpoint: Where the best model lies; None: it was not kept.
+        checkpoint: Where the best model is; None: it was not kept.
+        step: The last step that was done.
+        num_steps: Steps that are planned.
+        steps_per_epoch: Steps of one pass over the data.
     """
     best = best_of(evaluations)
-    words: dict[str, Any] = {
-        "best_metric": best.loss if best else None,
-        "best_global_step": best.step if best else None,
-        "best_model_checkpoint": str(checkpoint) if checkpoint else None,
-    }
+    stopping = {}
     if patience is not None:
-        args = {"early_stopping_patience": patience.evaluations, "early_stopping_threshold": patience.threshold}
+        limits = StoppingLimits(
+            early_stopping_patience=patience.evaluations, early_stopping_threshold=patience.threshold
+        )
         count = num_without_improvement(evaluations, patience.threshold)
-        words["stateful_callbacks"] = {_CALLBACK: {"args": args, "attributes": {_COUNTER: count}}}
-    return words
-
-
-def ended_early(trainer_state: Mapping[str, Any]) -> bool:
-    """Whether a run's patience was used up, by its `trainer_state.json`."""
-    callback = (trainer_state.get("stateful_callbacks") or {}).get(_CALLBACK)
-    if callback is None:
-        return False
-    return bool(callback["attributes"][_COUNTER] >= callback["args"]["early_stopping_patience"])
+        early = EarlyStopping(args=limits, attributes=StoppingCount(early_stopping_patience_counter=count))
+        stopping = {"stateful_callbacks": StatefulCallbacks(early_stopping=early)}
+    return TrainerState(
+        global_step=step,
+        epoch=step / steps_per_epoch,
+        max_steps=num_steps,
+        num_train_epochs=num_steps / steps_per_epoch,
+        log_history=[{key: record[key] for key in HISTORY_KEYS if key in record} for record in records],
+        best_metric=best.loss if best else None,
+        best_global_step=best.step if best else None,
+        best_model_checkpoint=str(checkpoint) if checkpoint else None,
+        **stopping,
+    )

@@ -21,24 +21,28 @@ from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
 from sophia_galore.plan.advice import advice
 from sophia_galore.plan.plan import evaluates_after
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.metrics import Evaluation, Exported, TrainStep, evaluations_of, exported_of
+from sophia_galore.records.run import TrainerState
+from sophia_galore.records.schema import write_json, write_jsonl, write_text
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
 from sophia_galore.train.aside import open_run_folder, refuse_moving
 from sophia_galore.train.best import open_best
+from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_files, write_json, write_jsonl, write_whole
-from sophia_galore.train.listener import Listener, Listeners
+from sophia_galore.train.folder import locked, replace_files
 from sophia_galore.train.load import load
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.prepared import Loaded
-from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
+from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.resume import changed_noise, refuse_difference
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
@@ -47,7 +51,7 @@ from sophia_galore.train.trackers import Trackers
 
 def train(
     config: RunConfig,
-    listener: Listener,
+    callback: Callback,
     *,
     resume: bool = False,
     resume_from: Path | None = None,
@@ -58,7 +62,7 @@ def train(
 
     Args:
         config: What was asked.
-        listener: Hears what happens.
+        callback: Called when something happens.
         resume: Go on from a checkpoint of the run's folder.
         resume_from: That checkpoint; None: the newest complete one.
         command: What was typed to start the run, for its records.
@@ -74,19 +78,19 @@ def train(
     config = settled(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
-        listener.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
+        callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
         return finished
     if config.training.report_to:
-        listener = Listeners(listener, Trackers(config, listener.say))
+        callback = Callbacks(callback, Trackers(config, callback.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     # Before anything is downloaded or read; and once more, right before it is moved.
     keep = refuse_moving(config, config_file, checkpoint)
-    prepared = prepare(config, listener, checkpoint)
+    prepared = prepare(config, callback, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
-        listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
+        callback.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
         if said := changed_noise(checkpoint, prepared.plan):
-            listener.say(said)
+            callback.say(said)
     with (
         locked(folder),
         repeatable(prepared.device),
@@ -99,8 +103,8 @@ def train(
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(load(prepared, monitor, listener, stop), folder, listener, keep)
-            write_json(folder / names.ENVIRONMENT, environment(prepared.device, command))
+            run = _Run(load(prepared, monitor, callback, stop), folder, callback, keep)
+            write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
             with monitor.explaining(run.way_back), writing("What a run records", folder, run.way_back):
@@ -114,11 +118,11 @@ def train(
 class _Run:
     """The live parts of a run, and its loop."""
 
-    def __init__(self, loaded: Loaded, folder: Path, listener: Listener, keep: Sequence[Path]) -> None:
+    def __init__(self, loaded: Loaded, folder: Path, callback: Callback, keep: Sequence[Path]) -> None:
         prepared = loaded.prepared
         config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
         self._loaded, self._prepared, self._config, self._plan = loaded, prepared, config, plan
-        self._folder, self._listener = folder, listener
+        self._folder, self._callback = folder, callback
         self._monitor, self._stop = loaded.monitor, loaded.stop
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
@@ -127,18 +131,18 @@ class _Run:
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
         for said in after_loading(loaded):
-            listener.say(said)
+            callback.say(said)
         # Only now: what fails until here leaves the folder as it was.
         moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
         if moved:
-            listener.say(f"The earlier run in {folder} was moved to {moved}.")
+            callback.say(f"The earlier run in {folder} was moved to {moved}.")
         self._write_documents()
-        self._log = MetricsLog(folder / names.METRICS, checkpoint.step if checkpoint else None, listener.say)
+        self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, callback.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._patience = progress.patience_of(config)
-        self._best = open_best(config, checkpoint, self._evaluations, folder, listener.say)
-        write_json(folder / names.TRAINER_STATE, self._trainer_state())
-        listener.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
+        self._best = open_best(config, checkpoint, self._evaluations, folder, callback.say)
+        write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
+        callback.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
         """All steps that are left, or until a stop is requested."""
@@ -152,7 +156,7 @@ class _Run:
             record = self._step(step)
             self._record(record)
             seconds_left = (time.monotonic() - started_s) / (step - first) * (self._plan.num_steps - step)
-            self._listener.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
+            self._callback.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if evaluates_after(step, self._config, self._plan.steps_per_epoch, self._plan.num_steps):
                 self._evaluate(step)
             if self._stop.requested or self._saves_after(step) or self._best.is_new(step, self._evaluations):
@@ -161,7 +165,7 @@ class _Run:
                 return self._result(finished=False)
         if self._patience and self._last_step < self._plan.num_steps:
             why = progress.why_it_ends(self._evaluations, self._patience, self._plan.num_steps)
-            self._listener.say(f"Ended early: {why}.")
+            self._callback.say(f"Ended early: {why}.")
         self._go_back_to_best()
         self._write_final_model()
         self._ask("after")
@@ -173,12 +177,12 @@ class _Run:
         with contextlib.suppress(OSError):
             self._log.close()
         for name, document in (
-            (names.TRAINER_STATE, self._trainer_state()),
-            (names.MEMORY_REPORT, self._monitor.report()),
+            (files.TRAINER_STATE, self._trainer_state().to_json()),
+            (files.MEMORY_REPORT, self._monitor.report()),
         ):
             with contextlib.suppress(OSError):
                 write_json(self._folder / name, document)
-        self._listener.closed(failed=failed)
+        self._callback.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its record."""
@@ -192,15 +196,15 @@ class _Run:
             raise self._with_way_back(error) from error
         self._last_step = step
         memory = self._monitor.end_step(step)
-        return {
+        return TrainStep(
             **self._at(step),
-            "loss": result.loss,
-            "learning_rate": plan.learning_rate * factor,
-            "grad_norm": norm,
-            "tokens": result.num_tokens,
-            "tokens_per_second": round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            loss=result.loss,
+            learning_rate=plan.learning_rate * factor,
+            grad_norm=norm,
+            tokens=result.num_tokens,
+            tokens_per_second=round(result.num_tokens / (time.perf_counter() - started_s), 2),
             **memory,
-        }
+        ).to_json()
 
     def _evaluate(self, step: int) -> None:
         batches = self._loaded.eval_feed.longest_first()
@@ -216,16 +220,16 @@ class _Run:
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
-        self._evaluations.append(progress.Evaluation(step, eval_loss))
-        self._record(self._at(step) | {"eval_loss": eval_loss} | progress.waiting(self._evaluations, self._patience))
-        self._listener.evaluated(step, eval_loss)
+        self._evaluations.append(Evaluation(**self._at(step), loss=eval_loss))
+        self._record(progress.counted(self._evaluations, self._patience).to_json())
+        self._callback.evaluated(step, eval_loss)
 
     def _at(self, step: int) -> dict[str, Any]:
         return {"step": step, "epoch": round(step / self._plan.steps_per_epoch, 6)}
 
     def _record(self, record: dict[str, Any]) -> None:
         self._log.add(record)
-        self._listener.recorded(record)
+        self._callback.recorded(record)
 
     def _saves_after(self, step: int) -> bool:
         settings = self._config.checkpoint
@@ -242,10 +246,10 @@ class _Run:
             optimizer_state=self._loaded.optimizer.named_state(),
             write_model=self._write_checkpoint_model,
             documents={
-                names.PLAN: self._plan.to_json(),
-                "run_config.json": flatten(self._config),
-                names.TRAINER_STATE: self._trainer_state(),
-                names.MEMORY_REPORT: self._monitor.report(),
+                files.PLAN: self._plan.to_json(),
+                files.FLAT_CONFIG: flatten(self._config),
+                files.TRAINER_STATE: self._trainer_state().to_json(),
+                files.MEMORY_REPORT: self._monitor.report(),
             },
             keep_last=self._config.checkpoint.keep_last,
             keep_steps=self._best.steps,
@@ -257,13 +261,13 @@ class _Run:
         if self._config.training.sample_questions:
             with self._monitor.phase("eval"):
                 given = ask(self._prepared, self._loaded.store, self._folder, when)
-            self._listener.answered(when, given)
+            self._callback.answered(when, given)
 
     def _write_documents(self) -> None:
-        write_json(self._folder / names.PLAN, self._plan.to_json())
-        write_whole(self._folder / names.CONFIG, dump_config(self._config))
+        write_json(self._folder / files.PLAN, self._plan.to_json())
+        write_text(self._folder / files.CONFIG, dump_config(self._config))
         if bad := self._prepared.dataset.bad:
-            write_jsonl(self._folder / names.BAD_RECORDS, map(vars, bad))
+            write_jsonl(self._folder / files.BAD_RECORDS, (each.to_json() for each in bad))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():
@@ -282,14 +286,14 @@ class _Run:
         write_card(folder, self._card())
 
     def _card(self) -> Card:
-        best = exported(self._log.records)
-        step = best[0] if best else self._last_step
+        best = exported_of(self._log.records)
+        step = best.exported_step if best else self._last_step
         return run_card(
             self._folder.absolute().name,
             plan=self._plan.to_json(),
             config=flatten(self._config),
             step=step,
-            losses=[loss for loss in eval_losses(self._log.records) if loss[0] <= step],
+            evaluations=[each for each in evaluations_of(self._log.records) if each.step <= step],
             origin=self._prepared.source.origin,
         )
 
@@ -299,7 +303,7 @@ class _Run:
         size = model_bytes(self._config, self._plan)
         with writing("The final model", self._folder, self.way_back, needed_bytes=size):
             write_card(self._folder, self._card())
-            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=names.MODEL)
+            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=files.MODEL)
 
     def _go_back_to_best(self) -> None:
         """Let the weights be those of the lowest eval loss, if that was asked for."""
@@ -308,29 +312,23 @@ class _Run:
                 self._loaded.store, self._loaded.optimizer, self._evaluations, last_step=self._last_step
             )
         if best:
-            self._record(self._at(self._last_step) | {"exported_step": best.step, "exported_eval_loss": best.loss})
+            exported = Exported(**self._at(self._last_step), exported_step=best.step, loss=best.loss)
+            self._record(exported.to_json())
 
-    def _trainer_state(self) -> dict[str, Any]:
-        plan = self._plan
-        records = self._log.trainer_state(
+    def _trainer_state(self) -> TrainerState:
+        return progress.trainer_state(
+            self._log.records,
+            self._evaluations,
+            self._patience,
+            self._best.path,
             step=self._last_step,
-            epoch=self._last_step / plan.steps_per_epoch,
-            num_steps=plan.num_steps,
-            epochs=plan.num_steps / plan.steps_per_epoch,
+            num_steps=self._plan.num_steps,
+            steps_per_epoch=self._plan.steps_per_epoch,
         )
-        return records | progress.trainer_words(self._evaluations, self._patience, self._best.path)
 
     def _result(self, *, finished: bool) -> RunResult:
-        return RunResult(
-            folder=self._folder,
-            step=self._last_step,
-            finished=finished,
-            saved=None if finished else self._saved,
-            eval_losses=eval_losses(self._log.records),
-            memory=self._monitor.report(),
-            exported=exported(self._log.records),
-            early=self._last_step < self._plan.num_steps,
-        )
+        memory = MemoryReport.of(self._monitor.report(), files.MEMORY_REPORT)
+        return RunResult(self._folder, self._trainer_state(), memory, None if finished else self._saved)
 
     def _refuse_broken_weights(self) -> None:
         """What is written must be a model that can be used; the step that broke it would show only in the next one."""

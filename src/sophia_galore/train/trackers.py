@@ -1,4 +1,4 @@
-"""Live trackers hear what `metrics.jsonl` is told, and nothing depends on them: one that fails is left out."""
+"""Live trackers get what `metrics.jsonl` gets, and nothing depends on them: one that fails is left out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.config.tracker import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.plan.plan import RunPlan
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.schema import write_json
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.integrations import BEGIN, Beginning, Tracked
-from sophia_galore.train.listener import Listener
 
 # What a plan settles that was left open, or that the data say.
 _PLANNED = (
@@ -33,7 +34,7 @@ _PLANNED = (
 )
 
 
-class Trackers(Listener):
+class Trackers(Callback):
     """Forwards every record to the trackers that were asked for.
 
     A tracker starts when the run's folder is open, in which some of them write, and ends with the run. What each calls
@@ -56,7 +57,7 @@ class Trackers(Listener):
 
     def opened(self, folder: Path, *, after_step: int, records: Sequence[dict[str, Any]]) -> None:
         """Begin the run in each tracker, or go on with it."""
-        path = folder / names.TRACKERS
+        path = folder / files.TRACKERS
         with self._surviving(*self._config.training.report_to):
             # Of a new run nothing is known, whatever lies in the folder.
             known = json.loads(path.read_text(encoding="utf-8")) if after_step and path.exists() else {}
@@ -67,7 +68,7 @@ class Trackers(Listener):
                     self._open[name] = BEGIN[name](begin)
             called = {name: tracked.name for name, tracked in self._open.items() if tracked.name}
             if known | called != known:
-                names.write_json(path, known | called)
+                write_json(path, known | called)
         for record in records:
             self._tell(record, [name for name, tracked in self._open.items() if tracked.is_new])
 
@@ -108,5 +109,5 @@ class Trackers(Listener):
                         tracked.end(True)
             self._say(
                 f"{', '.join(trackers)} can't be told more: {short(error)}. The run goes on without, and "
-                f"{names.METRICS} has every record."
+                f"{files.METRICS} has every record."
             )

@@ -9,18 +9,17 @@ A run and its checkpoints hold a plan.json, which says what model the run starte
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import CheckpointError, ModelError, UserError
 from sophia_galore.model.cache import Say
 from sophia_galore.model.source import find_local, resolve_model
-from sophia_galore.train import folder as names
+from sophia_galore.records import files
+from sophia_galore.records.run import TrainerState
+from sophia_galore.records.schema import find_object
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, is_checkpoint
-from sophia_galore.train.progress import ended_early
 
 _HUBS = ("hf", "modelscope", "pypi")
 
@@ -50,13 +49,13 @@ def find_weights(name: str, say: Say) -> Weights:
         CheckpointError: It is a run's folder that has neither a final model nor a complete checkpoint.
     """
     path = find_local(ModelConfig(name=name))
-    if path is None or is_checkpoint(path) or not (path / names.PLAN).is_file() or _is_finished(path):
+    if path is None or is_checkpoint(path) or not (path / files.PLAN).is_file() or _is_finished(path):
         return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
     saved = checkpoints(path)
     if saved:
         say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
         return _newest(saved, say)
-    if (path / names.MODEL).is_file():
+    if (path / files.MODEL).is_file():
         say(f"The run in {name} goes on and has no checkpoint yet: the model that it ended with before answers.")
         return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
     raise CheckpointError(
@@ -75,7 +74,7 @@ def find_start(trained: Weights, say: Say) -> Weights:
     Raises:
         ModelError: It is not known what these weights were before, or that model is not there any more.
     """
-    plan = _read(trained.folder / names.PLAN)
+    plan = find_object(trained.folder / files.PLAN)
     name, folder, source = (plan.get(key) for key in ("model_name", "model_folder", "model_source"))
     if not isinstance(name, str) or not isinstance(folder, str):
         raise ModelError(
@@ -107,7 +106,7 @@ def refuse_unfinished(folder: Path) -> None:
     if is_checkpoint(folder):
         find_checkpoint(folder.parent, folder)
         return
-    if not (folder / names.PLAN).is_file() or _is_finished(folder):
+    if not (folder / files.PLAN).is_file() or _is_finished(folder):
         return
     saved = checkpoints(folder)
     raise CheckpointError(
@@ -127,16 +126,6 @@ def _newest(saved: list[Path], say: Say) -> Weights:
 
 def _is_finished(run: Path) -> bool:
     """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
-    state = _read(run / names.TRAINER_STATE)
-    num_steps, step = _read(run / names.PLAN).get("num_steps"), state.get("global_step")
-    goes_on = isinstance(num_steps, int) and isinstance(step, int) and step < num_steps and not ended_early(state)
-    return (run / names.MODEL).is_file() and not goes_on
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is none."""
-    try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return read if isinstance(read, dict) else {}
+    state = TrainerState.find(run / files.TRAINER_STATE)
+    goes_on = state is not None and state.has_steps_left and not state.ended_early
+    return (run / files.MODEL).is_file() and not goes_on

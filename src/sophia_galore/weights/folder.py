@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from sophia_galore.errors import ModelError
+from sophia_galore.records.files import MODEL, MODEL_INDEX
 from sophia_galore.weights.manifest import way_to_repair
 
 HEAD = "lm_head.weight"
@@ -20,12 +21,12 @@ INT8_FILE = "model.int8.safetensors"
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
-    for name in ("model.safetensors", INT8_FILE):
+    for name in (MODEL, INT8_FILE):
         if (folder / name).is_file():
             return [folder / name]
-    index = folder / "model.safetensors.index.json"
+    index = folder / MODEL_INDEX
     if not index.is_file():
-        raise ModelError(f"{folder} holds neither model.safetensors nor an index of shards.", way_to_repair(folder))
+        raise ModelError(f"{folder} holds neither {MODEL} nor an index of shards.", way_to_repair(folder))
     try:
         return [
             folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

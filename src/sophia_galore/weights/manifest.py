@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import ModelError
+from sophia_galore.model.safetensors_header import read_file_header
+from sophia_galore.records.files import MODEL, MODEL_INDEX, PLAN
 
 MANIFEST_NAME = "sophia_galore_model.json"
 ADAPTER = "adapter_config.json"
-_WHOLE_NAME = "model.safetensors"
-_INDEX_NAME = "model.safetensors.index.json"
-
-# What a run's folder and its checkpoints hold.
-_PLAN = "plan.json"
 
 # Configuration and tokenizer files are hashed at every use, weights only when asked: 8 MiB take milliseconds.
 _ALWAYS_HASHED_BYTES = 8 * 2**20
@@ -138,9 +134,9 @@ def check_model_folder(folder: Path) -> None:
             "Give the folder that holds config.json, the *.safetensors files and the tokenizer's files.",
         )
     _read_json(folder / "config.json")
-    index = folder / _INDEX_NAME
+    index = folder / MODEL_INDEX
     # An index beside the whole file was left behind when shards were joined; transformers does not look at it either.
-    if index.is_file() and not (folder / _WHOLE_NAME).is_file():
+    if index.is_file() and not (folder / MODEL).is_file():
         _check_shards(folder, _read_json(index))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -157,26 +153,18 @@ def check_model_folder(folder: Path) -> None:
 def _check_shards(folder: Path, index: Any) -> None:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
-        raise _damaged(folder / _INDEX_NAME, "has no weight_map")
+        raise _damaged(folder / MODEL_INDEX, "has no weight_map")
     for shard in sorted({str(value) for value in weight_map.values()}):
         if not (folder / shard).is_file():
-            raise _damaged(folder / shard, f"is missing although {_INDEX_NAME} names it")
+            raise _damaged(folder / shard, f"is missing although {MODEL_INDEX} names it")
 
 
 def _check_safetensors(path: Path) -> None:
-    """A safetensors file is 8 bytes of header length, a JSON header, then the tensors' bytes."""
     size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
-        if 8 + header_bytes > size_bytes:
-            raise _damaged(path, "is cut short or no safetensors file")
-        try:
-            header = json.loads(file.read(header_bytes))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _damaged(path, "is no safetensors file") from error
-    expected_bytes = 8 + header_bytes + max(ends, default=0)
+    try:
+        expected_bytes = read_file_header(path).file_bytes
+    except ValueError as error:
+        raise _damaged(path, "is cut short or no safetensors file") from error
     if size_bytes != expected_bytes:
         raise _damaged(path, f"has {size_bytes:,} bytes instead of {expected_bytes:,}")
 
@@ -227,7 +215,7 @@ def way_to_repair(folder: Path) -> str:
     if manifest is not None:
         again = "convert the file" if manifest.source == "gguf" else "download the model"
         return f"Delete the folder {folder} and {again} again: sophia-galore download {manifest.name}."
-    if (folder / _PLAN).is_file():
+    if (folder / PLAN).is_file():
         return "Give another checkpoint of the run, or let the run write its model again."
     return "Copy the folder again from where it came from, or write it again with save_pretrained."
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar, segments
 from sophia_galore.cli.train import prediction_line
+from sophia_galore.records.memory import MemoryReport
 
 MIB = 2**20
 CATEGORIES = {"activations": 250 * MIB, "weights": 500 * MIB, "other": MIB, "logits": 0, "optimizer state": 125 * MIB}
@@ -149,16 +150,15 @@ def test_segments_are_their_share_within_a_cell(sizes: list[int], free_bytes: in
     ],
 )
 def test_the_prediction_is_judged(ratio: float | None, words: str, style: str) -> None:
-    line = prediction_line({"predicted_peak_bytes": int(1.02 * 2**30), "predicted_ratio": ratio})
+    line = prediction_line(MemoryReport(predicted_peak_bytes=int(1.02 * 2**30), predicted_ratio=ratio))
     assert line is not None and (line.plain, line.style) == (words, style)
 
 
-@pytest.mark.parametrize("memory", [{}, {"predicted_peak_bytes": None, "predicted_ratio": None}])
-def test_without_a_prediction_nothing_is_said(memory: dict[str, Any]) -> None:
-    assert prediction_line(memory) is None
+def test_without_a_prediction_nothing_is_said() -> None:
+    assert prediction_line(MemoryReport()) is None
 
 
 def test_what_was_asked_is_not_held_against_what_had_to_be_made_smaller() -> None:
-    line = prediction_line({"predicted_peak_bytes": 2**30, "predicted_ratio": None, "adaptations": ["Memory ran out."]})
+    line = prediction_line(MemoryReport(predicted_peak_bytes=2**30, adaptations=("Memory ran out.",)))
     assert line is not None
     assert line.plain == "Predicted: 1.00 GiB for what was asked; memory ran out, so less was taken at once."

@@ -14,13 +14,13 @@ import transformers
 from rich.console import Console
 from safetensors.torch import save_file
 
-from sophia_galore.cli.tables import trained_share, verdict_line
+from sophia_galore.cli.route_tables import trained_share, verdict_line
 from sophia_galore.config import load_config
 from sophia_galore.plan.facts import BitsandbytesFacts
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.verdicts import Decided
 from sophia_galore.train import prepare as preparing
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from tiny import tiny_tokenizer
 from unit.cli.tiny_run import Ended, World, command
 
@@ -107,7 +107,7 @@ def test_mixtures_of_experts_are_refused_by_name(world: World, tmp_path: Path) -
 
 
 def plan_of(world: World, *words: str) -> RunPlan:
-    return preparing.prepare(load_config(world.config, list(words)), Listener()).plan
+    return preparing.prepare(load_config(world.config, list(words)), Callback()).plan
 
 
 @pytest.mark.usefixtures("works")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sophia_galore.report.memory_report import read_memory_report
+from sophia_galore.records.memory import MemoryReport
 from tiny import write_tiny_data, write_tiny_model
 from unit.cli.tiny_run import SETTINGS, Ended, World, json_lines
 
@@ -69,7 +69,7 @@ def test_the_report_says_what_was_predicted_and_how_a_step_went(free: Path) -> N
     assert highest == max(step["allocated_bytes"] for step in found["steps"])
     assert {point["phase"] for point in points} == {"forward", "head", "backward", "step"}
     assert all(earlier["time_s"] <= later["time_s"] for earlier, later in pairwise(points))
-    read = read_memory_report(free)
+    read = MemoryReport.read(free / "memory_report.json")
     assert read.predicted_peak_bytes == found["predicted_peak_bytes"] and read.timeline is not None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sophia_galore.cli.show import Terminal
-from sophia_galore.report.memory_report import read_memory_report
+from sophia_galore.records.memory import MemoryReport
 from sophia_galore.train import run
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
@@ -61,7 +61,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert f"Stopped after step {step}; saved in {folder / f'checkpoint-{step}'}" in stopped.out
     assert not (folder / "model.safetensors").exists()
     assert (folder / "trainer_state.json").is_file()
-    assert read_memory_report(folder).peak_allocated_bytes
+    assert MemoryReport.read(folder / "memory_report.json").peak_allocated_bytes
     assert signal.getsignal(signal.SIGINT) is before
 
     resumed = command(*command_to_go_on(stopped.out))

@@ -39,7 +39,7 @@ def model(tmp_path: Path) -> Path:
         (folder / name).write_text("{}")
     save_file({"state": torch.zeros(2)}, folder / "optimizer.safetensors")
     (folder / "plan.json").write_text('{"num_steps": 5}')
-    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "trainer_state.json").write_text('{"global_step": 5, "max_steps": 5}')
     (folder / "README.md").write_text("# A card\n")
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"")
@@ -85,7 +85,7 @@ def test_gguf_files_go_with_their_modelfile(hub: FakeHub, tmp_path: Path) -> Non
 
 
 def unfinished(folder: Path) -> None:
-    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    (folder / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 5}')
 
 
 def eight_bits(folder: Path) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from sophia_galore.errors import UserError
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.metrics import Metrics, read_metrics
 from sophia_galore.report.draw_loss import draw_loss, smooth
 from sophia_galore.report.draw_memory import draw_memory
-from sophia_galore.report.memory_report import read_memory_report
 from sophia_galore.report.plots import plot_loss, plot_memory
-from sophia_galore.report.records import Metrics, read_metrics
 from sophia_galore.report.style import mebibytes
 
 MIB = 2**20
@@ -133,7 +133,7 @@ def test_missing_files_are_errors(tmp_path: Path) -> None:
 
 def test_the_memory_figure_says_sizes_and_shares(tmp_path: Path) -> None:
     write(tmp_path, [], REPORT)
-    said = texts(draw_memory(read_memory_report(tmp_path), Metrics((), ())))
+    said = texts(draw_memory(MemoryReport.read(tmp_path / "memory_report.json"), Metrics()))
     for words in (
         "900 MiB tensors",
         "1,500 MiB process",
@@ -155,7 +155,7 @@ def test_the_loss_figure_says_where_it_began_and_ended(tmp_path: Path) -> None:
 
 def test_many_categories_are_summed_up_without_losing_any(tmp_path: Path) -> None:
     write(tmp_path, [], {"categories": {f"c{i}": 100 * MIB for i in range(20)}})
-    said = texts(draw_memory(read_memory_report(tmp_path), Metrics((), ())))
+    said = texts(draw_memory(MemoryReport.read(tmp_path / "memory_report.json"), Metrics()))
     assert said.count("100 MiB  (5 %)") == 8
     assert "1,200 MiB  (60 %)" in said
 

@@ -11,17 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophia_galore.errors import EnvironmentProblem, UserError
-from sophia_galore.report.categories import COLOURS, in_order
+from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.records.memory import MemoryReport, Moment, Timeline
+from sophia_galore.records.metrics import Metrics
 from sophia_galore.report.draw_memory import draw_memory
 from sophia_galore.report.draw_timeline import MOST_MOMENTS, stack, thinned, timeline_figure
-from sophia_galore.report.levels import spread
-from sophia_galore.report.memory_report import read_memory_report
-from sophia_galore.report.phases import Span, named, spans
 from sophia_galore.report.plots import plot_memory, plot_timeline
-from sophia_galore.report.records import Metrics
-from sophia_galore.report.style import styled
-from sophia_galore.report.timeline import Moment, Timeline, timeline_of
+from sophia_galore.report.style import CATEGORY_COLOURS, in_order, styled
+from sophia_galore.report.timeline_labels import Span, named, spans, spread
 
 MIB = 2**20
 
@@ -72,8 +69,7 @@ BOUNDS: dict[str, tuple[int | None, int | None]] = {
 
 
 def draw(timeline: dict[str, Any], limit: int | None = None, predicted: int | None = None) -> Any:
-    found = timeline_of(timeline, "here")
-    assert found is not None
+    found = Timeline.of(timeline, "here")
     with styled():
         figure = timeline_figure(found, title="A plan", limit_bytes=limit, predicted_peak_bytes=predicted)
         figure.canvas.draw()
@@ -90,63 +86,12 @@ def texts(figure: Any) -> str:
     return "\n".join(text.get_text() for text in shown(figure))
 
 
-def test_the_report_s_new_fields_arrive(tmp_path: Path) -> None:
-    record = {"limit_bytes": 9, "predicted_peak_bytes": 7, "predicted_ratio": 0.98, "timeline": step()}
-    (tmp_path / "memory_report.json").write_text(json.dumps(record))
-    report = read_memory_report(tmp_path)
-    assert (report.limit_bytes, report.predicted_peak_bytes, report.predicted_ratio) == (9, 7, 0.98)
-    assert report.timeline is not None and report.timeline.step == 2 and report.timeline.timed
-    moment = Moment(0.0, "forward", {"weights": 500 * MIB, "optimizer state": 120 * MIB, "activations": 0})
-    assert report.timeline.moments[0] == moment
-    assert report.timeline.peak_bytes == 653 * MIB
-
-
-@pytest.mark.parametrize(
-    "record", [{}, {"limit_bytes": None, "predicted_peak_bytes": None, "predicted_ratio": None, "timeline": None}]
-)
-def test_older_reports_have_none_of_it(tmp_path: Path, record: dict[str, Any]) -> None:
-    (tmp_path / "memory_report.json").write_text(json.dumps(record))
-    report = read_memory_report(tmp_path)
-    assert report.limit_bytes is report.predicted_peak_bytes is report.predicted_ratio is report.timeline is None
-
-
-POINT = {"phase": "forward", "categories": {"weights": 1}}
-
-
-@pytest.mark.parametrize(
-    ("timeline", "words"),
-    [
-        (3, "timeline: 3 is not an object"),
-        ({"points": 3}, "'points' is not a list"),
-        ({"points": [3]}, "point 0: 3 is not an object"),
-        ({"points": [POINT, {"categories": 3}]}, "point 1: 'categories' is not a table"),
-        ({"points": [{"categories": {"weights": "5"}}]}, "point 0: categories: 'weights' is '5'"),
-        ({"points": [{"categories": {"weights": -5}}]}, "'weights' is -5"),
-        ({"points": [POINT | {"time_s": "now"}]}, "'time_s' is 'now', not a number"),
-        ({"points": [POINT | {"time_s": float("inf")}]}, "'time_s' is inf"),
-        ({"points": [POINT, POINT | {"time_s": 1}]}, "some points have a 'time_s'"),
-        ({"points": [POINT], "step": 1.5}, "'step' is 1.5, not a whole number"),
-    ],
-)
-def test_a_broken_timeline_is_named(tmp_path: Path, timeline: Any, words: str) -> None:
-    (tmp_path / "memory_report.json").write_text(json.dumps({"timeline": timeline}))
-    with pytest.raises(UserError) as caught:
-        read_memory_report(tmp_path)
-    assert words in str(caught.value) and "memory_report.json: timeline" in str(caught.value)
-    assert caught.value.remedy
-
-
-@pytest.mark.parametrize("record", [None, {}, {"points": None}, {"points": []}, {"points": [{"phase": "forward"}]}])
-def test_where_nothing_is_allocated_there_is_no_timeline(record: Any) -> None:
-    assert timeline_of(record, "here") is None
-
-
 def test_without_a_timeline_the_memory_figure_is_as_before(tmp_path: Path) -> None:
     old: dict[str, Any] = {"peak_allocated_bytes": 653 * MIB, "categories": {"weights": 500 * MIB}}
     sizes, pictures = [], []
     for record in (old, old | {"limit_bytes": MIB, "timeline": {"points": []}}, old | {"timeline": step()}):
         (tmp_path / "memory_report.json").write_text(json.dumps(record))
-        sizes.append(draw_memory(read_memory_report(tmp_path), Metrics((), ())).get_size_inches()[1])
+        sizes.append(draw_memory(MemoryReport.read(tmp_path / "memory_report.json"), Metrics()).get_size_inches()[1])
         pictures.append(plot_memory(tmp_path).read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
     assert sizes[0] == sizes[1] < sizes[2]
@@ -155,7 +100,7 @@ def test_without_a_timeline_the_memory_figure_is_as_before(tmp_path: Path) -> No
 def test_the_step_is_part_of_the_memory_figure(tmp_path: Path) -> None:
     record = {"limit_bytes": 700 * MIB, "predicted_peak_bytes": 640 * MIB, "timeline": step()}
     (tmp_path / "memory_report.json").write_text(json.dumps(record))
-    said = texts(draw_memory(read_memory_report(tmp_path), Metrics((), ())))
+    said = texts(draw_memory(MemoryReport.read(tmp_path / "memory_report.json"), Metrics()))
     for words in (
         "Memory within step 2, MiB",
         "limit\n700 MiB",
@@ -188,12 +133,11 @@ def test_a_planned_step_has_an_order_and_no_seconds(tmp_path: Path) -> None:
     assert "course of a step" in said and "seconds" not in said
     assert "predicted peak\n653 MiB" in said and "peak of this step" not in said
     assert "653 MiB at most  ·  limit 600 MiB  ·  53 MiB too much" in said
-    path = plot_timeline(
-        step(timed=False), tmp_path / "plan.png", title="A plan", limit_bytes=None, predicted_peak_bytes=None
-    )
+    planned = Timeline.of(step(timed=False), "here")
+    path = plot_timeline(planned, tmp_path / "plan.png", title="A plan", limit_bytes=None, predicted_peak_bytes=None)
     first = path.read_bytes()
     assert path == tmp_path / "plan.png" and first.startswith(b"\x89PNG")
-    plot_timeline(step(timed=False), path, title="A plan", limit_bytes=None, predicted_peak_bytes=None)
+    plot_timeline(planned, path, title="A plan", limit_bytes=None, predicted_peak_bytes=None)
     assert path.read_bytes() == first
 
 
@@ -203,16 +147,15 @@ def test_a_limit_far_away_does_not_flatten_the_step() -> None:
     assert figure.axes[0].get_ylim()[1] < 700 * MIB
 
 
-def test_what_can_t_be_drawn_or_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no point"):
-        plot_timeline({"points": []}, tmp_path / "a.png", title="", limit_bytes=None, predicted_peak_bytes=None)
+def test_what_can_t_be_written_is_an_error(tmp_path: Path) -> None:
+    timeline, path = Timeline.of(step(), "here"), tmp_path / "no" / "a.png"
     with pytest.raises(EnvironmentProblem, match="can't be written"):
-        plot_timeline(step(), tmp_path / "no" / "a.png", title="", limit_bytes=None, predicted_peak_bytes=None)
+        plot_timeline(timeline, path, title="", limit_bytes=None, predicted_peak_bytes=None)
 
 
 def test_what_stands_is_at_the_bottom() -> None:
     shuffled = ["logits", "other", "sand", "activations", "weights", "gradients", "projections", "optimizer state"]
-    assert in_order(shuffled) == [*COLOURS, "sand"]
+    assert in_order(shuffled) == [*CATEGORY_COLOURS, "sand"]
 
 
 SIZES = st.dictionaries(st.sampled_from(["weights", "optimizer_state", "logits", "other", "sand", "x"]), st.integers(0))
@@ -220,9 +163,9 @@ SIZES = st.dictionaries(st.sampled_from(["weights", "optimizer_state", "logits",
 
 @given(st.lists(SIZES, min_size=1, max_size=6))
 def test_the_stack_loses_no_byte(categories: list[dict[str, int]]) -> None:
-    moments = [Moment(None, "", sizes) for sizes in categories]
+    moments = [Moment(categories=sizes) for sizes in categories]
     layers = stack(moments)
-    assert set(layers) <= set(COLOURS)
+    assert set(layers) <= set(CATEGORY_COLOURS)
     assert [sum(series[place] for series in layers.values()) for place in range(len(moments))] == [
         moment.total_bytes for moment in moments
     ]
@@ -231,12 +174,12 @@ def test_the_stack_loses_no_byte(categories: list[dict[str, int]]) -> None:
 @pytest.mark.parametrize("num_moments", [1, MOST_MOMENTS, MOST_MOMENTS + 1, 12_345])
 def test_few_moments_stand_for_many_with_their_extremes(num_moments: int) -> None:
     totals = [(index * 7919) % 10_007 for index in range(num_moments)]
-    moments = [Moment(float(index), "", {"other": total}) for index, total in enumerate(totals)]
+    moments = [Moment(time_s=float(index), categories={"other": total}) for index, total in enumerate(totals)]
     kept = thinned(moments)
     assert len(kept) <= MOST_MOMENTS + 4 and (len(kept) == num_moments) == (num_moments <= MOST_MOMENTS)
     assert kept[0] == moments[0] and kept[-1] == moments[-1]
     assert [moment.time_s for moment in kept] == sorted(moment.time_s or 0 for moment in kept)
-    assert Timeline(None, tuple(kept)).peak_bytes == max(totals)
+    assert Timeline(moments=tuple(kept)).peak_bytes == max(totals)
 
 
 @given(st.lists(st.floats(0, 3), min_size=1, max_size=5))

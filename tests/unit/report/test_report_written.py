@@ -14,9 +14,7 @@ import pytest
 from made_runs import write_run
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.report.comparison import compared
-from sophia_galore.report.document import Code, Document, Paragraph, Points, Section, Table
-from sophia_galore.report.html import to_html
-from sophia_galore.report.markdown import to_markdown
+from sophia_galore.report.document import Code, Document, Paragraph, Points, Section, Table, to_html, to_markdown
 from sophia_galore.report.run import Run, read_run
 from sophia_galore.report.write import write_report
 

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from sophia_galore.config import load_config
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.disk import errno_of, reason
-from sophia_galore.train import folder as names
+from sophia_galore.records import files as names
+from sophia_galore.records.schema import write_json
 from sophia_galore.train import run as running
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import find_checkpoint
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, command, make_world
@@ -64,7 +65,7 @@ def test_what_is_missing_is_said(number: int, words: list[str], tmp_path: Path) 
     assert all(word in said for word in words)
 
 
-class Ears(Listener):
+class Says(Callback):
     def __init__(self) -> None:
         self.said: list[str] = []
 
@@ -103,7 +104,7 @@ def test_the_last_good_checkpoint_stays(
         # Each checkpoint and the final model are one call.
         fails_from("write_model", 2, OSError(number, os.strerror(number)), patch, running)
         with pytest.raises(EnvironmentProblem) as caught:
-            train(load_config(world.config, words), Listener())
+            train(load_config(world.config, words), Callback())
     assert f"{what} could not be saved" in caught.value.cause
     if number in (errno.ENOSPC, errno.EDQUOT):
         assert "needed" in caught.value.cause and "free" in caught.value.cause
@@ -112,14 +113,14 @@ def test_the_last_good_checkpoint_stays(
     assert not [name for name in left if name.endswith(".tmp")]
     assert find_checkpoint(tmp_path / "run", None).step == 2
     assert not (tmp_path / "run" / names.MODEL).exists()
-    assert train(load_config(world.config, words), Listener(), resume=True).finished
+    assert train(load_config(world.config, words), Callback(), resume=True).finished
 
 
 def test_without_a_checkpoint_it_is_said_so(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*WORDS, f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
     fails_from("write_model", 1, OSError(errno.ENOSPC, "x"), monkeypatch, running)
     with pytest.raises(EnvironmentProblem) as caught:
-        train(load_config(world.config, words), Listener())
+        train(load_config(world.config, words), Callback())
     assert "There is no earlier checkpoint" in caught.value.remedy
 
 
@@ -151,7 +152,7 @@ def test_records_that_find_no_room_follow(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_document_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    names.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     original = Path.write_text
 
     def half(self: Path, text: str, **more: Any) -> int:
@@ -160,7 +161,7 @@ def test_a_document_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="x"):
-        names.write_json(path, {"a": 2})
+        write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["plan.json"]
 

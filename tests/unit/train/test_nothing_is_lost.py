@@ -17,14 +17,14 @@ from sophia_galore.cli.write_back import refuse_other_than_png
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.data.stdlib_docs import prepare_sample_data
 from sophia_galore.errors import ConfigError, DataError, EnvironmentProblem, UserError
+from sophia_galore.records import files as names
 from sophia_galore.report.comparison import compared
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
-from sophia_galore.train import folder as names
 from sophia_galore.train.aside import foreign, must_stay, open_run_folder, refuse_foreign
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
 from sophia_galore.train.folder import locked
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, command, make_world
 
@@ -344,13 +344,13 @@ def test_places_that_are_no_folder_for_a_run(
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     folder = {"here": ".", "above": "..", "home": "~/", "root": "/"}[place]
     with pytest.raises(ConfigError, match="or one above it"):
-        train(load_config(world.config, [*SHORT, f"training.output_dir={folder}"]), Listener())
+        train(load_config(world.config, [*SHORT, f"training.output_dir={folder}"]), Callback())
 
 
 def test_a_file_in_place_of_the_folder(world: World, tmp_path: Path) -> None:
     write(tmp_path / "run")
     with pytest.raises(UserError, match="can't be written to"):
-        train(load_config(world.config, [*SHORT, f"training.output_dir={tmp_path / 'run'}"]), Listener())
+        train(load_config(world.config, [*SHORT, f"training.output_dir={tmp_path / 'run'}"]), Callback())
     assert (tmp_path / "run").read_text() == "mine"
 
 

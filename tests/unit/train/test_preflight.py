@@ -19,8 +19,8 @@ from sophia_galore.data.example import Example
 from sophia_galore.data.feed import Feed
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.train import space as space_module
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.folder import nearest_folder, refuse_unwritable
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import Prepared, prepare
 from sophia_galore.train.space import Space, refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import refuse_special_tokens, stop_warning
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def prepared(world: World) -> Prepared:
-    return prepare(load_config(world.config, []), Listener())
+    return prepare(load_config(world.config, []), Callback())
 
 
 def check(world: World, *words: str) -> Ended:
@@ -116,7 +116,7 @@ def test_what_is_announced_is_what_is_written(
 ) -> None:
     monkeypatch.setattr(space_module, "_DOCUMENTS_BYTES", 0)
     config = load_config(world.config, words)
-    plan = prepare(config, Listener()).plan
+    plan = prepare(config, Callback()).plan
     space = space_needed(config, plan)
     assert space.model_bytes == bytes_each * plan.num_parameters
     ended = world.train(

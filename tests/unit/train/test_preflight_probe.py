@@ -21,8 +21,8 @@ from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train import load as loading
 from sophia_galore.train import run
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
@@ -356,13 +356,13 @@ def test_ctrl_c_in_the_probe_stops_with_nothing_begun(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_run_in_python_says_it_to_its_listener(world: World, tmp_path: Path) -> None:
+def test_a_run_in_python_says_it_to_its_callback(world: World, tmp_path: Path) -> None:
     heard: list[str] = []
 
-    class Ears(Listener):
+    class Says(Callback):
         def say(self, text: str) -> None:
             heard.append(text)
 
     words = ["training.max_steps=1", f"training.output_dir={tmp_path / 'run'}"]
-    assert run.train(load_config(world.config, words), Ears()).finished
+    assert run.train(load_config(world.config, words), Says()).finished
     assert sum(text.startswith("Probe step: ") for text in heard) == 1

@@ -16,8 +16,8 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.train import trackers as module
+from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.integrations import Tracked
-from sophia_galore.train.listener import Listener, Listeners
 from sophia_galore.train.trackers import Trackers
 
 TRAIN = {
@@ -93,7 +93,7 @@ def asked(*names: str) -> RunConfig:
 
 
 def told_of_a_run(names: tuple[str, ...], folder: Path, *, failed: bool = False, after_step: int = 0) -> list[str]:
-    """A run with an evaluation and a step, as trackers hear of it; returns what was said."""
+    """A run with an evaluation and a step, as trackers are told of it; returns what was said."""
     said: list[str] = []
     trackers = Trackers(asked(*names), said.append)
     trackers.opened(folder, after_step=after_step, records=[EVAL] if after_step else [])
@@ -251,29 +251,29 @@ def test_names_that_can_not_be_kept_are_no_reason_to_lose_a_run(folder: Path, mo
     assert len(said) == 1 and "Is a directory" in said[0]
 
 
-def test_listeners_together_hear_everything() -> None:
-    heard: list[tuple[int, str, dict[str, Any]]] = []
+def test_several_callbacks_are_all_called() -> None:
+    called: list[tuple[int, str, dict[str, Any]]] = []
 
-    def ear(number: int) -> Listener:
-        class Ear(Listener):
+    def each(number: int) -> Callback:
+        class Each(Callback):
             pass
 
         for name in methods:
 
-            def hear(self: Listener, *given: Any, _name: str = name, **named: Any) -> None:
-                bound = inspect.signature(getattr(Listener, _name)).bind(self, *given, **named)
-                heard.append((number, _name, dict(list(bound.arguments.items())[1:])))
+            def call(self: Callback, *given: Any, _name: str = name, **named: Any) -> None:
+                bound = inspect.signature(getattr(Callback, _name)).bind(self, *given, **named)
+                called.append((number, _name, dict(list(bound.arguments.items())[1:])))
 
-            setattr(Ear, name, hear)
-        return Ear()
+            setattr(Each, name, call)
+        return Each()
 
-    methods = [name for name in vars(Listener) if not name.startswith("_")]
-    both = Listeners(ear(1), ear(2))
+    methods = [name for name in vars(Callback) if not name.startswith("_")]
+    both = Callbacks(each(1), each(2))
     for name in methods:
-        parameters = list(inspect.signature(getattr(Listener, name)).parameters.values())[1:]
+        parameters = list(inspect.signature(getattr(Callback, name)).parameters.values())[1:]
         given = {parameter.name: object() for parameter in parameters}
         plain = [given[each.name] for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
         named = {each.name: given[each.name] for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
-        heard.clear()
+        called.clear()
         getattr(both, name)(*plain, **named)
-        assert heard == [(1, name, given), (2, name, given)], name
+        assert called == [(1, name, given), (2, name, given)], name

@@ -14,8 +14,8 @@ from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.report.run import read_run
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import checkpoints
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train
 from sophia_galore.train.trained import find_weights
@@ -38,7 +38,7 @@ class Crash(Exception):
 
 
 @dataclass
-class Heard(Listener):
+class Heard(Callback):
     """Keeps what is said; raises where a run is to be cut short."""
 
     crash_after: int = 0
@@ -97,6 +97,15 @@ def carry_out(
         return train(config, heard, resume=resume, resume_from=resume_from), heard
     except Crash:
         return None, heard
+
+
+def chosen(result: RunResult) -> tuple[int, float]:
+    assert result.exported is not None
+    return result.exported.exported_step, result.exported.loss
+
+
+def losses_of(result: RunResult) -> list[tuple[int, float]]:
+    return [(each.step, each.loss) for each in result.evaluations]
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -172,8 +181,8 @@ def test_an_interrupted_run_keeps_counting(crash_after: int, world: World, tmp_p
     losses.set(script)
     result, _ = carry_out(tmp_path / "run", world, *words, resume=crash_after > 1)
     assert result is not None and (result.step, result.early) == (5, True)
-    assert result.exported == (2, 4)
-    assert result.eval_losses == list(enumerate(script[:6]))
+    assert chosen(result) == (2, 4)
+    assert losses_of(result) == list(enumerate(script[:6]))
     assert state_of(tmp_path / "run")["best_global_step"] == 2
     losses.set(script)
     carry_out(tmp_path / "short", world, "training.max_steps=2")
@@ -210,7 +219,7 @@ def test_with_more_patience_it_goes_on(world: World, tmp_path: Path, losses: _Sc
         tmp_path / "run", world, "early_stopping_patience=3", "checkpoint.save_every_steps=1", resume=True
     )
     assert result is not None and (result.step, result.early) == (6, False)
-    assert result.eval_losses == list(enumerate(script))
+    assert losses_of(result) == list(enumerate(script))
 
 
 FORMATS: dict[str, list[str]] = {
@@ -252,7 +261,7 @@ def best_is_written(words: list[str], world: World, tmp_path: Path, losses: _Scr
     assert sha256(tmp_path / "run" / "model.safetensors") == sha256(tmp_path / "short" / "model.safetensors")
     answers = [json.loads((tmp_path / name / "answers.json").read_text()) for name in ("run", "short")]
     assert answers[0] == answers[1]
-    assert result is not None and result.exported == (2, 4.0)
+    assert result is not None and chosen(result) == (2, 4.0)
     assert "The final model is the best one, that after step 2: eval loss 4.0000" in str(heard)
     state = state_of(tmp_path / "run")
     assert (state["best_metric"], state["best_global_step"]) == (4.0, 2)
@@ -277,7 +286,7 @@ def test_the_best_checkpoint_stays(
     losses.set(script)
     result, heard = carry_out(tmp_path / "run", world, *BEST, *words)
     assert steps_of(tmp_path / "run") == left
-    assert result is not None and result.exported == (best, script[best])
+    assert result is not None and chosen(result) == (best, script[best])
     assert ("The untrained model had a lower one, 1.0000" in str(heard)) == (script[0] == 1)
 
 
@@ -293,7 +302,7 @@ def test_going_back_before_the_best_one_finds_it_again(world: World, tmp_path: P
     )
     assert state_of(tmp_path / "run")["best_global_step"] == 1
     result, _ = carry_out(tmp_path / "run", world, *words, resume=True)
-    assert result is not None and result.exported == (4, 2)
+    assert result is not None and chosen(result) == (4, 2)
     assert sha256(tmp_path / "run" / "model.safetensors") == digest
 
 
@@ -303,7 +312,7 @@ def test_in_another_folder_the_best_checkpoint_comes_along(world: World, tmp_pat
     losses.set(script)
     carry_out(tmp_path / "first", world, *words, crash_after=5)
     result, _ = carry_out(tmp_path / "second", world, *words, resume=True, resume_from=tmp_path / "first")
-    assert result is not None and result.exported == (2, 2)
+    assert result is not None and chosen(result) == (2, 2)
     assert steps_of(tmp_path / "second") == [2, 5, 6]
 
 
@@ -312,7 +321,7 @@ def test_asked_for_later_it_says_what_it_can_not_have(world: World, tmp_path: Pa
     carry_out(tmp_path / "run", world, "checkpoint.save_every_steps=2", crash_after=3)
     result, heard = carry_out(tmp_path / "run", world, "checkpoint.save_every_steps=2", *BEST, resume=True)
     assert "The lowest eval loss so far, 1.0000 after step 1, has no checkpoint" in str(heard)
-    assert result is not None and result.exported == (4, 4)
+    assert result is not None and chosen(result) == (4, 4)
 
 
 def test_of_a_damaged_best_checkpoint_the_next_one_is_taken(
@@ -331,7 +340,7 @@ def test_of_a_damaged_best_checkpoint_the_next_one_is_taken(
     monkeypatch.setattr(Heard, "stepped", spoil)
     result, heard = carry_out(tmp_path / "run", world, *BEST, "checkpoint.keep_last=9")
     assert "The best model can't be taken" in str(heard) and "model.safetensors is not what was written" in str(heard)
-    assert result is not None and result.finished and result.exported == (2, 4)
+    assert result is not None and result.finished and chosen(result) == (2, 4)
 
 
 def test_nothing_of_this_changes_a_run_that_asks_for_none(world: World, tmp_path: Path, losses: _Script) -> None:

@@ -10,12 +10,12 @@ import pytest
 from sophia_galore.config import load_config
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import make_world
 
 
-class Ears(Listener):
+class Says(Callback):
     """Hears how runs end."""
 
     def __init__(self) -> None:
@@ -49,6 +49,6 @@ def test_a_model_that_is_not_finite_is_not_written(
         words += ["data.eval_fraction=0"]
     message = "evaluation loss is nan" if evaluates else r"model\.norm\.weight holds values that are not finite"
     with pytest.raises(NonFiniteError, match=message):
-        train(load_config(world.config, words), ears := Ears())
+        train(load_config(world.config, words), ears := Says())
     assert ears.failed == [True]
     assert not (tmp_path / "out" / "model.safetensors").exists()

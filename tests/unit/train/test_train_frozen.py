@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train
 from sophia_galore.weights.folder import INT8_FILE
@@ -29,18 +29,18 @@ def run(world: World, folder: Path, resume_from: Path | None = None) -> RunResul
         "checkpoint.save_every_steps=2",
         f"training.output_dir={folder}",
     ]
-    return train(load_config(world.config, words), Listener(), resume=resume_from is not None, resume_from=resume_from)
+    return train(load_config(world.config, words), Callback(), resume=resume_from is not None, resume_from=resume_from)
 
 
 def test_a_run_and_its_resumption_end_in_the_same_bytes(tmp_path: Path) -> None:
     world = make_world(tmp_path)
     straight, other = tmp_path / "straight", tmp_path / "other"
-    losses = run(world, straight).eval_losses
+    losses = run(world, straight).evaluations
     shutil.copytree(straight, other)
     (other / "model.safetensors").unlink()
     assert (other / "checkpoint-2" / INT8_FILE).is_file()
-    assert run(world, other, other / "checkpoint-2").eval_losses == losses
-    assert losses[-1][1] < losses[0][1]
+    assert run(world, other, other / "checkpoint-2").evaluations == losses
+    assert losses[-1].loss < losses[0].loss
     assert (other / "model.safetensors").read_bytes() == (straight / "model.safetensors").read_bytes()
     assert AutoModelForCausalLM.from_pretrained(straight).dtype == torch.bfloat16
     routes = json.loads((straight / "plan.json").read_text())["routes"]

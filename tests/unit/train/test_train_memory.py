@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.report.memory_report import read_memory_report
+from sophia_galore.records.memory import MemoryReport
 from sophia_galore.train.memory import MemoryMonitor, peak_process_bytes, process_bytes
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_a_report_is_never_empty(track_steps: int, num_steps: int, tmp_path: Pat
     assert [entry["step"] for entry in report["steps"]] == list(range(1, num_steps + 1))
     assert all(entry["process_bytes"] > 0 for entry in report["steps"])
     (tmp_path / "memory_report.json").write_text(json.dumps(report))
-    assert read_memory_report(tmp_path).peak_allocated_bytes == report["peak_allocated_bytes"]
+    assert MemoryReport.read(tmp_path / "memory_report.json").peak_allocated_bytes == report["peak_allocated_bytes"]
 
 
 def test_the_peak_is_that_of_the_largest_phase_and_the_categories_add_up(monitor: MemoryMonitor) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from sophia_galore.report.records import read_metrics
+from sophia_galore.records.metrics import read_metrics
 from sophia_galore.train.metrics import MetricsLog
+from sophia_galore.train.progress import trainer_state
 
 
 def train_line(step: int) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def test_the_reports_can_read_it(path: Path) -> None:
 def test_trainer_state_is_one_that_transformers_reads(path: Path, tmp_path: Path) -> None:
     log = MetricsLog(path, 4)
     log.close()
-    state = log.trainer_state(step=4, epoch=1.0, num_steps=8, epochs=2.0)
+    state = trainer_state(log.records, [], None, None, step=4, num_steps=8, steps_per_epoch=4).to_json()
     assert (state["global_step"], state["epoch"], state["max_steps"], state["num_train_epochs"]) == (4, 1.0, 8, 2.0)
     assert [entry["step"] for entry in state["log_history"]] == [line["step"] for line in LINES]
     assert state["log_history"][0] == eval_line(0)

@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sophia_galore.records.metrics import Evaluation, evaluations_of
+from sophia_galore.records.run import TrainerState as OurState
 from sophia_galore.train.progress import (
-    Evaluation,
     Patience,
     best_of,
-    ended_early,
-    evaluations_of,
     num_without_improvement,
     patience_is_used_up,
-    trainer_words,
+    trainer_state,
     why_it_ends,
 )
 
 
 def measured(*losses: float, first_step: int = 0) -> list[Evaluation]:
     """One evaluation every ten steps."""
-    return [Evaluation(10 * (first_step + place), loss) for place, loss in enumerate(losses)]
+    return [Evaluation(step=10 * (first_step + place), loss=loss) for place, loss in enumerate(losses)]
 
 
 # Losses, threshold -> evaluations without an improvement at the end.
@@ -64,8 +63,8 @@ def test_it_is_what_hugging_faces_callback_counts(
     [
         ([], None),
         ([1.0], None),  # the untrained model is no result
-        ([1.0, 3.0, 2.0, 2.5], Evaluation(20, 2.0)),
-        ([4.0, 2.0, 3.0, 2.0], Evaluation(10, 2.0)),  # of equal ones the first
+        ([1.0, 3.0, 2.0, 2.5], Evaluation(step=20, loss=2.0)),
+        ([4.0, 2.0, 3.0, 2.0], Evaluation(step=10, loss=2.0)),  # of equal ones the first
     ],
 )
 def test_the_best_one(losses: list[float], best: Evaluation | None) -> None:
@@ -85,21 +84,29 @@ def test_patience() -> None:
 
 def test_trainer_state_says_it_in_hugging_faces_words(tmp_path: Path) -> None:
     losses = measured(3.0, 2.0, 2.5)
-    words = trainer_words(losses, Patience(1, 0.1), tmp_path / "checkpoint-10")
+
+    def state(losses: list[Evaluation], patience: Patience | None) -> OurState:
+        at = {"step": 20, "num_steps": 90, "steps_per_epoch": 30}
+        return trainer_state([], losses, patience, tmp_path / "checkpoint-10", **at)
+
+    early = state(losses, Patience(1, 0.1))
     path = tmp_path / "trainer_state.json"
-    path.write_text(json.dumps({"global_step": 20, "max_steps": 90, "log_history": []} | words))
+    path.write_text(json.dumps(early.to_json()))
     read = TrainerState.load_from_json(str(path))
     assert (read.best_metric, read.best_global_step) == (2.0, 10)
     assert read.best_model_checkpoint == str(tmp_path / "checkpoint-10")
     callback = EarlyStoppingCallback.from_state(read.stateful_callbacks["EarlyStoppingCallback"])
     assert (callback.early_stopping_patience, callback.early_stopping_threshold) == (1, 0.1)
     assert callback.early_stopping_patience_counter == 1
-    assert ended_early(words)
-    assert not ended_early(trainer_words(losses[:2], Patience(1), None))
-    assert not ended_early(trainer_words(losses, None, None))
-    assert not ended_early({})  # of an earlier version
+    assert early.ended_early and OurState.read(path) == early
+    assert not state(losses[:2], Patience(1)).ended_early
+    assert not state(losses, None).ended_early
+    assert not OurState(global_step=1, max_steps=2).ended_early  # of an earlier version
 
 
 def test_records_give_the_evaluations_back() -> None:
     records = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 0.1 + 0.2}]
-    assert evaluations_of(json.loads(json.dumps(records))) == [Evaluation(0, 3.0), Evaluation(1, 0.1 + 0.2)]
+    assert evaluations_of(json.loads(json.dumps(records))) == [
+        Evaluation(step=0, loss=3.0),
+        Evaluation(step=1, loss=0.1 + 0.2),
+    ]

@@ -14,8 +14,8 @@ from sophia_galore.config import load_config
 from sophia_galore.errors import CheckpointError
 from sophia_galore.plan.facts import BitsandbytesFacts
 from sophia_galore.train import prepare as preparing
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint
-from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.resume import refuse_difference
 from sophia_galore.train.run import train
@@ -34,7 +34,7 @@ def carry_out(world: World, output: str, *words: str, resume: bool = False) -> s
     """A run of three steps that saves after the second; returns the final model's digest."""
     folder = world.folder / output
     config = load_config(world.config, [*FIRST, f"training.output_dir={folder}", *words])
-    assert train(config, Listener(), resume=resume).finished
+    assert train(config, Callback(), resume=resume).finished
     return sha256(folder / "model.safetensors")
 
 
@@ -50,7 +50,7 @@ def saved(world: World) -> dict[str, Checkpoint]:
 def compare(world: World, checkpoint: Checkpoint, schedule: str, *words: str) -> None:
     """What a resumed run does before it loads a weight."""
     config = load_config(world.config, [*FIRST, f"training.lr_scheduler_type={schedule}", *words])
-    refuse_difference(checkpoint, config, prepare(config, Listener(), checkpoint).plan)
+    refuse_difference(checkpoint, config, prepare(config, Callback(), checkpoint).plan)
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
 from sophia_galore.errors import CheckpointError
-from sophia_galore.train.listener import Listener
+from sophia_galore.train.callback import Callback
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, command, json_lines, make_world, sha256
 
@@ -111,7 +111,7 @@ def test_a_resumed_run_comes_to_the_same_bits(words: list[str], world: World, tm
 
     def carry_out(folder: Path, **more: bool) -> str:
         config = load_config(world.config, [*QUICK, "memory.predict=false", f"training.output_dir={folder}", *words])
-        train(config, Listener(), **more)
+        train(config, Callback(), **more)
         return sha256(folder / "model.safetensors")
 
     whole = carry_out(tmp_path / "run")
@@ -129,17 +129,17 @@ CHANGED = {
 @pytest.mark.parametrize(("then", "now"), CHANGED)
 def test_what_would_change_numbers_is_no_way_to_go_on(then: str, now: str, world: World, tmp_path: Path) -> None:
     settings = [*QUICK, "memory.predict=false", f"training.output_dir={tmp_path / 'run'}"]
-    train(load_config(world.config, [*settings, then]), Listener())
+    train(load_config(world.config, [*settings, then]), Callback())
     with pytest.raises(CheckpointError) as caught:
-        train(load_config(world.config, [*settings, now]), Listener(), resume=True)
+        train(load_config(world.config, [*settings, now]), Callback(), resume=True)
     assert CHANGED[then, now] in caught.value.cause
 
 
 def test_other_words_for_the_same_weights_may_go_on(world: World, tmp_path: Path) -> None:
     settings = [*QUICK, "memory.predict=false", f"training.output_dir={tmp_path / 'run'}"]
-    train(load_config(world.config, [*settings, LAST, "training.neftune_alpha=0"]), Listener())
+    train(load_config(world.config, [*settings, LAST, "training.neftune_alpha=0"]), Callback())
     same = 'training.trainable=["*layers.2.mlp*", "*layers.2.self*", "*layers.2.*norm*"]'
-    assert train(load_config(world.config, [*settings, same]), Listener(), resume=True).finished
+    assert train(load_config(world.config, [*settings, same]), Callback(), resume=True).finished
 
 
 def test_noise_is_in_training_only(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""The band of phases above a timeline: which part of the step the engine was in."""
+"""What is written around the memory of a step: sizes to compare it with on the right, the phases of the step above.
+
+The sizes are the step's peak, the predicted one and the limit; each is marked at its height.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from sophia_galore.report.style import FAINT, MUTED
+from sophia_galore.records.memory import Timeline
+from sophia_galore.report.style import FAINT, INK, MUTED, ORANGE, size_in_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+REACH = 1.7
+"""A mark is drawn as a line up to this many times the largest total; further away it would flatten the rest."""
 
 # In the order of a step. Greys, since colours are for categories; neighbours in a step differ in lightness.
 SHADES = {"forward": "#D3DAE1", "head": "#5B6875", "backward": "#A9B4BF", "step": "#3B4652"}
@@ -20,6 +27,117 @@ TAKE_TURNS = {"backward", "step"}
 
 LEAST_GAP = 8
 """Pixels between two names."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A size with a name, marked at the height where it is."""
+
+    name: str
+    size_bytes: int
+    colour: str
+    line: str
+
+
+def marks_of(timeline: Timeline, limit_bytes: int | None, predicted_peak_bytes: int | None) -> list[Mark]:
+    """What is marked, the highest first; a prediction that reads like the peak is marked once, with it.
+
+    Args:
+        timeline: One step.
+        limit_bytes: What may be allocated; None without a limit.
+        predicted_peak_bytes: Peak that was predicted; None where it was not.
+    """
+    peak = timeline.peak_bytes
+    if predicted_peak_bytes is not None and size_in_unit(predicted_peak_bytes, peak) == size_in_unit(peak, peak):
+        marks = [Mark("peak, as predicted" if timeline.timed else "predicted peak", peak, INK, "--")]
+    else:
+        marks = [Mark("peak of this step", peak, INK, ":")]
+        if predicted_peak_bytes is not None:
+            marks.append(Mark("predicted peak", predicted_peak_bytes, INK, "--"))
+    if limit_bytes is not None:
+        marks.append(Mark("limit", limit_bytes, ORANGE, "-"))
+    return sorted(marks, key=lambda mark: -mark.size_bytes)
+
+
+def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
+    """Heights near those that are wanted, none nearer to its neighbour than `gap`.
+
+    Args:
+        wanted: Heights, the highest first.
+        gap: Least distance between two.
+        lowest: No height is below this, if all find room.
+        highest: No height is above this.
+
+    Returns:
+        As many heights, the highest first.
+    """
+    # With the gaps taken out it is a falling series again; what rises is replaced by its mean.
+    blocks: list[tuple[float, int]] = []
+    for index, height in enumerate(wanted):
+        mean, count = height + index * gap, 1
+        while blocks and blocks[-1][0] < mean:
+            before, size = blocks.pop()
+            mean, count = (before * size + mean * count) / (size + count), size + count
+        blocks.append((mean, count))
+    flat = [mean for mean, count in blocks for _ in range(count)]
+    floor = lowest + gap * (len(flat) - 1)
+    return [min(max(height, floor), highest) - index * gap for index, height in enumerate(flat)]
+
+
+def draw_marks(axes: Axes, marks: Sequence[Mark], peak_place: float, peak_bytes: int) -> None:
+    """Lines at the marked sizes, each with its name to the right of the axes; what is above the axes has an arrow.
+
+    Args:
+        axes: With its limits.
+        marks: The highest first.
+        peak_place: Where along x the largest total is.
+        peak_bytes: The largest total.
+    """
+    from matplotlib.transforms import blended_transform_factory
+
+    right = axes.get_xlim()[1]
+    for mark in marks:
+        if mark.size_bytes > axes.get_ylim()[1]:
+            continue
+        begin = peak_place if mark.line == ":" else axes.get_xlim()[0]
+        thick = 1.6 if mark.line == "-" else 1.3
+        axes.plot(
+            [begin, right],
+            [mark.size_bytes] * 2,
+            color=mark.colour,
+            linestyle=mark.line,
+            linewidth=thick,
+            zorder=3,
+            clip_on=False,
+        )
+    axes.plot(
+        [peak_place], [peak_bytes], "o", color=INK, markersize=6, markeredgecolor="white", zorder=4, clip_on=False
+    )
+    height = axes.get_window_extent().height / axes.figure.dpi
+    inches = [min(mark.size_bytes / axes.get_ylim()[1], 1) * height for mark in marks]
+    beside = blended_transform_factory(axes.transAxes, axes.transAxes)
+    width = axes.get_window_extent().width / axes.figure.dpi
+    for mark, wanted, place in zip(marks, inches, spread(inches, 0.4, 0.2, height), strict=True):
+        far = " \u2191" if mark.size_bytes > axes.get_ylim()[1] else ""
+        if not far:
+            axes.plot(
+                [1, 1 + 0.12 / width],
+                [wanted / height, place / height],
+                transform=beside,
+                color=mark.colour,
+                linewidth=0.8,
+                clip_on=False,
+            )
+        axes.text(
+            1 + 0.18 / width,
+            place / height,
+            f"{mark.name}\n{size_in_unit(mark.size_bytes, peak_bytes)}{far}",
+            transform=beside,
+            va="center",
+            fontsize=9.5,
+            color=mark.colour,
+            linespacing=1.25,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from made_runs import ROUTE, write_run
-from sophia_galore.report.doubts import Doubt, doubts
+from sophia_galore.records.report import RunWarning
 from sophia_galore.report.run import read_run
+from sophia_galore.report.warnings import warnings_of
 
 OTHER = {"losses": (3.0, 2.8, 2.6, 2.5), "evals": {0: 3.1, 2: 2.5, 4: 2.3}}
 ADAMW = {
@@ -91,41 +92,41 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-def doubts_of(folder: Path, second: dict[str, Any]) -> list[Doubt]:
+def warnings_between(folder: Path, second: dict[str, Any]) -> list[RunWarning]:
     runs = [read_run(write_run(folder / "first")), read_run(write_run(folder / "second", **second))]
-    return doubts(runs)
+    return warnings_of(runs)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_fires(case: str, tmp_path: Path) -> None:
     second, kind, words = CASES[case]
-    (doubt,) = doubts_of(tmp_path, second)
-    assert doubt.kind == kind
-    assert words in doubt.message
-    assert "second, seed 42" in doubt.runs
+    (warning,) = warnings_between(tmp_path, second)
+    assert warning.kind == kind
+    assert words in warning.message
+    assert "second, seed 42" in warning.runs
 
 
 def test_two_honest_runs_raise_none(tmp_path: Path) -> None:
-    assert doubts_of(tmp_path, OTHER) == []
+    assert warnings_between(tmp_path, OTHER) == []
 
 
 def test_low_losses_that_repetition_explains_are_not_too_low(tmp_path: Path) -> None:
     """Templated data: the loss is near zero because the text repeats itself, and that is what is said."""
     templated = {"evals": {0: 3.1, 4: 0.0045}, "plan": {"repetition_share": 0.99, "repetition_loss": 0.02}}
-    (doubt,) = doubts_of(tmp_path, {**OTHER, **templated})
-    assert doubt.kind == "repetition"
+    (warning,) = warnings_between(tmp_path, {**OTHER, **templated})
+    assert warning.kind == "repetition"
 
 
 def test_a_model_that_knew_nothing_is_no_sign_of_repetition(tmp_path: Path) -> None:
     """Random weights are beaten by any count, on whatever text."""
     random = {"evals": {0: 12.1, 4: 11.9}, "plan": {"repetition_share": 0.02, "repetition_loss": 8.0}}
-    assert doubts_of(tmp_path, {**OTHER, **random}) == []
+    assert warnings_between(tmp_path, {**OTHER, **random}) == []
 
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", losses=(3.0,), evals={}, finished=False)
-    (doubt,) = doubts([read_run(folder, failure="Out of memory in backward")])
-    assert (doubt.kind, doubt.message) == (
+    (warning,) = warnings_of([read_run(folder, failure="Out of memory in backward")])
+    assert (warning.kind, warning.message) == (
         "unfinished",
         "a, seed 42: failed after step 1 of 4: Out of memory in backward",
     )
@@ -134,9 +135,9 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
 def test_what_holds_for_all_is_said_once(tmp_path: Path) -> None:
     shared = {"plan": {"num_shared": 2}}
     runs = [read_run(write_run(tmp_path / "a", **shared)), read_run(write_run(tmp_path / "b", **{**OTHER, **shared}))]
-    (doubt,) = doubts(runs)
-    assert doubt.message.startswith("All runs: 2 training records")
-    assert doubt.runs == ("a, seed 42", "b, seed 42")
+    (warning,) = warnings_of(runs)
+    assert warning.message.startswith("All runs: 2 training records")
+    assert warning.runs == ["a, seed 42", "b, seed 42"]
 
 
 def test_plans_of_earlier_versions_are_not_accused(tmp_path: Path) -> None:
@@ -147,4 +148,4 @@ def test_plans_of_earlier_versions_are_not_accused(tmp_path: Path) -> None:
         text = text.replace(f'"{key}"', f'"without {key}"')
     plan.write_text(text)
     (folder / "environment.json").unlink()
-    assert doubts([read_run(folder)]) == []
+    assert warnings_of([read_run(folder)]) == []

@@ -1,0 +1,84 @@
+"""The header of a safetensors file: names, types, shapes and places of its tensors.
+
+A file is 8 bytes of header length, a JSON header, then the tensors' bytes
+(https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX_BYTES = 8
+
+# The format's own limit; more is no header but somebody's mistake.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: Its type as the format writes it, such as "BF16".
+        shape: Its shape.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tensors.
+
+    Attributes:
+        tensors: By name.
+        file_bytes: The size that the file has if it is whole.
+    """
+
+    tensors: dict[str, TensorHeader]
+    file_bytes: int
+
+
+def read_header(read: Callable[[int, int], bytes]) -> Header:
+    """Read the header of a file, and nothing behind it.
+
+    Args:
+        read: Gives the bytes of the file from the first number up to, not including, the second.
+
+    Raises:
+        ValueError: It is no safetensors file.
+    """
+    try:
+        (length,) = struct.unpack("<Q", read(0, PREFIX_BYTES))
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"its header would have {length:,} bytes")
+        entries = json.loads(read(PREFIX_BYTES, PREFIX_BYTES + length))
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: TensorHeader(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+            for name, entry in entries.items()
+        }
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+    except (struct.error, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError("it is no safetensors file") from error
+    return Header(tensors, PREFIX_BYTES + length + max(ends, default=0))
+
+
+def read_file_header(path: Path) -> Header:
+    """Read the header of a file of this machine.
+
+    Raises:
+        ValueError: It is no safetensors file.
+    """
+    with path.open("rb") as file:
+
+        def read(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return read_header(read)

@@ -1,0 +1,219 @@
+"""The smaller files of a run: its plan, its machine, its state, its checkpoints' manifests, its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from sophia_galore.records.metrics import Evaluation, Exported, evaluations_of, exported_of
+from sophia_galore.records.schema import Number, Record, Whole
+
+
+class Machine(Record):
+    """A machine; None where the system does not say.
+
+    Args:
+        system: The operating system.
+        processor: Its name.
+        num_cores: Logical ones.
+        num_threads: What torch uses of them.
+        memory_bytes: Of the host.
+        gpu: Its name; None: the arithmetic ran on the CPU.
+        gpu_memory_bytes: Of that GPU.
+    """
+
+    system: str | None = None
+    processor: str | None = None
+    num_cores: int | None = None
+    num_threads: int | None = None
+    memory_bytes: int | None = None
+    gpu: str | None = None
+    gpu_memory_bytes: int | None = None
+
+
+class Environment(Record):
+    """`environment.json`: with what a run was carried out.
+
+    Args:
+        machine: Its parts.
+        versions: Of packages, by name.
+        command: What was typed; "" if the run was not started by a command.
+        started: When, in UTC, as ISO 8601.
+    """
+
+    machine: Machine = Machine()
+    versions: dict[str, str] = Field(default_factory=dict)
+    command: str = ""
+    started: str = ""
+
+
+class PlannedRoute(Record):
+    """Of `plan.json`: what trains a parameter, as far as reports show it."""
+
+    rule: str
+    trained: bool = True
+
+
+class PlannedVerdict(Record):
+    """Of `plan.json`: what a rule decided."""
+
+    verdict: str
+    reason: str = ""
+
+
+class PlanRecord(Record):
+    """`plan.json`, as far as reports show it. What resuming compares is the whole file.
+
+    Args:
+        optimizer: What trains the run, which is not always what was asked for.
+        num_steps: Optimizer steps of the run.
+        steps_per_epoch: Of them.
+        trained_fraction: Share of the parameters that are trained, from 0 to 1.
+        standing_bytes: What stays in memory for the whole run, by category.
+        data_fingerprint: SHA-256 of all tokens and of which of them count.
+        routes: One a parameter.
+        verdicts: The rules that apply.
+        num_shared: Training records that are in the evaluation data too.
+        repetition_share: Share of the counted tokens that a count of token sequences tells; None: not counted.
+        repetition_loss: The loss that such a count reaches.
+    """
+
+    optimizer: str
+    num_steps: Whole
+    steps_per_epoch: Whole
+    trained_fraction: Number
+    standing_bytes: dict[str, Whole] = Field(alias="bytes")
+    data_fingerprint: str
+    routes: tuple[PlannedRoute, ...]
+    verdicts: tuple[PlannedVerdict, ...] = ()
+    num_shared: Whole = 0
+    repetition_share: Number | None = None
+    repetition_loss: Number | None = None
+    model_name: str | None = None
+    num_parameters: Whole = 0
+    compute_dtype: str | None = None
+    device: str | None = None
+    num_train_examples: Whole | None = None
+    num_eval_examples: Whole | None = None
+
+
+class StoppingLimits(Record):
+    """When a run ends early: the arguments of Hugging Face's EarlyStoppingCallback."""
+
+    early_stopping_patience: Whole
+    early_stopping_threshold: Number = 0.0
+
+
+class StoppingCount(Record):
+    """Evaluations in a row without an improvement."""
+
+    early_stopping_patience_counter: Whole
+
+
+class EarlyStopping(Record):
+    """How near a run is to ending early, in the layout of Hugging Face's EarlyStoppingCallback."""
+
+    args: StoppingLimits
+    attributes: StoppingCount
+
+
+class StatefulCallbacks(Record):
+    """The callbacks that have a state."""
+
+    early_stopping: EarlyStopping | None = Field(default=None, alias="EarlyStoppingCallback")
+
+
+HISTORY_KEYS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "eval_loss",
+    "exported_step",
+    "exported_eval_loss",
+)
+"""What the history in `trainer_state.json` has of a line of `metrics.jsonl`."""
+
+
+class TrainerState(Record):
+    """`trainer_state.json` in Hugging Face's layout, which other tools plot.
+
+    Args:
+        global_step: The last step that was done.
+        epoch: Passes over the data so far.
+        max_steps: Steps that were planned.
+        num_train_epochs: Passes over the data that were planned.
+        log_history: Lines of `metrics.jsonl`.
+        best_metric: The lowest eval loss of a model that was trained; None: there is none yet.
+        best_global_step: After which step.
+        best_model_checkpoint: Where that model is; None: it was not kept.
+        stateful_callbacks: How near the run is to ending early, where it may.
+    """
+
+    global_step: Whole
+    epoch: Number | None = None
+    max_steps: Whole
+    num_train_epochs: Number | None = None
+    log_history: list[dict[str, Any]] = Field(default_factory=list)
+    best_metric: Number | None = None
+    best_global_step: Whole | None = None
+    best_model_checkpoint: str | None = None
+    stateful_callbacks: StatefulCallbacks | None = None
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Those of the run so far."""
+        return evaluations_of(self.log_history)
+
+    @property
+    def exported(self) -> Exported | None:
+        """The final model, where it was chosen by its eval loss."""
+        return exported_of(self.log_history)
+
+    @property
+    def has_steps_left(self) -> bool:
+        """Whether not all planned steps are done."""
+        return self.global_step < self.max_steps
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the run's patience was used up."""
+        found = self.stateful_callbacks.early_stopping if self.stateful_callbacks else None
+        if found is None:
+            return False
+        return found.attributes.early_stopping_patience_counter >= found.args.early_stopping_patience
+
+
+class CheckpointManifest(Record):
+    """`manifest.json` of a checkpoint.
+
+    Args:
+        step: The step after which it was made.
+        files: SHA-256 of each of its files.
+    """
+
+    step: Whole
+    files: dict[str, str]
+
+
+class Answers(Record):
+    """`answers.json`: the answers to the sample questions, by question."""
+
+    before: dict[str, str] = Field(default_factory=dict)
+    after: dict[str, str] = Field(default_factory=dict)
+
+
+class BadRecord(Record):
+    """A line of `bad_records.jsonl`: a record of the data that can't be used.
+
+    Args:
+        where: Its place: the file and the number of the line or record.
+        reason: What is wrong with it, without its place.
+        remedy: What can be done about it.
+    """
+
+    where: str
+    reason: str
+    remedy: str

@@ -1,0 +1,74 @@
+"""Callbacks: what is called when something happens in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sophia_galore.config.data_section import DataConfig
+from sophia_galore.data.dataset import Dataset
+from sophia_galore.plan.plan import RunPlan
+
+
+class Callback:
+    """Does nothing; who wants to show or keep what happens overrides methods."""
+
+    def say(self, text: str) -> None:
+        """A sentence for the user."""
+
+    def data_read(self, asked: DataConfig, dataset: Dataset) -> None:
+        """The data were read and tokenised."""
+
+    def planned(self, plan: RunPlan) -> None:
+        """The plan is made."""
+
+    def examples(self, rendered: list[list[tuple[str, bool]]]) -> None:
+        """Training examples as segments of text, each with whether its loss counts."""
+
+    def opened(self, folder: Path, *, after_step: int, records: Sequence[dict[str, Any]]) -> None:
+        """The run's folder is open, an earlier run is out of the way, and steps come next.
+
+        Args:
+            folder: The run's folder.
+            after_step: The step that the run goes on after; 0: a new run.
+            records: The lines of `metrics.jsonl` up to that step.
+        """
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        """A line was written to `metrics.jsonl`."""
+
+    def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
+        """A step is done."""
+
+    def evaluated(self, step: int, eval_loss: float) -> None:
+        """An evaluation is done."""
+
+    def answered(self, when: str, answers: list[tuple[str, str]]) -> None:
+        """The sample questions were answered, `when` "before" or "after" training."""
+
+    def closed(self, *, failed: bool) -> None:
+        """The run whose folder was opened is over: done or stopped, or failed."""
+
+
+class Callbacks(Callback):
+    """Several callbacks as one: each is called, in their order.
+
+    Args:
+        callbacks: The callbacks.
+    """
+
+    def __init__(self, *callbacks: Callback) -> None:
+        self._callbacks = callbacks
+
+
+def _call_each(name: str) -> Callable[..., None]:
+    def call(self: Callbacks, *given: Any, **named: Any) -> None:
+        for each in self._callbacks:
+            getattr(each, name)(*given, **named)
+
+    return call
+
+
+for _name in [name for name in vars(Callback) if not name.startswith("_")]:
+    setattr(Callbacks, _name, _call_each(_name))
