@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_every_tensor_moves_and_no_code_is_frozen(words: list[str], world: World
     assert ended.code == 0, ended.err
     begun = {name: weight for _, name, weight in read_weights(world.folder / "model")}
     store = open_store(world.folder / "moves" / "checkpoint-6", CPU)
-    packed = {name: getattr(weight, "base", weight) for name, weight in store.items() if not isinstance(weight, Tensor)}
+    packed: dict[str, Any] = {name: weight.settled for name, weight in store.items() if weight.is_packed}
     assert packed.keys() == {name for name, weight in begun.items() if len(weight.shape) == 2}
     for name, weight in packed.items():
         before = quantise(begun[name].values(torch.float32), Int8Format(32))

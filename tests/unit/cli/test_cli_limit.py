@@ -152,7 +152,7 @@ def at_step(number: int, monkeypatch: pytest.MonkeyPatch, method: str, happen: C
 def test_a_step_that_needs_more_ends_the_run_in_order(
     save_every_steps: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_step(3, monkeypatch, "step", lambda: torch.ones(2**24))
+    at_step(3, monkeypatch, "forward", lambda: torch.ones(2**24))
     words = [STEPS, "memory.limit=32MiB", f"checkpoint.save_every_steps={save_every_steps}"]
     ended = world.train(str(tmp_path), *words)
     way = f"The last checkpoint is {tmp_path / 'checkpoint-1'}." if save_every_steps else "There is no checkpoint yet."
@@ -191,7 +191,7 @@ def test_a_machine_without_memory_is_explained_in_the_same_way(
     def fails() -> None:
         raise error
 
-    at_step(2, monkeypatch, "step", fails)
+    at_step(2, monkeypatch, "forward", fails)
     ended = world.train(str(tmp_path), STEPS)
     assert_stopped(
         ended,
