@@ -144,6 +144,7 @@ def test_a_run_that_was_planned_needs_what_was_planned(world: World, tmp_path: P
     assert report["predicted_peak_bytes"] == plan["predicted_peak_bytes"]
 
 
+@pytest.mark.drawn
 def test_a_picture(world: World, tmp_path: Path) -> None:
     ended = command("plan", *tiny(world), "--picture", str(tmp_path / "plan.png"))
     assert ended.code == 0 and (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
