@@ -19,12 +19,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from pairwise import leave_to_thorough
+from stopping import leave_sigterm, may_take_it
+
 # Nothing here may depend on a clock: a busy machine is no failure.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 _EMPTY = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
 _drawn = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before they are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_to_thorough(items)
 
 
 def pytest_collection_finish() -> None:
@@ -35,6 +43,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     global _drawn
+    leave_sigterm(may_take_it(item))
     _drawn = item.path.parent.name == "report" or item.get_closest_marker("drawn") is not None
 
 

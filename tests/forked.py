@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from stopping import leave_sigterm
+
 
 def run_forked(function: Callable[[], int], log: Path) -> int:
     """Call a function in a forked process and wait for its end.
@@ -63,9 +65,28 @@ class Forked:
         return self._code
 
 
+def forked_command(words: list[str], log: IO[str]) -> Forked:
+    """`sophia-galore WORDS` as a comparison begins its runs, but for the new interpreter.
+
+    Args:
+        words: The command and its arguments.
+        log: Takes what the process prints.
+    """
+    from sophia_galore.cli.main import main
+    from sophia_galore.experiment.children import end_with_parent
+
+    def child() -> int:
+        os.setsid()
+        end_with_parent()
+        return main(words)
+
+    return Forked(child, log)
+
+
 def _be_the_child(function: Callable[[], int], log: int) -> None:
     code = 70
     try:
+        leave_sigterm(taken=True)
         for stream in (1, 2):
             os.dup2(log, stream)
         # pytest's capture stands in place of these.

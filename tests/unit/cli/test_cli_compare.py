@@ -18,11 +18,10 @@ from typing import IO, Any
 import pytest
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from forked import Forked
+from forked import Forked, forked_command
 from sophia_galore import __version__
 from sophia_galore.cli import compare as cli_compare
-from sophia_galore.cli.main import main
-from sophia_galore.experiment.children import carry_out, end_with_parent
+from sophia_galore.experiment.children import carry_out
 from unit.cli.tiny_run import Ended, World, command, json_lines
 
 # 5 steps an epoch, 10 in all; the children of a comparison find out nothing that takes a second.
@@ -53,23 +52,12 @@ def variant(world: World, name: str, old: str = "", new: str = "") -> str:
     return str(path)
 
 
-def forked_run(words: list[str], written: IO[str]) -> Forked:
-    """What a run's new interpreter does, in a copy of this process, which has imported everything already."""
-
-    def child() -> int:
-        os.setsid()
-        end_with_parent()
-        return main(words)
-
-    return Forked(child, written)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forked_runs() -> Iterator[None]:
     """Runs of comparisons in copies of this process; those of `as_a_user` are new interpreters, as for a user."""
     with pytest.MonkeyPatch.context() as patch:
         if sys.platform == "linux":
-            patch.setattr(cli_compare, "carry_out", partial(carry_out, begin=forked_run))
+            patch.setattr(cli_compare, "carry_out", partial(carry_out, begin=forked_command))
         yield
 
 
@@ -219,7 +207,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_report(
     whole: Compared, pair: list[str], tmp_path: Path
 ) -> None:
     words = ["compare", *pair, "--output", str(tmp_path), *SAVING]
-    begin = forked_run if sys.platform == "linux" else as_a_user
+    begin = forked_command if sys.platform == "linux" else as_a_user
     assert interrupted(begin, words, tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
     ended = command(*words)
     assert ended.code == 0, ended.err

@@ -83,6 +83,7 @@ def test_what_is_shown() -> None:
     assert tight.code == 0 and "does not fit into 1.17 GiB" in tight.out and "--fit" in tight.out
 
 
+@pytest.mark.thorough
 def test_the_reference_case_predicts_at_most_a_gibibyte() -> None:
     """Qwen2-0.5B, 8 x 512 tokens, GaLore of rank 128, int8 weights, 8-bit state, on a card."""
     root = Path(__file__).resolve().parents[3]
