@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: train test lint install wheel-test lowest clean
+.PHONY: train test test-all lint install wheel-test lowest clean
 
 train: install
 	$(BIN)/sophia-galore prepare-data
@@ -11,6 +11,10 @@ train: install
 
 test: install lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# With what `make test` leaves out, too: more combinations of what is crossed, and the commands of all pages.
+test-all: install lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 lint: install
 	$(BIN)/ruff check src tests bench examples

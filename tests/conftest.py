@@ -1,9 +1,16 @@
-"""For all tests: no progress bars, and one thread a process, since the tests run in parallel."""
+"""For all tests: no progress bars, one thread a process, since they run in parallel, and pictures only if looked at.
+
+A run ends with two pictures, which take as long as its steps when these are tiny. They are put together in each test
+but drawn to pixels only in those of reports and in those marked `drawn`; in the others an empty picture is written.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,15 +19,48 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from pairwise import leave_to_thorough
+from stopping import leave_sigterm, may_take_it
+
 # Nothing here may depend on a clock: a busy machine is no failure.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+_EMPTY = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
+_drawn = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before they are deselected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_to_thorough(items)
 
 
 def pytest_collection_finish() -> None:
     """What is there after collection stays: a garbage collection, which some tests ask for often, need not visit it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _drawn
+    leave_sigterm(may_take_it(item))
+    _drawn = item.path.parent.name == "report" or item.get_closest_marker("drawn") is not None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> None:
+    """PNG files are empty pictures where no test looks."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def savefig(figure: Figure, file: Any, **how: Any) -> None:
+        if _drawn or how.get("format") != "png":
+            draw(figure, file, **how)
+        else:
+            Path(file).write_bytes(_EMPTY)
+
+    Figure.savefig = savefig
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,23 +13,33 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from document_folder import make_folder, python_names, write_data, write_small
 from documents import ROOT, TYPED, Block, blocks, file_name
+from forked import forked_command
+from sophia_galore.cli import compare
+from sophia_galore.experiment.children import carry_out
 from unit.cli.tiny_run import Ended, command
 
 WITH_CODE = [name for name in TYPED if any(not block.mark for block in blocks(name) if block.language != "text")]
 
 
-@pytest.mark.parametrize("name", WITH_CODE)
+@pytest.mark.parametrize(
+    "name",
+    # The other pages are followed by continuous integration.
+    [pytest.param(name, marks=[] if name == "README.md" else [pytest.mark.thorough]) for name in WITH_CODE],
+)
 def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_folder(tmp_path)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if sys.platform == "linux":
+        monkeypatch.setattr(compare, "carry_out", partial(carry_out, begin=forked_command))
     names = None
     for block in blocks(name):
         if block.language == "bash" and not block.mark:

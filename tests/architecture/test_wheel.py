@@ -67,6 +67,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert [re.match(r"[\w.-]+", need)[0] for need in needs] == ["numpy", "safetensors", "torch"]  # type: ignore[index]
 
 
+@pytest.mark.thorough
 def test_outside_of_the_clone(wheel: Path, tmp_path: Path) -> None:
     place, folder = tmp_path / "installed", tmp_path / "elsewhere"
     folder.mkdir()

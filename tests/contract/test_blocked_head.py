@@ -86,6 +86,7 @@ def head_projectors(anatomy: Anatomy, side: Side | None) -> dict[str, Projector]
     return made
 
 
+@pytest.mark.pairwise
 @TIED
 @FORMATS
 @pytest.mark.parametrize("side", [None, "left", "right"])

@@ -21,6 +21,8 @@ from sophia_galore.optim.spec import ParamSpec
 
 NUM_STEPS = 6
 
+pytestmark = pytest.mark.pairwise
+
 every_case = pytest.mark.parametrize("case", all_cases(), ids=str)
 # For what does not depend on the combination so much; they were shuffled, so every word is among them.
 every_third = pytest.mark.parametrize("case", all_cases()[::3], ids=str)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from forked import run_forked
-from resume.crash_run import crash_run
+from resume.crash_run import MOMENTS, crash_run
 from tiny import write_tiny_data, write_tiny_model
 
 # 22 records, one held out: 21 examples; steps of 2 x 2: 6 an epoch, the last of one example; 13 steps
@@ -77,8 +77,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# These kinds are run by new interpreters; the others by copies of this process, which takes a third of the time.
-NEW_INTERPRETERS = ("galore, narrow", "adamw")
+# This run is killed and resumed in new interpreters; all others are copies of this process, which takes a third of the
+# time.
+NEW_INTERPRETERS = "killed-adamw-after the rename"
 
 
 def run(world: Path, output: str, kind: str, *more: str, moment: str = "never", count: int = 0) -> int:
@@ -86,7 +87,7 @@ def run(world: Path, output: str, kind: str, *more: str, moment: str = "never", 
     arguments = ["train", "--config", str(world / "config.yaml"), *SETTINGS, *KINDS[kind], *more]
     arguments.append(f"training.output_dir={world / output}")
     log = world / f"{output}.log"
-    if kind in NEW_INTERPRETERS:
+    if output == NEW_INTERPRETERS:
         script = Path(__file__).with_name("crash_run.py")
         with log.open("a") as file:
             words = [sys.executable, str(script), moment, str(count), *arguments]
@@ -136,7 +137,29 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "moment", "count"), DEATHS, ids=lambda value: str(value))
+# In the default run each kind dies once, and each moment is somebody's last.
+AGAIN = (
+    ("galore", "at a refresh", 60),
+    ("galore, narrow", "at a weight", 160),
+    ("int8, folded late", "at a weight", 290),
+    ("adamw", "after a step", 7),
+)
+
+
+def test_each_kind_dies_at_least_once_and_at_each_moment_something_does() -> None:
+    once = [death for death in DEATHS if death not in AGAIN]
+    assert {kind for kind, _, _ in once} == set(KINDS)
+    assert {moment for _, moment, _ in once} == set(MOMENTS)
+    assert set(AGAIN) <= set(DEATHS) and ("adamw", "after the rename", 5) in once
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "count"),
+    [
+        pytest.param(*death, id="-".join(map(str, death)), marks=[pytest.mark.thorough] if death in AGAIN else [])
+        for death in DEATHS
+    ],
+)
 def test_killed_and_resumed_equals_uninterrupted(
     world: Path, uninterrupted: Callable[[str], str], kind: str, moment: str, count: int
 ) -> None:
@@ -166,6 +189,7 @@ def test_same_config_same_bits(world: Path, uninterrupted: Callable[[str], str])
     assert sha256(world / "again" / "model.safetensors") == uninterrupted(kind)
 
 
+@pytest.mark.thorough
 def test_another_seed_other_bits(world: Path, uninterrupted: Callable[[str], str]) -> None:
     kind = "galore, narrow"
     assert run(world, "seed", kind, "training.seed=7") == 0

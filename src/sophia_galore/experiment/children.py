@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO, Protocol
 
 from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.experiment.design import Trial
@@ -29,12 +30,44 @@ class Stopped(Exception):
     """The user stopped the comparison; the run that was under way has saved, or was stopped for the second time."""
 
 
-def carry_out(trial: Trial, say: Callable[[str], None]) -> str:
+class Child(Protocol):
+    """A process that carries out a run."""
+
+    def poll(self) -> int | None:
+        """Its exit code, negative if a signal ended it; None while it runs."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+
+
+def new_interpreter(words: list[str], written: IO[str]) -> Child:
+    """`sophia-galore WORDS` in a new interpreter.
+
+    Args:
+        words: The command and its arguments.
+        written: Takes what it prints.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "sophia_galore", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=written,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"},
+        # Signals reach it through us alone: once for each time that the user sends one.
+        start_new_session=True,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+    )
+
+
+def carry_out(
+    trial: Trial, say: Callable[[str], None], begin: Callable[[list[str], IO[str]], Child] = new_interpreter
+) -> str:
     """Carry out a run, or what is left of it.
 
     Args:
         trial: The run.
         say: Takes the lines that the run prints, as they come.
+        begin: Begins a process from a command's words and the file that takes what it prints.
 
     Returns:
         "" if it is finished; else why it failed, in a line.
@@ -57,28 +90,21 @@ def carry_out(trial: Trial, say: Callable[[str], None]) -> str:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as written, log.open(encoding="utf-8", errors="replace") as lines:
         lines.seek(0, os.SEEK_END)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sophia_galore", *trial.words, *resume],
-            stdin=subprocess.DEVNULL,
-            stdout=written,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"},
-            # Signals reach it through us alone: once for each time that the user sends one.
-            start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
+        process = begin([*trial.words, *resume], written)
         said: list[str] = []
         with _forwarded(process) as stopped:
+            code: int | None = None
             running = True
             while running:
-                running = process.poll() is None
+                code = process.poll()
+                running = code is None
                 while line := lines.readline():
                     said.append(line.rstrip("\n"))
                     say(said[-1])
                 time.sleep(_LOOK_EVERY_S if running else 0)
-    if stopped or (process.returncode == 0 and not finished_result(trial.folder, trial.config)):
+    if stopped or (code == 0 and not finished_result(trial.folder, trial.config)):
         raise Stopped
-    return "" if process.returncode == 0 else _reason(said, process.returncode)
+    return "" if not code else _reason(said, code)
 
 
 def _reason(said: list[str], code: int) -> str:
@@ -110,7 +136,7 @@ def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def _forwarded(process: Child) -> Iterator[list[int]]:
     """Inside the context, signals to stop go on to the process; gives those that came."""
     came: list[int] = []
 
@@ -127,7 +153,7 @@ def _forwarded(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Asks Linux to tell this process to stop when its parent is gone, even by a kill."""
     import ctypes
 

@@ -8,15 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
+from forked import Forked, forked_command
 from sophia_galore import __version__
+from sophia_galore.cli import compare as cli_compare
+from sophia_galore.experiment.children import carry_out
 from unit.cli.tiny_run import Ended, World, command, json_lines
 
 # 5 steps an epoch, 10 in all; the children of a comparison find out nothing that takes a second.
@@ -45,6 +50,15 @@ def variant(world: World, name: str, old: str = "", new: str = "") -> str:
     assert old in text
     path.write_text(text.replace(old, new) if old else text)
     return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_runs() -> Iterator[None]:
+    """Runs of comparisons in copies of this process; those of `as_a_user` are new interpreters, as for a user."""
+    with pytest.MonkeyPatch.context() as patch:
+        if sys.platform == "linux":
+            patch.setattr(cli_compare, "carry_out", partial(carry_out, begin=forked_command))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -156,25 +170,36 @@ def without_times(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def interrupted(words: list[str], output: Path, number: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """A comparison in a process of its own that gets a signal after some steps of its first run."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sophia_galore", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def interrupted(
+    begin: Callable[[list[str], IO[str]], Forked | subprocess.Popen[bytes]],
+    words: list[str],
+    output: Path,
+    number: signal.Signals,
+) -> tuple[int, str]:
+    """A comparison in a process of its own that gets a signal after some steps of its first run; how it ended."""
+    log = output / "said.log"
+    with log.open("w", encoding="utf-8") as written:
+        process = begin(words, written)
     metrics = output / "runs" / "galore-seed42" / "metrics.jsonl"
     until_s = time.monotonic() + 240
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
-        assert process.poll() is None and time.monotonic() < until_s, process.communicate()[0]
+        assert process.poll() is None and time.monotonic() < until_s, log.read_text()
         time.sleep(0.01)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=240)
+    code = process.wait()
     assert not (output / "runs" / "galore-seed42" / "model.safetensors").exists()
-    return subprocess.CompletedProcess(words, process.returncode, out)
+    return code, log.read_text()
+
+
+def as_a_user(words: list[str], written: IO[str]) -> subprocess.Popen[bytes]:
+    """`sophia-galore WORDS` in a new interpreter, whose runs are new interpreters too."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sophia_galore", *words],
+        stdout=written,
+        stderr=subprocess.STDOUT,
+        # Where the tests run in a shell's background, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
@@ -182,7 +207,8 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_report(
     whole: Compared, pair: list[str], tmp_path: Path
 ) -> None:
     words = ["compare", *pair, "--output", str(tmp_path), *SAVING]
-    interrupted(words, tmp_path, signal.SIGKILL)
+    begin = forked_command if sys.platform == "linux" else as_a_user
+    assert interrupted(begin, words, tmp_path, signal.SIGKILL)[0] == -signal.SIGKILL
     ended = command(*words)
     assert ended.code == 0, ended.err
     assert "Going on after step" in ended.out
@@ -192,9 +218,9 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_report(
 @pytest.mark.skipif(os.name != "posix", reason="needs signals")
 def test_ctrl_c_saves_and_names_the_way_on(pair: list[str], tmp_path: Path) -> None:
     words = ["compare", *pair, "--output", str(tmp_path), *QUICK]
-    stopped = interrupted(words, tmp_path, signal.SIGINT)
-    assert stopped.returncode == 0, stopped.stdout
-    assert "Stopped in galore, seed 42. Go on with: sophia-galore compare" in stopped.stdout
+    code, said = interrupted(as_a_user, words, tmp_path, signal.SIGINT)
+    assert code == 0, said
+    assert "Stopped in galore, seed 42. Go on with: sophia-galore compare" in said
     assert list((tmp_path / "runs" / "galore-seed42").glob("checkpoint-*"))
 
 

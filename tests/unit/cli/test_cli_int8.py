@@ -6,13 +6,14 @@ import json
 import math
 import shlex
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
@@ -27,23 +28,35 @@ STEPS = ["training.max_steps=6", "training.learning_rate=0.01", "checkpoint.save
 CPU = torch.device("cpu")
 
 
+FORMATS = {"int8": INT8, "late": LATE, "fp32": []}
+
+
 @pytest.fixture(scope="module")
-def run(world: World) -> Path:
+def trained(world: World) -> Callable[[str], Path]:
+    """A finished run by its format, with checkpoints of steps 3 and 6. Tests read it and write beside it."""
+
+    @cache
+    def of(name: str) -> Path:
+        ended = world.train(f"from-{name}", *FORMATS[name], *STEPS)
+        assert ended.code == 0, ended.err
+        assert name == "fp32" or ("int8" in ended.out and "100% of the parameters are trained" in ended.out)
+        return world.folder / f"from-{name}"
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def run(trained: Callable[[str], Path]) -> Path:
     """A run in eight bits."""
-    ended = world.train("int8", *INT8, *STEPS)
-    assert ended.code == 0, ended.err
-    assert "int8" in ended.out and "100% of the parameters are trained" in ended.out
-    return world.folder / "int8"
+    return trained("int8")
 
 
-@pytest.mark.parametrize("words", [INT8, LATE], ids=["each step", "folded late"])
-def test_every_tensor_moves_and_no_code_is_frozen(words: list[str], world: World) -> None:
+@pytest.mark.parametrize("name", ["int8", "late"], ids=["each step", "folded late"])
+def test_every_tensor_moves_and_no_code_is_frozen(name: str, trained: Callable[[str], Path], world: World) -> None:
     """After six steps at a high rate each tensor has changed, and there is no block all of whose codes are the old."""
-    ended = world.train("moves", *words, *STEPS)
-    assert ended.code == 0, ended.err
     begun = {name: weight for _, name, weight in read_weights(world.folder / "model")}
-    store = open_store(world.folder / "moves" / "checkpoint-6", CPU)
-    packed: dict[str, Any] = {name: weight.settled for name, weight in store.items() if weight.is_packed}
+    store = open_store(trained(name) / "checkpoint-6", CPU)
+    packed: dict[str, Any] = {key: weight.settled for key, weight in store.items() if weight.is_packed}
     assert packed.keys() == {name for name, weight in begun.items() if len(weight.shape) == 2}
     for name, weight in packed.items():
         before = quantise(begun[name].values(torch.float32), Int8Format(32))
@@ -66,26 +79,24 @@ def test_the_final_model_is_ordinary_and_bf16(run: Path) -> None:
     assert not (run / INT8_FILE).exists()
 
 
-def test_the_losses_are_near_those_of_fp32(run: Path, world: World) -> None:
+def test_the_losses_are_near_those_of_fp32(trained: Callable[[str], Path]) -> None:
     """A tiny model, six steps: the formats differ by less than the steps do."""
-    assert world.train("fp32", *STEPS).code == 0
     losses = [
         [line["eval_loss"] for line in json_lines(folder / "metrics.jsonl") if "eval_loss" in line]
-        for folder in (run, world.folder / "fp32")
+        for folder in (trained("int8"), trained("fp32"))
     ]
     moved = abs(losses[1][0] - losses[1][-1])
     assert all(abs(one - other) <= 0.1 * moved for one, other in zip(*losses, strict=True))  # worst seen 2 %
 
 
-def test_resumed_in_the_middle_it_ends_with_the_same_bits(world: World) -> None:
-    for name, words in {"each": INT8, "late": LATE}.items():
-        assert world.train(f"whole-{name}", *words, *STEPS).code == 0
-        whole = sha256(world.folder / f"whole-{name}" / "model.safetensors")
-        ended = world.train(
-            f"again-{name}", f"--resume={world.folder / f'whole-{name}' / 'checkpoint-3'}", *words, *STEPS
-        )
-        assert ended.code == 0, ended.err
-        assert sha256(world.folder / f"again-{name}" / "model.safetensors") == whole
+@pytest.mark.parametrize("name", ["int8", "late"])
+def test_resumed_in_the_middle_it_ends_with_the_same_bits(
+    name: str, trained: Callable[[str], Path], world: World
+) -> None:
+    whole = trained(name)
+    ended = world.train(f"again-{name}", f"--resume={whole / 'checkpoint-3'}", *FORMATS[name], *STEPS)
+    assert ended.code == 0, ended.err
+    assert sha256(world.folder / f"again-{name}" / "model.safetensors") == sha256(whole / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -105,11 +116,11 @@ def test_another_format_is_refused_with_the_way_to_convert(
 
 @pytest.mark.parametrize("source", ["int8", "late", "fp32"])
 @pytest.mark.parametrize("to", ["int8", "bf16", "fp32"])
-def test_a_converted_checkpoint_goes_on(source: str, to: str, world: World, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_goes_on(
+    source: str, to: str, trained: Callable[[str], Path], world: World, tmp_path: Path
+) -> None:
     """By the words that the command itself prints."""
-    words = {"int8": INT8, "late": LATE, "fp32": []}[source]
-    assert world.train(f"from-{source}", *words, *STEPS).code == 0
-    checkpoint = world.folder / f"from-{source}" / "checkpoint-3"
+    words, checkpoint = FORMATS[source], trained(source) / "checkpoint-3"
     ended = command("export", str(checkpoint), "--to", to, "--output", str(tmp_path / "out"))
     assert ended.code == 0, ended.err
     told = shlex.split(ended.out.strip().splitlines()[-1].partition(" and: ")[2])
@@ -127,10 +138,11 @@ def test_a_converted_checkpoint_goes_on(source: str, to: str, world: World, tmp_
     assert all(torch.equal(kept[key], value) for key, value in state.items())
 
 
-def test_the_advice_of_a_refusal_can_be_followed_to_the_letter(world: World, tmp_path: Path) -> None:
+def test_the_advice_of_a_refusal_can_be_followed_to_the_letter(
+    trained: Callable[[str], Path], world: World, tmp_path: Path
+) -> None:
     """With the words that were refused, and other ones for the same thing."""
-    assert world.train("plain", *STEPS).code == 0
-    checkpoint = world.folder / "plain" / "checkpoint-3"
+    checkpoint = trained("fp32") / "checkpoint-3"
     asked = ["quantization.load_in_8bit=true", "quantization.block_size=16"]
     refused = world.train("goes-on", f"--resume={checkpoint}", *asked, *STEPS)
     assert refused.code == 2

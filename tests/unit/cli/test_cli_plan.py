@@ -83,6 +83,7 @@ def test_what_is_shown() -> None:
     assert tight.code == 0 and "does not fit into 1.17 GiB" in tight.out and "--fit" in tight.out
 
 
+@pytest.mark.thorough
 def test_the_reference_case_predicts_at_most_a_gibibyte() -> None:
     """Qwen2-0.5B, 8 x 512 tokens, GaLore of rank 128, int8 weights, 8-bit state, on a card."""
     root = Path(__file__).resolve().parents[3]
@@ -144,6 +145,7 @@ def test_a_run_that_was_planned_needs_what_was_planned(world: World, tmp_path: P
     assert report["predicted_peak_bytes"] == plan["predicted_peak_bytes"]
 
 
+@pytest.mark.drawn
 def test_a_picture(world: World, tmp_path: Path) -> None:
     ended = command("plan", *tiny(world), "--picture", str(tmp_path / "plan.png"))
     assert ended.code == 0 and (tmp_path / "plan.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

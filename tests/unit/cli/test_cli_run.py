@@ -58,12 +58,15 @@ def finished(world: World, ended: dict[str, Ended]) -> Path:
     return world.folder / "galore-fp32"
 
 
+@pytest.mark.drawn  # and so are those of all these runs, which the first of these tests makes
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_well_and_leaves_its_files(name: str, world: World, ended: dict[str, Ended]) -> None:
     assert ended[name].code == 0, ended[name].err
     folder = world.folder / name
     assert {file for file in FILES if not (folder / file).is_file()} == set()
     assert all((folder / file).stat().st_size > 0 for file in FILES)
+    for picture in ("loss.png", "memory.png"):
+        assert (folder / picture).stat().st_size > 10_000, "drawn, and not empty"
     left_over = {path.name for path in folder.iterdir()} - set(FILES)
     assert left_over == set(), "nothing else lies in the folder"
 

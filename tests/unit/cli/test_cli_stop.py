@@ -15,6 +15,8 @@ from sophia_galore.records.memory import MemoryReport
 from sophia_galore.train import run
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
+pytestmark = pytest.mark.signals
+
 GALORE = ["--optimizer", "galore", "training.lr_scheduler_type=cosine"]
 ADAMW = ["--optimizer", "adamw", "model.store=bf16"]
 PACKED = ["--optimizer", "adamw", "data.packing=true", "training.max_length=48"]

@@ -122,7 +122,7 @@ def named(name: str) -> RunConfig:
     return RunConfig.model_validate({"model": {"name": name}})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(configs())
 @example(RunConfig())
 @example(RunConfig.model_validate({"data": {"eval": "x.json"}}))
@@ -147,7 +147,7 @@ def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
     assert yaml.safe_load(dumped)["model"]["name"] == text.replace("$", "$$")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(configs())
 def test_numbers_as_overrides_arrive_exactly(config: RunConfig) -> None:
     implied = {"data.eval_fraction": config.data.eval is not None}

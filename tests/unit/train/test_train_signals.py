@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
+from forked import run_forked
 from sophia_galore.train.signals import stop_on_signal
+from stopping import leave_sigterm
+
+pytestmark = pytest.mark.signals
 
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
@@ -108,3 +113,17 @@ def test_a_terminal_that_is_gone_does_not_break_the_handler(monkeypatch: pytest.
         patch.setattr(os, "write", gone)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_who_cancels_the_tests_ends_them_and_stops_no_run(tmp_path: Path) -> None:
+    """Where a test does not send itself the signal, no run in its process takes it for a request."""
+
+    def asked_to_end(*, taken: bool) -> int:
+        leave_sigterm(taken)
+        with stop_on_signal() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 3 if request.requested else 4
+
+    assert run_forked(lambda: asked_to_end(taken=False), tmp_path / "log") == -signal.SIGTERM
+    assert run_forked(lambda: asked_to_end(taken=True), tmp_path / "log") == 3
