@@ -9,11 +9,11 @@ import torch
 
 from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.memory.subject import Subject
+from sophia_galore.memory.workload import Load, assumed_load
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.plan.ask import ask_model, ask_parameters
-from sophia_galore.plan.assume import Load, assumed_load
 from sophia_galore.plan.facts import DeviceFacts, Facts
-from sophia_galore.plan.subject import Subject
 from tiny import VOCAB, tiny_config
 
 CPU = torch.device("cpu")

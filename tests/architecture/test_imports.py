@@ -19,6 +19,7 @@ ORDER: list[set[str]] = [
     {"model", "data"},
     {"engine"},
     {"plan"},
+    {"memory"},
     {"train"},
     {"experiment"},
     {"cli"},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sophia_galore.config import load_config
-from sophia_galore.plan.forecast import Forecast
+from sophia_galore.memory.estimate import Forecast
 from sophia_galore.train import run as running
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.prepare import Prepared

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from planning import asked, tiny_subject
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.engine.tracker import StorageTracker
-from sophia_galore.plan import simulate as simulating
-from sophia_galore.plan.course import Change, PassTrace
+from sophia_galore.memory import simulation
+from sophia_galore.memory.composition import Change, PassTrace
+from sophia_galore.memory.estimate import settings_of
+from sophia_galore.memory.simulation import FewLayers, Simulated, simulate, take_layers
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.plan.decisions import Decisions
-from sophia_galore.plan.forecast import settings_of
-from sophia_galore.plan.simulate import FewLayers, Simulated, simulate, take_layers
 from tiny import FAMILIES as ALL_FAMILIES
 from tiny import packed_batches, ragged_batches
 
@@ -78,7 +78,7 @@ def config_of(name: str, compute: str, store: str, clip: str) -> RunConfig:
     return asked(values)
 
 
-_empty_store = simulating._empty_store
+_empty_store = simulation._empty_store
 
 
 def random_store(*given: Any) -> Any:
@@ -95,8 +95,8 @@ def random_store(*given: Any) -> Any:
 
 def simulate_with_memory(monkeypatch: pytest.MonkeyPatch, *given: Any, **more: Any) -> Simulated:
     with monkeypatch.context() as patched:
-        patched.setattr(simulating, "ShadowTracker", StorageTracker)
-        patched.setattr(simulating, "_empty_store", random_store)
+        patched.setattr(simulation, "ShadowTracker", StorageTracker)
+        patched.setattr(simulation, "_empty_store", random_store)
         return simulate(*given, **more)
 
 

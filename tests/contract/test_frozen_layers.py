@@ -19,6 +19,7 @@ from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.loaded import loaded
 from sophia_galore.engine.whole import whole_model
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.frozen import Frozen8bit
@@ -30,7 +31,6 @@ from sophia_galore.numerics.int8 import materialise
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.train.memory import MemoryMonitor
 from tiny import autograd_loss, ragged_batches, tiny_model, write_tiny_model
 
 pytestmark = NEEDS_BITSANDBYTES

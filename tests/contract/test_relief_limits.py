@@ -16,8 +16,8 @@ from engines import CPU, load_parts, make_engine
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.relief import AtOnce
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.subspace import Projector
 from tiny import VOCAB, tiny_model

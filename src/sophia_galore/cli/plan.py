@@ -14,14 +14,14 @@ from sophia_galore.cli.plan_tables import plan_of, show_fit, show_outlook
 from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_marks, write_config
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
-from sophia_galore.engine.timeline import points_of
 from sophia_galore.errors import ArgumentError, ModelError, UserError
+from sophia_galore.memory.advice import in_words
+from sophia_galore.memory.fitting import Fitter
+from sophia_galore.memory.matrix import LIMITS, markdown, matrix
+from sophia_galore.memory.planner import Outlook, Planner, look_ahead
+from sophia_galore.memory.subject import look_up
+from sophia_galore.memory.timeline import points_of
 from sophia_galore.model.specifications import SPECIFICATIONS
-from sophia_galore.plan.advice import in_words
-from sophia_galore.plan.fit import Fitter
-from sophia_galore.plan.matrix import LIMITS, markdown, matrix
-from sophia_galore.plan.planner import Outlook, Planner, look_ahead
-from sophia_galore.plan.subject import look_up
 from sophia_galore.report.plots import plot_timeline
 
 _FITTED = Path("fitted.yaml")

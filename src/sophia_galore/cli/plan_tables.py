@@ -13,11 +13,11 @@ from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.plan.advice import in_words
+from sophia_galore.memory.advice import in_words
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.fitting import Fit
+from sophia_galore.memory.planner import Outlook, Planner
 from sophia_galore.plan.decisions import standing_bytes
-from sophia_galore.plan.fit import Fit
-from sophia_galore.plan.planner import Outlook, Planner
-from sophia_galore.plan.reserve import Budget
 
 # What decides about memory; the rest of a configuration is in its file.
 _SETTINGS = (

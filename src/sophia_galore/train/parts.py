@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.out_of_memory import storage_names
 from sophia_galore.model.frozen import Freezer
 from sophia_galore.model.store import DTYPES, WeightStore, load_store
 from sophia_galore.model.weight_files import HEAD
@@ -14,9 +16,7 @@ from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.listener import Listener
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.prepare import Prepared
-from sophia_galore.train.shortage import storage_names
 
 
 @dataclass(frozen=True)

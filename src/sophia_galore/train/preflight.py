@@ -23,6 +23,7 @@ from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.manifest import way_to_repair
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Stored
@@ -30,7 +31,6 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.plan.route import Route
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.train.space import refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import end_of_turn_note, stop_warning

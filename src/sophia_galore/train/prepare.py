@@ -16,6 +16,8 @@ from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.render import describe
 from sophia_galore.engine.generate import stop_tokens
 from sophia_galore.errors import ConfigError
+from sophia_galore.memory.planner import Outlook, Planner, look_ahead
+from sophia_galore.memory.subject import pad_token, subject_of_data
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
@@ -25,9 +27,7 @@ from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
-from sophia_galore.plan.planner import Outlook, Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
-from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.checkpoint import Checkpoint

@@ -16,13 +16,14 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.memory.advice import advice
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.subject import pad_token
 from sophia_galore.model.card import Card, write_card
 from sophia_galore.model.disk import writing
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
-from sophia_galore.plan.advice import advice
 from sophia_galore.plan.plan import evaluates_after
-from sophia_galore.plan.subject import pad_token
 from sophia_galore.train import folder as names
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
@@ -34,7 +35,6 @@ from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files, write_json, write_jsonl, write_whole
 from sophia_galore.train.listener import Listener, Listeners
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.parts import assemble
 from sophia_galore.train.preflight import Loaded, after_loading

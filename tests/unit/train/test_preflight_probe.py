@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.store import WeightStore
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train import parts, run
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.listener import Listener
-from sophia_galore.train.memory import MemoryMonitor
 from tiny import write_tiny_model
 from unit.cli.tiny_run import Ended, World, json_lines, make_world, sha256
 

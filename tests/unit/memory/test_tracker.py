@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.tracker import StorageTracker
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from sophia_galore.plan.shadow import Shadow
-from sophia_galore.train.memory import peak_process_bytes
+from sophia_galore.memory.fake_tensors import Shadow
+from sophia_galore.memory.monitor import peak_process_bytes
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -13,9 +13,9 @@ from sophia_galore.config import load_config
 from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError
+from sophia_galore.memory.subject import Subject, look_up, planned_device
 from sophia_galore.model import reach
 from sophia_galore.plan.facts import DeviceFacts
-from sophia_galore.plan.subject import Subject, look_up, planned_device
 from tiny import write_tiny_data, write_tiny_model
 
 

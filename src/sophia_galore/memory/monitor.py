@@ -26,12 +26,12 @@ from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Phase
 from sophia_galore.engine.probe import WHAT_HELPS
-from sophia_galore.engine.timeline import StepCourse
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
-from sophia_galore.plan.reserve import allocator_bytes
-from sophia_galore.train.memory_parts import joined
-from sophia_galore.train.shortage import Shortage
+from sophia_galore.memory.budget import allocator_bytes
+from sophia_galore.memory.out_of_memory import Shortage
+from sophia_galore.memory.report import joined
+from sophia_galore.memory.timeline import StepCourse
+from sophia_galore.memory.tracker import StorageTracker
 
 # What happens within an optimizer step; loading and evaluation are not a step's memory.
 _STEP_PHASES = ("forward", "head", "backward", "step")

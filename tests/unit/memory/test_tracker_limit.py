@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
+from sophia_galore.memory.tracker import StorageTracker
 
 CPU = torch.device("cpu")
 # Leaves 100 bytes free beside the ten floats that the tests below begin with.

@@ -14,15 +14,15 @@ from sophia_galore.config.check import check
 from sophia_galore.config.data_section import DataConfig
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
+from sophia_galore.memory.estimate import Estimate, estimate
+from sophia_galore.memory.workload import Load, assumed_load, load_of_data
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
 from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters
-from sophia_galore.plan.assume import Load, assumed_load, load_of_data
 from sophia_galore.plan.decisions import Decisions, decide_step
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DeviceFacts, Facts
-from sophia_galore.plan.forecast import Estimate, estimate
 from sophia_galore.plan.plan import count_steps
 from sophia_galore.plan.rules import RULES
 from sophia_galore.plan.verdicts import decide

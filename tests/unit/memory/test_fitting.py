@@ -13,11 +13,11 @@ from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
-from sophia_galore.plan.advice import advice, in_words
-from sophia_galore.plan.fit import Fit, Fitter
-from sophia_galore.plan.forecast import Forecast
-from sophia_galore.plan.ladder import RUNGS, SHORTER
-from sophia_galore.plan.reserve import Budget
+from sophia_galore.memory.advice import advice, in_words
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.estimate import Forecast
+from sophia_galore.memory.fitting import Fit, Fitter
+from sophia_galore.memory.ladder import RUNGS, SHORTER
 
 NUM_LAYERS = 4
 KEPT = "engine.keep_layers"

@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 
 from planning import asked, tiny_subject
-from sophia_galore.engine.timeline import Segment
-from sophia_galore.plan.course import Change, Layout, PassTrace, extrapolate, follow, lay_out, minus, parse_passes, plus
-from sophia_galore.plan.forecast import estimate, settings_of
-from sophia_galore.plan.simulate import simulate, take_layers
+from sophia_galore.memory.composition import (
+    Change,
+    Layout,
+    PassTrace,
+    extrapolate,
+    follow,
+    lay_out,
+    minus,
+    parse_passes,
+    plus,
+)
+from sophia_galore.memory.estimate import estimate, settings_of
+from sophia_galore.memory.simulation import simulate, take_layers
+from sophia_galore.memory.timeline import Segment
 
 NUM_LAYERS = 4
 # Family, settings, and how many layers keep their graphs; the attention of Gemma 3 is of two kinds in turn.

@@ -10,11 +10,11 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.errors import UserError
-from sophia_galore.plan.forecast import Forecast
-from sophia_galore.plan.ladder import RUNGS, SHORTER, Changes, Rung
-from sophia_galore.plan.planner import Planner
-from sophia_galore.plan.reserve import Budget
-from sophia_galore.plan.slowdown import slowdown
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.estimate import Forecast
+from sophia_galore.memory.ladder import RUNGS, SHORTER, Changes, Rung
+from sophia_galore.memory.planner import Planner
+from sophia_galore.memory.slowdown import slowdown
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import torch
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.facts import DeviceFacts
-from sophia_galore.plan.reserve import (
+from sophia_galore.memory.budget import (
     ASSUMED_OUTSIDE_BYTES,
     FRAGMENTATION,
     Budget,
@@ -16,6 +15,7 @@ from sophia_galore.plan.reserve import (
     budget_of,
     outside_bytes,
 )
+from sophia_galore.plan.facts import DeviceFacts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 2**30

@@ -9,8 +9,8 @@ import pytest
 
 from planning import asked, tiny_subject
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.plan.assume import assumed_load, full_batches, sample
-from sophia_galore.plan.forecast import steps_to_see
+from sophia_galore.memory.estimate import steps_to_see
+from sophia_galore.memory.workload import assumed_load, full_batches, sample
 from sophia_galore.plan.route import Route
 
 

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sophia_galore.engine.tracker import StorageTracker
-from sophia_galore.plan.remembered import key_of, recall, remember
+from sophia_galore.memory.fake_cache import key_of, recall, remember
+from sophia_galore.memory.tracker import StorageTracker
 
 _aten = torch.ops.aten
 # Integers that are made out of nothing, and whose values are known: positions, counts, masks. Not those that are

@@ -16,13 +16,13 @@ import torch
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.observe import Category, Phase
-from sophia_galore.engine.timeline import Segment, Sizes
-from sophia_galore.plan.assume import Load, sample
-from sophia_galore.plan.course import Layout, PassTrace, extrapolate, follow, lay_out, plus
+from sophia_galore.memory.composition import Layout, PassTrace, extrapolate, follow, lay_out, plus
+from sophia_galore.memory.simulation import Settings, simulate, take_layers
+from sophia_galore.memory.timeline import Segment, Sizes
+from sophia_galore.memory.workload import Load, sample
 from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.route import Route
-from sophia_galore.plan.simulate import Settings, simulate, take_layers
 
 _MOST_STEPS = 4096
 """So many steps are looked at for the one that needs most."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sophia_galore.train.memory_parts import joined
+from sophia_galore.memory.report import joined
 
 
 def part(peak_bytes: int, steps: list[int], **more: Any) -> dict[str, Any]:

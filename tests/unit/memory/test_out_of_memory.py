@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import EnvironmentProblem, ModelError, OutOfMemory
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.out_of_memory import storage_names
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.folded import FoldedTensor
 from sophia_galore.numerics.int8 import Int8Format, quantise
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.train.memory import MemoryMonitor
-from sophia_galore.train.shortage import storage_names
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 2**20

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sophia_galore.config.schema import MemoryConfig
+from sophia_galore.memory.monitor import MemoryMonitor, peak_process_bytes, process_bytes
 from sophia_galore.report.memory_report import read_memory_report
-from sophia_galore.train.memory import MemoryMonitor, peak_process_bytes, process_bytes
 
 CPU = torch.device("cpu")
 KEYS = [

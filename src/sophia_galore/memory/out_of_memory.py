@@ -9,8 +9,8 @@ import torch
 
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import Phase
-from sophia_galore.engine.tracker import Held, Live, Refusal, StorageTracker
 from sophia_galore.errors import short
+from sophia_galore.memory.tracker import Held, Live, Refusal, StorageTracker
 from sophia_galore.model.frozen import Frozen8bit
 from sophia_galore.model.store import WeightStore
 from sophia_galore.numerics.folded import FoldedTensor

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sophia_galore.engine.observe import Phase
-from sophia_galore.engine.timeline import Recorder, Segment, StepCourse, points_of
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.timeline import Recorder, Segment, StepCourse, points_of
+from sophia_galore.memory.tracker import StorageTracker
 
 CPU = torch.device("cpu")
 

@@ -14,17 +14,17 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import ClipBy, Stepper
-from sophia_galore.engine.timeline import Recorder, Segment, Sizes
+from sophia_galore.memory.composition import PassTrace, minus, parse_passes
+from sophia_galore.memory.fake_tensors import ShadowTracker
+from sophia_galore.memory.timeline import Recorder, Segment, Sizes
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored
 from sophia_galore.optim.move import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.plan.course import PassTrace, minus, parse_passes
 from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.plan.shadow import ShadowTracker
 
 _CPU = torch.device("cpu")
 

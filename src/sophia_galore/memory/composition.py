@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sophia_galore.engine.observe import Phase
-from sophia_galore.engine.timeline import Segment, Sizes
+from sophia_galore.memory.timeline import Segment, Sizes
 
 
 @dataclass(frozen=True)

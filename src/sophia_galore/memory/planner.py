@@ -8,11 +8,11 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import ConfigError
+from sophia_galore.memory.budget import Budget, budget_of
+from sophia_galore.memory.estimate import Estimate, Forecast
+from sophia_galore.memory.subject import Subject
 from sophia_galore.plan.decisions import num_idle_layers, standing_bytes
 from sophia_galore.plan.facts import MemoryFacts
-from sophia_galore.plan.forecast import Estimate, Forecast
-from sophia_galore.plan.reserve import Budget, budget_of
-from sophia_galore.plan.subject import Subject
 
 # What no estimate depends on, so that one serves for all of their values.
 _WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "engine.keep_layers", "training.gradient_checkpointing")

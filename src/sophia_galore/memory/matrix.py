@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.plan.fit import Fit, Fitter
-from sophia_galore.plan.planner import Planner
-from sophia_galore.plan.subject import look_up
+from sophia_galore.memory.fitting import Fit, Fitter
+from sophia_galore.memory.planner import Planner
+from sophia_galore.memory.subject import look_up
 
 LIMITS: tuple[int, ...] = tuple(size * 2**30 for size in (4, 6, 8, 12, 16, 24))
 """Cards that people have."""

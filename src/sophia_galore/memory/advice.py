@@ -9,8 +9,8 @@ from typing import Any
 from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.probe import WHAT_HELPS
-from sophia_galore.plan.fit import Fitter
-from sophia_galore.plan.planner import Planner
+from sophia_galore.memory.fitting import Fitter
+from sophia_galore.memory.planner import Planner
 
 
 def advice(planner: Planner, config: RunConfig) -> str:

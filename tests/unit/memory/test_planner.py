@@ -13,11 +13,11 @@ from planning import asked, tiny_subject
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.estimate import Estimate
+from sophia_galore.memory.planner import Planner, look_ahead
+from sophia_galore.memory.subject import Subject
 from sophia_galore.plan.facts import DeviceFacts, MemoryFacts
-from sophia_galore.plan.forecast import Estimate
-from sophia_galore.plan.planner import Planner, look_ahead
-from sophia_galore.plan.reserve import Budget
-from sophia_galore.plan.subject import Subject
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Phase
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.tracker import StorageTracker
 
 Sizes = Counter[str]
 """Bytes by category; differences may be negative."""
