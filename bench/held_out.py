@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import IGNORED, MicroBatch
+from sophia_galore.data.batches import IGNORED, MicroBatch, pad_token
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.feed import Feed
-from sophia_galore.memory.subject import pad_token
 from sophia_galore.model.skeleton import load_tokenizer
 
 

@@ -17,11 +17,10 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import MicroBatch, pad_token
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.feed import Feed
-from sophia_galore.memory.monitor import peak_process_bytes
-from sophia_galore.memory.subject import pad_token
+from sophia_galore.memory.report import peak_process_bytes
 from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.plan.routes import peak_learning_rate

@@ -7,7 +7,7 @@ from typing import Any
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.memory.monitor import peak_process_bytes
+from sophia_galore.memory.report import peak_process_bytes
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.run import train
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import ModelConfig
-from sophia_galore.memory.monitor import peak_process_bytes
+from sophia_galore.memory.report import peak_process_bytes
 from sophia_galore.model.source import resolve_model
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.run import train

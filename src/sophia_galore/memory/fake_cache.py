@@ -1,48 +1,46 @@
-"""What operations make of fake tensors, remembered: nearly all of them come again, layer by layer and rung by rung.
+"""A cache of operations on fake tensors: nearly all of them come again, in each layer and for each setting tried.
 
-PyTorch's own cache of fake tensors looks at all that may ever matter. Here there are no symbolic shapes, no sparse
-tensors and no constants, so what an operation gives follows from the forms of what it is given, which are a key that
-is quickly made. Remembered are results that are new tensors, views of an argument, or the argument that was written
-to; everything else is left to PyTorch.
+PyTorch's own cache of fake tensors covers every case. Here there are no symbolic shapes, sparse tensors or constants,
+so the form of a result (shape, strides, dtype, device) depends on the forms of the arguments alone, and a key is made
+quickly. Cached are results that are new tensors, views of an argument, or the argument that was written to. All others
+are left to PyTorch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-_MOST = 50_000
-"""So many results are remembered, of a few hundred bytes each; then all are forgotten."""
-_UNLIKE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view}
+_MAX_ENTRIES = 50_000
+"""A few hundred bytes each; a full cache is emptied."""
+_UNCACHED_TAGS = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.inplace_view}
 _SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-Made = Callable[[FakeTensorMode, Any], Any]
-"""Makes a result anew, from a mode and an operation's arguments."""
+Maker = Callable[[FakeTensorMode, Any], Any]
+"""Makes a result from a mode and an operation's arguments."""
 
-_known: dict[Any, Made] = {}
+_known: dict[Any, Maker] = {}
 
 
 class _Kind(NamedTuple):
-    """What the result of an operation is: an argument that it wrote to, a view of one, or, without a place, new."""
+    """The result of an operation: an argument that it wrote to, a view of one or, without a place, a new tensor."""
 
     place: int | None
     writes: bool = False
 
 
-_kinds: dict[Any, _Kind | None] = {}
+class _Uncacheable(Exception):
+    """The result depends on more than the forms of the arguments."""
 
 
-class _Unknown(Exception):
-    """An argument is of a kind whose form is not all that matters."""
-
-
-def key_of(func: Any, args: Any, kwargs: Any) -> Any:
-    """What the form of an operation's result depends on.
+def cache_key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the form of an operation's result depends on, as a key.
 
     Args:
         func: The operation.
@@ -50,7 +48,7 @@ def key_of(func: Any, args: Any, kwargs: Any) -> Any:
         kwargs: Those with a name.
 
     Returns:
-        Something hashable; None: the result is not to be remembered.
+        Something hashable; None: the result is not cached.
     """
     if _kind(func) is None:
         return None
@@ -58,54 +56,53 @@ def key_of(func: Any, args: Any, kwargs: Any) -> Any:
     form = _form_without_numbers if torch.Tag.pointwise in func.tags else _form
     try:
         return func, tuple(map(form, args)), tuple((name, form(value)) for name, value in kwargs.items())
-    except _Unknown:
+    except _Uncacheable:
         return None
 
 
-def recall(key: Any) -> Made | None:
-    """Who makes the result of an operation that was seen before.
+def lookup(key: Any) -> Maker | None:
+    """How to make the result of an operation that was seen before.
 
     Args:
-        key: From `key_of`.
+        key: From `cache_key`.
     """
     return _known.get(key)
 
 
 def remember(key: Any, func: Any, args: Any, out: Any) -> None:
-    """Take note of a result.
+    """Add a result to the cache.
 
     Args:
-        key: From `key_of`.
+        key: From `cache_key`.
         func: The operation.
         args: Its arguments.
         out: What it gave.
     """
     kind = _kind(func)
-    made: Made | None = None
+    make: Maker | None = None
     if kind is None:
         return
     if kind.place is not None:
-        made = _argument(kind.place, args, out) if kind.writes else _view(kind.place, args, out)
+        make = _argument(kind.place, args, out) if kind.writes else _view(kind.place, args, out)
     elif isinstance(out, FakeTensor):
         # Some operations give a view and do not say so, as `_unsafe_view` does.
-        place = next((place for place, one in enumerate(args) if _shares(one, out)), None)
-        made = _new(out) if place is None else _view(place, args, out)
+        place = next((place for place, one in enumerate(args) if _shares_storage(one, out)), None)
+        make = _new(out) if place is None else _view(place, args, out)
     elif isinstance(out, tuple) and out and all(isinstance(one, FakeTensor) for one in out):
-        parts = [part for part in map(_new, out) if part is not None]
-        made = _together(parts) if len(parts) == len(out) else None
-    if made is not None:
-        if len(_known) >= _MOST:
+        make = _several(out)
+    if make is not None:
+        if len(_known) >= _MAX_ENTRIES:
             _known.clear()
-        _known[key] = made
+        _known[key] = make
 
 
 def _form(value: Any) -> Any:
     if isinstance(value, FakeTensor):
         if value.constant is not None or value.layout != torch.strided:
-            raise _Unknown
+            raise _Uncacheable
         return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
     if type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided:
-        # A real one. Operations whose result's form depends on values are not remembered.
+        # A real one. Operations whose result's form depends on values are not cached.
         return "real", value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
     if isinstance(value, _SIMPLE):
         return type(value), value  # 1, 1.0 and True are equal, but make other tensors
@@ -113,22 +110,17 @@ def _form(value: Any) -> Any:
         return tuple(map(_form, value))
     if isinstance(value, torch.Generator):
         return torch.Generator
-    raise _Unknown
+    raise _Uncacheable
 
 
 def _form_without_numbers(value: Any) -> Any:
     return type(value) if isinstance(value, (int, float)) else _form(value)
 
 
+@cache
 def _kind(func: Any) -> _Kind | None:
-    """What an operation does; None: nothing that can be remembered."""
-    if func not in _kinds:
-        _kinds[func] = _find_kind(func)
-    return _kinds[func]
-
-
-def _find_kind(func: Any) -> _Kind | None:
-    if not isinstance(func, torch._ops.OpOverload) or _UNLIKE & set(func.tags):
+    """The kind of an operation's result; None: it is not cached."""
+    if not isinstance(func, torch._ops.OpOverload) or _UNCACHED_TAGS & set(func.tags):
         return None
     schema = func._schema
     aliased = [
@@ -145,24 +137,21 @@ def _find_kind(func: Any) -> _Kind | None:
     return _Kind(place, alias.is_write)
 
 
-def _argument(place: int, args: Any, out: Any) -> Made | None:
+def _argument(place: int, args: Any, out: Any) -> Maker | None:
     return (lambda mode, args: args[place]) if out is args[place] else None
 
 
-def _view(place: int, args: Any, out: Any) -> Made | None:
-    """Who makes a tensor of some form over an argument's storage."""
+def _view(place: int, args: Any, out: Any) -> Maker | None:
+    """Makes a tensor of this form over an argument's storage."""
     if not isinstance(out, FakeTensor) or out is args[place] or not _is_simple(out):
         return None
-    if (
-        out.untyped_storage()._cdata != args[place].untyped_storage()._cdata
-        or out.fake_device != args[place].fake_device
-    ):
+    if not _shares_storage(args[place], out) or out.fake_device != args[place].fake_device:
         return None
     shape, stride, offset, dtype, device = out.shape, out.stride(), out.storage_offset(), out.dtype, out.fake_device
 
     def make(mode: FakeTensorMode, args: Any) -> Tensor:
         made = torch.empty(0, dtype=dtype, device="meta")
-        # Where kernels run, and a storage is one of the meta device, as which it was made.
+        # As inside a kernel, where the storage is one of the meta device, on which it was made.
         with in_kernel_invocation_manager(mode):
             made.set_(args[place].untyped_storage(), offset, shape, stride)
         return FakeTensor(mode, made, device)
@@ -170,7 +159,7 @@ def _view(place: int, args: Any, out: Any) -> Made | None:
     return make
 
 
-def _shares(one: Any, out: FakeTensor) -> bool:
+def _shares_storage(one: Any, out: FakeTensor) -> bool:
     return isinstance(one, FakeTensor) and one.untyped_storage()._cdata == out.untyped_storage()._cdata
 
 
@@ -178,8 +167,8 @@ def _is_simple(tensor: FakeTensor) -> bool:
     return tensor.constant is None and not (tensor.requires_grad or tensor.is_conj() or tensor.is_neg())
 
 
-def _new(like: FakeTensor) -> Made | None:
-    """Who makes tensors of a form, if that is all there is to it."""
+def _new(like: FakeTensor) -> Maker | None:
+    """Makes tensors of this form, if the form says everything."""
     shape, stride, dtype, device = like.shape, like.stride(), like.dtype, like.fake_device
     extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if math.prod(shape) else 0
     is_plain = like.storage_offset() == 0 and like.untyped_storage().nbytes() == extent * dtype.itemsize
@@ -192,5 +181,6 @@ def _new(like: FakeTensor) -> Made | None:
     return make
 
 
-def _together(parts: list[Made]) -> Made:
-    return lambda mode, args: tuple(part(mode, args) for part in parts)
+def _several(out: tuple[FakeTensor, ...]) -> Maker | None:
+    makers = [make for make in map(_new, out) if make is not None]
+    return (lambda mode, args: tuple(make(mode, args) for make in makers)) if len(makers) == len(out) else None

@@ -1,9 +1,8 @@
-"""Arithmetic without memory: inside the context real code runs on tensors that have shapes and no bytes.
+"""Fake tensors: inside the context, code runs on tensors that have a shape and a dtype but no memory.
 
-Floating-point tensors are made fake: PyTorch's `FakeTensor` has shape, precision and a storage of the right size in
-which nothing lies. Integers that say how many there are of something (token ids, labels, masks, positions) stay
-real, since shapes follow from their values. Where code asks a fake tensor for a value, it is told that all is well:
-everything is finite, and what was made as zeros and never written to holds nothing but zeros.
+Floating-point tensors are PyTorch's `FakeTensor`, whose storages have the right size and no content. Token ids, labels,
+masks and positions stay real, since shapes depend on their values. Code that reads the value of a fake tensor gets a
+harmless one: everything is finite, and a tensor that was made as zeros and never written to still holds zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sophia_galore.memory.fake_cache import key_of, recall, remember
+from sophia_galore.memory.fake_cache import cache_key, lookup, remember
 from sophia_galore.memory.tracker import StorageTracker
 
 _aten = torch.ops.aten
@@ -28,18 +27,18 @@ _COUNTING = (_aten.arange, _aten.zeros, _aten.ones, _aten.full, _aten.scalar_ten
 _KEPT = (torch.int64, torch.bool)
 _INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_)
 # What fills a tensor from a generator, which fake tensors do not know how to take.
-_DRAWING = (_aten.exponential_,)
-_ZEROING = (_aten.zeros, _aten.zeros_like, _aten.new_zeros, _aten.zero_)
-# Whose results have only the form of what they are given.
-_FORMING = (_aten.empty_like, _aten.new_empty, _aten.ones_like, _aten.new_ones, _aten.full_like, _aten.new_full)
+_DRAWN = (_aten.exponential_,)
+_ZEROS = (_aten.zeros, _aten.zeros_like, _aten.new_zeros, _aten.zero_)
+# Results that take only shape and dtype from an argument.
+_LIKE_ANOTHER = (_aten.empty_like, _aten.new_empty, _aten.ones_like, _aten.new_ones, _aten.full_like, _aten.new_full)
 # Not 1, by which nobody needs to scale: a factor that is found from it is applied, as it would be in practice.
 _USUAL = 0.5
 
 
-class Shadow(TorchDispatchMode):
-    """While it is entered, floating-point tensors are made without memory; a context manager.
+class FakeTensors(TorchDispatchMode):
+    """While it is entered, floating-point tensors are made fake; a context manager.
 
-    Tensors that exist already stay what they are: an operation is fake if one of its arguments is.
+    Tensors that exist already stay real: a result is fake if one of the arguments is.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class Shadow(TorchDispatchMode):
         return self.answer(func, types, args, kwargs or {})
 
     def answer(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """What an operation gives, made while no mode is entered."""
+        """The result of an operation; no mode is entered meanwhile."""
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         tensors = _tensors_in((*args, *kwargs.values()))
@@ -62,8 +61,8 @@ class Shadow(TorchDispatchMode):
         elif not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
         elif func is _aten._local_scalar_dense.default:
-            return _reassuring(args[0])
-        elif func.overloadpacket in _DRAWING:
+            return _harmless_value(args[0])
+        elif func.overloadpacket in _DRAWN:
             out = args[0]
         else:
             if func.overloadpacket in _INDEXING:
@@ -73,19 +72,19 @@ class Shadow(TorchDispatchMode):
         return out
 
     def _of_fakes(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        key = key_of(func, args, kwargs)
-        made = None if key is None else recall(key)
-        if made is not None:
-            return made(self._fake, args)
-        # Not by calling it, which would come here only after it asked the tensors' own class.
+        key = cache_key(func, args, kwargs)
+        make = lookup(key)
+        if make is not None:
+            return make(self._fake, args)
+        # Calling the operation would dispatch to the tensors' own class first.
         out = self._fake.__torch_dispatch__(func, types, args, kwargs)
         if key is not None:
             remember(key, func, args, out)
         return out
 
 
-class ShadowTracker(StorageTracker):
-    """A shadow whose storages are followed: one mode in place of two, since each costs as much as what it does.
+class FakeTensorTracker(StorageTracker):
+    """Fake tensors whose storages are counted: one mode in place of two, since each costs as much as what it does.
 
     Args:
         device: As for `StorageTracker`.
@@ -93,7 +92,7 @@ class ShadowTracker(StorageTracker):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._shadow = Shadow()
+        self._fakes = FakeTensors()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -101,8 +100,8 @@ class ShadowTracker(StorageTracker):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._shadow.answer(func, types, args, kwargs or {})
-        # A device is asked for as often as all else together.
+        out = self._fakes.answer(func, types, args, kwargs or {})
+        # A device is asked for as often as everything else together.
         return self.took_in(out) if func is not torch.ops.prim.device.default else out
 
 
@@ -140,15 +139,15 @@ def _by_number(indices: Any) -> list[Any]:
 
 
 def _note_zeros(func: Any, tensors: list[Tensor], out: Any) -> None:
-    """Remember of storages whether they hold nothing but zeros: what is computed from zeros alone counts as zeros."""
+    """Note on storages whether they hold only zeros; what is computed from zeros alone counts as zeros."""
     operation = func.overloadpacket
     if operation is _aten.any:
         # Of a comparison, which looks for what is wrong, none is true.
         are_zeros = tensors[0].dtype == torch.bool or _is_zero(tensors[0])
     else:
         draws = torch.Tag.nondeterministic_seeded in func.tags
-        follows = bool(tensors) and not draws and operation not in _FORMING and all(map(_is_zero, tensors))
-        are_zeros = operation in _ZEROING or (follows and not _is_bool(out))
+        follows = bool(tensors) and not draws and operation not in _LIKE_ANOTHER and all(map(_is_zero, tensors))
+        are_zeros = operation in _ZEROS or (follows and not _is_bool(out))
     if are_zeros or func._schema.is_mutable:
         for leaf in tree_leaves(out):
             if isinstance(leaf, FakeTensor):
@@ -163,7 +162,7 @@ def _is_zero(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and vars(tensor.untyped_storage()).get("zeros", False)
 
 
-def _reassuring(asked: Tensor) -> bool | int | float:
+def _harmless_value(asked: Tensor) -> bool | int | float:
     """The value of a fake tensor of one element."""
     if asked.dtype == torch.bool:
         return not _is_zero(asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.errors import UserError
 from sophia_galore.memory.budget import Budget
-from sophia_galore.memory.estimate import Forecast
-from sophia_galore.memory.ladder import RUNGS, SHORTER, Changes, Rung
+from sophia_galore.memory.forecast import Forecast
+from sophia_galore.memory.ladder import RUNGS, SHORTER, Changes, Rung, slowdown
+from sophia_galore.memory.out_of_memory import or_what_helps
 from sophia_galore.memory.planner import Planner
-from sophia_galore.memory.slowdown import slowdown
 
 
 @dataclass(frozen=True)
@@ -55,102 +58,125 @@ class Fit:
     forecast: Forecast
 
 
-@dataclass(frozen=True)
-class Fitter:
-    """Finds settings.
+def fit(planner: Planner, config: RunConfig, budget: Budget, *, may_shorten: bool = False, fills: bool = True) -> Fit:
+    """Find settings that fit.
 
     Args:
         planner: Knows what settings need.
+        config: What was asked.
+        budget: What there is.
+        may_shorten: Whether examples may be made shorter, in the end.
+        fills: Whether what is left is used for layers without activation checkpointing, which takes another look.
+
+    Raises:
+        UserError: Something speaks against what was asked.
     """
+    search = _Search(planner, config, budget)
+    search.descend((*RUNGS, SHORTER) if may_shorten else RUNGS)
+    fits = budget.fits(search.needed)
+    if fits:
+        search.ascend(fills=fills)
+    found = search.config
+    return Fit(tuple(search.tries), found if fits else None, _difference(config, found), search.forecast(found))
 
-    planner: Planner
 
-    def fit(self, config: RunConfig, budget: Budget, *, may_shorten: bool = False, fills: bool = True) -> Fit:
-        """Find settings that fit.
+class _Search:
+    """Settings that are changed step by step; each step that helps is noted."""
 
-        Args:
-            config: What was asked.
-            budget: What there is.
-            may_shorten: Whether examples may be made shorter, in the end.
-            fills: Whether what is left is used for kept graphs, which takes another look.
+    def __init__(self, planner: Planner, asked: RunConfig, budget: Budget) -> None:
+        self._planner, self._asked, self._budget = planner, asked, budget
+        self._taken: dict[Rung, Changes] = {}
+        self.tries: list[Try] = []
+        self._take("as asked", asked, {}, *self._need(asked))
 
-        Raises:
-            UserError: Something speaks against what was asked.
-        """
-        asked, taken = config, dict[Rung, Changes]()
-        needed, is_known = self._needed(config, budget)
-        tries = [self._try("as asked", asked, config, {}, needed, budget, is_known=is_known)]
-        for rung, changes in self._descend(config, may_shorten):
-            if budget.fits(needed):
-                break
-            candidate = changed(config, changes)
+    def descend(self, rungs: tuple[Rung, ...]) -> None:
+        """Need less, until it fits."""
+        for rung, changes in self._steps(rungs):
+            if self._budget.fits(self.needed):
+                return
+            candidate = changed(self.config, changes)
             try:
-                less, is_known = self._needed(candidate, budget)
+                needed, is_known = self._need(candidate)
             except UserError:
                 continue  # another setting that was asked for forbids it
-            if is_known and less >= needed:
-                continue
-            config, needed = candidate, less
-            taken[rung] = {**taken.get(rung, {}), **changes}
-            tries.append(self._try(rung.name, asked, config, changes, needed, budget, is_known=is_known))
-        if not budget.fits(needed):
-            return Fit(tuple(tries), None, _difference(asked, config), self._forecast(config))
-        for name, richer in self._ascend(asked, config, budget, taken, fills=fills):
-            difference = _difference(config, richer)
-            config = richer
-            tries.append(self._try(name, asked, config, difference, self._forecast(config).peak_bytes, budget))
-        return Fit(tuple(tries), config, _difference(asked, config), self._forecast(config))
+            if not is_known or needed < self.needed:
+                self._take(rung.name, candidate, changes, needed, is_known)
+                self._taken[rung] = {**self._taken.get(rung, {}), **changes}
 
-    def _needed(self, config: RunConfig, budget: Budget) -> tuple[int, bool]:
-        """What settings need, and whether that is all; where what stays is too much already, nothing is simulated."""
-        standing = self.planner.standing_bytes(config)
-        if not budget.fits(standing):
-            return standing, False
-        return self._forecast(config).peak_bytes, True
+    def ascend(self, *, fills: bool) -> None:
+        """Take back what turned out not to be needed, and use what is left for speed."""
+        values = flatten(self._asked)
+        # The last one was needed, or the way down would have ended before it.
+        for rung, changes in list(self._taken.items())[:-1]:
+            richer = changed(self.config, {key: values[key] for key in changes})
+            if self._budget.fits(self._need(richer)[0]):
+                self._take_richer(f"{rung.name} (back)", richer)
+        if not fills:
+            return
+        most, wanted = self._planner.most_kept_layers(self.config, self._budget), self.config.engine.keep_layers
+        if self.config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
+            self._take_richer("kept layers (rest)", changed(self.config, {"engine.keep_layers": most}))
 
-    def _forecast(self, config: RunConfig) -> Forecast:
-        """What settings need; with auto, before any graph is kept."""
+    def forecast(self, config: RunConfig) -> Forecast:
+        """What settings need; with auto, where all layers use activation checkpointing."""
         is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
-        return self.planner.forecast(config, 0 if is_open else self.planner.keep_layers(config))
+        return self._planner.forecast(config, 0 if is_open else self._planner.keep_layers(config))
 
-    def _descend(self, config: RunConfig, may_shorten: bool) -> Iterator[tuple[Rung, Changes]]:
+    def _need(self, config: RunConfig) -> tuple[int, bool]:
+        """What settings need, and whether that is all; where what stays is too much already, nothing is simulated."""
+        standing = self._planner.standing_bytes(config)
+        if not self._budget.fits(standing):
+            return standing, False
+        return self.forecast(config).peak_bytes, True
+
+    def _steps(self, rungs: tuple[Rung, ...]) -> Iterator[tuple[Rung, Changes]]:
         """Rung after rung, each for as long as it has something to offer."""
-        for rung in (*RUNGS, SHORTER) if may_shorten else RUNGS:
+        config = self._asked
+        for rung in rungs:
             while (changes := rung.step(config)) is not None:
                 yield rung, changes
                 config = changed(config, changes)
 
-    def _ascend(
-        self, asked: RunConfig, config: RunConfig, budget: Budget, taken: Mapping[Rung, Changes], *, fills: bool
-    ) -> Iterator[tuple[str, RunConfig]]:
-        """Take back what turned out not to be needed, and use what is left for speed."""
-        values = flatten(asked)
-        # The last one was needed, or the way down would have ended before it.
-        for rung, changes in list(taken.items())[:-1]:
-            richer = changed(config, {key: values[key] for key in changes})
-            if budget.fits(self._needed(richer, budget)[0]):
-                yield f"{rung.name} (back)", richer
-                config = richer
-        if not fills:
-            return
-        most = self.planner.most_kept_layers(config, budget)
-        wanted = config.engine.keep_layers
-        if config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
-            yield "kept layers (rest)", changed(config, {"engine.keep_layers": most})
+    def _take_richer(self, name: str, config: RunConfig) -> None:
+        self._take(name, config, _difference(self.config, config), self.forecast(config).peak_bytes, True)
 
-    def _try(
-        self,
-        name: str,
-        asked: RunConfig,
-        config: RunConfig,
-        changes: Mapping[str, Any],
-        needed: int,
-        budget: Budget,
-        *,
-        is_known: bool = True,
-    ) -> Try:
-        factor = slowdown(asked, config, self.planner.num_layers)
-        return Try(name, changes, needed, is_known, budget.fits(needed), factor)
+    def _take(self, name: str, config: RunConfig, changes: Mapping[str, Any], needed: int, is_known: bool) -> None:
+        self.config, self.needed = config, needed
+        factor = slowdown(self._asked, config, self._planner.num_layers)
+        self.tries.append(Try(name, changes, needed, is_known, self._budget.fits(needed), factor))
+
+
+def advice(planner: Planner, config: RunConfig) -> str:
+    """What to change after memory ran out.
+
+    Args:
+        planner: Knows what settings need.
+        config: What was asked.
+    """
+    budget = planner.budget(config)
+    if budget is None:
+        return WHAT_HELPS
+    found = fit(planner, config, budget, fills=False)  # somebody waits
+    needed = bytes_in_words(found.forecast.peak_bytes)
+    if found.config is None:
+        enough = bytes_in_words(found.forecast.peak_bytes + budget.reserve_bytes)
+        return (
+            f"No settings fit into memory.limit: with {in_words(found.changes)} {needed} would still be needed. Raise "
+            f"memory.limit to {enough} or more, lower training.max_length, or take a smaller model."
+        )
+    if not found.changes:
+        return or_what_helps(f"By the plan {needed} are enough, so something else takes memory: set memory.reserve")
+    return f"These settings are expected to fit, with {needed}: {in_words(found.changes)}."
+
+
+def in_words(changes: Mapping[str, Any]) -> str:
+    """Settings as the command line takes them.
+
+    Args:
+        changes: Values by dotted key.
+    """
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _difference(before: RunConfig, after: RunConfig) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.memory.fitting import Fit, Fitter
-from sophia_galore.memory.planner import Planner
-from sophia_galore.memory.subject import look_up
+from sophia_galore.memory.fitting import Fit, fit
+from sophia_galore.memory.planner import Planner, find_planner
 
 LIMITS: tuple[int, ...] = tuple(size * 2**30 for size in (4, 6, 8, 12, 16, 24))
 """Cards that people have."""
@@ -39,8 +38,8 @@ def matrix(config: RunConfig, models: Sequence[str], limits: Sequence[int]) -> I
     """
     for model in models:
         asked = changed(config, {"model.name": model})
-        fitter = Fitter(Planner(look_up(asked, _silent, reads_data=False)))
-        yield Row(model, tuple(_cell(fitter, asked, limit) for limit in limits))
+        planner = find_planner(asked, lambda text: None, reads_data=False)  # a table has no room for remarks
+        yield Row(model, tuple(_cell(planner, asked, limit) for limit in limits))
 
 
 def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
@@ -58,27 +57,18 @@ def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _silent(text: str) -> None:
-    """A table has no room for remarks."""
-
-
-def _cell(fitter: Fitter, config: RunConfig, limit: int) -> str | None:
+def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:
     asked = changed(config, {"memory.limit": limit})
-    budget = fitter.planner.budget(asked)
+    budget = planner.budget(asked)
     assert budget is not None  # a limit was given
-    found = fitter.fit(asked, budget)
-    return None if found.config is None else settings_in_words(found, fitter.planner.num_layers)
+    return _settings_in_words(fit(planner, asked, budget), planner.num_layers)
 
 
-def settings_in_words(found: Fit, num_layers: int) -> str:
-    """Settings as short as can be, such as "int8, 8-bit state, rank 64, keeps 4 of 24".
-
-    Args:
-        found: Settings that fit.
-        num_layers: Layers of the model.
-    """
+def _settings_in_words(found: Fit, num_layers: int) -> str | None:
+    """Settings as short as can be, such as "int8, 8-bit state, rank 64, keeps 4 of 24"; None: none fit."""
     config = found.config
-    assert config is not None
+    if config is None:
+        return None
     optimizer = config.optimizer
     words: list[str] = ["int8" if config.quantization.int8 else config.model.store]
     words += [f"{optimizer.state_bits}-bit state"] if optimizer.state_bits < 32 else []

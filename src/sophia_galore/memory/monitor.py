@@ -1,24 +1,21 @@
-"""The memory monitor: how much, in which phase, and what for.
+"""The memory monitor: follows a run's memory by phase and category, and keeps its limit.
 
-A tracker follows every tensor storage during loading, the probe step, the first evaluation and the
-first steps; it tells what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all
-the time. On a CPU there is no such allocator: there the tracker's sum is the peak, and after it was
-taken off only the resident size of the process is read. On a CPU nothing is kept in reserve beyond
-what is allocated, so both numbers are the same there.
+A tracker counts every tensor storage during loading, the probe step, the first evaluation and the first steps; it tells
+what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all the time. A CPU has no
+such allocator: there the tracker's sum is the peak, and later only the resident size of the process is read. On a CPU
+nothing is reserved beyond what is allocated, so both numbers are the same there.
 
-A limit is kept by the allocator on CUDA, and on a CPU by the tracker, which then stays to the end. Copies
-that are made to read or write a checkpoint or a model are not counted: on a GPU they are in host memory.
-When memory runs out, what was in it is noted where that happens, since it is gone when the run ends.
+On CUDA the allocator keeps the limit. On a CPU the tracker keeps it, and then stays to the end. Copies that are made to
+read or write a checkpoint or a model are not counted: on a GPU they are in host memory. When memory runs out, a
+snapshot is taken at once, since what was in memory is gone when the run ends.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Self, get_args
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -28,28 +25,10 @@ from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Pha
 from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
 from sophia_galore.memory.budget import allocator_bytes
-from sophia_galore.memory.out_of_memory import Shortage
-from sophia_galore.memory.report import joined
-from sophia_galore.memory.timeline import StepCourse
-from sophia_galore.memory.tracker import StorageTracker
-
-# What happens within an optimizer step; loading and evaluation are not a step's memory.
-_STEP_PHASES = ("forward", "head", "backward", "step")
-
-
-def process_bytes() -> int:
-    """Resident size of this process, now."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def peak_process_bytes() -> int:
-    """Largest resident size of this process so far."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+from sophia_galore.memory.out_of_memory import Snapshot, or_what_helps
+from sophia_galore.memory.report import STEP_PHASES, Peaks, joined, process_bytes
+from sophia_galore.memory.timeline import StepTimeline
+from sophia_galore.memory.tracker import StorageTracker, state_category
 
 
 class MemoryMonitor(Observer):
@@ -57,7 +36,7 @@ class MemoryMonitor(Observer):
 
     Args:
         device: Where the run's tensors live.
-        asked: What was asked for: for how many steps storages are followed, and the limit.
+        asked: What was asked for: for how many steps storages are counted, and the limit.
     """
 
     def __init__(self, device: torch.device, asked: MemoryConfig) -> None:
@@ -68,38 +47,32 @@ class MemoryMonitor(Observer):
         # To the end, since what is not seen can't be refused.
         self._stays = asked.limit is not None and not self._cuda
         self._tracker = StorageTracker(device) if asked.track_steps or self._stays else None
-        self._course = StepCourse(self._tracker) if self._tracker is not None else None
-        self._entered = False
+        self._timeline = StepTimeline(self._tracker) if self._tracker is not None else None
+        self._entered: StorageTracker | None = None  # the tracker, while it counts
         self.predicted_bytes: int | None = None
         """What was expected to be the peak of tensors."""
         self.expected_step: int | None = None
-        """The step that was expected to need most: its storages are followed too."""
+        """The step that was expected to need most: its storages are counted too."""
         self.earlier: Mapping[str, Any] = {}
         """The report of what the run did before the checkpoint that it goes on from; {}: nothing."""
         self.adaptations: list[str] = []
         """What was changed when memory ran out, in sentences."""
-        self._phases: dict[str, int] = {}
-        self._current: list[Phase] = []
-        self._began: list[Mapping[str, int]] = []
-        self._shortage: Shortage | None = None
         self.names: Callable[[], Mapping[int, str]] = dict
         """Gives the names of storages that have one."""
         self.advice: Callable[[], str] = self._usual_advice
         """Says what to do when memory ran out; what it allocates for that is not counted."""
-        self._peak_bytes = 0
-        self._peak_reserved_bytes = 0
-        self._categories: dict[str, int] = {}
+        self._current: list[tuple[Phase, Mapping[str, int]]] = []  # with the bytes by category at its beginning
+        self._snapshot: Snapshot | None = None
+        self._peaks = Peaks()
         self._tracked_peak_bytes = 0
-        self._step_peak_bytes = 0
-        self._steps: list[dict[str, int | None]] = []
 
     @property
     def watches_tensors(self) -> bool:  # type: ignore[override]
         """Whether tags are of use at the moment."""
-        return self._entered
+        return self._entered is not None
 
     def __enter__(self) -> Self:
-        """Begin to follow storages, where that is what is done, and put the limit into force.
+        """Begin to count storages, where that is what is done, and put the limit into force.
 
         Raises:
             EnvironmentProblem: The limit is more than the GPU has, or leaves nothing to tensors.
@@ -114,55 +87,51 @@ class MemoryMonitor(Observer):
         self._follow()
         return self
 
-    def _follow(self) -> None:
-        if self._tracker is not None and not self._entered:
-            self._tracker.__enter__()
-            self._entered = True
-
     def __exit__(self, *_: object) -> None:
         self.stop()
         if self._cuda and self._limit_bytes is not None:
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
 
+    def _follow(self) -> None:
+        if self._tracker is not None and self._entered is None:
+            self._tracker.__enter__()
+            self._entered = self._tracker
+
     def stop(self) -> None:
-        """Stop following storages; resident size is still read."""
-        if self._tracker is not None and self._entered:
-            self._tracker.__exit__(None, None, None)
-            self._entered = False
+        """Stop counting storages; resident size is still read."""
+        if self._entered is not None:
+            self._entered.__exit__(None, None, None)
+            self._entered = None
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Attribute peaks to this phase inside the context."""
         self._settle()
-        self._current.append(name)
-        self._began.append(dict(self._tracker.by_category) if self._tracker is not None else {})
-        self._shortage = None  # whatever there was before has been overcome
+        self._current.append((name, dict(self._tracker.by_category) if self._tracker is not None else {}))
+        self._snapshot = None  # whatever there was before has been overcome
         self._open()
-        if self._course is not None and self._entered and name in _STEP_PHASES:
-            self._course.enter(name)
+        timeline = self._timeline if self._entered is not None and name in STEP_PHASES else None
         try:
-            yield
+            with timeline.segment(name) if timeline is not None else nullcontext():
+                yield
         except Exception as error:
-            if self._shortage is None and lacks_memory(error):
-                self._shortage = self._look(error)
+            if self._snapshot is None and lacks_memory(error):
+                self._snapshot = self._look(error)
             raise
         finally:
-            if self._course is not None and self._entered and name in _STEP_PHASES:
-                self._course.leave(name)
             self._settle()
             self._current.pop()
-            self._began.pop()
             self._open()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Inside the context tensors are not counted, such as those that are made to read or write a file."""
-        entered = self._entered
+        was_entered = self.watches_tensors
         self.stop()
         try:
             yield
         finally:
-            if entered:
+            if was_entered:
                 self._follow()
 
     @contextmanager
@@ -194,35 +163,32 @@ class MemoryMonitor(Observer):
         Returns:
             An error for the user, with what can be done about it.
         """
-        shortage = self._shortage or self._look(error)
+        snapshot = self._snapshot or self._look(error)
         limit = "" if self._limit_bytes is None else f"memory.limit ({bytes_in_words(self._limit_bytes)})"
         if limit and self._reserve_bytes:
             limit += f" less memory.reserve ({bytes_in_words(self._reserve_bytes)})"
         with self.apart():  # advice may be found by trying things out
-            return OutOfMemory(what + shortage.in_words(error, limit), self.advice())
+            return OutOfMemory(what + snapshot.explain(error, limit), self.advice())
 
-    def _look(self, error: BaseException) -> Shortage:
+    def _look(self, error: BaseException) -> Snapshot:
         """How things stand; at the moment of the refusal, if it was one."""
-        counts = self._tracker is not None and self._entered
         refusal = self._tracker.refusal if self._tracker is not None and isinstance(error, OutOfMemory) else None
-        held = refusal.held if refusal else self._tracker.held() if self._tracker is not None and counts else None
-        phase, before = (self._current[-1], self._began[-1]) if self._current else (None, {})
-        return Shortage(phase, before, held, refusal, self.names())
+        held = refusal.held if refusal else self._entered.held() if self._entered is not None else None
+        phase, before = self._current[-1] if self._current else (None, {})
+        return Snapshot(phase, before, held, refusal, self.names())
 
     def _usual_advice(self) -> str:
-        if self._limit_bytes is None:
-            return WHAT_HELPS
-        return f"Raise memory.limit, or {WHAT_HELPS[0].lower()}{WHAT_HELPS[1:]}"
+        return WHAT_HELPS if self._limit_bytes is None else or_what_helps("Raise memory.limit")
 
     def tag(self, tensor: Tensor, category: Category) -> None:
         """Count this tensor under `category`."""
-        if self._entered and self._tracker is not None:
-            self._tracker.tag(tensor, category)
+        if self._entered is not None:
+            self._entered.tag(tensor, category)
 
     def tag_state(self, named_state: Iterable[tuple[str, Tensor]]) -> None:
         """Count an optimizer's state tensors as state or as projections."""
         for name, tensor in named_state:
-            self.tag(tensor, "projections" if "/basis" in name else "optimizer state")
+            self.tag(tensor, state_category(name))
 
     def end_step(self, step: int) -> dict[str, int | None]:
         """Note a step's peak.
@@ -234,22 +200,17 @@ class MemoryMonitor(Observer):
             `allocated_bytes` and `reserved_bytes` (None where they were not measured), `process_bytes`.
         """
         self._settle()
-        allocated: int | None = self._step_peak_bytes or None
-        reserved = int(torch.cuda.memory_reserved(self._device)) if self._cuda else allocated
+        allocated = self._peaks.take_step()
         record: dict[str, int | None] = {
             "allocated_bytes": allocated,
-            "reserved_bytes": reserved,
+            "reserved_bytes": int(torch.cuda.memory_reserved(self._device)) if self._cuda else allocated,
             "process_bytes": process_bytes(),
         }
-        self._steps.append({"step": step, **record})
-        if self._course is not None:
-            self._course.end_step(step)
-        self._step_peak_bytes = 0
-        if (
-            self._stays
-            or len(self._steps) < self._track_steps
-            or (self._track_steps and step + 1 == self.expected_step)
-        ):
+        self._peaks.steps.append({"step": step, **record})
+        if self._timeline is not None:
+            self._timeline.end_step(step)
+        is_expected = self._track_steps > 0 and step + 1 == self.expected_step
+        if self._stays or is_expected or len(self._peaks.steps) < self._track_steps:
             self._follow()
         else:
             self.stop()
@@ -262,44 +223,35 @@ class MemoryMonitor(Observer):
             Most bytes that were allocated in the phases of a step; None where they were not measured.
         """
         self._settle()
-        if self._course is not None:
-            self._course.forget()
-        peak, self._step_peak_bytes = self._step_peak_bytes, 0
-        return peak or None
+        if self._timeline is not None:
+            self._timeline.forget()
+        return self._peaks.take_step()
 
     def report(self) -> dict[str, Any]:
         """Everything that was measured in all parts of the run, as plain data."""
-        report = self._report()
-        return joined(self.earlier, report) if self.earlier else report
-
-    def _report(self) -> dict[str, Any]:
         self._settle()
-        if self._cuda:
-            measured_by = "CUDA allocator (categories: storage tracker, loading to the first steps)"
-        elif self._stays:
-            measured_by = "storage tracker (the whole run)"
-        elif self._tracker is not None:
-            measured_by = f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps"
-            later = self.expected_step if (self.expected_step or 0) > self._track_steps else None
-            measured_by += f", step {later})" if later else ")"
-        else:
-            measured_by = "resident size of the process"
-        return {
+        report = {
             "device": torch.cuda.get_device_name(self._device) if self._cuda else "cpu",
-            "measured_by": measured_by,
+            "measured_by": self._measured_by(),
             "limit_bytes": self._limit_bytes,
             "predicted_peak_bytes": self.predicted_bytes,
             "predicted_ratio": self._ratio(),
             "adaptations": self.adaptations,
-            "peak_allocated_bytes": self._peak_bytes or peak_process_bytes(),
-            "peak_reserved_bytes": (self._peak_reserved_bytes if self._cuda else self._peak_bytes)
-            or peak_process_bytes(),
-            "peak_process_bytes": peak_process_bytes(),
-            "phases": {phase: self._phases.get(phase, 0) for phase in get_args(Phase)},
-            "categories": {category: self._categories.get(category, 0) for category in get_args(Category)},
-            "steps": self._steps,
-            "timeline": self._course.highest if self._course is not None else None,
+            **self._peaks.as_json(),
+            "timeline": self._timeline.highest if self._timeline is not None else None,
         }
+        return joined(self.earlier, report) if self.earlier else report
+
+    def _measured_by(self) -> str:
+        if self._cuda:
+            return "CUDA allocator (categories: storage tracker, loading to the first steps)"
+        if self._stays:
+            return "storage tracker (the whole run)"
+        if self._tracker is None:
+            return "resident size of the process"
+        expected = self.expected_step or 0
+        later = f", step {expected}" if expected > self._track_steps else ""
+        return f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps{later})"
 
     def _ratio(self) -> float | None:
         """What was expected, as a multiple of what was measured.
@@ -307,36 +259,27 @@ class MemoryMonitor(Observer):
         None where tensors were not measured, the step that was expected to need most was not among them, or less was
         taken at once than had been expected.
         """
-        measured = {record["step"] for record in self._steps if record["allocated_bytes"] is not None}
+        measured = {record["step"] for record in self._peaks.steps if record["allocated_bytes"] is not None}
         if self.predicted_bytes is None or self.expected_step not in measured or self.adaptations:
             return None
-        return round(self.predicted_bytes / self._peak_bytes, 4)
+        return round(self.predicted_bytes / self._peaks.allocated_bytes, 4)
 
     def _settle(self) -> None:
         """Credit the peak since the last change of phase to the phase that ends."""
-        tracker = self._tracker if self._entered else None
+        tracker = self._entered
         if tracker is not None and tracker.peak_bytes > self._tracked_peak_bytes:
-            self._tracked_peak_bytes, self._categories = tracker.peak_bytes, dict(tracker.peak_by_category)
+            self._tracked_peak_bytes, self._peaks.categories = tracker.peak_bytes, dict(tracker.peak_by_category)
+        phase = self._current[-1][0] if self._current else None
         if self._cuda:
-            peak = int(torch.cuda.max_memory_allocated(self._device))
-            self._peak_reserved_bytes = max(
-                self._peak_reserved_bytes, int(torch.cuda.max_memory_reserved(self._device))
-            )
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            self._peaks.add(phase, int(allocated(self._device)), int(reserved(self._device)))
         elif tracker is not None:
-            peak = tracker.peak_bytes
-        else:
-            return
-        self._peak_bytes = max(self._peak_bytes, peak)
-        if self._current:
-            phase = self._current[-1]
-            self._phases[phase] = max(self._phases.get(phase, 0), peak)
-            if phase in _STEP_PHASES:
-                self._step_peak_bytes = max(self._step_peak_bytes, peak)
+            self._peaks.add(phase, tracker.peak_bytes, tracker.peak_bytes)
 
     def _open(self) -> None:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._tracker is not None:
-            self._tracker.default = PHASE_CATEGORY[self._current[-1]] if self._current else "other"
-            if self._entered:
+            self._tracker.default = PHASE_CATEGORY[self._current[-1][0]] if self._current else "other"
+            if self._entered is not None:
                 self._tracker.reset_peak()

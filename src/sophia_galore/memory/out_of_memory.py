@@ -1,4 +1,4 @@
-"""Explaining why memory ran out: in which phase, what grew, and what is largest."""
+"""Explains why memory ran out: in which phase, what grew, and what is largest."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.observe import Phase
+from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.errors import short
 from sophia_galore.memory.tracker import Held, Live, Refusal, StorageTracker
 from sophia_galore.model.frozen import Frozen8bit
@@ -27,8 +28,8 @@ _PHASES: dict[Phase, str] = {
 
 
 @dataclass(frozen=True)
-class Shortage:
-    """How things stood when memory ran out.
+class Snapshot:
+    """The state of memory when it ran out.
 
     Args:
         phase: What the run was doing; None: between phases.
@@ -44,22 +45,21 @@ class Shortage:
     refusal: Refusal | None
     names: Mapping[int, str]
 
-    def in_words(self, error: BaseException, limit: str) -> str:
-        """What is to be said after "Out of memory", on one line.
+    def explain(self, error: BaseException, limit: str) -> str:
+        """What follows "Out of memory", on one line.
 
         Args:
             error: What was raised.
             limit: The limit in words, such as "memory.limit (4 GiB)"; "" if there is none.
         """
-        said = f"{short(error)}." + (f" The limit is {limit}." if limit else "")
-        sentences = [self._asked(limit) if self.refusal else said, self._growth(), self._largest()]
+        if self.refusal is not None:
+            asked = f"{bytes_in_words(self.refusal.asked_bytes)} more ({_form(self.refusal.shape, self.refusal.dtype)})"
+            taken = bytes_in_words(self.refusal.held.allocated_bytes)
+            cause = f"{asked} do not fit into {limit}, {taken} are taken."
+        else:
+            cause = f"{short(error)}." + (f" The limit is {limit}." if limit else "")
         place = f", {_PHASES[self.phase]}" if self.phase else ""
-        return f"{place}: " + " ".join(filter(None, sentences))
-
-    def _asked(self, limit: str) -> str:
-        assert self.refusal is not None
-        asked = f"{bytes_in_words(self.refusal.asked_bytes)} more ({_form(self.refusal.shape, self.refusal.dtype)})"
-        return f"{asked} do not fit into {limit}, {bytes_in_words(self.refusal.held.allocated_bytes)} are taken."
+        return f"{place}: " + " ".join(filter(None, [cause, self._growth(), self._largest()]))
 
     def _growth(self) -> str:
         if self.held is None or self.phase is None:
@@ -68,9 +68,9 @@ class Shortage:
         most = max(grown, key=lambda name: grown[name], default=None)
         if most is None or grown[most] <= 0:
             return ""
-        before, now = self.before.get(most, 0), self.held.by_category[most]
+        before, now = bytes_in_words(self.before.get(most, 0)), bytes_in_words(self.held.by_category[most])
         what = "other tensors" if most == "other" else most
-        return f"Since that began, {what} grew most, from {bytes_in_words(before)} to {bytes_in_words(now)}."
+        return f"Since that began, {what} grew most, from {before} to {now}."
 
     def _largest(self) -> str:
         if self.held is None or not self.held.largest:
@@ -80,6 +80,11 @@ class Shortage:
     def _tensor(self, storage_key: int, live: Live) -> str:
         name = self.names.get(storage_key, live.category)
         return f"{name} ({_form(live.shape, live.dtype)}, {bytes_in_words(live.num_bytes)})"
+
+
+def or_what_helps(remedy: str) -> str:
+    """A remedy, and after it the usual ones."""
+    return f"{remedy}, or {WHAT_HELPS[0].lower()}{WHAT_HELPS[1:]}"
 
 
 def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, str]:
@@ -94,7 +99,7 @@ def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, st
         if isinstance(weight, torch.Tensor):
             tensors[name] = weight
         elif not isinstance(weight, Frozen8bit):
-            # The factors of a remainder are the optimizer's state.
+            # The factors of updates that are not folded in yet are the optimizer's state.
             packed = weight.base if isinstance(weight, FoldedTensor) else weight
             tensors |= {f"{name}{ending}": tensor for ending, tensor in packed.tensors().items()}
     return {StorageTracker.storage_key(tensor): name for name, tensor in tensors.items()}

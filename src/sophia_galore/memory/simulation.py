@@ -1,4 +1,4 @@
-"""The real engine and the real optimizer, run without memory on a model of few layers."""
+"""The engine and the optimizer themselves, run on fake tensors and on a model of few layers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Any
 
 import torch
 
-from sophia_galore.config import RunConfig
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
-from sophia_galore.engine.stepper import ClipBy, Stepper
-from sophia_galore.memory.composition import PassTrace, minus, parse_passes
-from sophia_galore.memory.fake_tensors import ShadowTracker
-from sophia_galore.memory.timeline import Recorder, Segment, Sizes
+from sophia_galore.engine.stepper import Stepper
+from sophia_galore.memory.composition import PassTrace, minus, split_passes
+from sophia_galore.memory.fake_tensors import FakeTensorTracker
+from sophia_galore.memory.timeline import Recorder, Sizes
+from sophia_galore.memory.tracker import state_category
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.model.store import DTYPES, WeightStore
 from sophia_galore.numerics.int8 import Int8Format, Int8Tensor, Stored
 from sophia_galore.optim.move import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.plan.decisions import Decisions
+from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.route import Route, frozen_names
 from sophia_galore.plan.routes import int8_format
 
@@ -31,11 +34,11 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class FewLayers:
-    """A model with some of another one's layers.
+    """A model that has some layers of another one.
 
     Args:
         anatomy: Its parts, parameters on the meta device.
-        routes: What happens to its parameters: as in the whole model, under the names that they have here.
+        routes: How its parameters are trained: as in the whole model, under their names here.
     """
 
     anatomy: Anatomy
@@ -43,37 +46,31 @@ class FewLayers:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a step depends on beside the model and the batches.
-
-    Args:
-        config: What was asked.
-        compute_dtype: Precision of the arithmetic.
-        logits_chunk_bytes: Bytes of float32 logits that are worked on at once.
-        clip_by: What gradients are clipped by.
-        curvature_every: Steps between two estimates of the curvature; 0: none.
-    """
-
-    config: RunConfig
-    compute_dtype: torch.dtype
-    logits_chunk_bytes: int
-    clip_by: ClipBy
-    curvature_every: int
-
-
-@dataclass(frozen=True)
 class Simulated:
     """What was seen.
 
     Args:
-        steps: For each step that was asked for, its passes.
-        batches: Bytes by category of the micro-batches themselves.
+        steps: For each step that was asked for, its passes through the model.
         evaluation: Bytes by category that an evaluation takes beside what stands; None: none was asked for.
     """
 
     steps: tuple[tuple[PassTrace, ...], ...]
-    batches: Sizes
     evaluation: Sizes | None
+
+
+def by_layer(routes: Sequence[Route], names: Sequence[str]) -> tuple[dict[str, list[Route]], list[Route]]:
+    """Routes of each layer, and of what is in no layer.
+
+    Args:
+        routes: The model's routes.
+        names: Its layers, as prefixes of their parameters' names without the final dot.
+    """
+    of_layer: dict[str, list[Route]] = {name: [] for name in names}
+    around: list[Route] = []
+    for route in routes:
+        layer = next((name for name in names if route.name.startswith(f"{name}.")), None)
+        (around if layer is None else of_layer[layer]).append(route)
+    return of_layer, around
 
 
 def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]) -> FewLayers:
@@ -91,18 +88,14 @@ def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str]
     if types:
         config.layer_types = [types[index] for index in chosen]
     anatomy = build_skeleton(config, _CPU)
-    of_layer: dict[str, list[Route]] = {name: [] for name in names}
-    around: list[Route] = []
-    for route in routes:
-        layer = next((name for name in names if route.name.startswith(f"{name}.")), None)
-        (around if layer is None else of_layer[layer]).append(route)
+    of_layer, around = by_layer(routes, names)
     inside = [
         _renamed(route, here + route.name.removeprefix(names[index]))
         for index, here in zip(chosen, anatomy.layer_names, strict=True)
         for route in of_layer[names[index]]
     ]
     by_name = {route.name: route for route in (*around, *inside)}
-    # In the model's order, in which a store goes through its weights.
+    # In the order of the model, in which a store goes through its weights.
     return FewLayers(anatomy, tuple(by_name[name] for name in anatomy.parameter_shapes()))
 
 
@@ -112,7 +105,7 @@ def _renamed(route: Route, name: str) -> Route:
 
 def simulate(
     model: FewLayers,
-    settings: Settings,
+    decided: Decisions,
     batches: Sequence[MicroBatch],
     steps: Sequence[int],
     *,
@@ -120,21 +113,20 @@ def simulate(
     keep_layers: int = 0,
     probes: bool = False,
 ) -> Simulated:
-    """Take steps without memory, and write down what each phase would have needed.
+    """Run the engine and the optimizer on fake tensors, and record what each phase would have needed.
 
     Args:
         model: The model.
-        settings: What else a step depends on.
+        decided: What is done in a step.
         batches: The micro-batches of each step; their integers are real.
         steps: Numbers of the steps.
         eval_batches: What is evaluated at once; empty: nothing is.
-        keep_layers: So many of the model's last layers keep their graphs.
+        keep_layers: So many of the model's last layers run without activation checkpointing.
         probes: Whether to take a probe step in place of each step.
     """
-    config = settings.config
-    tracker = ShadowTracker(_CPU)
+    config = decided.facts.config
+    tracker = FakeTensorTracker(_CPU)
     recorder = Recorder(tracker)
-    num_layers = len(model.anatomy.layers)
     with two_blocks_of_each(), tracker:
         store = _empty_store(model.routes, int8_format(config.quantization))
         specs = [route.spec for route in model.routes if route.spec]
@@ -142,15 +134,15 @@ def simulate(
         for weight in store.tensors().values():
             tracker.tag(weight, "weights")
         for name, state in optimizer.named_state().items():
-            tracker.tag(state, "projections" if "/basis" in name else "optimizer state")
+            tracker.tag(state, state_category(name))
         engine = LayerwiseEngine(
             model.anatomy,
             store,
-            compute_dtype=settings.compute_dtype,
+            compute_dtype=decided.compute_dtype,
             device=_CPU,
             seed=config.training.seed,
             observer=recorder,
-            logits_chunk_bytes=settings.logits_chunk_bytes,
+            logits_chunk_bytes=_logits_chunk_bytes(decided.facts),
             keep_layers=keep_layers,
             on_oom=config.memory.on_oom,
             frozen=frozen_names(model.routes),
@@ -160,19 +152,18 @@ def simulate(
             engine,
             optimizer,
             store,
-            clip_by=settings.clip_by,
-            curvature_every=settings.curvature_every,
+            clip_by=decided.clip_by,
+            curvature_every=decided.curvature_every,
             max_grad_norm=config.training.max_grad_norm,
         )
         evaluation = None
         if eval_batches:
             engine.evaluate(eval_batches)
-            evaluation = _difference(recorder.take())
-        standing = Sizes(tracker.by_category)
+            (segment,) = recorder.take()
+            evaluation = minus(segment.peak, segment.entry)
         own = [_copy(batch) for batch in batches]
-        of_batches = minus(tracker.by_category, standing)
         passes: list[tuple[PassTrace, ...]] = []
-        held = {spec.name: spec.held_shape for spec in specs} if settings.clip_by == "model" else {}
+        held = {spec.name: spec.held_shape for spec in specs} if decided.clip_by == "model" else {}
         for step in steps:
             if probes:
                 take_probe(
@@ -187,11 +178,18 @@ def simulate(
                 )
             else:
                 stepper.take(own, step=step, factor=1.0)
-            passes.append(parse_passes(recorder.take(), num_layers))
-    return Simulated(tuple(passes), of_batches, evaluation)
+            passes.append(split_passes(recorder.take(), len(model.anatomy.layers)))
+    return Simulated(tuple(passes), evaluation)
+
+
+def _logits_chunk_bytes(facts: Facts) -> int:
+    """Bytes of float32 logits that are worked on at once: as asked, or as suits the device."""
+    asked = facts.config.memory.logits_chunk_mib * 2**20
+    return asked or default_chunk_bytes(torch.device(facts.device.place))
 
 
 def _copy(batch: MicroBatch) -> MicroBatch:
+    """Tensors of its own, which are counted."""
     mask = batch.attention_mask
     return replace(
         batch,
@@ -199,11 +197,6 @@ def _copy(batch: MicroBatch) -> MicroBatch:
         labels=batch.labels.clone(),
         attention_mask=None if mask is None else mask.clone(),
     )
-
-
-def _difference(segments: Sequence[Segment]) -> Sizes:
-    (segment,) = segments
-    return minus(segment.peak, segment.entry)
 
 
 def _empty_store(routes: Sequence[Route], form: Int8Format) -> WeightStore:

@@ -1,4 +1,4 @@
-"""The course of memory through a step, cut where the engine says that something else begins."""
+"""Memory over one step, cut into segments where the engine enters another phase."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ Sizes = Counter[str]
 
 @dataclass(frozen=True)
 class Segment:
-    """What happens from the beginning of one phase to that of the next.
+    """One phase of a step.
 
     Args:
         phase: Which phase.
-        entry: What is alive at the beginning.
+        entry: What is alive at its beginning.
         peak: What is alive when most is.
-        exit: What is alive at the end.
+        exit: What is alive at its end.
+        times_s: When it begins and ends, in seconds since the step began; None: not known.
     """
 
     phase: Phase
     entry: Sizes
     peak: Sizes
     exit: Sizes
+    times_s: tuple[float, float] | None = None
 
 
 class Recorder(Observer):
-    """Writes down segments; what precedes the first phase is in none. For steps whose numbers do not matter.
+    """Records segments of simulated steps; what precedes the first phase is in none.
 
     Args:
         tracker: Counts; is entered while the engine runs.
@@ -51,7 +53,7 @@ class Recorder(Observer):
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """A new segment begins."""
+        """A new segment begins; it lasts until the next one does."""
         self._end_segment()
         self._begun = name, Counter(self._tracker.by_category)
         self._tracker.default = PHASE_CATEGORY[name]
@@ -77,67 +79,70 @@ class Recorder(Observer):
 
     def _end_segment(self) -> None:
         if self._begun is not None:
-            phase, entry = self._begun
             peak, left = Counter(self._tracker.peak_by_category), Counter(self._tracker.by_category)
-            self._segments.append(Segment(phase, entry, peak, left))
+            self._segments.append(Segment(*self._begun, peak, left))
         self._tracker.reset_peak()
 
 
-class StepCourse:
-    """The course of one optimizer step, as the points of a picture; of several steps, that of the highest peak.
+class StepTimeline:
+    """Memory and time over a step of a real run; of several steps, the one with the highest peak is kept.
 
     Args:
-        tracker: Counts.
+        tracker: Counts; whoever enters a segment resets its peak.
     """
 
     def __init__(self, tracker: StorageTracker) -> None:
         self._tracker = tracker
         self._begun_s: float | None = None
-        self._phase_begun_s = 0.0
-        self._points: list[dict[str, Any]] = []
-        self._peak_bytes = self._highest_bytes = 0
+        self._segments: list[Segment] = []
+        self._highest_bytes = 0
         self.highest: dict[str, Any] | None = None
-        """`step`, and `points` of `time_s` since its beginning, `phase`, and bytes by category; None: there is none."""
+        """`step` and `points` of the step with the highest peak; None: there is none."""
 
-    def enter(self, phase: Phase) -> None:
-        """A phase of a step begins."""
-        self._phase_begun_s = time.perf_counter()
+    @contextmanager
+    def segment(self, phase: Phase) -> Iterator[None]:
+        """A phase of a step lasts as long as the context; these contexts do not nest."""
+        entered_s, entry = time.perf_counter(), Counter(self._tracker.by_category)
         if self._begun_s is None:
-            self._begun_s = self._phase_begun_s
-        self._add(phase, self._phase_begun_s, self._tracker.by_category)
-
-    def leave(self, phase: Phase) -> None:
-        """It ends. At which moment of it most was allocated is not known: the middle stands for it."""
-        now = time.perf_counter()
-        self._peak_bytes = max(self._peak_bytes, self._tracker.peak_bytes)
-        self._add(phase, (self._phase_begun_s + now) / 2, self._tracker.peak_by_category)
-        self._add(phase, now, self._tracker.by_category)
+            self._begun_s = entered_s
+        begun_s = self._begun_s
+        try:
+            yield
+        finally:
+            peak, left = Counter(self._tracker.peak_by_category), Counter(self._tracker.by_category)
+            times_s = entered_s - begun_s, time.perf_counter() - begun_s
+            self._segments.append(Segment(phase, entry, peak, left, times_s))
 
     def end_step(self, step: int) -> None:
         """All phases of a step are over."""
-        if self._points and self._peak_bytes > self._highest_bytes:
-            self._highest_bytes = self._peak_bytes
-            self.highest = {"step": step, "points": self._points}
+        peak_bytes = max((segment.peak.total() for segment in self._segments), default=0)
+        if peak_bytes > self._highest_bytes:
+            self._highest_bytes = peak_bytes
+            self.highest = {"step": step, "points": points_of(self._segments)}
         self.forget()
 
     def forget(self) -> None:
         """What came so far belongs to no step."""
-        self._begun_s, self._points, self._peak_bytes = None, [], 0
-
-    def _add(self, phase: Phase, moment_s: float, sizes: Sizes) -> None:
-        assert self._begun_s is not None
-        alive = {category: size for category, size in sizes.items() if size > 0}
-        self._points.append({"time_s": round(moment_s - self._begun_s, 6), "phase": phase, "categories": alive})
+        self._begun_s, self._segments = None, []
 
 
 def points_of(segments: Sequence[Segment]) -> list[dict[str, Any]]:
-    """The points of a picture of segments whose time is not known, in their order.
+    """A step as plain data, for files and pictures: three points a segment.
 
     Args:
-        segments: Of one step.
+        segments: Of one step, in their order.
+
+    Returns:
+        For each point its `phase`, its `categories` in bytes and, where that is known, its `time_s`. When a segment
+        has its peak is not known: the middle stands for it.
     """
-    return [
-        {"phase": segment.phase, "categories": {key: size for key, size in sizes.items() if size > 0}}
-        for segment in segments
-        for sizes in (segment.entry, segment.peak, segment.exit)
-    ]
+    points: list[dict[str, Any]] = []
+    for segment in segments:
+        times: list[dict[str, Any]] = [{}, {}, {}]
+        if segment.times_s is not None:
+            begin_s, end_s = segment.times_s
+            times = [{"time_s": round(moment_s, 6)} for moment_s in (begin_s, (begin_s + end_s) / 2, end_s)]
+        for moment, sizes in zip(times, (segment.entry, segment.peak, segment.exit), strict=True):
+            alive = {category: size for category, size in sizes.items() if size > 0}
+            points.append({**moment, "phase": segment.phase, "categories": alive})
+    return points

@@ -1,12 +1,12 @@
-"""Counting live tensor storages, on any device, and refusing those that would be too many.
+"""Counts live tensor storages on any device, and refuses those that exceed a limit.
 
-A dispatch mode sees the result of every tensor operation; a weak reference to its storage tells when
-it dies. Sums are kept by category, and the largest sum is remembered with its composition. What an
-operation allocates and frees inside itself (a library's workspace) is not seen.
+A dispatch mode sees the result of every tensor operation; a weak reference to its storage tells when it is freed. Sums
+are kept by category, and the largest sum with its categories. What an operation allocates and frees inside itself (a
+library's workspace) is not seen.
 
-With a limit, a result that would bring the sum above it is dropped, not counted and not handed on; the
-operation raises instead. So the numbers stay right, and whoever catches the error can go on with less.
-It is the caller's to let go of the error first: its traceback holds what the failed calls had in hand.
+With a limit, a result that would exceed it is dropped and not counted, and the operation raises. So the numbers stay
+right, and whoever catches the error can go on with less. The caller has to drop the error first: its traceback holds
+the tensors of the failed calls.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ from sophia_galore.engine.observe import Category
 from sophia_galore.errors import OutOfMemory
 
 
+def state_category(name: str) -> Category:
+    """What a tensor of the optimizer's state counts as, by its name."""
+    return "projections" if "/basis" in name else "optimizer state"
+
+
 class Live(NamedTuple):
     """A storage that is alive.
 
     Args:
-        reference: To the storage; weak.
+        reference: A weak reference to the storage.
         num_bytes: Its size.
         category: What it is for.
-        born: Which storage it was, counted from 1.
+        born: How many storages were counted before it, and it.
         shape: Shape of the tensor that it was first seen with.
         dtype: That tensor's dtype.
     """
@@ -105,7 +110,9 @@ class StorageTracker(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Start a new peak at what is allocated now."""
-        self._set_peak()
+        self.peak_bytes = self.allocated_bytes
+        self._born_at_peak = self._born
+        self.peak_by_category = Counter({key: value for key, value in self.by_category.items() if value})
 
     def held(self) -> Held:
         """What is alive now."""
@@ -137,10 +144,10 @@ class StorageTracker(TorchDispatchMode):
         if live.category == category:
             return
         self._live[storage_key] = live._replace(category=category)
-        self._move(self.by_category, live.category, category, live.num_bytes)
-        if live.born <= self._born_at_peak:
-            # Alive now and there then: a tensor gets its name only after it was made, which may be the peak.
-            self._move(self.peak_by_category, live.category, category, live.num_bytes)
+        # A storage that was alive at the peak moves there too: it was made before anyone could say what it is for.
+        for counts in (self.by_category, *([self.peak_by_category] if live.born <= self._born_at_peak else [])):
+            counts[live.category] -= live.num_bytes
+            counts[category] += live.num_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.took_in(func(*args, **(kwargs or {})))
@@ -157,7 +164,7 @@ class StorageTracker(TorchDispatchMode):
         Raises:
             OutOfMemory: It is beyond the limit.
         """
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor):  # nearly always, and faster than asking for leaves
             fits = self._add(out, self.default)
         else:
             fits = all(self._add(leaf, self.default) for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
@@ -214,14 +221,4 @@ class StorageTracker(TorchDispatchMode):
         self.by_category[category] += num_bytes
         self.allocated_bytes += num_bytes
         if self.allocated_bytes > self.peak_bytes:
-            self._set_peak()
-
-    def _set_peak(self) -> None:
-        self.peak_bytes = self.allocated_bytes
-        self._born_at_peak = self._born
-        self.peak_by_category = Counter({key: value for key, value in self.by_category.items() if value})
-
-    @staticmethod
-    def _move(counts: Counter[str], old: str, new: str, num_bytes: int) -> None:
-        counts[old] -= num_bytes
-        counts[new] += num_bytes
+            self.reset_peak()

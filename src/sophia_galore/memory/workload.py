@@ -1,4 +1,7 @@
-"""The micro-batches that memory is planned for: the data's largest or, where the data are not known, the worst."""
+"""What is simulated: the micro-batches and the steps of which one needs most memory.
+
+The micro-batches are the largest of the data or, where the data are not known, the largest that the settings allow.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ from sophia_galore.config.data_source import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
+from sophia_galore.optim.spec import SubspaceSpec
+from sophia_galore.plan.route import Route
 
 _MOST_BATCHES = 8
-"""So many micro-batches are run as they are; what more of them take is computed from what these do."""
+"""So many micro-batches are run as they are; the memory of more is extrapolated."""
+_MOST_STEPS = 4096
+"""So many steps are searched for the one that needs most."""
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a run works on at once.
 
     Args:
@@ -36,12 +43,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Sample:
-    """Fewer micro-batches, from which follows what all of them take.
+    """Few micro-batches, from which the memory of all is extrapolated.
 
     Args:
         fewer: Some micro-batches; empty: `more` is all.
         more: More of them.
-        factor: How many times what `more` has beyond `fewer` has to be added to `more`.
+        factor: How many times the difference of `more` and `fewer` is added to `more`.
     """
 
     fewer: tuple[MicroBatch, ...]
@@ -49,8 +56,8 @@ class Sample:
     factor: float
 
 
-def load_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Load:
-    """What a run works on: its largest step, its probe step, and what is evaluated first, which is the longest.
+def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Workload:
+    """A run's largest step, its probe step, and what is evaluated first, which is the longest.
 
     Args:
         config: What was asked.
@@ -71,42 +78,32 @@ def load_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: in
     words = (
         f"the {what} of {sources_in_words(config.data.train)}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
     )
-    return Load(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
+    return Workload(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
 
 
-def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
-    return sorted((*batch.input_ids.shape, batch.num_counted, _squares(batch)) for batch in batches)
-
-
-def _squares(batch: MicroBatch) -> int:
-    """What attention takes grows with it where it forms scores."""
-    rows, width = batch.input_ids.shape
-    return rows * width**2 if batch.lengths is None else sum(length**2 for row in batch.lengths for length in row)
-
-
-def assumed_load(config: RunConfig, vocab_size: int) -> Load:
-    """What a step works on at worst.
+def largest_workload(config: RunConfig, vocab_size: int) -> Workload:
+    """The largest that the settings allow.
 
     Args:
         config: What was asked.
-        vocab_size: Words that the model knows.
+        vocab_size: Size of the model's vocabulary.
     """
     training = config.training
     size, together, length = training.batch_size, training.gradient_accumulation_steps, training.max_length
     batches = full_batches(size, together, length, vocab_size)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     source = f"examples of training.max_length: {together} x {size} x {length} tokens"
-    return Load(batches, (), batches if evaluates else (), source)
+    return Workload(batches, (), batches if evaluates else (), source)
 
 
 def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
-    """Micro-batches in which every example is as long as can be, every token counts, and as few as can be are alike.
+    """Micro-batches without padding in which every token counts; as few tokens as possible are equal.
 
     Args:
         batch_size: Examples in a micro-batch.
         num_batches: Micro-batches in a step.
         length: Tokens of each example.
-        vocab_size: Words that there are.
+        vocab_size: Number of different tokens.
     """
     tokens = torch.arange(num_batches * batch_size * length).remainder_(vocab_size)
     batches: list[MicroBatch] = []
@@ -125,15 +122,62 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
     """
     if len(batches) <= _MOST_BATCHES:
         return Sample((), tuple(batches), 0.0)
-    # What memory a phase takes grows with the tokens of all, or with the counted ones, and has a part that depends on
-    # the largest micro-batch alone.
-    largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_squares(batch)))
+    # The memory of a phase grows with the tokens of all micro-batches, or with the counted ones; a part of it depends
+    # on the largest micro-batch alone.
+    largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_scores(batch)))
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
     half, most = _MOST_BATCHES // 2, _MOST_BATCHES
     wanted = 1 + num_tokens / usual.input_ids.numel()
     usual = _counting(usual, sum(batch.num_counted for batch in rest) / (wanted - 1))
     return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))
+
+
+def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps: int) -> list[int]:
+    """Numbers of the steps of which one needs most memory.
+
+    At the first step every basis is made, for which full gradients are formed. Later, where only the projected gradient
+    is formed, that of a tied head waits from the head's turn to the embedding's. Most is then needed by a step that
+    refreshes no basis of the head, and some in the last layer, whose turn comes next.
+
+    Args:
+        around: Routes of what is in no layer.
+        last: Routes of the last layer, or of the last one that is trained.
+        num_steps: Steps of the run.
+    """
+    subspaces = [subspace for route in (*around, *last) if (subspace := _subspace(route))]
+    # Refreshes come round again after this many steps, or those of the first octaves have been seen.
+    horizon = min(num_steps, _MOST_STEPS, max((2 * subspace.gap for subspace in subspaces), default=1))
+    head = [subspace for route in around if (subspace := _subspace(route))]
+    steps = {1}
+    if any(subspace.fast for subspace in subspaces):
+        waiting = [
+            step
+            for step in range(2, horizon + 1)
+            if not any(subspace.fast and subspace.refreshes_at(step) for subspace in head)
+        ]
+        if waiting:
+            steps.add(max(waiting, key=lambda step: sum(_full_grad_bytes(route, step) for route in last)))
+    # A random basis needs no gradient, but from the second time on moments are moved into it.
+    drawn = [subspace for subspace in head if subspace.kind == "random"]
+    again = [step for step in range(2, horizon + 1) if any(subspace.refreshes_at(step) for subspace in drawn)]
+    return sorted({*steps, *again[:1]})
+
+
+def batch_bytes(batches: Sequence[MicroBatch]) -> int:
+    """Bytes of the tensors of micro-batches."""
+    tensors = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels, batch.attention_mask)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+    return sorted((*batch.input_ids.shape, batch.num_counted, _scores(batch)) for batch in batches)
+
+
+def _scores(batch: MicroBatch) -> int:
+    """Attention scores of one head, with which its memory grows where it forms them."""
+    rows, width = batch.input_ids.shape
+    return rows * width**2 if batch.lengths is None else sum(length**2 for row in batch.lengths for length in row)
 
 
 def _counting(batch: MicroBatch, num_counted: float) -> MicroBatch:
@@ -144,3 +188,14 @@ def _counting(batch: MicroBatch, num_counted: float) -> MicroBatch:
     labels = torch.full_like(ids, IGNORED)
     labels.view(-1)[places] = ids.view(-1)[places]
     return replace(batch, labels=labels, num_counted=len(places))
+
+
+def _subspace(route: Route) -> SubspaceSpec | None:
+    return route.spec.subspace if route.spec else None
+
+
+def _full_grad_bytes(route: Route, step: int) -> int:
+    """Bytes of a parameter's full gradient, if it is formed at a step."""
+    subspace = _subspace(route)
+    formed = subspace is None or not subspace.fast or subspace.refreshes_at(step)
+    return 4 * route.num_elements if route.trained and formed else 0

@@ -13,12 +13,12 @@ import torch
 
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
+from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.memory.advice import advice
+from sophia_galore.memory.fitting import advice
 from sophia_galore.memory.monitor import MemoryMonitor
-from sophia_galore.memory.subject import pad_token
 from sophia_galore.model.card import Card, write_card
 from sophia_galore.model.disk import writing
 from sophia_galore.model.export import write_model
@@ -93,8 +93,8 @@ def train(
         MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
         monitor.earlier = checkpoint.memory_report() if checkpoint else {}
-        if prepared.outlook is not None:
-            forecast = prepared.outlook.forecast
+        if prepared.estimate is not None:
+            forecast = prepared.estimate.forecast
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():

@@ -1,4 +1,4 @@
-"""A model's course, put together from few layers, is that of all of them run."""
+"""A model composed from few layers is that of all of them run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planning import asked, tiny_subject
+from planning import asked, tiny_planner
 from sophia_galore.memory.composition import (
     Change,
     Layout,
@@ -17,15 +17,16 @@ from sophia_galore.memory.composition import (
     follow,
     lay_out,
     minus,
-    parse_passes,
     plus,
+    split_passes,
 )
-from sophia_galore.memory.estimate import estimate, settings_of
+from sophia_galore.memory.forecast import trace_model
 from sophia_galore.memory.simulation import simulate, take_layers
 from sophia_galore.memory.timeline import Segment
+from sophia_galore.memory.workload import batch_bytes
 
 NUM_LAYERS = 4
-# Family, settings, and how many layers keep their graphs; the attention of Gemma 3 is of two kinds in turn.
+# Family, settings, and how many layers run without checkpointing; the attention of Gemma 3 is of two kinds in turn.
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "llama": ("llama", {}, (1, 3)),
     "qwen2 in fp16": ("qwen2", {"training.compute_dtype": "fp16", "optimizer.type": "adamw"}, (0,)),
@@ -37,26 +38,25 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_course_of_few_layers_is_that_of_all(name: str) -> None:
+def test_composed_from_few_layers_it_is_that_of_all(name: str) -> None:
     family, values, counts = CASES[name]
     config = asked({"optimizer.galore.stagger": False, **values})
-    subject = tiny_subject(family, tied=family != "qwen2", num_layers=NUM_LAYERS, num_steps=1)
-    decided, load = subject.decide(config), subject.load(config)
-    given = (decided, subject.model_config, subject.layer_names, load)
-    found = estimate(*given, num_steps=1, keeps=counts != (0,))
-    whole = take_layers(subject.model_config, decided.routes, subject.layer_names, range(NUM_LAYERS))
+    planner = tiny_planner(family, tied=family != "qwen2", num_layers=NUM_LAYERS, num_steps=1)
+    decided, workload = planner.decide(config), planner.workload(config)
+    given = (decided, planner.model_config, planner.layer_names, workload)
+    found = trace_model(*given, num_steps=1, with_kept=counts != (0,))
+    whole = take_layers(planner.model_config, decided.routes, planner.layer_names, range(NUM_LAYERS))
     for keep_layers in counts:
-        seen = simulate(whole, settings_of(decided), load.train, (1,), keep_layers=keep_layers)
-        assert seen.batches == found.steps[1].batches
-        changes = [change for passed in seen.steps[0] for change in run_as_it_was(passed)]
-        real = follow(plus(found.standing, seen.batches), changes)
-        composed = found.forecast(keep_layers)
-        assert max(segment.peak.total() for segment in composed.course) == max(segment.peak.total() for segment in real)
-        assert_same(composed.course, real)
+        seen = simulate(whole, decided, workload.train, (1,), keep_layers=keep_layers)
+        changes = [change for passed in seen.steps[0] for change in passed.changes]
+        real = follow(plus(found.standing, {"other": batch_bytes(workload.train)}), changes)
+        composed = found.forecast(keep_layers).segments
+        assert max(segment.peak.total() for segment in composed) == max(segment.peak.total() for segment in real)
+        assert_same(composed, real)
 
 
 def assert_same(composed: Sequence[Segment], real: Sequence[Segment]) -> None:
-    """To the byte; but of the first layer that keeps its graph the peak may be somewhat less than was taken for it."""
+    """To the byte; but of the first layer without checkpointing the peak may be somewhat less than was taken for it."""
     assert [segment.phase for segment in composed] == [segment.phase for segment in real]
     not_exact = 0
     for number, (one, other) in enumerate(zip(composed, real, strict=True)):
@@ -67,21 +67,15 @@ def assert_same(composed: Sequence[Segment], real: Sequence[Segment]) -> None:
     assert not_exact <= 1
 
 
-def run_as_it_was(passed: PassTrace) -> list[Change]:
-    there = [change for layer in passed.forward for change in layer]
-    back = [change for layer in reversed(passed.backward) for change in layer]
-    return [*passed.embedding, *there, *passed.head, *back, *passed.end]
-
-
 def test_the_last_layer_of_each_kind_stands_for_it() -> None:
     layout = lay_out(["a", "b", "a", "a", "b"])
     assert layout == Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1))
-    assert layout.run(keeps=False) == (0, 3, 4)
-    assert layout.run(keeps=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
+    assert layout.run(with_kept=False) == (0, 3, 4)
+    assert layout.run(with_kept=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
 
 
 @pytest.mark.parametrize(
-    ("keep_layers", "places"),
+    ("keep_layers", "stand_ins"),
     [
         (0, [0, 2, 1, 1, 2]),
         (1, [0, 2, 1, 1, 5]),
@@ -90,21 +84,22 @@ def test_the_last_layer_of_each_kind_stands_for_it() -> None:
         (9, [4, 5, 4, 4, 5]),
     ],
 )
-def test_which_layer_stands_where(keep_layers: int, places: list[int]) -> None:
-    assert Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1)).places(keep_layers) == places
+def test_which_layer_stands_where(keep_layers: int, stand_ins: list[int]) -> None:
+    assert Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1)).stand_ins(keep_layers) == stand_ins
 
 
 def trace(size: int) -> PassTrace:
     def change(phase: Any, factor: int) -> Change:
         return Change(phase, Counter(activations=factor * size, other=7), Counter(activations=size))
 
-    return PassTrace(
-        (change("forward", 1),),
-        ((change("forward", 2),),),
-        (change("head", 3), change("step", 4)),
-        ((change("backward", 5), change("step", 6)),),
-        (change("backward", 7), change("head", 8), change("step", 9)),
-    )
+    phases = ("forward", "forward", "head", "step", "backward", "step", "backward", "head", "step")
+    return PassTrace(tuple(change(phase, factor) for factor, phase in enumerate(phases, 1)))
+
+
+def test_a_pass_knows_its_layers() -> None:
+    passed = trace(1)
+    assert passed.num_layers == 1 and passed.forward(0) is passed.changes[1]
+    assert passed.backward(0) == passed.changes[4:6]
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.0, 20), (1.0, 30), (2.5, 45)])
@@ -132,4 +127,4 @@ def test_following_changes_adds_them_up() -> None:
 def test_another_order_of_phases_is_refused() -> None:
     empty: Counter[str] = Counter()
     with pytest.raises(AssertionError, match="not in the order"):
-        parse_passes([Segment("forward", empty, empty, empty)], 2)
+        split_passes([Segment("forward", empty, empty, empty)], 2)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.memory.monitor import MemoryMonitor, peak_process_bytes, process_bytes
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.report import peak_process_bytes, process_bytes
 from sophia_galore.report.memory_report import read_memory_report
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The course of memory through a step, as it is measured and as it is predicted."""
+"""Memory over one step, as it is measured and as it is predicted."""
 
 from __future__ import annotations
 
@@ -9,30 +9,29 @@ import pytest
 import torch
 
 from sophia_galore.engine.observe import Phase
-from sophia_galore.memory.timeline import Recorder, Segment, StepCourse, points_of
+from sophia_galore.memory.timeline import Recorder, Segment, StepTimeline, points_of
 from sophia_galore.memory.tracker import StorageTracker
 
 CPU = torch.device("cpu")
 
 
-def one_step(tracker: StorageTracker, course: StepCourse, num_floats: int, step: int) -> None:
+def one_step(tracker: StorageTracker, timeline: StepTimeline, num_floats: int, step: int) -> None:
     phases: tuple[Phase, ...] = ("forward", "backward")
     for phase in phases:
         tracker.reset_peak()
-        course.enter(phase)
-        assert torch.zeros(num_floats).numel() == num_floats
-        course.leave(phase)
-    course.end_step(step)
+        with timeline.segment(phase):
+            assert torch.zeros(num_floats).numel() == num_floats
+    timeline.end_step(step)
 
 
 def test_of_several_steps_that_of_the_highest_peak_is_kept() -> None:
     with StorageTracker(CPU) as tracker:
-        course = StepCourse(tracker)
-        assert course.highest is None
+        timeline = StepTimeline(tracker)
+        assert timeline.highest is None
         for step, size in enumerate((100, 300, 200), 1):
-            one_step(tracker, course, size, step)
-    assert course.highest is not None and course.highest["step"] == 2
-    points = course.highest["points"]
+            one_step(tracker, timeline, size, step)
+    assert timeline.highest is not None and timeline.highest["step"] == 2
+    points = timeline.highest["points"]
     assert [point["phase"] for point in points] == ["forward"] * 3 + ["backward"] * 3
     assert [sum(point["categories"].values()) for point in points] == [0, 1200, 0] * 2
     times = [point["time_s"] for point in points]
@@ -41,16 +40,15 @@ def test_of_several_steps_that_of_the_highest_peak_is_kept() -> None:
 
 def test_what_is_forgotten_belongs_to_no_step() -> None:
     with StorageTracker(CPU) as tracker:
-        course = StepCourse(tracker)
+        timeline = StepTimeline(tracker)
         tracker.reset_peak()
-        course.enter("forward")
-        assert torch.zeros(1000).numel() == 1000
-        course.leave("forward")
-        course.forget()
-        course.end_step(1)
-        assert course.highest is None, "no phase, no step"
-        one_step(tracker, course, 10, 2)
-    assert course.highest is not None and course.highest["step"] == 2 and len(course.highest["points"]) == 6
+        with timeline.segment("forward"):
+            assert torch.zeros(1000).numel() == 1000
+        timeline.forget()
+        timeline.end_step(1)
+        assert timeline.highest is None, "no phase, no step"
+        one_step(tracker, timeline, 10, 2)
+    assert timeline.highest is not None and timeline.highest["step"] == 2 and len(timeline.highest["points"]) == 6
 
 
 def test_a_recorder_cuts_where_a_phase_begins() -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from planning import asked, tiny_subject
+from planning import asked, tiny_planner
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.memory.estimate import steps_to_see
-from sophia_galore.memory.workload import assumed_load, full_batches, sample
+from sophia_galore.memory.workload import full_batches, largest_workload, sample, steps_to_simulate
 from sophia_galore.plan.route import Route
 
 
@@ -30,9 +29,9 @@ def test_full_batches_hold_as_much_as_can_be() -> None:
     [({}, True), ({"data.eval_fraction": 0.0}, False), ({"data.eval_fraction": 0.0, "data.eval": "x.json"}, True)],
 )
 def test_the_worst_that_can_be_asked_for(values: dict[str, Any], evaluates: bool) -> None:
-    load = assumed_load(asked({"training.batch_size": 3, **values}), 320)
-    assert load.source == "examples of training.max_length: 2 x 3 x 16 tokens"
-    assert len(load.train) == 2 and (load.eval == load.train) == evaluates == bool(load.eval)
+    workload = largest_workload(asked({"training.batch_size": 3, **values}), 320)
+    assert workload.source == "examples of training.max_length: 2 x 3 x 16 tokens"
+    assert len(workload.train) == 2 and (workload.eval == workload.train) == evaluates == bool(workload.eval)
 
 
 def batches_of(lengths: list[int]) -> list[MicroBatch]:
@@ -82,9 +81,9 @@ def test_padding_counts_for_nothing() -> None:
 
 
 def routes_of(values: dict[str, Any] | None = None, *, tied: bool = True) -> tuple[list[Route], list[Route]]:
-    subject = tiny_subject(tied=tied)
-    routes = subject.decide(asked(values)).routes
-    last = [route for route in routes if route.name.startswith(subject.layer_names[-1])]
+    planner = tiny_planner(tied=tied)
+    routes = planner.decide(asked(values)).routes
+    last = [route for route in routes if route.name.startswith(planner.layer_names[-1])]
     return [route for route in routes if ".layers." not in route.name], last
 
 
@@ -104,12 +103,12 @@ SLOW = {"optimizer.galore.fast_path": "never"}
     ],
 )
 def test_the_steps_that_are_looked_at(values: dict[str, Any], num_steps: int, expected: list[int]) -> None:
-    assert steps_to_see(*routes_of(values), num_steps) == expected
+    assert steps_to_simulate(*routes_of(values), num_steps) == expected
 
 
 def test_a_step_that_forms_gradients_of_the_last_layer_but_none_of_the_head() -> None:
     around, last = routes_of({**FAST, "optimizer.galore.update_proj_gap": 20})
-    first, waiting = steps_to_see(around, last, 1000)
+    first, waiting = steps_to_simulate(around, last, 1000)
     assert first == 1 and 1 < waiting <= 40
     refreshed = [
         route for route in last if route.spec and route.spec.subspace and route.spec.subspace.refreshes_at(waiting)
@@ -117,4 +116,4 @@ def test_a_step_that_forms_gradients_of_the_last_layer_but_none_of_the_head() ->
     assert refreshed, "staggered, some matrix has its turn"
     head = [route.spec.subspace for route in around if route.spec and route.spec.subspace]
     assert head and not any(subspace.refreshes_at(waiting) for subspace in head)
-    assert steps_to_see(around, last, waiting - 1)[-1] < waiting, "never one that the run does not have"
+    assert steps_to_simulate(around, last, waiting - 1)[-1] < waiting, "never one that the run does not have"

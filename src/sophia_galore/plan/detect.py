@@ -1,4 +1,4 @@
-"""Finds out the facts that verdicts depend on. Nothing here decides."""
+"""Detects the facts that verdicts depend on. Nothing here decides."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from sophia_galore.config.tracker import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import MIN_BITSANDBYTES, BitsandbytesFacts, DeviceFacts, ModelFacts, Param
 
 # What Hugging Face configurations call the number of a layer's experts; some keep it in a section of its own.
@@ -20,7 +21,7 @@ _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num
 _SECTIONS = ("text_config", "ffn_config")
 
 
-def ask_device(device: torch.device) -> DeviceFacts:
+def detect_device(device: torch.device) -> DeviceFacts:
     """What a device can do.
 
     Args:
@@ -37,7 +38,21 @@ def ask_device(device: torch.device) -> DeviceFacts:
     )
 
 
-def ask_bitsandbytes(device: torch.device) -> BitsandbytesFacts:
+def planned_device(name: str) -> DeviceFacts:
+    """What is known of the device that is planned for; a GPU that is not here is taken for one with bfloat16.
+
+    Args:
+        name: As `training.device`.
+
+    Raises:
+        EnvironmentProblem: There is no such kind of device.
+    """
+    if name.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        return DeviceFacts(place="cuda:0", name="a CUDA card", real_bf16=True)
+    return detect_device(choose_device(name))
+
+
+def detect_bitsandbytes(device: torch.device) -> BitsandbytesFacts:
     """Whether bitsandbytes is there, and holds a matrix in eight bits on a device: by letting it do so.
 
     Args:
@@ -71,7 +86,7 @@ def ask_bitsandbytes(device: torch.device) -> BitsandbytesFacts:
     return BitsandbytesFacts(version)
 
 
-def ask_trackers(names: Iterable[TrackerName]) -> tuple[TrackerName, ...]:
+def missing_trackers(names: Iterable[TrackerName]) -> tuple[TrackerName, ...]:
     """Those trackers whose package is not installed. None is imported: that takes seconds.
 
     Args:
@@ -82,7 +97,7 @@ def ask_trackers(names: Iterable[TrackerName]) -> tuple[TrackerName, ...]:
     return tuple(name for name, spec in found.items() if spec is None or spec.origin is None)
 
 
-def ask_model(model_config: Any, *, name: str = "", instead_of: str = "") -> ModelFacts:
+def model_facts(model_config: Any, *, name: str = "", instead_of: str = "") -> ModelFacts:
     """What a model's configuration says.
 
     Args:
@@ -100,7 +115,7 @@ def ask_model(model_config: Any, *, name: str = "", instead_of: str = "") -> Mod
     )
 
 
-def ask_parameters(anatomy: Anatomy) -> tuple[Param, ...]:
+def parameter_facts(anatomy: Anatomy) -> tuple[Param, ...]:
     """Every parameter of a model, in its order.
 
     Args:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_trackers, largest_token
+from sophia_galore.plan.detect import detect_bitsandbytes, detect_device, largest_token, missing_trackers, model_facts
 from sophia_galore.plan.facts import BitsandbytesFacts, DeviceFacts
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -20,8 +20,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def test_the_processor() -> None:
-    assert ask_device(CPU) == DeviceFacts()
-    assert ask_device(CPU).is_cpu
+    assert detect_device(CPU) == DeviceFacts()
+    assert detect_device(CPU).is_cpu
 
 
 def test_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 2**30, 8 * 2**30))
-    assert ask_device(GPU) == DeviceFacts("cuda:0", "RTX 2080", (7, 5), real_bf16=False, total_bytes=8 * 2**30)
+    assert detect_device(GPU) == DeviceFacts("cuda:0", "RTX 2080", (7, 5), real_bf16=False, total_bytes=8 * 2**30)
 
 
 class Library:
@@ -89,24 +89,24 @@ def test_the_package(
     version: str | None, library: Library, quantise: Any, expected: BitsandbytesFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     act_package(monkeypatch, version, library, quantise or (lambda matrix: None))
-    assert ask_bitsandbytes(CPU) == expected
+    assert detect_bitsandbytes(CPU) == expected
 
 
 def test_a_library_for_processors_does_not_do_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     act_package(monkeypatch, "0.50.2", Library(compiled_with_cuda=False))
-    assert ask_bitsandbytes(CPU) == BitsandbytesFacts("0.50.2")
-    assert ask_bitsandbytes(GPU) == BitsandbytesFacts("0.50.2", "the library that it loaded is for CPUs only")
+    assert detect_bitsandbytes(CPU) == BitsandbytesFacts("0.50.2")
+    assert detect_bitsandbytes(GPU) == BitsandbytesFacts("0.50.2", "the library that it loaded is for CPUs only")
 
 
 def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.50.2")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert "bitsandbytes" in (ask_bitsandbytes(CPU).problem or "")
+    assert "bitsandbytes" in (detect_bitsandbytes(CPU).problem or "")
 
 
 def test_the_package_that_is_here() -> None:
     pytest.importorskip("bitsandbytes")
-    found = ask_bitsandbytes(CPU)
+    found = detect_bitsandbytes(CPU)
     assert found.version is not None and found.problem is None
 
 
@@ -117,13 +117,13 @@ def test_trackers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "__init__.py").write_text("raise AssertionError('it is not imported')")
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)  # what wandb leaves behind is no package
-    assert ask_trackers(("tensorboard", "wandb", "mlflow")) == ("wandb", "mlflow")
-    assert ask_trackers(()) == ()
+    assert missing_trackers(("tensorboard", "wandb", "mlflow")) == ("wandb", "mlflow")
+    assert missing_trackers(()) == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_models_have_no_experts(family: str) -> None:
-    found = ask_model(tiny_model(family).config, name="m")
+    found = model_facts(tiny_model(family).config, name="m")
     assert (found.experts, found.positions, found.vocab_size, found.name) == (None, 128, 320, "m")
 
 
@@ -141,7 +141,7 @@ def test_dense_models_have_no_experts(family: str) -> None:
     ],
 )
 def test_experts_are_found_by_their_key(config: Any, experts: tuple[str, int] | None) -> None:
-    assert ask_model(config).experts == experts
+    assert model_facts(config).experts == experts
 
 
 def test_the_largest_token() -> None:
