@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import IGNORED, MicroBatch
+from sophia_galore.data.batches import IGNORED, MicroBatch, pad_token
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.feed import Feed
 from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.plan.subject import pad_token
 
 
 def held_out_batches(config: RunConfig) -> list[MicroBatch]:

@@ -17,14 +17,13 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from measured import Measured
 from sophia_galore.config import RunConfig
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import MicroBatch, pad_token
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.feed import Feed
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.report import peak_process_bytes
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.plan.routes import peak_learning_rate
-from sophia_galore.plan.subject import pad_token
-from sophia_galore.train.memory import peak_process_bytes
 
 
 @dataclass(frozen=True)

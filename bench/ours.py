@@ -7,8 +7,8 @@ from typing import Any
 
 from measured import Measured
 from sophia_galore.config import RunConfig
+from sophia_galore.memory.report import peak_process_bytes
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.memory import peak_process_bytes
 from sophia_galore.train.run import train
 
 

@@ -30,9 +30,9 @@ from typing import Any
 
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import ModelConfig
+from sophia_galore.memory.report import peak_process_bytes
 from sophia_galore.model.source import resolve_model
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.memory import peak_process_bytes
 from sophia_galore.train.run import train
 
 SHORTEST, LONGEST = 20, 200

@@ -4,7 +4,7 @@
 
 Fine-tunes SmolLM2-135M on the sample data by the ordinary command, a few steps for each variant, one variant after the
 other and all of them again, several times over. Shown are medians over the steps of all turns but each run's first, as
-ratios to the first variant, with the lowest and the highest ratio of a turn. `plan/slowdown.py` holds the factors that
+ratios to the first variant, with the lowest and the highest ratio of a turn. `memory/ladder.py` holds the factors that
 follow.
 """
 

@@ -1,4 +1,4 @@
-"""What tests of the planner share: subjects without a folder, and configurations from dotted keys."""
+"""What tests of the planner share: planners of models without a folder, and configurations from dotted keys."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from sophia_galore.config.change import changed
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.memory.planner import Planner
+from sophia_galore.memory.workload import Workload, largest_workload
 from sophia_galore.model.skeleton import build_skeleton
-from sophia_galore.plan.ask import ask_model, ask_parameters
-from sophia_galore.plan.assume import Load, assumed_load
+from sophia_galore.plan.detect import model_facts, parameter_facts
 from sophia_galore.plan.facts import DeviceFacts, Facts
-from sophia_galore.plan.subject import Subject
 from tiny import VOCAB, tiny_config
 
 CPU = torch.device("cpu")
@@ -32,33 +32,33 @@ def asked(values: dict[str, Any] | None = None) -> RunConfig:
     return changed(RunConfig(), {**SMALL, **(values or {})})
 
 
-def subject_of(
+def planner_of(
     model_config: Any,
     *,
-    load: Callable[[RunConfig], Load] | None = None,
+    workload: Callable[[RunConfig], Workload] | None = None,
     num_steps: int = 10,
     device: DeviceFacts | None = None,
-) -> Subject:
-    """What is planned for, of a model that is nowhere on disk."""
+) -> Planner:
+    """A planner for a model that is nowhere on disk."""
     anatomy = build_skeleton(model_config, CPU)
     facts = Facts(
         RunConfig(),
         device=device or DeviceFacts(),
-        model=ask_model(model_config),
-        parameters=ask_parameters(anatomy),
+        model=model_facts(model_config),
+        parameters=parameter_facts(anatomy),
     )
-    return Subject(
+    return Planner(
         facts,
         model_config,
         anatomy.layer_names,
-        load or (lambda config: assumed_load(config, VOCAB)),
+        workload or (lambda config: largest_workload(config, VOCAB)),
         lambda config: config.training.max_steps or num_steps,
         "a test",
     )
 
 
-def tiny_subject(family: str = "llama", *, tied: bool = True, num_layers: int = 3, **more: Any) -> Subject:
-    """A tiny model."""
+def tiny_planner(family: str = "llama", *, tied: bool = True, num_layers: int = 3, **more: Any) -> Planner:
+    """A planner for a tiny model."""
     types = ["sliding_attention", "full_attention"] * num_layers
     layers = {"layer_types": types[:num_layers]} if family.startswith("gemma") else {}
-    return subject_of(tiny_config(family, tied=tied, num_hidden_layers=num_layers, **layers), **more)
+    return planner_of(tiny_config(family, tied=tied, num_hidden_layers=num_layers, **layers), **more)

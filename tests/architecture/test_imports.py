@@ -21,6 +21,7 @@ ORDER: list[set[str]] = [
     {"model", "data"},
     {"engine"},
     {"plan"},
+    {"memory"},
     {"train"},
     {"experiment"},
     {"cli"},

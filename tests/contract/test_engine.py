@@ -16,8 +16,8 @@ from sophia_galore.engine.cross_entropy import draw_labels
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError, RunError
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics.random import generator
 from sophia_galore.weights.store import WeightStore
 from tiny import FAMILIES, ragged_batches, tiny_model

@@ -17,8 +17,8 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears, plain_product, projected_linear
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import RunError
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics.subspace import Projector, Side, projected_shape, projection_side
 from tiny import FAMILIES, ragged_batches, tiny_model
 

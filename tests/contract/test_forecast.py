@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sophia_galore.config import load_config
-from sophia_galore.plan.forecast import Forecast
+from sophia_galore.memory.forecast import Forecast
 from sophia_galore.train import run as running
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import Prepared
@@ -66,8 +66,8 @@ class World:
             )
             running.train(config, Callback())
         (prepared,) = seen
-        assert prepared.outlook is not None
-        return prepared.outlook.forecast, json.loads((output / "memory_report.json").read_text())
+        assert prepared.estimate is not None
+        return prepared.estimate.forecast, json.loads((output / "memory_report.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from planning import asked, tiny_subject
+from planning import asked, tiny_planner
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.engine.tracker import StorageTracker
-from sophia_galore.plan import simulate as simulating
-from sophia_galore.plan.course import Change, PassTrace
+from sophia_galore.memory import simulation
+from sophia_galore.memory.simulation import FewLayers, Simulated, simulate, take_layers
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.plan.decisions import Decisions
-from sophia_galore.plan.forecast import settings_of
-from sophia_galore.plan.simulate import FewLayers, Simulated, simulate, take_layers
 from sophia_galore.weights.plain import PlainWeight
 from tiny import FAMILIES as ALL_FAMILIES
 from tiny import packed_batches, ragged_batches
@@ -78,7 +76,7 @@ def config_of(name: str, compute: str, store: str, clip: str) -> RunConfig:
     return asked(values)
 
 
-_empty_store = simulating._empty_store
+_empty_store = simulation._empty_store
 
 
 def random_store(*given: Any) -> Any:
@@ -95,32 +93,23 @@ def random_store(*given: Any) -> Any:
 
 def simulate_with_memory(monkeypatch: pytest.MonkeyPatch, *given: Any, **more: Any) -> Simulated:
     with monkeypatch.context() as patched:
-        patched.setattr(simulating, "ShadowTracker", StorageTracker)
-        patched.setattr(simulating, "_empty_store", random_store)
+        patched.setattr(simulation, "FakeTensorTracker", StorageTracker)
+        patched.setattr(simulation, "_empty_store", random_store)
         return simulate(*given, **more)
 
 
-def changes_of(passed: PassTrace) -> Iterator[tuple[str, Change]]:
-    for part in ("embedding", "forward", "head", "backward", "end"):
-        groups = getattr(passed, part)
-        for which, group in enumerate(groups if part in ("forward", "backward") else [groups]):
-            for change in group:
-                yield f"{part} {which}, {change.phase}", change
-
-
 def assert_same(without: Simulated, real: Simulated) -> None:
-    assert without.batches == real.batches
     assert without.evaluation == real.evaluation
     for step, (passes, others) in enumerate(zip(without.steps, real.steps, strict=True)):
         for one, other in zip(passes, others, strict=True):
-            for (place, change), (_, same) in zip(changes_of(one), changes_of(other), strict=True):
-                assert change == same, f"step {step}, {place}"
+            for place, (change, same) in enumerate(zip(one.changes, other.changes, strict=True)):
+                assert change == same, f"step {step}, segment {place}, {same.phase}"
 
 
 def few_layers(config: RunConfig, family: str) -> tuple[FewLayers, Decisions]:
-    subject = tiny_subject(family, tied=family != "qwen2", num_layers=2)
-    decided = subject.decide(config)
-    return take_layers(subject.model_config, decided.routes, subject.layer_names, (0, 1)), decided
+    planner = tiny_planner(family, tied=family != "qwen2", num_layers=2)
+    decided = planner.decide(config)
+    return take_layers(planner.model_config, decided.routes, planner.layer_names, (0, 1)), decided
 
 
 @pytest.mark.parametrize(
@@ -131,7 +120,7 @@ def test_the_bytes_are_the_same(
 ) -> None:
     few, decided = few_layers(config_of(name, compute, store, clip), family)
     # Padded and ragged; at the second step some bases are made for the second time, and others are not.
-    given: tuple[Any, ...] = (few, settings_of(decided), ragged_batches()[1:], (1, 2))
+    given: tuple[Any, ...] = (few, decided, ragged_batches()[1:], (1, 2))
     more: dict[str, Any] = {"eval_batches": ragged_batches()[:1], "keep_layers": kept}
     real = simulate_with_memory(monkeypatch, *given, **more)
     assert_same(simulate(*given, **more), real)
@@ -150,6 +139,6 @@ def test_the_bytes_are_the_same(
 )
 def test_the_bytes_of_packed_rows_are_the_same(family: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     few, decided = few_layers(asked({"optimizer.type": "adamw"}), family)
-    given: tuple[Any, ...] = (few, settings_of(decided), packed_batches(), (1, 2))
+    given: tuple[Any, ...] = (few, decided, packed_batches(), (1, 2))
     more: dict[str, Any] = {"eval_batches": packed_batches(), "keep_layers": kept}
     assert_same(simulate(*given, **more), simulate_with_memory(monkeypatch, *given, **more))

@@ -19,6 +19,7 @@ from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.loaded import loaded
 from sophia_galore.engine.whole import whole_model
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.skeleton import load_tokenizer
@@ -26,7 +27,6 @@ from sophia_galore.model.source_files import read_source_files
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.weights.bitsandbytes import Frozen8bit
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.store import WeightStore

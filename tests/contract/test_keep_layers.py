@@ -16,7 +16,7 @@ from engines import CPU, everything_projected, load_parts, make_engine, take_ste
 from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.numerics.subspace import tensor_of

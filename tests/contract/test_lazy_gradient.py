@@ -14,8 +14,8 @@ from contract.test_stepper import SUBSPACE, Parts, worst_error
 from engines import CPU
 from sophia_galore.engine import cross_entropy
 from sophia_galore.engine.projected_gradient import LazyTerms
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics.bases import BasisKind, overlap, randomized_basis, tracked_basis
 from sophia_galore.numerics.rules import Hyper
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector

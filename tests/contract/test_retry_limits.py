@@ -17,8 +17,8 @@ from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.retry import ChunkSizes
-from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.weights.store import WeightStore
 from tiny import VOCAB, tiny_model

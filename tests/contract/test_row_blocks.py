@@ -11,7 +11,7 @@ from torch import Tensor
 from contract.cases import Case, is_meaningful
 from contract.drive import copies, go, make, start, values
 from engines import CPU
-from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics import row_blocks as numerics_row_blocks
 from sophia_galore.numerics.bases import BasisKind
 from sophia_galore.numerics.residual import Residual

@@ -10,18 +10,17 @@ import typer
 from rich.console import Console
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, OptimizerOption, Overrides, expanded, given_overrides, there
-from sophia_galore.cli.plan_tables import plan_of, show_fit, show_outlook
+from sophia_galore.cli.plan_tables import plan_of, show_estimate, show_fit
 from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_marks, write_config
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
-from sophia_galore.engine.timeline import points_of
 from sophia_galore.errors import ArgumentError, ModelError, UserError
+from sophia_galore.memory.fitting import fit as find_fit
+from sophia_galore.memory.fitting import in_words
+from sophia_galore.memory.matrix import LIMITS, markdown, matrix
+from sophia_galore.memory.planner import MemoryEstimate, Planner, find_planner
+from sophia_galore.memory.timeline import points_of
 from sophia_galore.model.specifications import SPECIFICATIONS
-from sophia_galore.plan.advice import in_words
-from sophia_galore.plan.fit import Fitter
-from sophia_galore.plan.matrix import LIMITS, markdown, matrix
-from sophia_galore.plan.planner import Outlook, Planner, look_ahead
-from sophia_galore.plan.subject import look_up
 from sophia_galore.records.memory import Timeline
 from sophia_galore.report.plots import plot_timeline
 
@@ -76,22 +75,22 @@ def plan(
         if not as_json:
             console.print(text, markup=False)
 
-    planner = Planner(look_up(asked, say, reads_data=config is not None or model is None))
+    planner = find_planner(asked, say, reads_data=config is not None or model is None)
     if fit:
         _fit(planner, asked, output, console, as_json=as_json, may_shorten=shorter)
         return
-    outlook = look_ahead(planner, asked)
-    if outlook is None:
+    estimate = planner.estimate(asked)
+    if estimate is None:
         raise ModelError(
             "What layers that bitsandbytes holds take while they compute is its own affair, and not predicted.",
             "Use quantization.backend=native, or let the probe step of `train` find out.",
         )
     if as_json:
-        print(json.dumps(plan_of(planner, asked, outlook), indent=2))
+        print(json.dumps(plan_of(planner, asked, estimate), indent=2))
     else:
-        show_outlook(console, planner, asked, outlook)
+        show_estimate(console, planner, asked, estimate)
     if picture is not None:
-        say(f"Picture: {_draw(picture, asked, outlook)}")
+        say(f"Picture: {_draw(picture, asked, estimate)}")
 
 
 def _fit(
@@ -100,10 +99,10 @@ def _fit(
     budget = planner.budget(asked)
     if budget is None:
         raise ArgumentError("--fit needs a limit to fit into.", "Say how much there is: --memory 4GiB.")
-    found = Fitter(planner).fit(asked, budget, may_shorten=may_shorten)
-    outlook = Outlook(found.forecast, budget)
+    found = find_fit(planner, asked, budget, may_shorten=may_shorten)
+    estimate = MemoryEstimate(found.forecast, budget)
     if as_json:
-        print(json.dumps(plan_of(planner, found.config or asked, outlook, found), indent=2))
+        print(json.dumps(plan_of(planner, found.config or asked, estimate, found), indent=2))
     else:
         show_fit(console, found, budget)
     if found.config is None:
@@ -120,7 +119,7 @@ def _fit(
         if found.changes:
             console.print(f"As words for the command line: {in_words(found.changes)}", markup=False)
         console.print(f"Written: {path}. Train with: sophia-galore train --config {path}", markup=False)
-        show_outlook(console, planner, found.config, outlook)
+        show_estimate(console, planner, found.config, estimate)
 
 
 def _show_matrix(asked: RunConfig, output: Path | None) -> None:
@@ -136,12 +135,12 @@ def _show_matrix(asked: RunConfig, output: Path | None) -> None:
         replace_between_marks(output, "plan --matrix", table)
 
 
-def _draw(picture: Path, asked: RunConfig, outlook: Outlook) -> Path:
+def _draw(picture: Path, asked: RunConfig, estimate: MemoryEstimate) -> Path:
     refuse_other_than_png(picture)
     return plot_timeline(
-        Timeline(step=outlook.forecast.step, points=points_of(outlook.forecast.course)),
+        Timeline(step=estimate.forecast.step, points=points_of(estimate.forecast.segments)),
         picture,
         title=f"{asked.model.name}: memory over one step, as planned",
-        limit_bytes=outlook.budget.tensor_bytes if outlook.budget else None,
-        predicted_peak_bytes=outlook.forecast.peak_bytes,
+        limit_bytes=estimate.budget.tensor_bytes if estimate.budget else None,
+        predicted_peak_bytes=estimate.forecast.peak_bytes,
     )

@@ -13,11 +13,10 @@ from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.plan.advice import in_words
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.fitting import Fit, in_words
+from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.plan.decisions import standing_bytes
-from sophia_galore.plan.fit import Fit
-from sophia_galore.plan.planner import Outlook, Planner
-from sophia_galore.plan.reserve import Budget
 
 # What decides about memory; the rest of a configuration is in its file.
 _SETTINGS = (
@@ -42,24 +41,24 @@ _SETTINGS = (
 )
 
 
-def plan_of(planner: Planner, config: RunConfig, outlook: Outlook, found: Fit | None = None) -> dict[str, Any]:
+def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found: Fit | None = None) -> dict[str, Any]:
     """The plan as plain data.
 
     Args:
         planner: What it is of.
         config: The settings that it is for.
-        outlook: What they need, and what there is.
+        estimate: What they need, and what there is.
         found: How they were found, if they were looked for.
     """
-    decided, forecast, budget = planner.subject.decide(config), outlook.forecast, outlook.budget
+    decided, forecast, budget = planner.decide(config), estimate.forecast, estimate.budget
     values = flatten(config)
     plan: dict[str, Any] = {
         "model": config.model.name,
-        "source": planner.subject.source,
+        "source": planner.source,
         "num_parameters": sum(route.num_elements for route in decided.routes),
-        "device": planner.subject.facts.device.place,
+        "device": planner.facts.device.place,
         "compute_dtype": str(decided.compute_dtype).removeprefix("torch."),
-        "planned_for": planner.subject.load(config).source,
+        "planned_for": planner.workload(config).source,
         "predicted_peak_bytes": forecast.peak_bytes,
         "phases": dict(forecast.phases),
         "categories": dict(forecast.categories),
@@ -67,7 +66,7 @@ def plan_of(planner: Planner, config: RunConfig, outlook: Outlook, found: Fit | 
         "limit_bytes": budget.limit_bytes if budget else None,
         "reserve_bytes": budget.reserve_bytes if budget else None,
         "left_bytes": budget.tensor_bytes - forecast.peak_bytes if budget else None,
-        "fits": outlook.fits,
+        "fits": estimate.fits,
         "settings": {key: values[key] for key in _SETTINGS} | {"engine.keep_layers": forecast.keep_layers},
         "notes": [verdict.sentence() for verdict in decided.verdicts],
     }
@@ -87,9 +86,9 @@ def plan_of(planner: Planner, config: RunConfig, outlook: Outlook, found: Fit | 
     return plan
 
 
-def show_outlook(console: Console, planner: Planner, config: RunConfig, outlook: Outlook) -> None:
+def show_estimate(console: Console, planner: Planner, config: RunConfig, estimate: MemoryEstimate) -> None:
     """What a configuration needs, by phase and category, and whether it fits."""
-    plan, forecast, budget = plan_of(planner, config, outlook), outlook.forecast, outlook.budget
+    plan, forecast, budget = plan_of(planner, config, estimate), estimate.forecast, estimate.budget
     console.print(
         f"{plan['model']} ({plan['source']}): {plan['num_parameters'] / 1e6:.1f} M parameters, "
         f"{planner.num_layers} layers; {config.optimizer.type}, {plan['device']}, {plan['compute_dtype']} arithmetic.",
@@ -109,16 +108,16 @@ def show_outlook(console: Console, planner: Planner, config: RunConfig, outlook:
     limit = budget.tensor_bytes if budget else None
     width = min(console.width, LEGEND_WIDTH)
     console.print(memory_bar(plan["categories"], limit_bytes=limit, width=width))
-    console.print(verdict(outlook))
-    if config.training.device == "auto" and planner.subject.facts.device.is_cpu:
+    console.print(verdict(estimate))
+    if config.training.device == "auto" and planner.facts.device.is_cpu:
         console.print("That is for this machine, which has no GPU; for a CUDA card: --device cuda.")
     for note in plan["notes"]:
         console.print(Text(note, style="yellow"))
 
 
-def verdict(outlook: Outlook) -> Text:
+def verdict(estimate: MemoryEstimate) -> Text:
     """Whether it fits, and by how much."""
-    budget, needed = outlook.budget, outlook.forecast.peak_bytes
+    budget, needed = estimate.budget, estimate.forecast.peak_bytes
     words = f"Tensors need {bytes_in_words(needed)} at most"
     if budget is None:
         return Text(f"{words}. Whether that fits, --memory 4GiB tells.", style="bold")

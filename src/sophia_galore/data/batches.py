@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,13 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -
         num_counted=int((labels != IGNORED).sum()),
         lengths=lengths if is_packed else None,
     )
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token to pad batches with; it is masked, so any known one will do.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+    """
+    known_ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known_ids if token is not None)

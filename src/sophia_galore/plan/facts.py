@@ -2,7 +2,7 @@
 
 What is not known yet, or does not matter, has a value that no rule refuses, so that rules can be asked as soon as
 there is something to ask them: about the machine before a model is downloaded, about the model before the data
-are read. `ask.py` finds the facts.
+are read. `detect.py` finds the facts.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.out_of_memory import storage_names
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.plan.subject import pad_token
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.prepared import Loaded, Prepared
-from sophia_galore.train.shortage import storage_names
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store

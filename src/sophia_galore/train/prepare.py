@@ -9,22 +9,30 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
+from sophia_galore.data.batches import pad_token
 from sophia_galore.data.chat_format import ChatFormat, choose_chat_format
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.render import describe
 from sophia_galore.engine.generate import stop_tokens
 from sophia_galore.errors import ConfigError
+from sophia_galore.memory.planner import Planner
+from sophia_galore.memory.workload import workload_of_data
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.model.source_files import read_source_files
-from sophia_galore.plan.ask import ask_bitsandbytes, ask_device, ask_model, ask_parameters, ask_trackers, largest_token
+from sophia_galore.plan.detect import (
+    detect_bitsandbytes,
+    detect_device,
+    largest_token,
+    missing_trackers,
+    model_facts,
+    parameter_facts,
+)
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
-from sophia_galore.plan.planner import Planner, look_ahead
 from sophia_galore.plan.rules import RULES, compute_dtype
-from sophia_galore.plan.subject import pad_token, subject_of_data
 from sophia_galore.plan.verdicts import Decided, decide
 from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.callback import Callback
@@ -57,9 +65,9 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     refuse_surroundings(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
-    facts = Facts(config, device=ask_device(device), missing_trackers=ask_trackers(config.training.report_to))
+    facts = Facts(config, device=detect_device(device), missing_trackers=missing_trackers(config.training.report_to))
     if facts.freezes_layers:
-        facts = replace(facts, bitsandbytes=ask_bitsandbytes(device))
+        facts = replace(facts, bitsandbytes=detect_bitsandbytes(device))
     # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.
     decide(RULES, facts)
     trust = config.model.trust_remote_code
@@ -68,7 +76,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         _refuse_folder_of_model(config, model)
     model_config = read_model_config(model.folder, trust_remote_code=trust, say=callback.say)
     missed = config.model.name if model.used_fallback else ""
-    facts = replace(facts, model=ask_model(model_config, name=model.name, instead_of=missed))
+    facts = replace(facts, model=model_facts(model_config, name=model.name, instead_of=missed))
     if not facts.is_buildable:
         decide(RULES, facts)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
@@ -79,7 +87,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     generation_config = stopping_at(chat_format.end_ids, generation_config, model_config)
     refuse_special_tokens(model_config, tokenizer, generation_config)
     anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
-    facts = replace(facts, parameters=ask_parameters(anatomy))
+    facts = replace(facts, parameters=parameter_facts(anatomy))
     decide(RULES, facts)
     facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
     dataset = load_data(
@@ -92,12 +100,17 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     callback.data_read(config.data, dataset)
     _, num_steps = count_steps(config, dataset)
     planner = Planner(
-        subject_of_data(facts, anatomy, dataset, num_steps=num_steps, pad_id=pad_token(tokenizer), source=model.source)
+        facts,
+        model_config,
+        anatomy.layer_names,
+        lambda asked: workload_of_data(asked, dataset, num_steps, pad_token(tokenizer)),
+        lambda asked: num_steps,
+        model.source,
     )
-    outlook = look_ahead(planner, config) if config.memory.predict else None
-    if outlook is not None:
-        facts = replace(facts, memory=outlook.facts())
-    keep_layers = outlook.forecast.keep_layers if outlook else planner.keep_layers(config)
+    estimate = planner.estimate(config) if config.memory.predict else None
+    if estimate is not None:
+        facts = replace(facts, memory=estimate.facts())
+    keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config)
     plan = make_plan(facts, model=model, dataset=dataset, chat_format=chat_format, keep_layers=keep_layers)
     prepared = Prepared(
         config,
@@ -113,14 +126,14 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         device,
         compute_dtype(facts),
         planner,
-        outlook,
+        estimate,
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:
         plan = _as_begun(plan, checkpoint.plan)
     callback.planned(plan)
-    if outlook is not None:
-        callback.say(outlook.sentence())
+    if estimate is not None:
+        callback.say(estimate.sentence())
     callback.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
     return replace(prepared, plan=plan)
 

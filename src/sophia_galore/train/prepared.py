@@ -13,13 +13,13 @@ from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.source_files import SourceFiles
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.plan import RunPlan
-from sophia_galore.plan.planner import Outlook, Planner
 from sophia_galore.train.checkpoint import Checkpoint
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.weights.store import WeightStore
 
@@ -42,7 +42,7 @@ class Prepared:
         device: Where the arithmetic runs.
         compute_dtype: Its precision.
         planner: Knows what this and other configurations need.
-        outlook: What the run is expected to need; None: that was not asked for.
+        estimate: What the run is expected to need; None: that was not asked for.
     """
 
     config: RunConfig
@@ -58,7 +58,7 @@ class Prepared:
     device: torch.device
     compute_dtype: torch.dtype
     planner: Planner
-    outlook: Outlook | None
+    estimate: MemoryEstimate | None
 
     @property
     def stop_ids(self) -> list[int] | None:

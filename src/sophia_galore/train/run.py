@@ -15,11 +15,12 @@ from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
+from sophia_galore.memory.fitting import advice
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.card import Card, write_card
 from sophia_galore.model.disk import writing
 from sophia_galore.model.export import write_model
 from sophia_galore.optim.schedule import schedule
-from sophia_galore.plan.advice import advice
 from sophia_galore.plan.plan import evaluates_after
 from sophia_galore.records import files
 from sophia_galore.records.memory import MemoryReport
@@ -37,7 +38,6 @@ from sophia_galore.train.dated import settled
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files
 from sophia_galore.train.load import load
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
 from sophia_galore.train.prepare import prepare
@@ -98,8 +98,8 @@ def train(
         MemoryMonitor(prepared.device, config.memory) as monitor,
     ):
         monitor.earlier = checkpoint.memory_report() if checkpoint else {}
-        if prepared.outlook is not None:
-            forecast = prepared.outlook.forecast
+        if prepared.estimate is not None:
+            forecast = prepared.estimate.forecast
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():

@@ -6,7 +6,7 @@ computes depends on the device, and that is bitsandbytes' choice: on CUDA the in
 row, to eight bits; on a CPU so in evaluation only, while in training the weight is decoded and the product is exact.
 
 The package is an optional extra, which is imported where it is used and nowhere else; whether it works on the
-device is asked when a run is planned (`plan.ask`).
+device is asked when a run is planned (`plan.detect`).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def check(world: World, *words: str) -> Ended:
 @pytest.fixture
 def works(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bitsandbytes that works, wherever the tests run."""
-    monkeypatch.setattr(preparing, "ask_bitsandbytes", lambda device: BitsandbytesFacts("0.50.2"))
+    monkeypatch.setattr(preparing, "detect_bitsandbytes", lambda device: BitsandbytesFacts("0.50.2"))
 
 
 def test_all_of_a_model_is_trained(world: World) -> None:
@@ -69,14 +69,14 @@ def test_what_bitsandbytes_freezes_is_said(world: World) -> None:
 
 
 def test_without_bitsandbytes_the_way_out_is_named(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "ask_bitsandbytes", lambda device: BitsandbytesFacts())
+    monkeypatch.setattr(preparing, "detect_bitsandbytes", lambda device: BitsandbytesFacts())
     ended = check(world, *BNB, "model.name=no/such")
     assert (ended.code, ended.out) == (2, ""), "before any model is looked for"
     assert 'pip install "sophia-galore[bitsandbytes]"' in ended.err and "Traceback" not in ended.err
 
 
 def test_bitsandbytes_is_not_asked_where_it_is_not_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(preparing, "ask_bitsandbytes")
+    monkeypatch.delattr(preparing, "detect_bitsandbytes")
     assert check(world, "quantization.load_in_8bit=true").code == 0
 
 

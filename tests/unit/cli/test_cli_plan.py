@@ -15,7 +15,7 @@ from sophia_galore.cli.write_back import write_config
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.change import changed
 from sophia_galore.errors import EnvironmentProblem, UserError
-from sophia_galore.plan.matrix import Row
+from sophia_galore.memory.matrix import Row
 from unit.cli.tiny_run import World, command
 
 SHORT = ("training.max_length=64", "training.gradient_accumulation_steps=2")

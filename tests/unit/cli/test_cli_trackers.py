@@ -156,7 +156,7 @@ def test_a_tracker_that_fails_during_the_run_costs_no_bit(
     monkeypatch.setitem(integrations.BEGIN, "mlflow", begin)
     well = Tracked(lambda step, numbers: None, lambda how: failed.update(wandb=how))
     monkeypatch.setitem(integrations.BEGIN, "wandb", lambda run: well)
-    monkeypatch.setattr("sophia_galore.train.prepare.ask_trackers", lambda names: ())
+    monkeypatch.setattr("sophia_galore.train.prepare.missing_trackers", lambda names: ())
     ended = world.train("failing", "report_to=[mlflow, wandb]", *SHORT)
     assert ended.code == 0, ended.err
     assert ended.out.count("mlflow can't be told more: No space left on device.") == 1

@@ -7,7 +7,7 @@ import torch
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.ask import ask_device
+from sophia_galore.plan.detect import detect_device
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.rules import RULES, compute_dtype
@@ -94,7 +94,7 @@ def test_the_precision(
     asked: str, device: torch.device, real_bf16: bool, chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     act_gpus(monkeypatch, 1, real_bf16=real_bf16)
-    facts = Facts(config_for(asked), device=ask_device(device))
+    facts = Facts(config_for(asked), device=detect_device(device))
     assert all(verdict.verdict != "refuse" for verdict in decide(RULES, facts))
     assert compute_dtype(facts) == chosen
 
@@ -102,5 +102,5 @@ def test_the_precision(
 def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     act_gpus(monkeypatch, 1, real_bf16=False)
     with pytest.raises(EnvironmentProblem, match=r"Some GPU has no bfloat16 arithmetic \(compute cap") as caught:
-        decide(RULES, Facts(config_for("bf16"), device=ask_device(GPU)))
+        decide(RULES, Facts(config_for("bf16"), device=detect_device(GPU)))
     assert "training.compute_dtype=auto" in caught.value.remedy

@@ -15,7 +15,7 @@ from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.anatomy import find_anatomy
 from sophia_galore.optim.spec import state_bytes
-from sophia_galore.plan.ask import ask_parameters
+from sophia_galore.plan.detect import parameter_facts
 from sophia_galore.plan.facts import Facts, Param
 from sophia_galore.plan.parameters import REMARKS, ROUTES, route_of
 from sophia_galore.plan.routes import make_routes, route_all
@@ -193,7 +193,7 @@ def test_the_rows_say_what_trains_the_parameter() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_every_family_is_in_a_part_and_may_have_a_gradient(family: str, tied: bool) -> None:
     anatomy = find_anatomy(tiny_model(family, tied=tied))
-    params = ask_parameters(anatomy)
+    params = parameter_facts(anatomy)
     assert [param.name for param in params] == list(anatomy.parameter_shapes())
     assert all(param.requires_grad and param.part != "other" for param in params)
     assert [param.part for param in params if param.is_head] == ["embed" if tied else "head"]

@@ -14,7 +14,7 @@ from sophia_galore.data.dataset import Dataset, DataSummary, PartSummary
 from sophia_galore.data.example import Example
 from sophia_galore.errors import ConfigError
 from sophia_galore.model.source import ResolvedModel
-from sophia_galore.plan.ask import ask_model
+from sophia_galore.plan.detect import model_facts
 from sophia_galore.plan.facts import Facts, Param
 from sophia_galore.plan.plan import RunPlan, make_plan
 
@@ -45,7 +45,7 @@ def plan_for(
     )
     facts = Facts(
         config,
-        model=ask_model(known, name="m", instead_of=config.model.name if used_fallback else ""),
+        model=model_facts(known, name="m", instead_of=config.model.name if used_fallback else ""),
         parameters=tuple(Param(name, shape, is_head=name == "embed.weight") for name, shape in SHAPES.items()),
     )
     return make_plan(

@@ -17,13 +17,13 @@ from sophia_galore.config import load_config
 from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.layer import Gradients
 from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass, LayerwiseEngine
+from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.train import load as loading
 from sophia_galore.train import run
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
-from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
 from tiny import write_tiny_model

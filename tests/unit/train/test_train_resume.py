@@ -136,7 +136,7 @@ def test_the_first_parameter_and_field_that_differ_are_named(
 def test_another_format_of_the_weights_comes_with_the_way_there(
     words: list[str], form: str, world: World, saved: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "ask_bitsandbytes", lambda device: BitsandbytesFacts("0.50.2"))
+    monkeypatch.setattr(preparing, "detect_bitsandbytes", lambda device: BitsandbytesFacts("0.50.2"))
     with pytest.raises(CheckpointError) as caught:
         compare(world, saved["cosine"], "cosine", *words)
     folder = saved["cosine"].folder

@@ -1,0 +1,1 @@
+"""How much memory a run needs: counted while it runs, and predicted before it begins."""

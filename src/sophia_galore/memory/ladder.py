@@ -1,0 +1,152 @@
+"""What can be changed so that a run needs less memory, from what costs least, and the time that it costs.
+
+    1  kept layers       only time: activations of all layers are computed again in backward
+    2  micro-batch       only time: the same effective batch in smaller pieces
+    3  logits            only time: smaller tiles of the vocabulary's logits
+    4  weight format     fp32, bf16, int8: rounding, with the right mean
+    5  state bits        32, 16, 8: the same for the optimizer's state
+    6  projection bits   32, 16, 4: coarser bases
+    7  rank              halves: less of each gradient is seen
+    8  max_length        halves: less of each example is seen; only if that is allowed
+
+A rung is a function from a configuration to the keys that it would change, or None where there is nothing left to
+change. Each is tried for as long as it has something to offer before the next one's turn comes.
+
+What settings cost in time are medians of `python bench/tradeoffs.py` (SmolLM2-135M on two CPU cores, 2026-11-26),
+multiplied; on a GPU they differ. They are for choosing between settings, not for planning an afternoon. Smaller
+micro-batches cost nothing that was measured: halves were 3 % faster, having less padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sophia_galore.config import RunConfig
+
+Changes = dict[str, Any]
+
+_LEAST_RANK = 8
+_LEAST_LENGTH = 64
+_LEAST_TILE_MIB = 4
+
+# Time with activation checkpointing, against none.
+_CHECKPOINTING = 1.21
+# Against fp32, in which a CPU computes; a device that computes in bf16 decodes less.
+_FORMATS = {"fp32": 1.0, "bf16": 1.14, "int8": 1.17}
+_STATE_BITS = {32: 1.0, 16: 1.12, 8: 1.10}
+_PROJECTION_BITS = {32: 1.0, 16: 1.0, 4: 1.01}
+# MiB of logits at once; larger tiles cost nothing.
+_TILES_MIB = {4: 1.05, 16: 1.03}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to need less.
+
+    Args:
+        name: What it changes, in words.
+        step: Its next change to a configuration; None: there is none.
+    """
+
+    name: str
+    step: Callable[[RunConfig], Changes | None]
+
+
+def _keep_fewer(config: RunConfig) -> Changes | None:
+    if config.engine.keep_layers == 0 and config.training.gradient_checkpointing:
+        return None
+    return {"engine.keep_layers": 0, "training.gradient_checkpointing": True}
+
+
+def _smaller_batch(config: RunConfig) -> Changes | None:
+    size, together = config.training.batch_size, config.training.gradient_accumulation_steps
+    factor = next((factor for factor in range(2, size + 1) if size % factor == 0), None)
+    if factor is None:
+        return None
+    return {"training.batch_size": size // factor, "training.gradient_accumulation_steps": together * factor}
+
+
+def _smaller_tile(config: RunConfig) -> Changes | None:
+    tile = config.memory.logits_chunk_mib
+    smaller = next((size for size in (16, _LEAST_TILE_MIB) if tile == 0 or size < tile), None)
+    return None if smaller is None else {"memory.logits_chunk_mib": smaller}
+
+
+def _smaller_format(config: RunConfig) -> Changes | None:
+    if config.quantization.int8:
+        return None
+    if config.model.store == "fp32":
+        return {"model.store": "bf16"}
+    # Where the kind was ruled out, that has to change too.
+    both = {} if config.quantization.load_in_8bit is None else {"quantization.load_in_8bit": True}
+    return {"quantization.enabled": True, **both}
+
+
+def _fewer_state_bits(config: RunConfig) -> Changes | None:
+    fewer = {32: 16, 16: 8}.get(config.optimizer.state_bits)
+    return None if fewer is None else {"optimizer.state_bits": fewer}
+
+
+def _fewer_projection_bits(config: RunConfig) -> Changes | None:
+    galore = config.optimizer.galore
+    if config.optimizer.type != "galore" or galore.subspace == "random":
+        return None
+    fewer = {32: 16, 16: 4}.get(galore.projection_bits)
+    return None if fewer is None else {"optimizer.galore.projection_bits": fewer}
+
+
+def _lower_rank(config: RunConfig) -> Changes | None:
+    optimizer = config.optimizer
+    if optimizer.type == "galore":
+        key, rank = "optimizer.galore.rank", optimizer.galore.rank
+    elif optimizer.type == "apollo":
+        key, rank = "optimizer.apollo.rank", optimizer.apollo.rank or 128
+    else:
+        return None
+    return {key: rank // 2} if rank // 2 >= _LEAST_RANK else None
+
+
+def _shorter(config: RunConfig) -> Changes | None:
+    length = config.training.max_length
+    return {"training.max_length": length // 2} if length // 2 >= _LEAST_LENGTH else None
+
+
+SHORTER = Rung("max_length", _shorter)
+"""The last rung, which is climbed only if the user allows it."""
+
+RUNGS: tuple[Rung, ...] = (
+    Rung("kept layers", _keep_fewer),
+    Rung("micro-batch", _smaller_batch),
+    Rung("logits", _smaller_tile),
+    Rung("weight format", _smaller_format),
+    Rung("state bits", _fewer_state_bits),
+    Rung("projection bits", _fewer_projection_bits),
+    Rung("rank", _lower_rank),
+)
+"""The ladder, from what costs least."""
+
+
+def slowdown(asked: RunConfig, config: RunConfig, num_layers: int) -> float:
+    """How many times as long a token is expected to take.
+
+    Args:
+        asked: What it is compared with.
+        config: The other settings.
+        num_layers: Layers of the model.
+    """
+    return _time(config, num_layers) / _time(asked, num_layers)
+
+
+def _time(config: RunConfig, num_layers: int) -> float:
+    kept = config.engine.keep_layers if config.training.gradient_checkpointing else num_layers
+    share = min(kept, num_layers) / num_layers if isinstance(kept, int) else 0.0
+    form = "int8" if config.quantization.int8 else config.model.store
+    galore = config.optimizer.type == "galore"
+    factor = share + (1 - share) * _CHECKPOINTING
+    factor *= _FORMATS[form] * _STATE_BITS[config.optimizer.state_bits]
+    factor *= _PROJECTION_BITS[config.optimizer.galore.projection_bits] if galore else 1.0
+    # The smallest tile that was measured and is not smaller; 0 is a large one.
+    tile = config.memory.logits_chunk_mib
+    return factor * next((cost for size, cost in _TILES_MIB.items() if 0 < tile <= size), 1.0)

@@ -1,0 +1,82 @@
+"""Which models fit into which cards, and with which settings: a table of fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.change import changed
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.memory.fitting import Fit, fit
+from sophia_galore.memory.planner import Planner, find_planner
+
+LIMITS: tuple[int, ...] = tuple(size * 2**30 for size in (4, 6, 8, 12, 16, 24))
+"""Cards that people have."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Args:
+        model: Its name.
+        cells: For each limit the settings that fit, in words; None: none do.
+    """
+
+    model: str
+    cells: tuple[str | None, ...]
+
+
+def matrix(config: RunConfig, models: Sequence[str], limits: Sequence[int]) -> Iterator[Row]:
+    """Fit each model into each limit, without data.
+
+    Args:
+        config: What is asked for each of them, but for the model and the limit.
+        models: Their names.
+        limits: Bytes of each card.
+    """
+    for model in models:
+        asked = changed(config, {"model.name": model})
+        planner = find_planner(asked, lambda text: None, reads_data=False)  # a table has no room for remarks
+        yield Row(model, tuple(_cell(planner, asked, limit) for limit in limits))
+
+
+def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
+    """The table as Markdown.
+
+    Args:
+        rows: One a model.
+        limits: The columns.
+    """
+    lines = [
+        "| model | " + " | ".join(bytes_in_words(limit) for limit in limits) + " |",
+        "|---|" + "---|" * len(limits),
+    ]
+    lines += [f"| {row.model} | " + " | ".join(cell or "-" for cell in row.cells) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:
+    asked = changed(config, {"memory.limit": limit})
+    budget = planner.budget(asked)
+    assert budget is not None  # a limit was given
+    return _settings_in_words(fit(planner, asked, budget), planner.num_layers)
+
+
+def _settings_in_words(found: Fit, num_layers: int) -> str | None:
+    """Settings as short as can be, such as "int8, 8-bit state, rank 64, keeps 4 of 24"; None: none fit."""
+    config = found.config
+    if config is None:
+        return None
+    optimizer = config.optimizer
+    words: list[str] = ["int8" if config.quantization.int8 else config.model.store]
+    words += [f"{optimizer.state_bits}-bit state"] if optimizer.state_bits < 32 else []
+    if optimizer.type == "galore":
+        words += ["4-bit bases"] if optimizer.galore.projection_bits == 4 else []
+        words += [f"rank {optimizer.galore.rank}"] if "optimizer.galore.rank" in found.changes else []
+    words += [f"{config.training.max_length} tokens"] if "training.max_length" in found.changes else []
+    kept = config.engine.keep_layers
+    if isinstance(kept, int) and kept:
+        words += ["keeps all graphs"] if kept >= num_layers else [f"keeps {kept} of {num_layers}"]
+    return ", ".join(words)

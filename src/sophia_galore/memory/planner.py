@@ -1,0 +1,236 @@
+"""The memory of one model under many configurations, before a run begins and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.check import check
+from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.dump import flatten
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.data.batches import pad_token
+from sophia_galore.data.dataset import Dataset, load_data
+from sophia_galore.data.read import is_here
+from sophia_galore.errors import ConfigError
+from sophia_galore.memory.budget import Budget, budget_of
+from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
+from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
+from sophia_galore.model.shapes import find_shape
+from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
+from sophia_galore.plan.decisions import Decisions, decide_step, num_idle_layers, standing_bytes
+from sophia_galore.plan.detect import detect_bitsandbytes, model_facts, parameter_facts, planned_device
+from sophia_galore.plan.facts import Facts, MemoryFacts
+from sophia_galore.plan.plan import count_steps
+from sophia_galore.plan.rules import RULES
+from sophia_galore.plan.verdicts import decide
+
+_CPU = torch.device("cpu")
+# A simulation does not depend on these keys, so one serves for all of their values.
+_WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "engine.keep_layers", "training.gradient_checkpointing")
+# Layers without activation checkpointing save time only, and must not make a run fail: more than any error seen of a
+# forecast.
+_MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run is expected to need, and what there is.
+
+    Args:
+        forecast: What it needs.
+        budget: What there is; None: there is no limit.
+    """
+
+    forecast: Forecast
+    budget: Budget | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether there is enough; None: there is no limit."""
+        return None if self.budget is None else self.budget.fits(self.forecast.peak_bytes)
+
+    def sentence(self) -> str:
+        """The same for the user."""
+        there = "" if self.budget is None else f", of {bytes_in_words(self.budget.tensor_bytes)} that there are"
+        return f"Expected: {bytes_in_words(self.forecast.peak_bytes)} of tensors at most{there}."
+
+    def facts(self) -> MemoryFacts:
+        """The same as what verdicts look at."""
+        if self.budget is None:
+            return MemoryFacts(self.forecast.peak_bytes)
+        return MemoryFacts(self.forecast.peak_bytes, self.budget.limit_bytes, self.budget.reserve_bytes)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Knows what configurations of one model need. Simulations are kept: many limits ask for the same ones.
+
+    Args:
+        facts: The machine, the model and its parameters; their configuration is replaced by the one that is asked for.
+        model_config: The model's Hugging Face configuration.
+        layer_names: Its layers, as prefixes of their parameters' names without the final dot.
+        workload: What a step works on, for a configuration.
+        num_steps: Steps of the run, for a configuration.
+        source: Where the model's shapes are known from.
+    """
+
+    facts: Facts
+    model_config: Any
+    layer_names: tuple[str, ...]
+    workload: Callable[[RunConfig], Workload]
+    num_steps: Callable[[RunConfig], int]
+    source: str
+    _traces: dict[str, ModelTrace] = field(default_factory=dict, init=False)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.layer_names)
+
+    def decide(self, config: RunConfig) -> Decisions:
+        """What would be done in a step of a configuration.
+
+        Raises:
+            UserError: Something speaks against it.
+        """
+        check(config)
+        return decide_step(replace(self.facts, config=config))
+
+    def estimate(self, config: RunConfig) -> MemoryEstimate | None:
+        """The estimate for a configuration as it is; None where bitsandbytes computes, whose memory is not known.
+
+        Raises:
+            UserError: Something speaks against it.
+        """
+        if replace(self.facts, config=config).freezes_layers:
+            return None
+        return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config))
+
+    def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
+        """What a configuration needs.
+
+        Args:
+            config: The configuration.
+            keep_layers: So many layers run without activation checkpointing, whatever the configuration says.
+
+        Raises:
+            UserError: Something speaks against it.
+        """
+        return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers)
+
+    def standing_bytes(self, config: RunConfig) -> int:
+        """What stays for the whole run, which is arithmetic.
+
+        Raises:
+            UserError: Something speaks against the configuration.
+        """
+        return sum(standing_bytes(self.decide(config).routes).values())
+
+    def budget(self, config: RunConfig) -> Budget | None:
+        """What a configuration may take; None: there is no limit."""
+        return budget_of(config, self.facts.device)
+
+    def keep_layers(self, config: RunConfig) -> int:
+        """How many layers run without activation checkpointing.
+
+        Args:
+            config: What was asked.
+
+        Raises:
+            ConfigError: As many as there is room for, but nothing says how much that is.
+        """
+        asked = config.engine.keep_layers
+        if not config.training.gradient_checkpointing:
+            return self._num_active_layers(config)
+        if asked != "auto":
+            return min(asked, self._num_active_layers(config)) if asked else 0
+        budget = self.budget(config)
+        if budget is None:
+            raise ConfigError(
+                "engine.keep_layers: auto keeps as many graphs as memory.limit leaves room for, but there is no limit.",
+                "Set memory.limit, such as 4GiB, or say how many layers.",
+            )
+        return self.most_kept_layers(config, budget)
+
+    def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
+        """How many layers can do without activation checkpointing, with a margin; 0 also where none is too much."""
+        return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
+
+    def _num_active_layers(self, config: RunConfig) -> int:
+        """Layers that have a backward."""
+        if config.training.trainable is None:
+            return self.num_layers
+        return self.num_layers - num_idle_layers(self.decide(config), self.layer_names)
+
+    def _trace(self, config: RunConfig, *, with_kept: bool) -> ModelTrace:
+        values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}
+        key = f"{with_kept} {values}"
+        if key not in self._traces:
+            self._traces[key] = trace_model(
+                self.decide(config),
+                self.model_config,
+                self.layer_names,
+                self.workload(config),
+                num_steps=self.num_steps(config),
+                with_kept=with_kept,
+            )
+        return self._traces[key]
+
+
+def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) -> Planner:
+    """A planner without a run: nothing is downloaded but a configuration, and no GPU need be here.
+
+    Args:
+        config: What is asked; `training.device` may name a GPU that this machine does not have.
+        say: Takes lines for the user.
+        reads_data: Read the training data, if they and the model's tokenizer are on this machine: the plan is then
+            for their longest examples, else for examples of `training.max_length`.
+
+    Raises:
+        UserError: The model is not known, or something speaks against the run.
+    """
+    check(config)
+    facts = Facts(config, device=planned_device(config.training.device))
+    if facts.freezes_layers:
+        facts = replace(facts, bitsandbytes=detect_bitsandbytes(_CPU))
+    decide(RULES, facts)
+
+    def refuse(model_config: Any) -> None:
+        known = replace(facts, model=model_facts(model_config, name=config.model.name))
+        if not known.is_buildable:
+            decide(RULES, known)
+
+    shape = find_shape(config.model, say, check=refuse)
+    model = model_facts(shape.config, name=shape.name)
+    trust = config.model.trust_remote_code
+    anatomy = build_skeleton(shape.config, _CPU, trust_remote_code=trust)
+    facts = replace(facts, model=model, parameters=parameter_facts(anatomy))
+    vocab_size = anatomy.embed.num_embeddings
+
+    def workload(asked: RunConfig) -> Workload:
+        return largest_workload(asked, vocab_size)
+
+    if reads_data and shape.folder is not None and all(is_here(source.path) for source in config.data.train_sources):
+        tokenizer = load_tokenizer(shape.folder, trust_remote_code=trust)
+        pad_id = pad_token(tokenizer)
+
+        @cache  # a plan asks for the same data under many settings
+        def read(data: DataConfig, max_length: int, seed: int) -> Dataset:
+            return load_data(data, max_length=max_length, seed=seed, tokenizer=tokenizer)
+
+        def workload(asked: RunConfig) -> Workload:
+            dataset = read(asked.data, asked.training.max_length, asked.training.seed)
+            return workload_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id)
+
+    return Planner(facts, shape.config, anatomy.layer_names, workload, _asked_steps, shape.source)
+
+
+def _asked_steps(config: RunConfig) -> int:
+    """Steps of a run whose data are not known: as many as were asked for, or enough for all that recurs."""
+    return config.training.max_steps or 10**9

@@ -1,0 +1,214 @@
+"""The engine and the optimizer themselves, run on fake tensors and on a model of few layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.probe import take_probe
+from sophia_galore.engine.stepper import Stepper
+from sophia_galore.memory.composition import PassTrace, minus, split_passes
+from sophia_galore.memory.fake_tensors import FakeTensorTracker
+from sophia_galore.memory.timeline import Recorder, Sizes
+from sophia_galore.memory.tracker import state_category
+from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.skeleton import build_skeleton
+from sophia_galore.numerics.row_blocks import two_blocks_of_each
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.plan.decisions import Decisions
+from sophia_galore.plan.facts import Facts
+from sophia_galore.plan.route import Route, frozen_names
+from sophia_galore.plan.routes import int8_format
+from sophia_galore.weights.int8 import Int8Format, Int8Weight
+from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class FewLayers:
+    """A model that has some layers of another one.
+
+    Args:
+        anatomy: Its parts, parameters on the meta device.
+        routes: How its parameters are trained: as in the whole model, under their names here.
+    """
+
+    anatomy: Anatomy
+    routes: tuple[Route, ...]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """What was seen.
+
+    Args:
+        steps: For each step that was asked for, its passes through the model.
+        evaluation: Bytes by category that an evaluation takes beside what stands; None: none was asked for.
+    """
+
+    steps: tuple[tuple[PassTrace, ...], ...]
+    evaluation: Sizes | None
+
+
+def by_layer(routes: Sequence[Route], names: Sequence[str]) -> tuple[dict[str, list[Route]], list[Route]]:
+    """Routes of each layer, and of what is in no layer.
+
+    Args:
+        routes: The model's routes.
+        names: Its layers, as prefixes of their parameters' names without the final dot.
+    """
+    of_layer: dict[str, list[Route]] = {name: [] for name in names}
+    around: list[Route] = []
+    for route in routes:
+        layer = next((name for name in names if route.name.startswith(f"{name}.")), None)
+        (around if layer is None else of_layer[layer]).append(route)
+    return of_layer, around
+
+
+def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]) -> FewLayers:
+    """A model of the same architecture with some of the layers.
+
+    Args:
+        model_config: The whole model's Hugging Face configuration.
+        routes: The whole model's routes.
+        names: The whole model's layers, as prefixes of their parameters' names without the final dot.
+        chosen: Which of the layers, by number; one may come twice.
+    """
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = len(chosen)
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = [types[index] for index in chosen]
+    anatomy = build_skeleton(config, _CPU)
+    of_layer, around = by_layer(routes, names)
+    inside = [
+        _renamed(route, here + route.name.removeprefix(names[index]))
+        for index, here in zip(chosen, anatomy.layer_names, strict=True)
+        for route in of_layer[names[index]]
+    ]
+    by_name = {route.name: route for route in (*around, *inside)}
+    # In the order of the model, in which a store goes through its weights.
+    return FewLayers(anatomy, tuple(by_name[name] for name in anatomy.parameter_shapes()))
+
+
+def _renamed(route: Route, name: str) -> Route:
+    return replace(route, name=name, spec=replace(route.spec, name=name) if route.spec else None)
+
+
+def simulate(
+    model: FewLayers,
+    decided: Decisions,
+    batches: Sequence[MicroBatch],
+    steps: Sequence[int],
+    *,
+    eval_batches: Sequence[MicroBatch] = (),
+    keep_layers: int = 0,
+    probes: bool = False,
+) -> Simulated:
+    """Run the engine and the optimizer on fake tensors, and record what each phase would have needed.
+
+    Args:
+        model: The model.
+        decided: What is done in a step.
+        batches: The micro-batches of each step; their integers are real.
+        steps: Numbers of the steps.
+        eval_batches: What is evaluated at once; empty: nothing is.
+        keep_layers: So many of the model's last layers run without activation checkpointing.
+        probes: Whether to take a probe step in place of each step.
+    """
+    config = decided.facts.config
+    tracker = FakeTensorTracker(_CPU)
+    recorder = Recorder(tracker)
+    with two_blocks_of_each(), tracker:
+        store = _empty_store(model.routes, int8_format(config.quantization))
+        specs = [route.spec for route in model.routes if route.spec]
+        optimizer = ParamOptimizer(specs, seed=config.training.seed, device=_CPU)
+        for weight in store.tensors().values():
+            tracker.tag(weight, "weights")
+        for name, state in optimizer.named_state().items():
+            tracker.tag(state, state_category(name))
+        engine = LayerwiseEngine(
+            model.anatomy,
+            store,
+            compute_dtype=decided.compute_dtype,
+            device=_CPU,
+            seed=config.training.seed,
+            observer=recorder,
+            logits_chunk_bytes=_logits_chunk_bytes(decided.facts),
+            keep_layers=keep_layers,
+            on_oom=config.memory.on_oom,
+            frozen=frozen_names(model.routes),
+            neftune_alpha=config.training.neftune_alpha or 0.0,
+        )
+        stepper = Stepper(
+            engine,
+            optimizer,
+            store,
+            clip_by=decided.clip_by,
+            curvature_every=decided.curvature_every,
+            max_grad_norm=config.training.max_grad_norm,
+        )
+        evaluation = None
+        if eval_batches:
+            engine.evaluate(eval_batches)
+            (segment,) = recorder.take()
+            evaluation = minus(segment.peak, segment.entry)
+        own = [_copy(batch) for batch in batches]
+        passes: list[tuple[PassTrace, ...]] = []
+        held = {spec.name: spec.held_shape for spec in specs} if decided.clip_by == "model" else {}
+        for step in steps:
+            if probes:
+                take_probe(
+                    engine,
+                    own,
+                    step=step,
+                    optimizer=optimizer,
+                    trained=(),
+                    held_shapes=held,
+                    max_length=0,
+                    stopped=lambda: False,
+                )
+            else:
+                stepper.take(own, step=step, factor=1.0)
+            passes.append(split_passes(recorder.take(), len(model.anatomy.layers)))
+    return Simulated(tuple(passes), evaluation)
+
+
+def _logits_chunk_bytes(facts: Facts) -> int:
+    """Bytes of float32 logits that are worked on at once: as asked, or as suits the device."""
+    asked = facts.config.memory.logits_chunk_mib * 2**20
+    return asked or default_chunk_bytes(torch.device(facts.device.place))
+
+
+def _copy(batch: MicroBatch) -> MicroBatch:
+    """Tensors of its own, which are counted."""
+    mask = batch.attention_mask
+    return replace(
+        batch,
+        input_ids=batch.input_ids.clone(),
+        labels=batch.labels.clone(),
+        attention_mask=None if mask is None else mask.clone(),
+    )
+
+
+def _empty_store(routes: Sequence[Route], form: Int8Format) -> WeightStore:
+    weights: dict[str, Weight | torch.Tensor] = {}
+    for route in routes:
+        if route.format == "int8":
+            rows, columns = route.shape
+            codes = torch.empty(rows, columns, dtype=torch.int8)
+            scales = torch.empty(rows, form.num_scales(columns), dtype=torch.bfloat16)
+            weights[route.name] = Int8Weight(codes, scales, form)
+        else:
+            weights[route.name] = torch.empty(route.shape, dtype=DTYPES[route.format])
+    return WeightStore(weights)

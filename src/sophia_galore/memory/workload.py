@@ -1,0 +1,201 @@
+"""What is simulated: the micro-batches and the steps of which one needs most memory.
+
+The micro-batches are the largest of the data or, where the data are not known, the largest that the settings allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sophia_galore.config import RunConfig
+from sophia_galore.config.data_source import sources_in_words
+from sophia_galore.data.batches import IGNORED, MicroBatch
+from sophia_galore.data.dataset import Dataset
+from sophia_galore.data.feed import Feed
+from sophia_galore.optim.spec import SubspaceSpec
+from sophia_galore.plan.route import Route
+
+_MOST_BATCHES = 8
+"""So many micro-batches are run as they are; the memory of more is extrapolated."""
+_MOST_STEPS = 4096
+"""So many steps are searched for the one that needs most."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run works on at once.
+
+    Args:
+        train: The micro-batches of the largest step.
+        probe: Those of the probe step, which may be larger; empty: there is none, or none that is larger.
+        eval: Those that are evaluated together; empty: there is no evaluation.
+        source: Where they come from, in words.
+    """
+
+    train: tuple[MicroBatch, ...]
+    probe: tuple[MicroBatch, ...]
+    eval: tuple[MicroBatch, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Few micro-batches, from which the memory of all is extrapolated.
+
+    Args:
+        fewer: Some micro-batches; empty: `more` is all.
+        more: More of them.
+        factor: How many times the difference of `more` and `fewer` is added to `more`.
+    """
+
+    fewer: tuple[MicroBatch, ...]
+    more: tuple[MicroBatch, ...]
+    factor: float
+
+
+def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Workload:
+    """A run's largest step, its probe step, and what is evaluated first, which is the longest.
+
+    Args:
+        config: What was asked.
+        dataset: The tokenised data.
+        num_steps: Steps of the run.
+        pad_id: The token id to pad with.
+    """
+    training = config.training
+    feed = Feed.of(config, dataset.train, pad_id)
+    train = feed.largest_step(num_steps)
+    probe = feed.largest_window() if training.probe_step else []
+    if _sizes(probe) == _sizes(train):
+        probe = []  # it needs no more than a first step
+    together = training.gradient_accumulation_steps
+    evaluated = Feed.of(config, dataset.eval, pad_id).longest_first()[:together]
+    longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
+    what = "fullest rows" if feed.arrangement == "packed" else "longest examples"
+    words = (
+        f"the {what} of {sources_in_words(config.data.train)}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
+    )
+    return Workload(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
+
+
+def largest_workload(config: RunConfig, vocab_size: int) -> Workload:
+    """The largest that the settings allow.
+
+    Args:
+        config: What was asked.
+        vocab_size: Size of the model's vocabulary.
+    """
+    training = config.training
+    size, together, length = training.batch_size, training.gradient_accumulation_steps, training.max_length
+    batches = full_batches(size, together, length, vocab_size)
+    evaluates = config.data.eval is not None or config.data.eval_fraction > 0
+    source = f"examples of training.max_length: {together} x {size} x {length} tokens"
+    return Workload(batches, (), batches if evaluates else (), source)
+
+
+def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
+    """Micro-batches without padding in which every token counts; as few tokens as possible are equal.
+
+    Args:
+        batch_size: Examples in a micro-batch.
+        num_batches: Micro-batches in a step.
+        length: Tokens of each example.
+        vocab_size: Number of different tokens.
+    """
+    tokens = torch.arange(num_batches * batch_size * length).remainder_(vocab_size)
+    batches: list[MicroBatch] = []
+    for input_ids in tokens.view(num_batches, batch_size, length):
+        labels = torch.full_like(input_ids, IGNORED)
+        labels[:, :-1] = input_ids[:, 1:]
+        batches.append(MicroBatch(input_ids, None, labels, batch_size * length, batch_size * (length - 1)))
+    return tuple(batches)
+
+
+def sample(batches: Sequence[MicroBatch]) -> Sample:
+    """Take so few micro-batches that running them is quick.
+
+    Args:
+        batches: All of them.
+    """
+    if len(batches) <= _MOST_BATCHES:
+        return Sample((), tuple(batches), 0.0)
+    # The memory of a phase grows with the tokens of all micro-batches, or with the counted ones; a part of it depends
+    # on the largest micro-batch alone.
+    largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_scores(batch)))
+    num_tokens = sum(batch.input_ids.numel() for batch in rest)
+    usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
+    half, most = _MOST_BATCHES // 2, _MOST_BATCHES
+    wanted = 1 + num_tokens / usual.input_ids.numel()
+    usual = _counting(usual, sum(batch.num_counted for batch in rest) / (wanted - 1))
+    return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))
+
+
+def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps: int) -> list[int]:
+    """Numbers of the steps of which one needs most memory.
+
+    At the first step every basis is made, for which full gradients are formed. Later, where only the projected gradient
+    is formed, that of a tied head waits from the head's turn to the embedding's. Most is then needed by a step that
+    refreshes no basis of the head, and some in the last layer, whose turn comes next.
+
+    Args:
+        around: Routes of what is in no layer.
+        last: Routes of the last layer, or of the last one that is trained.
+        num_steps: Steps of the run.
+    """
+    subspaces = [subspace for route in (*around, *last) if (subspace := _subspace(route))]
+    # Refreshes come round again after this many steps, or those of the first octaves have been seen.
+    horizon = min(num_steps, _MOST_STEPS, max((2 * subspace.gap for subspace in subspaces), default=1))
+    head = [subspace for route in around if (subspace := _subspace(route))]
+    steps = {1}
+    if any(subspace.fast for subspace in subspaces):
+        waiting = [
+            step
+            for step in range(2, horizon + 1)
+            if not any(subspace.fast and subspace.refreshes_at(step) for subspace in head)
+        ]
+        if waiting:
+            steps.add(max(waiting, key=lambda step: sum(_full_grad_bytes(route, step) for route in last)))
+    # A random basis needs no gradient, but from the second time on moments are moved into it.
+    drawn = [subspace for subspace in head if subspace.kind == "random"]
+    again = [step for step in range(2, horizon + 1) if any(subspace.refreshes_at(step) for subspace in drawn)]
+    return sorted({*steps, *again[:1]})
+
+
+def batch_bytes(batches: Sequence[MicroBatch]) -> int:
+    """Bytes of the tensors of micro-batches."""
+    tensors = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels, batch.attention_mask)]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
+    return sorted((*batch.input_ids.shape, batch.num_counted, _scores(batch)) for batch in batches)
+
+
+def _scores(batch: MicroBatch) -> int:
+    """Attention scores of one head, with which its memory grows where it forms them."""
+    rows, width = batch.input_ids.shape
+    return rows * width**2 if batch.lengths is None else sum(length**2 for row in batch.lengths for length in row)
+
+
+def _counting(batch: MicroBatch, num_counted: float) -> MicroBatch:
+    """The same tokens, of which another number counts."""
+    ids = batch.input_ids
+    may_count = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
+    places = may_count.flatten().nonzero().flatten()[: round(num_counted)]
+    labels = torch.full_like(ids, IGNORED)
+    labels.view(-1)[places] = ids.view(-1)[places]
+    return replace(batch, labels=labels, num_counted=len(places))
+
+
+def _subspace(route: Route) -> SubspaceSpec | None:
+    return route.spec.subspace if route.spec else None
+
+
+def _full_grad_bytes(route: Route, step: int) -> int:
+    """Bytes of a parameter's full gradient, if it is formed at a step."""
+    subspace = _subspace(route)
+    formed = subspace is None or not subspace.fast or subspace.refreshes_at(step)
+    return 4 * route.num_elements if route.trained and formed else 0

@@ -1,0 +1,278 @@
+"""The ladder, and the way down it and back: over a planner whose peaks are arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sophia_galore.config.change import changed
+from sophia_galore.config.dump import flatten
+from sophia_galore.config.schema import RunConfig
+from sophia_galore.errors import ConfigError
+from sophia_galore.memory import fitting
+from sophia_galore.memory.budget import Budget
+from sophia_galore.memory.fitting import Fit, advice, in_words
+from sophia_galore.memory.forecast import Forecast
+from sophia_galore.memory.ladder import RUNGS, SHORTER
+
+NUM_LAYERS = 4
+KEPT = "engine.keep_layers"
+
+
+def needed(config: RunConfig, keep_layers: int) -> int:
+    """Bytes of a run, each part of which one rung makes smaller."""
+    form = 1 if config.quantization.int8 else {"fp32": 4, "bf16": 2}[config.model.store]
+    galore, tile = config.optimizer.galore, config.memory.logits_chunk_mib or 80
+    rows, length = config.training.batch_size, config.training.max_length
+    state = galore.rank * config.optimizer.state_bits // 8
+    bases = galore.rank * galore.projection_bits // 8
+    return 10_000 * form + 2 * state + bases + rows * length * (1 + keep_layers) + 10 * tile
+
+
+class Arithmetic:
+    """A planner whose forecasts take no time."""
+
+    num_layers = NUM_LAYERS
+
+    def __init__(
+        self, limit: int | None = None, forbidden: tuple[str, Any] = ("", None), *, is_standing_known: bool = False
+    ) -> None:
+        self.limit, self.forbidden, self.is_standing_known = limit, forbidden, is_standing_known
+
+    def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
+        key, value = self.forbidden
+        if key and flatten(config)[key] == value:
+            raise ConfigError("That is not possible.", "Do without.")
+        return Forecast(needed(config, keep_layers), {}, {}, (), 1, keep_layers)
+
+    def standing_bytes(self, config: RunConfig) -> int:
+        self.forecast(config, 0)  # forbids what that forbids
+        return needed(changed(config, {"training.max_length": 0}), 0) if self.is_standing_known else 0
+
+    def budget(self, config: RunConfig) -> Budget | None:
+        return None if self.limit is None else Budget(self.limit)
+
+    def keep_layers(self, config: RunConfig) -> int:
+        if not config.training.gradient_checkpointing:
+            return NUM_LAYERS
+        asked = config.engine.keep_layers
+        return NUM_LAYERS if asked == "auto" else min(asked, NUM_LAYERS)
+
+    def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
+        return next((n for n in range(NUM_LAYERS, 0, -1) if budget.fits(needed(config, n))), 0)
+
+
+def config_of(**values: Any) -> RunConfig:
+    asked = {"training.batch_size": 4, "training.gradient_accumulation_steps": 1, KEPT: 2, **values}
+    return changed(RunConfig(), asked)
+
+
+def fit(config: RunConfig, limit: int, *, may_shorten: bool = False, **more: Any) -> Fit:
+    planner: Any = Arithmetic(**more)
+    return fitting.fit(planner, config, Budget(limit), may_shorten=may_shorten)
+
+
+def peak(**values: Any) -> int:
+    config = config_of(**values)
+    return needed(config, int(config.engine.keep_layers))
+
+
+# ---- the ladder
+
+
+def test_the_rungs_are_in_the_documented_order() -> None:
+    names = ["kept layers", "micro-batch", "logits", "weight format", "state bits", "projection bits", "rank"]
+    assert [rung.name for rung in RUNGS] == names and SHORTER.name == "max_length"
+
+
+STEPS: dict[str, list[dict[str, Any]]] = {
+    "kept layers": [{KEPT: 0, "training.gradient_checkpointing": True}],
+    "micro-batch": [
+        {"training.batch_size": 2, "training.gradient_accumulation_steps": 2},
+        {"training.batch_size": 1, "training.gradient_accumulation_steps": 4},
+    ],
+    "logits": [{"memory.logits_chunk_mib": 16}, {"memory.logits_chunk_mib": 4}],
+    "weight format": [{"model.store": "bf16"}, {"quantization.enabled": True}],
+    "state bits": [{"optimizer.state_bits": 16}, {"optimizer.state_bits": 8}],
+    "projection bits": [{"optimizer.galore.projection_bits": 4}],
+    "rank": [{"optimizer.galore.rank": rank} for rank in (64, 32, 16, 8)],
+}
+
+
+@pytest.mark.parametrize("rung", RUNGS, ids=[rung.name for rung in RUNGS])
+def test_a_rung_offers_step_after_step_and_then_nothing(rung: Any) -> None:
+    config, offered = config_of(**{"optimizer.galore.rank": 128}), []
+    while (changes := rung.step(config)) is not None:
+        offered.append(changes)
+        config = changed(config, changes)
+    assert offered == STEPS[rung.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("micro-batch", {"training.batch_size": 9}, {"training.batch_size": 3}),  # the smallest factor
+        ("micro-batch", {"training.batch_size": 7}, {"training.batch_size": 1}),
+        ("logits", {"memory.logits_chunk_mib": 8}, {"memory.logits_chunk_mib": 4}),
+        ("logits", {"memory.logits_chunk_mib": 2}, None),
+        ("kept layers", {KEPT: "auto"}, {KEPT: 0}),
+        ("kept layers", {KEPT: 0, "training.gradient_checkpointing": False}, {KEPT: 0}),
+        ("projection bits", {"optimizer.type": "adamw"}, None),
+        ("projection bits", {"optimizer.galore.subspace": "random"}, None),
+        ("rank", {"optimizer.type": "adamw"}, None),
+        ("rank", {"optimizer.type": "apollo"}, {"optimizer.apollo.rank": 64}),
+        ("rank", {"optimizer.galore.rank": 15}, None),
+        ("weight format", {"quantization.load_in_8bit": True}, None),
+    ],
+)
+def test_what_a_rung_looks_at(name: str, values: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    (rung,) = [rung for rung in RUNGS if rung.name == name]
+    changes = rung.step(config_of(**values))
+    assert (changes is None) if expected is None else (changes is not None and changes | expected == changes)
+
+
+# ---- down and back up
+
+
+def test_what_fits_is_left_alone_but_for_layers_that_may_keep_their_graphs() -> None:
+    config = config_of(**{KEPT: NUM_LAYERS})
+    found = fit(config, peak(**{KEPT: NUM_LAYERS}))
+    assert found.config == config and found.changes == {} and [each.name for each in found.tries] == ["as asked"]
+    assert found.tries[0].fits and found.tries[0].slowdown == 1.0
+    more = fit(config_of(), 10**9)
+    assert more.changes == {KEPT: NUM_LAYERS}
+    assert [each.name for each in more.tries] == ["as asked", "kept layers (rest)"]
+
+
+def test_it_stops_as_soon_as_it_fits() -> None:
+    found = fit(config_of(), peak(**{KEPT: 0}))
+    assert found.changes == {KEPT: 0}
+    names = [each.name for each in found.tries]
+    assert names == ["as asked", "kept layers"] and [each.fits for each in found.tries] == [False, True]
+
+
+def test_down_the_ladder_rung_after_rung() -> None:
+    lightest = {
+        **{key: value for steps in STEPS.values() for changes in steps for key, value in changes.items()},
+        "optimizer.galore.rank": 8,
+    }
+    limit = peak(**lightest)
+    found = fit(config_of(**{"optimizer.galore.rank": 128}), limit)
+    order = [each.name for each in found.tries[1:] if "back" not in each.name]
+    expected = [name for name, steps in STEPS.items() for _ in steps]
+    assert order == expected, "each for as long as it has something to offer"
+    peaks = [each.peak_bytes for each in found.tries[: 1 + len(expected)]]
+    assert peaks == sorted(peaks, reverse=True)
+    assert found.config is not None and found.changes.items() >= {"optimizer.galore.rank": 8, KEPT: 0}.items()
+
+
+def test_what_was_not_needed_is_given_back() -> None:
+    # Smaller pieces and tiles do not help enough; half of the weights does, and leaves room for whole micro-batches.
+    limit = peak(**{"model.store": "bf16", KEPT: 0})
+    found = fit(config_of(**{KEPT: 0}), limit)
+    assert found.changes == {"model.store": "bf16"}
+    names = [each.name for each in found.tries]
+    assert "micro-batch" in names and "micro-batch (back)" in names and "logits (back)" in names
+    assert found.forecast.peak_bytes <= limit
+
+
+def test_room_that_is_left_goes_to_kept_layers() -> None:
+    found = fit(config_of(**{KEPT: "auto"}), peak(**{KEPT: 1}) + 5)
+    assert found.config is not None and found.config.engine.keep_layers == 1
+    assert found.tries[-1].name == "kept layers (rest)" and found.tries[-1].fits
+
+
+@pytest.mark.parametrize("may_shorten", [False, True])
+def test_examples_are_made_shorter_only_if_that_is_allowed(may_shorten: bool) -> None:
+    found = fit(config_of(), 10_300, may_shorten=may_shorten)
+    shortened = any(each.name == "max_length" for each in found.tries)
+    assert shortened == may_shorten == (found.config is not None)
+    if found.config is None:
+        assert found.forecast.peak_bytes > 10_300 and found.changes["optimizer.galore.rank"] == 8
+
+
+def test_where_nothing_fits_there_are_no_settings() -> None:
+    found = fit(config_of(), 10, may_shorten=True)
+    assert found.config is None and not any(each.fits for each in found.tries)
+    assert found.forecast.peak_bytes == min(each.peak_bytes for each in found.tries)
+
+
+def test_what_other_settings_forbid_is_passed_over() -> None:
+    found = fit(config_of(), 20_900, forbidden=("quantization.enabled", True))
+    assert found.changes.get("model.store") == "bf16" and "quantization.enabled" not in found.changes
+
+
+def test_what_stays_may_be_too_much_already_and_then_nothing_is_simulated() -> None:
+    limit = peak(**{"model.store": "bf16", KEPT: 0})
+    known = fit(config_of(**{KEPT: 0}), limit, is_standing_known=True)
+    assert [each.is_known for each in known.tries if each.name in ("as asked", "micro-batch", "logits")] == [False] * 5
+    assert known.tries[0].peak_bytes < needed(config_of(**{KEPT: 0}), 0), "at least so much"
+    simulated = fit(config_of(**{KEPT: 0}), limit)
+    assert known.changes == simulated.changes and known.forecast == simulated.forecast
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 16),
+    length=st.integers(8, 2048),
+    kept=st.integers(0, 6) | st.just("auto"),
+    rank=st.integers(1, 512),
+    limit=st.integers(0, 100_000),
+    may_shorten=st.booleans(),
+)
+def test_a_result_fits_and_its_changes_lead_to_it(
+    rows: int, length: int, kept: Any, rank: int, limit: int, may_shorten: bool
+) -> None:
+    values = {"training.batch_size": rows, "training.max_length": length, KEPT: kept, "optimizer.galore.rank": rank}
+    config = config_of(**values)
+    found = fit(config, limit, may_shorten=may_shorten)
+    if found.config is None:
+        assert found.forecast.peak_bytes > limit
+        return
+    assert changed(config, found.changes) == found.config
+    assert found.forecast.peak_bytes <= limit and found.tries[-1].fits
+    if kept == "auto":
+        assert found.config.engine.keep_layers != "auto"
+    layers = found.config.engine.keep_layers
+    assert needed(found.config, min(int(layers), NUM_LAYERS)) <= limit
+    size, asked = found.config.training, config.training
+    assert size.batch_size * size.gradient_accumulation_steps == asked.batch_size, "the same effective batch"
+    assert may_shorten or size.max_length == length
+    assert all(math.isfinite(each.slowdown) and each.slowdown > 0 for each in found.tries)
+
+
+# ---- in words
+
+
+def words(config: RunConfig, limit: int | None) -> str:
+    planner: Any = Arithmetic(limit)
+    return advice(planner, config)
+
+
+def test_settings_that_fit_are_said_as_the_command_line_takes_them() -> None:
+    limit = peak(**{"model.store": "bf16", KEPT: 0})
+    told = words(config_of(**{KEPT: 0, "memory.logits_chunk_mib": 4}), limit - 760)
+    assert told == "These settings are expected to fit, with 23 KiB: model.store=bf16."
+
+
+def test_where_none_fit_it_is_said_what_would() -> None:
+    told = words(config_of(), 10)
+    assert told.startswith("No settings fit into memory.limit: with ") and "Raise memory.limit to " in told
+
+
+def test_where_all_should_fit_something_else_takes_memory() -> None:
+    told = words(config_of(**{KEPT: NUM_LAYERS}), 10**6)
+    assert told.startswith("By the plan ") and "set memory.reserve, or lower " in told
+
+
+def test_without_a_limit_there_is_the_usual_advice() -> None:
+    assert words(config_of(), None).startswith("Lower ")
+
+
+def test_values_are_written_as_yaml() -> None:
+    changes = {"a.b": 3, "c": True, "d": None, "e": "bf16", "f": 0.5}
+    assert in_words(changes) == "a.b=3 c=true d=null e=bf16 f=0.5"
