@@ -15,12 +15,12 @@ from sophia_galore.engine.whole import whole_model
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.headers import main_dtype, read_folder_headers
-from sophia_galore.model.safetensors_header import TensorHeader
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
 from sophia_galore.weights.row_int8 import ABSMAX
+from sophia_galore.weights.safetensors_header import TensorHeader
 
 Held = Literal["auto", "int8", "bf16", "fp16", "fp32"]
 """How weights are held while answering; auto: as they lie in the folder."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sophia_galore.model.safetensors_header import TensorHeader, read_file_header
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
+from sophia_galore.weights.safetensors_header import TensorHeader, read_file_header
 
 _DTYPES = {
     "F64": torch.float64,

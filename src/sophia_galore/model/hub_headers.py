@@ -13,8 +13,8 @@ from typing import Any
 
 from sophia_galore.errors import ModelError
 from sophia_galore.model import hub
-from sophia_galore.model.safetensors_header import TensorHeader, read_header
 from sophia_galore.records.files import MODEL, MODEL_INDEX
+from sophia_galore.weights.safetensors_header import TensorHeader, read_header
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 from sophia_galore.errors import ModelError
 from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.model.origin import is_hub_id, read_origin
-from sophia_galore.model.safetensors_header import TensorHeader
 from sophia_galore.records.files import MODEL
 from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES
+from sophia_galore.weights.safetensors_header import TensorHeader
 
 _NAMES = {
     "aqlm": "AQLM",

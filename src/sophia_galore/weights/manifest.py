@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import ModelError
-from sophia_galore.model.safetensors_header import read_file_header
 from sophia_galore.records.files import MODEL, MODEL_INDEX, PLAN
+from sophia_galore.weights.safetensors_header import read_file_header
 
 MANIFEST_NAME = "sophia_galore_model.json"
 ADAPTER = "adapter_config.json"
