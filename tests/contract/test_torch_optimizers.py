@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import sophia_galore
-from faces import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
+from small_net import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
 from sophia_galore.errors import NonFiniteError, StepError
 from sophia_galore.numerics.rules import BETAS, Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer

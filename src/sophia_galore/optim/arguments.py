@@ -1,4 +1,4 @@
-"""Settings that the `torch.optim` face is called with, and whether they make sense."""
+"""Settings that the `torch.optim` classes are called with, and whether they make sense."""
 
 from __future__ import annotations
 

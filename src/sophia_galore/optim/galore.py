@@ -1,4 +1,4 @@
-"""`GaLore`, `Sophia` and `Apollo`: which parameter goes which way, for training loops of your own.
+"""`GaLore` and `Apollo`, for training loops of your own: gradients of large matrices are projected.
 
 The routes are those of `plan/routes.py`. A matrix with both sides above the rank is projected; what is left (norms,
 biases, smaller matrices) is trained by AdamW. Names are keys and are never looked into.
@@ -12,15 +12,13 @@ from typing import Any, Literal
 
 from sophia_galore.numerics.rules import BETAS
 from sophia_galore.optim.arguments import Group, dense_ratio
-from sophia_galore.optim.face import Face
 from sophia_galore.optim.members import param_shape
 from sophia_galore.optim.spec import ProjectionBits, StateBits, SubspaceSpec, apollo_scale
+from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
-Betas = tuple[float, float]
 
-
-class _Projecting(Face):
-    """A face that projects the gradients of large matrices."""
+class _Projecting(TorchOptimizer):
+    """Projects the gradients of large matrices."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
         super().__init__(params, defaults, **more)
@@ -211,51 +209,3 @@ class Apollo(_Projecting):
             kind="gaussian",
             residual="tensor" if group["mini"] else "channel",
         )
-
-
-class Sophia(Face):
-    """Sophia-G (Liu et al., arXiv 2305.14342): the first moment over a curvature, each entry clipped to 1.
-
-    The curvature is estimated every `curvature_every` steps, and first before the first step, from labels that are
-    sampled from the model itself: call `sophia_galore.watch(optimizer, model)` once, or `observe_curvature` by hand.
-    What is said of parameters and groups at `GaLore` holds here; nothing is projected.
-
-    Args:
-        params: As for `GaLore`.
-        lr: Learning rate, which is also the largest change of a weight at a step.
-        betas: Decays of the first moment and of the curvature (per estimate).
-        rho: Factor on the curvature (gamma in the paper); smaller: more entries of a step are clipped.
-        eps: Smallest denominator.
-        weight_decay: Decoupled decay of everything but vectors and scalars.
-        state_bits: Format of moment and curvature: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
-        curvature_every: Steps between two estimates of the curvature.
-        seed: Everything random is a function of it.
-
-    Raises:
-        ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: Betas = (0.965, 0.99),
-        rho: float = 0.04,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        state_bits: StateBits = 32,
-        curvature_every: int = 10,
-        seed: int = 0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "state_bits": state_bits,
-        }
-        super().__init__(params, defaults, seed=seed, curvature_every=curvature_every)
-
-    def _rule(self, group: Group, is_projected: bool) -> str:
-        return "sophia"
