@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,10 +16,10 @@ SOURCE = Path(sophia_galore.__file__).parent
 # Rooms in the order of the river; a room may import from those in earlier groups, and from itself.
 ORDER: list[set[str]] = [
     {"errors"},
-    {"config"},
     {"numerics"},
     {"weights"},
     {"optim"},
+    {"config"},
     {"model", "data"},
     {"engine"},
     {"plan"},
@@ -96,3 +98,9 @@ def test_files_are_small_and_one_folder_deep(path: Path) -> None:
 def test_every_room_is_in_the_order() -> None:
     rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
     assert rooms == set(ALLOWED)
+
+
+def test_a_configuration_is_read_without_torch() -> None:
+    """The command line answers at once because of that."""
+    code = "import sys, sophia_galore.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,7 +18,8 @@ from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import Grad
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
 from sophia_galore.optim.move import read_decayed
-from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
+from sophia_galore.optim.recipes import STORED_BASES
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.int8 import Int8Weight

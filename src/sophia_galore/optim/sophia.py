@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.arguments import Group
-from sophia_galore.optim.spec import StateBits
+from sophia_galore.optim.recipes import CURVATURE_EVERY, StateBits
 from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
 
@@ -36,12 +38,12 @@ class Sophia(TorchOptimizer):
         self,
         params: Iterable[Any],
         lr: float,
-        betas: Betas = (0.965, 0.99),
-        rho: float = 0.04,
-        eps: float = 1e-8,
+        betas: Betas = RULES["sophia"].betas,
+        rho: float = Hyper.rho,
+        eps: float = Hyper.eps,
         weight_decay: float = 0.0,
         state_bits: StateBits = 32,
-        curvature_every: int = 10,
+        curvature_every: int = CURVATURE_EVERY,
         seed: int = 0,
     ) -> None:
         defaults = {

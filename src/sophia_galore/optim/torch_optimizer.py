@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import StepError
-from sophia_galore.numerics.rules import BETAS
+from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim import saved
 from sophia_galore.optim.arguments import Group, check_settings, plain, spec_of
 from sophia_galore.optim.gradients import (
@@ -27,6 +27,7 @@ from sophia_galore.optim.gradients import (
 from sophia_galore.optim.members import check_keys, param_shape, read_groups, read_pairs, refuse_doubles, refuse_nothing
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.owners import note_owner
+from sophia_galore.optim.recipes import CURVATURE_EVERY
 from sophia_galore.optim.spec import SubspaceSpec
 
 Betas = tuple[float, float]
@@ -52,7 +53,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
+        self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = CURVATURE_EVERY
     ) -> None:
         owner = type(self).__name__
         check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
@@ -308,7 +309,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _complete(self, group: Group) -> None:
         """Fill in settings of a group that follow from others."""
-        group["betas"] = group["betas"] or BETAS[self._rule(group, is_projected=True)]
+        group["betas"] = group["betas"] or RULES[self._rule(group, is_projected=True)].betas
 
     def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
         """Whether the gradients of a parameter are projected."""
