@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sophia_galore.optim.attach import attach
-    from sophia_galore.optim.choices import Apollo, GaLore, Sophia
+    from sophia_galore.optim.galore import Apollo, GaLore
+    from sophia_galore.optim.sophia import Sophia
     from sophia_galore.optim.watch import watch
 
 __version__ = "0.5.0"
 __all__ = ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
 
-_HOMES = {"Apollo": "choices", "GaLore": "choices", "Sophia": "choices", "attach": "attach", "watch": "watch"}
+_HOMES = {"Apollo": "galore", "GaLore": "galore", "Sophia": "sophia", "attach": "attach", "watch": "watch"}
 
 
 def __getattr__(name: str) -> object:

@@ -17,7 +17,8 @@ from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.dump import config_reference
 from sophia_galore.config.keys import known_keys, sections
 from sophia_galore.model.anatomy import SUPPORTED
-from sophia_galore.plan.routes import DEFAULT_LEARNING_RATES, make_routes
+from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
+from sophia_galore.plan.routes import make_routes
 
 FILE_ENDINGS = {"csv", "gguf", "html", "json", "jsonl", "md", "png", "py", "safetensors", "toml", "txt", "yaml"}
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,10 @@ SOURCE = Path(sophia_galore.__file__).parent
 ORDER: list[set[str]] = [
     {"errors"},
     {"records"},
-    {"config"},
     {"numerics"},
     {"weights"},
     {"optim"},
+    {"config"},
     {"model", "data"},
     {"engine"},
     {"plan"},
@@ -49,6 +52,15 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+def imported_files(path: Path) -> set[str]:
+    """Modules that are imported, and what is taken from them, which may be modules too."""
+    found = imported_modules(path)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
 def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -62,6 +74,16 @@ def test_imports_go_one_way(path: Path) -> None:
         parts = module.split(".")
         if parts[0] == "sophia_galore" and len(parts) > 1:
             assert parts[1] in ALLOWED[room], f"{room} must not import {parts[1]}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Within functions and for types alone counts as well."""
+    modules = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    try:
+        TopologicalSorter({name: imported_files(path) & modules.keys() for name, path in modules.items()}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
 def test_numerics_knows_tensors_only() -> None:
@@ -81,3 +103,9 @@ def test_files_are_small_and_one_folder_deep(path: Path) -> None:
 def test_every_room_is_in_the_order() -> None:
     rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
     assert rooms == set(ALLOWED)
+
+
+def test_a_configuration_is_read_without_torch() -> None:
+    """The command line answers at once because of that."""
+    code = "import sys, sophia_galore.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from sophia_galore.config.fields import Section
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.config.section import Section
 
 S = TypeVar("S", bound=Section)
 

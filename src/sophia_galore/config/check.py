@@ -15,6 +15,7 @@ from sophia_galore.config.problems import Problem, raise_problems
 from sophia_galore.config.quantization import QuantizationConfig
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.optim.recipes import STORED_BASES
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ def _folds_late(config: RunConfig) -> bool:
 
 
 def _stays_in_subspace(config: RunConfig) -> bool:
-    return keeps_projected_gradients(config) and config.optimizer.galore.subspace != "random"
+    return keeps_projected_gradients(config) and _stores_bases(config)
+
+
+def _stores_bases(config: RunConfig) -> bool:
+    return config.optimizer.galore.subspace in STORED_BASES
 
 
 def _native_options(config: RunConfig) -> str:
@@ -124,7 +129,7 @@ RULES: dict[str, Rule] = {
         "Use values such as [0.9, 0.999].",
     ),
     "adaptive_random": Rule(
-        lambda c: _is_galore(c) and c.optimizer.galore.adaptive_gap and c.optimizer.galore.subspace == "random",
+        lambda c: _is_galore(c) and c.optimizer.galore.adaptive_gap and not _stores_bases(c),
         ("optimizer.galore.adaptive_gap", "optimizer.galore.subspace"),
         "optimizer.galore.adaptive_gap looks at how far a subspace turns, but subspace: random is drawn anew each time",
         "Set adaptive_gap to false, or take subspace: tracked.",

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from sophia_galore.config.data_source import DataSource, DataSources, FormatName, MaybeDataSources, listed_sources
-from sophia_galore.config.section import Section
+from sophia_galore.config.fields import Section
+from sophia_galore.optim.recipes import NUM_SEEDS
 
 
 class DataConfig(Section):
@@ -37,7 +38,7 @@ class DataConfig(Section):
     seed: int | None = Field(
         None,
         ge=0,
-        lt=2**63,
+        lt=NUM_SEEDS,
         description="Which examples are held out, and which ones a maximum keeps; null: as training.seed. Set it, and "
         "runs with several training.seed are measured on the same examples.",
     )

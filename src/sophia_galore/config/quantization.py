@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sophia_galore.config.section import Section
+from sophia_galore.config.fields import Section
 
 LARGEST_BLOCK = 2**20
 """More weights than any row has."""

@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.fields import NotNegative, Positive, Section, TrackerNames
 from sophia_galore.config.placeholders import filled
 from sophia_galore.config.quantization import QuantizationConfig
 from sophia_galore.config.schema_optimizer import OptimizerConfig
-from sophia_galore.config.section import Section
 from sophia_galore.config.size import Size, SizeOrZero
-from sophia_galore.config.tracker import TrackerNames
+from sophia_galore.optim.recipes import NUM_SEEDS
 
 StoreFormat = Literal["fp32", "bf16"]
 ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -67,23 +67,19 @@ class TrainingConfig(Section):
         description="Folder of the run: records, checkpoints, model. {optimizer} stands for optimizer.type, {model} "
         "for the last part of model.name, {date} for when the run was begun; --resume takes the newest that fits.",
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="Everything random is a function of this number.")
+    seed: int = Field(42, ge=0, lt=NUM_SEEDS, description="Everything random is a function of this number.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data; fractions are allowed.")
     max_steps: int = Field(0, ge=0, description="Optimizer steps; above 0 it replaces `epochs`.")
     max_length: int = Field(512, ge=2, description="Longest example in tokens.")
     batch_size: int = Field(1, ge=1, description="Examples in a micro-batch; with data.packing rows of them.")
     gradient_accumulation_steps: int = Field(8, ge=1, description="Micro-batches in an optimizer step.")
-    learning_rate: float | None = Field(
-        None, gt=0, le=1e9, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."
+    learning_rate: Positive | None = Field(
+        None, description="Peak rate; null: the optimizer's own default, so that switching it stays safe."
     )
     lr_scheduler_type: SchedulerName = Field("cosine", description="Shape of the learning rate over the steps.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises from 0.")
-    weight_decay: float = Field(
-        0.0, ge=0, le=1e9, description="Decoupled decay of weight matrices (not of norms and biases)."
-    )
-    max_grad_norm: float = Field(
-        0.0, ge=0, le=1e9, description="Largest gradient norm, of what `clip_by` says; 0: off."
-    )
+    weight_decay: NotNegative = Field(0.0, description="Decoupled decay of weight matrices (not of norms and biases).")
+    max_grad_norm: NotNegative = Field(0.0, description="Largest gradient norm, of what `clip_by` says; 0: off.")
     clip_by: Literal["auto", "model", "layer"] = Field(
         "auto",
         description="Clip by the norm over the whole model, exactly, or each layer by itself; auto: by model where the "
@@ -112,10 +108,8 @@ class TrainingConfig(Section):
         description="End the run, as a finished one, after so many evaluations in a row without an improvement. The "
         "one before the first step is the first to improve on; null: go through all steps.",
     )
-    early_stopping_threshold: float = Field(
+    early_stopping_threshold: NotNegative = Field(
         0.0,
-        ge=0,
-        le=1e9,
         description="What the eval loss must fall by, below the lowest one so far, to count as an improvement.",
     )
     load_best_model: bool = Field(
@@ -123,10 +117,8 @@ class TrainingConfig(Section):
         description="The final model is the one with the lowest eval loss instead of the last one: it is saved as a "
         "checkpoint at each new lowest, and that one is kept, whatever keep_last says.",
     )
-    neftune_alpha: float | None = Field(
+    neftune_alpha: NotNegative | None = Field(
         None,
-        ge=0,
-        le=1e9,
         description="Noise on embeddings in training, uniform within alpha / sqrt(tokens of the example x width) "
         "(NEFTune, Jain et al., arXiv 2310.05914), such as 5; null or 0: none.",
     )

@@ -15,24 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.hyper import Hyper
+
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """Hyper-parameters; a rule reads those that its formula has.
-
-    Args:
-        beta1: Decay of the first moment, in [0, 1).
-        beta2: Decay of the second moment (Sophia: of the curvature), in [0, 1).
-        eps: Smallest denominator, or what is added to it.
-        rho: Sophia's factor on the curvature (gamma in the paper); smaller: more entries are clipped.
-    """
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    rho: float = 0.04
 
 
 @dataclass(frozen=True)
@@ -55,6 +40,7 @@ class Rule:
     Args:
         update: The pure function.
         slots: Its state, by name.
+        betas: First and second decay where the user gives none.
         elementwise: Whether blocks of rows can be worked on one after the other.
         column_norm: Whether the direction is divided by the norms of its columns afterwards; it is then the
             first moment, or the gradient itself.
@@ -62,6 +48,7 @@ class Rule:
 
     update: Callable[[Tensor, State, Hyper, int], tuple[Tensor, State]]
     slots: Mapping[str, Slot]
+    betas: tuple[float, float] = (Hyper.beta1, Hyper.beta2)
     elementwise: bool = True
     column_norm: bool = False
 
@@ -242,26 +229,15 @@ _SECOND = Slot("full", 2)
 
 RULES: dict[str, Rule] = {
     "adamw": Rule(adamw, {"exp_avg": _FIRST, "exp_avg_sq": _SECOND}),
-    "sophia": Rule(sophia, {"exp_avg": _FIRST, "curvature": _SECOND}),
+    "sophia": Rule(sophia, {"exp_avg": _FIRST, "curvature": _SECOND}, (0.965, 0.99)),
     "adafactor": Rule(
         adafactor, {"exp_avg": _FIRST, "row_sq": Slot("rows", 2), "column_sq": Slot("columns", 2)}, elementwise=False
     ),
     "sgd": Rule(sgd, {"exp_avg": _FIRST}),
-    "muon": Rule(muon, {"exp_avg": _FIRST}, elementwise=False),
+    "muon": Rule(muon, {"exp_avg": _FIRST}, (0.95, 0.999), elementwise=False),
     # SCALE (Glentis et al., arXiv 2506.16659, algorithm 1): columns of the gradient divided by their norms; a first
     # moment for the last layer only.
     "scale": Rule(gradient, {}, column_norm=True),
     "scale_momentum": Rule(mean_gradient, {"exp_avg": _FIRST}, column_norm=True),
 }
 """Every rule by its name."""
-
-BETAS: dict[str, tuple[float, float]] = {
-    "adamw": (0.9, 0.999),
-    "sophia": (0.965, 0.99),
-    "adafactor": (0.9, 0.999),
-    "sgd": (0.9, 0.999),
-    "muon": (0.95, 0.999),
-    "scale": (0.9, 0.999),
-    "scale_momentum": (0.9, 0.999),
-}
-"""First and second decay of each rule where the user gives none."""

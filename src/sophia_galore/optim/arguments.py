@@ -1,17 +1,20 @@
-"""Settings that the `torch.optim` face is called with, and whether they make sense."""
+"""Settings that the `torch.optim` classes are called with, and whether they make sense."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from sophia_galore.errors import ArgumentError
-from sophia_galore.numerics.rules import Hyper
-from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, settled_bits
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.optim import recipes
+from sophia_galore.optim.build import settled_bits, settled_decay
+from sophia_galore.optim.recipes import LARGEST, MOST, SMALLEST_EPS
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 Group = dict[str, Any]
 """A parameter group: settings, and under "params" pairs of name and parameter."""
@@ -37,37 +40,37 @@ def _one_of(*values: object) -> tuple[Callable[[Any], bool], str]:
     return (lambda given: given in values and not isinstance(given, bool)), f"one of {', '.join(map(repr, values))}"
 
 
-# Beyond these a step leaves float32, or an index its type.
-_LARGEST, _MOST, _SMALLEST_EPS = 1e9, 10**9, 1e-30
-_AT_LEAST_0 = (lambda value: _is_real(value) and 0 <= value <= _LARGEST, "a number from 0 to 1e9")
-_ABOVE_0 = (lambda value: _is_real(value) and 0 < value <= _LARGEST, "a number above 0, at most 1e9")
-_COUNT = (lambda value: _is_whole(value) and 1 <= value <= _MOST, "a whole number from 1 to 1e9")
+_AT_LEAST_0 = (lambda value: _is_real(value) and 0 <= value <= LARGEST, "a number from 0 to 1e9")
+_ABOVE_0 = (lambda value: _is_real(value) and 0 < value <= LARGEST, "a number above 0, at most 1e9")
+_ABOVE_0_OR_NONE = (lambda value: value is None or _ABOVE_0[0](value), _ABOVE_0[1])
+_COUNT = (lambda value: _is_whole(value) and 1 <= value <= MOST, "a whole number from 1 to 1e9")
+_BETAS = (_is_betas, "two numbers that are at least 0 and below 1")
 _SWITCH = (lambda value: isinstance(value, bool), "True or False")
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
-    "betas": (_is_betas, "two numbers that are at least 0 and below 1"),
-    "dense_betas": (_is_betas, "two numbers that are at least 0 and below 1"),
-    "eps": (lambda value: _is_real(value) and _SMALLEST_EPS <= value <= _LARGEST, "a number from 1e-30 to 1e9"),
+    "betas": _BETAS,
+    "dense_betas": _BETAS,
+    "eps": (lambda value: _is_real(value) and SMALLEST_EPS <= value <= LARGEST, "a number from 1e-30 to 1e9"),
     "rho": _ABOVE_0,
     "rank": _COUNT,
     "update_proj_gap": _COUNT,
-    "scale": (lambda value: value is None or _ABOVE_0[0](value), _ABOVE_0[1]),
-    "rule": _one_of("adamw", "sophia", "adafactor", "sgd", "muon"),
-    "subspace": _one_of("tracked", "svd", "randomized", "random"),
-    "residual": _one_of("none", "fira"),
+    "scale": _ABOVE_0_OR_NONE,
+    "rule": _one_of(*get_args(recipes.RuleName)),
+    "subspace": _one_of(*get_args(recipes.SubspaceName)),
+    "residual": _one_of(*get_args(recipes.ResidualName)),
     "moment_transport": _SWITCH,
     "stagger": _SWITCH,
     "adaptive_gap": _SWITCH,
     "mini": _SWITCH,
-    "projection_bits": _one_of(32, 16, 4),
-    "state_bits": _one_of(32, 16, 8),
-    "dense_lr": (lambda value: value is None or _ABOVE_0[0](value), _ABOVE_0[1]),
+    "projection_bits": _one_of(*get_args(recipes.ProjectionBits)),
+    "state_bits": _one_of(*get_args(recipes.StateBits)),
+    "dense_lr": _ABOVE_0_OR_NONE,
     "dense_ratio": _ABOVE_0,
     "curvature_every": _COUNT,
     "num_samples": _COUNT,
-    "seed": (lambda value: _is_whole(value) and 0 <= value < 2**63, "a whole number in [0, 2**63)"),
+    "seed": (lambda value: _is_whole(value) and 0 <= value < recipes.NUM_SEEDS, "a whole number in [0, 2**63)"),
     "max_grad_norm": _AT_LEAST_0,
 }
 
@@ -87,7 +90,7 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
         missing = key == "scale" and settings.get(key, 1) is None and owner != "Apollo"
         if missing or (key in settings and not is_right(settings[key])):
             raise ArgumentError(f"{owner} got {key}={settings[key]!r}.", f"Give {key} as {wanted}.")
-    if settings.get("adaptive_gap") and settings.get("subspace") == "random":
+    if settings.get("adaptive_gap") and settings["subspace"] not in recipes.STORED_BASES:
         raise ArgumentError(
             f"{owner}: adaptive_gap looks at how far a subspace turns, but subspace='random' is drawn anew each time.",
             "Set adaptive_gap=False, or take subspace='tracked'.",
@@ -119,9 +122,7 @@ def dense_ratio(lr: float, dense_lr: float | None, scale: float, rule: str) -> f
     Raises:
         ArgumentError: There is no such factor, since `lr` is 0.
     """
-    if dense_lr is None and rule == "sgd":
-        # The length of SGD's step is the gradient's own: its rate says nothing about AdamW's.
-        dense_lr = ADAMW_LEARNING_RATE
+    dense_lr = recipes.fixed_dense_rate(rule, dense_lr)
     if dense_lr is None:
         return scale
     if not lr:
@@ -144,7 +145,7 @@ def spec_of(name: str, shape: tuple[int, ...], group: Group, rule: str, subspace
         name=name,
         shape=shape,
         learning_rate=1.0 if subspace else group.get("dense_ratio", 1.0),
-        weight_decay=group["weight_decay"] if len(shape) > 1 else 0.0,
+        weight_decay=settled_decay(shape, group["weight_decay"]),
         hyper=Hyper(beta1, beta2, group["eps"], group.get("rho", Hyper.rho)),
         rule=rule,
         state_bits=settled_bits(shape, group["state_bits"]),

@@ -18,9 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sophia_galore.errors import ArgumentError, StepError
 from sophia_galore.optim.arguments import Group, check_settings
-from sophia_galore.optim.face import Face
 from sophia_galore.optim.gradients import refuse_non_finite
 from sophia_galore.optim.limits import clip_, grad_norm
+from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Weak references to the attachment that steps a parameter, by parameter."""
@@ -34,7 +34,7 @@ class Attachment:
         max_grad_norm: Largest norm of one parameter's gradient; 0: any.
     """
 
-    def __init__(self, optimizer: Face, max_grad_norm: float) -> None:
+    def __init__(self, optimizer: TorchOptimizer, max_grad_norm: float) -> None:
         self._optimizer = optimizer
         self._max_grad_norm = max_grad_norm
         self._stepped: set[str] = set()
@@ -44,7 +44,7 @@ class Attachment:
             # torch refuses the hook on what needs no gradient; that can't get one either.
             if param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(partial(self._ready, group, name)))
-        optimizer.attachment = self
+        optimizer.end_attached_step = self.end_step
 
     def remove(self) -> None:
         """Let the optimizer step in `step()` again."""
@@ -53,7 +53,7 @@ class Attachment:
         self._hooks.clear()
         for _, _, param in self._optimizer.members():
             _ATTACHED.pop(param, None)
-        self._optimizer.attachment = None
+        self._optimizer.end_attached_step = None
 
     def end_step(self) -> None:
         """What is left of `step()`: the next backward may move parameters again.
@@ -123,14 +123,14 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
         ArgumentError: The optimizer is none of ours or a Sophia, is attached already, or does not fit the model; or
             another one is attached to the model.
     """
-    if not isinstance(optimizer, Face):
+    if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
             f"attach can't move the update of a {type(optimizer).__name__} into backward.",
             "Give it a sophia_galore.GaLore or Apollo itself, not one that accelerate has wrapped.",
         )
     owner = type(optimizer).__name__
     check_settings("attach", {"max_grad_norm": max_grad_norm})
-    if optimizer.attachment is not None:
+    if optimizer.end_attached_step is not None:
         raise ArgumentError(f"This {owner} is attached already.", "Call remove() on the first handle before.")
     if optimizer.curved_parameters():
         raise ArgumentError(
@@ -143,7 +143,7 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
     return Attachment(optimizer, max_grad_norm)
 
 
-def refuse_strangers(optimizer: Face, model: Any) -> None:
+def refuse_strangers(optimizer: TorchOptimizer, model: Any) -> None:
     """Refuse an optimizer whose parameters are not those of a model.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the `torch.optim` face asks of gradients before it moves a weight."""
+"""What the `torch.optim` classes ask of gradients before they move a weight."""
 
 from __future__ import annotations
 

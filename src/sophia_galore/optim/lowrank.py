@@ -18,9 +18,11 @@ from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import Grad
 from sophia_galore.numerics.transport import change_of_basis, move_first_moment, move_second_moment
 from sophia_galore.optim.move import read_decayed
-from sophia_galore.optim.spec import STORED_BASES, ParamSpec, SubspaceSpec
+from sophia_galore.optim.recipes import STORED_BASES
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.deferred import DeferredWeight
+from sophia_galore.weights.int8 import Int8Weight
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.weight import Weight
 
@@ -145,10 +147,10 @@ def lowrank_step(
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
     length = -rate * subspace.scale
-    if weight.deferred:
-        _defer(weight.deferred, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
+    if isinstance(weight, DeferredWeight):
+        _defer(weight, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
         if refresh_is_due(spec, state, step + 1):
-            _round_in(weight.deferred, state, noise)
+            _round_in(weight, state, noise)
         return
     for rows in row_blocks(weight.shape):
         stored = weight[rows]
@@ -194,7 +196,9 @@ def with_deferred_update(spec: ParamSpec, state: ParamState, weight: Weight) -> 
         remainder, basis = state.tensors["remainder"], state.basis()
         return (remainder, basis.T) if spec.side == "right" else (basis, remainder)
 
-    return weight.settled.with_update(state.tensors["shrink"], factors)
+    base = weight.settled
+    # In other formats every update is written at once.
+    return DeferredWeight(base, state.tensors["shrink"], factors) if isinstance(base, Int8Weight) else base
 
 
 def _defer(

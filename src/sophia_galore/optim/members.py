@@ -1,4 +1,4 @@
-"""The parameters that the `torch.optim` face is given: in groups or not, with names or without.
+"""The parameters that the `torch.optim` classes are given: in groups or not, with names or without.
 
 States and everything random are kept by name. Parameters that come without names, as trainers hand them over, are
 named by their position over all groups, as torch's own state dicts do.

@@ -1,7 +1,7 @@
 """One door: `ParamOptimizer.step_param` is the only place where a weight changes.
 
-The layer-wise engine hands it one parameter after the other; so does the `torch.optim` face, in
-`step()` and in backward. It fetches the parameter's state, takes the parameter's route (dense or
+The layer-wise engine hands it one parameter after the other; so do the `torch.optim`
+classes, in `step()` and in backward. It fetches the parameter's state, takes the parameter's route (dense or
 in a subspace), and the updated weight is rounded back into its stored format.
 """
 

@@ -1,22 +1,18 @@
-"""The `state_dict` of the face: by name, exact in every dtype, of nothing but plain values and tensors."""
+"""The `state_dict` of the `torch.optim` classes: by name, exact in every dtype, plain values and tensors alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError
 from sophia_galore.optim.arguments import Group
 from sophia_galore.optim.arguments import plain as to_plain
-from sophia_galore.optim.members import param_shape
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
-
-if TYPE_CHECKING:
-    from sophia_galore.optim.face import Face
 
 _FORMAT = 1
 _KEYS = {
@@ -32,33 +28,31 @@ _NAMES = (
 )
 
 
-def to_dict(optimizer: Face, door: ParamOptimizer, steps: Mapping[str, int]) -> dict[str, Any]:
+def to_dict(
+    facts: Mapping[str, Any], groups: Iterable[Group], param_optimizer: ParamOptimizer, steps: Mapping[str, int]
+) -> dict[str, Any]:
     """What an optimizer knows.
 
     Args:
-        optimizer: It.
-        door: Its states.
+        facts: Its settings and its progress, as plain values.
+        groups: Its parameter groups.
+        param_optimizer: Its states.
         steps: Steps of each parameter so far.
 
     Returns:
         Tensors, numbers, strings, lists and dicts; the tensors are the live ones.
     """
     state: dict[str, dict[str, Any]] = {}
-    for full_name, tensor in door.named_state().items():
+    for full_name, tensor in param_optimizer.named_state().items():
         name, _, key = full_name.rpartition("/")
         entry = state.setdefault(name, {"step": steps.get(name, 0), "tensors": {}})
         entry["tensors"][key] = tensor
     return {
         "format": _FORMAT,
-        "optimizer": type(optimizer).__name__,
-        "seed": optimizer.seed,
-        "curvature_every": optimizer.curvature_every,
-        "curvature_seen": optimizer.curvature_seen,
-        "num_steps": optimizer.num_steps,
-        "places": dict(optimizer.places),
+        **facts,
         "state": state,
-        "shapes": {name: list(param_shape(param)) for name, param in optimizer.named_parameters().items()},
-        "param_groups": [_plain(group) for group in optimizer.param_groups],
+        "shapes": {name: list(spec.shape) for name, spec in param_optimizer.specs.items()},
+        "param_groups": [_plain(group) for group in groups],
     }
 
 
@@ -69,34 +63,33 @@ def settings_of(saved_group: Mapping[str, Any]) -> Group:
 
 
 def check(
-    optimizer: Face, state_dict: Mapping[str, Any], specs: Mapping[str, ParamSpec], fixed_settings: Iterable[str]
+    state_dict: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    groups: Sequence[Group],
+    specs: Mapping[str, ParamSpec],
+    fixed_settings: Iterable[str],
 ) -> None:
     """Refuse a saved state that does not fit, in whole.
 
     Args:
-        optimizer: Who shall take it over.
         state_dict: As given by `to_dict`.
-        specs: The optimizer's parameters.
-        fixed_settings: Names of the settings that have to be equal.
+        identity: What has to be equal of the facts that `to_dict` was given; "optimizer" is among them.
+        groups: Parameter groups of the optimizer that shall take the state over.
+        specs: Its parameters.
+        fixed_settings: Names of settings of groups that have to be equal.
 
     Raises:
         CheckpointError: Naming the first difference.
     """
-    owner = type(optimizer).__name__
     if not isinstance(state_dict, Mapping) or state_dict.get("format") != _FORMAT or not state_dict.keys() >= _KEYS:
         raise CheckpointError(
-            f"This is no state_dict of a {owner} of sophia_galore.",
+            f"This is no state_dict of a {identity['optimizer']} of sophia_galore.",
             "Load what state_dict() of the same optimizer gave; other optimizers' moments can't be taken over.",
         )
-    for key, own in (
-        ("optimizer", owner),
-        ("seed", optimizer.seed),
-        ("curvature_every", optimizer.curvature_every),
-        ("number of groups", len(optimizer.param_groups)),
-    ):
-        saved = len(state_dict["param_groups"]) if key == "number of groups" else state_dict[key]
-        _refuse_difference(key, saved, own)
-    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+    for key, own in identity.items():
+        _refuse_difference(key, state_dict[key], own)
+    _refuse_difference("number of groups", len(state_dict["param_groups"]), len(groups))
+    for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
         # Their order counts too: it is what spreads the refreshes over the gap.
         for saved_name, name in zip_longest(saved_group.get("param_names", []), group["param_names"]):
             _refuse_difference("the name of a parameter", saved_name, name, _NAMES)
@@ -126,12 +119,12 @@ def restore(
     Returns:
         The states, which share no memory with what was saved, and the steps of each parameter so far.
     """
-    door = ParamOptimizer(specs.values(), seed=seed)
+    param_optimizer = ParamOptimizer(specs.values(), seed=seed)
     for name, entry in state_dict["state"].items():
-        own = door.place_state(name, params[name].device)
+        own = param_optimizer.place_state(name, params[name].device)
         for key, tensor in entry["tensors"].items():
             own[key].copy_(tensor)
-    return door, {name: int(entry["step"]) for name, entry in state_dict["state"].items()}
+    return param_optimizer, {name: int(entry["step"]) for name, entry in state_dict["state"].items()}
 
 
 def _refuse_difference(what: str, saved: object, own: object, remedy: str = _ALIKE) -> None:

@@ -4,53 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from sophia_galore.numerics import int4
 from sophia_galore.numerics.bases import BasisKind
 from sophia_galore.numerics.blockwise import num_blocks
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.residual import Residual
-from sophia_galore.numerics.rules import RULES, Hyper, Slot
+from sophia_galore.numerics.rules import RULES, Slot
 from sophia_galore.numerics.subspace import Side, basis_shape, projected_shape, projection_side
-
-StateBits = Literal[32, 16, 8]
-ProjectionBits = Literal[32, 16, 4]
-
-STORED_BASES: tuple[BasisKind, ...] = ("svd", "randomized", "tracked")
-"""Bases that are made from gradients and so must be stored; the others are functions of the seed."""
-
-ADAMW_LEARNING_RATE = 2e-4
-"""AdamW's peak rate where nothing else says what it should be."""
-
-# A smaller state saves nothing worth its rounding (bitsandbytes draws the line at the same size).
-_SMALLEST_ROUNDED_STATE = 4096
-
-
-def settled_bits(shape: tuple[int, ...], asked: StateBits) -> StateBits:
-    """The format of a parameter's state: what was asked for, or fp32 where the parameter is small.
-
-    Args:
-        shape: The parameter's.
-        asked: `state_bits` of the run.
-    """
-    return asked if math.prod(shape) >= _SMALLEST_ROUNDED_STATE else 32
-
-
-def apollo_scale(shape: tuple[int, ...], rank: int) -> float:
-    """The factor with which APOLLO's update is as long as AdamW's.
-
-    A channel's factor is |N| / |R| with sqrt(r) entries of about 1 in |N|, where AdamW's step has sqrt(n).
-
-    Args:
-        shape: (m, n) of the matrix.
-        rank: r.
-
-    Returns:
-        sqrt(min(m, n) / r).
-    """
-    return math.sqrt(min(shape) / rank)
+from sophia_galore.optim.recipes import STORED_BASES, ProjectionBits, StateBits
 
 
 @dataclass(frozen=True)

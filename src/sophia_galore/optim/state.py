@@ -11,7 +11,8 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.rounding import write_rounded
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.numerics.subspace import basis_shape
-from sophia_galore.optim.spec import STORED_BASES, ParamSpec
+from sophia_galore.optim.recipes import STORED_BASES
+from sophia_galore.optim.spec import ParamSpec
 
 _EVERYTHING = slice(None)
 

@@ -14,10 +14,10 @@ from torch.nn import functional
 from sophia_galore.errors import ArgumentError, StepError
 from sophia_galore.numerics.random import draw_classes, generator
 from sophia_galore.optim.attach import refuse_strangers
-from sophia_galore.optim.face import Face
+from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _IGNORED = -100
-_WATCHING: weakref.WeakSet[Face] = weakref.WeakSet()
+_WATCHING: weakref.WeakSet[TorchOptimizer] = weakref.WeakSet()
 
 
 class Watch:
@@ -28,7 +28,7 @@ class Watch:
         model: The model.
     """
 
-    def __init__(self, optimizer: Face, model: torch.nn.Module) -> None:
+    def __init__(self, optimizer: TorchOptimizer, model: torch.nn.Module) -> None:
         self._optimizer = optimizer
         self._hook = model.register_forward_hook(self._look, with_kwargs=True)
         _WATCHING.add(optimizer)
@@ -97,7 +97,7 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
     Raises:
         ArgumentError: The optimizer has no curvature, is watched already, or does not fit the model.
     """
-    if not isinstance(optimizer, Face):
+    if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
             f"A {type(optimizer).__name__} has no curvature to watch.",
             "Give the sophia_galore.Sophia itself, not one that accelerate has wrapped.",

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sophia_galore.numerics.rules import RULES as NUMERIC_RULES
-from sophia_galore.optim.spec import settled_bits
+from sophia_galore.optim.build import settled_bits
+from sophia_galore.optim.recipes import PROJECTING, apollo_rank
 from sophia_galore.plan.facts import Facts, Param
 from sophia_galore.plan.route import FROZEN
-from sophia_galore.plan.rules import PROJECTING, optimizer
+from sophia_galore.plan.rules import optimizer
 
-_APOLLO_RANKS = {"apollo": 128, "apollo_mini": 1}
 PROJECTED = "projected"
 """What stands where a rule's name would, if the gradient is projected: the rule is then the optimizer's."""
 
@@ -60,7 +60,7 @@ def rank(facts: Facts) -> int:
     kind, settings = optimizer(facts), facts.config.optimizer
     if kind == "galore":
         return settings.galore.rank
-    return settings.apollo.rank or _APOLLO_RANKS[kind] if kind in PROJECTING else 0
+    return apollo_rank(settings.apollo.rank, mini=kind == "apollo_mini") if kind in PROJECTING else 0
 
 
 def is_skipped(facts: Facts, param: Param) -> bool:

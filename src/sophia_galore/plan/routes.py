@@ -9,8 +9,12 @@ from fractions import Fraction
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.quantization import QuantizationConfig
-from sophia_galore.numerics.rules import BETAS, Hyper
-from sophia_galore.optim.spec import ADAMW_LEARNING_RATE, ParamSpec, SubspaceSpec, apollo_scale, settled_bits
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.rules import RULES as NUMERIC_RULES
+from sophia_galore.optim import recipes
+from sophia_galore.optim.build import apollo_subspace, galore_subspace, settled_bits, settled_decay
+from sophia_galore.optim.recipes import ApolloSettings, GaLoreSettings, settings_among
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.plan.facts import Facts, Param
 from sophia_galore.plan.parameters import PROJECTED, Routing, is_held_frozen, is_skipped, rank, route_of
 from sophia_galore.plan.route import FROZEN, Format, Route
@@ -19,42 +23,19 @@ from sophia_galore.plan.verdicts import decide
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.plain import DTYPES
 
-# Peak rates where the user gives none; README, Measured, has what they reach.
-DEFAULT_LEARNING_RATES: dict[str, float] = {
-    "galore": 1.6e-3,
-    "adamw": ADAMW_LEARNING_RATE,
-    "sophia": 5e-5,
-    "apollo": 2e-4,
-    "apollo_mini": 2e-4,
-    "scale": 1e-2,
-}
-# Where GaLore's rule is another than AdamW.
-_GALORE_LEARNING_RATES: dict[str, float] = {
-    "adamw": DEFAULT_LEARNING_RATES["galore"],
-    "sophia": 4e-4,
-    "adafactor": 1.6e-3,
-    "sgd": 4.0,
-    "muon": 1.6e-3,
-}
-
 
 def peak_learning_rate(config: RunConfig) -> float:
     """The peak rate that was asked for, or the optimizer's own default."""
-    if config.training.learning_rate:
-        return config.training.learning_rate
-    kind = optimizer(Facts(config))
-    return _GALORE_LEARNING_RATES[config.optimizer.galore.rule] if kind == "galore" else DEFAULT_LEARNING_RATES[kind]
+    return config.training.learning_rate or recipes.default_rate(optimizer(Facts(config)), config.optimizer.galore.rule)
 
 
 def dense_learning_rate(config: RunConfig) -> float:
     """The peak rate of parameters that AdamW trains beside the optimizer that was asked for."""
     galore, kind = config.optimizer.galore, optimizer(Facts(config))
     if kind == "galore":
-        if galore.dense_learning_rate:
-            return galore.dense_learning_rate
-        # The length of SGD's step is the gradient's own: its rate says nothing about AdamW's.
-        return DEFAULT_LEARNING_RATES["adamw"] if galore.rule == "sgd" else peak_learning_rate(config) * galore.scale
-    return DEFAULT_LEARNING_RATES["adamw"] if kind == "scale" else peak_learning_rate(config)
+        fixed = recipes.fixed_dense_rate(galore.rule, galore.dense_learning_rate)
+        return peak_learning_rate(config) * galore.scale if fixed is None else fixed
+    return recipes.DEFAULT_LEARNING_RATES["adamw"] if kind == "scale" else peak_learning_rate(config)
 
 
 def make_routes(
@@ -118,11 +99,10 @@ def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Rou
     if routing.rule == FROZEN:
         spec, rule = None, FROZEN
     elif routing.rule == PROJECTED:
-        is_galore = kind == "galore"
-        subspace = (_galore_subspace if is_galore else _apollo_subspace)(config, param.shape, place, rank(facts))
+        subspace = _subspace(config, kind, param.shape, place, rank(facts))
         if form == "int8" and config.quantization.fold == "refresh":
             subspace = replace(subspace, folds_late=True)
-        inner = config.optimizer.galore.rule if is_galore else "adamw"
+        inner = config.optimizer.galore.rule if kind == "galore" else "adamw"
         spec, rule = _spec(config, param, inner, peak_learning_rate(config), subspace), kind
     else:
         # SCALE's own rules step with its rate; AdamW and Sophia, where they are all there is, with theirs.
@@ -150,40 +130,21 @@ def _spec(
         name=param.name,
         shape=param.shape,
         learning_rate=learning_rate,
-        weight_decay=config.training.weight_decay if len(param.shape) > 1 else 0.0,
-        hyper=Hyper(*(settings.betas or BETAS[rule]), settings.eps, settings.sophia.rho),
+        weight_decay=settled_decay(param.shape, config.training.weight_decay),
+        hyper=Hyper(*(settings.betas or NUMERIC_RULES[rule].betas), settings.eps, settings.sophia.rho),
         rule=rule,
         state_bits=settled_bits(param.shape, settings.state_bits),
         subspace=subspace,
     )
 
 
-def _galore_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction, rank: int) -> SubspaceSpec:
-    galore = config.optimizer.galore
+def _subspace(config: RunConfig, kind: str, shape: tuple[int, ...], place: Fraction, rank: int) -> SubspaceSpec:
+    apollo, galore = config.optimizer.apollo, config.optimizer.galore
+    if kind != "galore":
+        settings = ApolloSettings(rank, apollo.update_proj_gap, apollo.scale, mini=kind == "apollo_mini")
+        return apollo_subspace(settings, shape, place)
     # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
     # the exact norm, which only the gradient has.
     fast = rank * sum(shape) < math.prod(shape) and not config.training.max_grad_norm
-    return SubspaceSpec(
-        rank=rank,
-        gap=galore.update_proj_gap,
-        offset=int(place * galore.update_proj_gap) if galore.stagger else 0,
-        scale=galore.scale,
-        kind=galore.subspace,
-        adaptive=galore.adaptive_gap,
-        transport=galore.moment_transport,
-        projection_bits=galore.projection_bits,
-        residual=galore.residual,
-        fast=fast and galore.fast_path != "never" and galore.residual == "none",
-    )
-
-
-def _apollo_subspace(config: RunConfig, shape: tuple[int, ...], place: Fraction, rank: int) -> SubspaceSpec:
-    apollo = config.optimizer.apollo
-    return SubspaceSpec(
-        rank=rank,
-        gap=apollo.update_proj_gap,
-        offset=int(place * apollo.update_proj_gap),
-        scale=apollo.scale or apollo_scale(shape, rank),
-        kind="gaussian",
-        residual="channel" if config.optimizer.type == "apollo" else "tensor",
-    )
+    fast = fast and galore.fast_path != "never" and galore.residual == "none"
+    return replace(galore_subspace(settings_among(GaLoreSettings, dict(galore)), place), fast=fast)

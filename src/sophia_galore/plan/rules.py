@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from sophia_galore.config.schema_optimizer import OptimizerName
 from sophia_galore.errors import EnvironmentProblem, ModelError
 from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.optim.recipes import PROJECTING, OptimizerName
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.verdicts import FallBack, Refuse, Rule, Use, settled
 from sophia_galore.weights.plain import DTYPES
-
-PROJECTING: tuple[OptimizerName, ...] = ("galore", "apollo", "apollo_mini")
-"""Optimizers that project gradients."""
 
 
 def compute_dtype(facts: Facts) -> torch.dtype:

@@ -15,7 +15,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.config.tracker import TrackerName
+from sophia_galore.config.fields import TrackerName
 
 PROJECT = "sophia-galore"
 """What runs are gathered under, where the tracker's own environment variable does not say."""

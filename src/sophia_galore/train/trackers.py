@@ -10,7 +10,7 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.tracker import TrackerName
+from sophia_galore.config.fields import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.records import files

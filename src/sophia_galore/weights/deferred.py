@@ -47,11 +47,6 @@ class DeferredWeight(Weight):
         return self.base.first
 
     @property
-    def deferred(self) -> DeferredWeight:
-        """As `Weight` says."""
-        return self
-
-    @property
     def settled(self) -> Int8Weight:
         """As `Weight` says."""
         return self.base

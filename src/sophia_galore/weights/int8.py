@@ -15,7 +15,7 @@ reason a new scale leaves some room above the largest weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,12 +83,6 @@ class Int8Weight(Weight):
     def copied_to(self, device: torch.device) -> Int8Weight:
         """As `Weight` says."""
         return Int8Weight.copy_of(self, self.form, device)
-
-    def with_update(self, decay: Tensor, factors: Callable[[], tuple[Tensor, Tensor]]) -> Weight:
-        """As `Weight` says."""
-        from sophia_galore.weights.deferred import DeferredWeight  # which is made of this one
-
-        return DeferredWeight(self, decay, factors)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """code * scale: exact in float32, one rounding elsewhere; no temporary but in float16.

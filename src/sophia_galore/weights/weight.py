@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sophia_galore.numerics.noise import Noise
-
-if TYPE_CHECKING:
-    from sophia_galore.weights.deferred import DeferredWeight
 
 Rows = slice | Tensor
 """Some rows of a weight: a slice, or (k,) int64 row numbers."""
@@ -94,11 +89,6 @@ class Weight(ABC):
         return True
 
     @property
-    def deferred(self) -> DeferredWeight | None:
-        """The weight with its deferred update, where it has one."""
-        return None
-
-    @property
     def settled(self) -> Weight:
         """The weight without a deferred update."""
         return self
@@ -107,18 +97,6 @@ class Weight(ABC):
     def held_by_module(self) -> bool:
         """Whether a module holds it and computes with it by itself."""
         return False
-
-    def with_update(self, decay: Tensor, factors: Callable[[], tuple[Tensor, Tensor]]) -> Weight:
-        """The weight with an update of low rank that is not written yet (`DeferredWeight`).
-
-        Args:
-            decay: (1,) float32, a factor on what is stored.
-            factors: Gives (m, r) and (r, n), whose product is added.
-
-        Returns:
-            The weight itself, where the format needs no such thing.
-        """
-        return self
 
     def numel(self) -> int:
         """Number of its elements."""

@@ -42,7 +42,7 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if annotation == SizeOrZero:
         return st.just(0) | values_of(Size, {})
     if origin is typing.Annotated:
-        return values_of(arguments[0], {"ge": arguments[1].metadata[0].ge})
+        return values_of(arguments[0], limits_in(arguments[1].metadata))
     if origin in (typing.Union, types.UnionType):
         return st.one_of(*(values_of(argument, limits) for argument in arguments))
     if origin is typing.Literal:
@@ -80,9 +80,9 @@ def field_of(name: str) -> Any:
     return model.model_fields[last]
 
 
-def limits_of(name: str) -> dict[str, Any]:
+def limits_in(metadata: list[Any]) -> dict[str, Any]:
     names = ("ge", "gt", "le", "lt", "min_length")
-    return {n: getattr(c, n) for c in field_of(name).metadata for n in names if getattr(c, n, None) is not None}
+    return {n: getattr(c, n) for c in metadata for n in names if getattr(c, n, None) is not None}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,9 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> RunConfig:
-    choices = {name: values_of(key.annotation, limits_of(name)) for name, key in keys().items()} | NARROWED
+    choices = {
+        name: values_of(key.annotation, limits_in(field_of(name).metadata)) for name, key in keys().items()
+    } | NARROWED
     flat = draw(st.fixed_dictionaries({}, optional=choices))
     if flat.get("data.eval") is not None:
         flat.pop("data.eval_fraction", None)

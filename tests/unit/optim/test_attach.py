@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sophia_galore
-from faces import VARIANTS, assert_same, loss_of, make_net, train, weights
+from small_net import VARIANTS, assert_same, loss_of, make_net, train, weights
 from sophia_galore.errors import ArgumentError, NonFiniteError, StepError
 from tiny import tiny_model
 

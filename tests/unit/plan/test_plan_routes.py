@@ -13,7 +13,8 @@ from sophia_galore.config.schema import RunConfig
 from sophia_galore.model.anatomy import find_anatomy
 from sophia_galore.numerics.subspace import basis_shape
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.plan.routes import DEFAULT_LEARNING_RATES, Route, make_routes
+from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
+from sophia_galore.plan.routes import Route, make_routes
 from tiny import FAMILIES, tiny_model
 
 SHAPES: dict[str, tuple[int, ...]] = {

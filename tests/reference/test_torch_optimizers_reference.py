@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sophia_galore
-from faces import VARIANTS, loss_of, make_batch, make_net, train, weights
+from small_net import VARIANTS, loss_of, make_batch, make_net, train, weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain import PlainGaLore

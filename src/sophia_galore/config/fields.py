@@ -1,13 +1,25 @@
-"""Names of trackers, in the forms in which Hugging Face's `report_to` gives them."""
+"""What the sections of the configuration are made of: their base, and types of fields."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from sophia_galore.optim.recipes import LARGEST, MOST
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 """A tracker, called as its package."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def _listed(value: object) -> object:
@@ -21,4 +33,4 @@ def _listed(value: object) -> object:
 
 
 TrackerNames = Annotated[tuple[TrackerName, ...], BeforeValidator(_listed)]
-"""Any number of trackers; in a configuration also one name, or "none"."""
+"""Any number of trackers; in a configuration also one name, or "none", as Hugging Face's `report_to` takes them."""

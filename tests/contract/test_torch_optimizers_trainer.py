@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import sophia_galore
-from faces import assert_same, weights
+from small_net import assert_same, weights
 from sophia_galore.errors import StepError
 from tiny import tiny_model, tiny_tokenizer
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import sophia_galore
-from faces import assert_same, loss_of, make_net, train, weights
+from small_net import assert_same, loss_of, make_net, train, weights
 from sophia_galore import Apollo, GaLore, Sophia
 from sophia_galore.errors import ArgumentError, CheckpointError
 from tiny import tiny_model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sophia_galore
-from faces import assert_same, loss_of, make_net, train, weights
+from small_net import assert_same, loss_of, make_net, train, weights
 from sophia_galore import Apollo, GaLore, Sophia
 from sophia_galore.errors import ArgumentError, CheckpointError, StepError, UserError
 

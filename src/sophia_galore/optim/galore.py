@@ -1,4 +1,4 @@
-"""`GaLore`, `Sophia` and `Apollo`: which parameter goes which way, for training loops of your own.
+"""`GaLore` and `Apollo`, for training loops of your own: gradients of large matrices are projected.
 
 The routes are those of `plan/routes.py`. A matrix with both sides above the rank is projected; what is left (norms,
 biases, smaller matrices) is trained by AdamW. Names are keys and are never looked into.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-from sophia_galore.numerics.rules import BETAS
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.rules import RULES
+from sophia_galore.optim import recipes
 from sophia_galore.optim.arguments import Group, dense_ratio
-from sophia_galore.optim.face import Face
+from sophia_galore.optim.build import apollo_subspace, galore_subspace
 from sophia_galore.optim.members import param_shape
-from sophia_galore.optim.spec import ProjectionBits, StateBits, SubspaceSpec, apollo_scale
+from sophia_galore.optim.recipes import ApolloSettings, GaLoreSettings, settings_among
+from sophia_galore.optim.spec import SubspaceSpec
+from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
-Betas = tuple[float, float]
 
-
-class _Projecting(Face):
-    """A face that projects the gradients of large matrices."""
+class _Projecting(TorchOptimizer):
+    """Projects the gradients of large matrices."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
         super().__init__(params, defaults, **more)
@@ -85,23 +87,23 @@ class GaLore(_Projecting):
         self,
         params: Iterable[Any],
         lr: float,
-        rank: int = 128,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        rule: Literal["adamw", "sophia", "adafactor", "sgd", "muon"] = "adamw",
-        subspace: Literal["tracked", "svd", "randomized", "random"] = "tracked",
-        residual: Literal["none", "fira"] = "none",
-        moment_transport: bool = True,
-        stagger: bool = True,
-        adaptive_gap: bool = False,
-        projection_bits: ProjectionBits = 16,
-        state_bits: StateBits = 32,
+        rank: int = GaLoreSettings.rank,
+        update_proj_gap: int = GaLoreSettings.update_proj_gap,
+        scale: float = GaLoreSettings.scale,
+        rule: recipes.RuleName = GaLoreSettings.rule,
+        subspace: recipes.SubspaceName = GaLoreSettings.subspace,
+        residual: recipes.ResidualName = GaLoreSettings.residual,
+        moment_transport: bool = GaLoreSettings.moment_transport,
+        stagger: bool = GaLoreSettings.stagger,
+        adaptive_gap: bool = GaLoreSettings.adaptive_gap,
+        projection_bits: recipes.ProjectionBits = GaLoreSettings.projection_bits,
+        state_bits: recipes.StateBits = 32,
         betas: Betas | None = None,
-        eps: float = 1e-8,
+        eps: float = Hyper.eps,
         weight_decay: float = 0.0,
-        rho: float = 0.04,
+        rho: float = Hyper.rho,
         dense_lr: float | None = None,
-        curvature_every: int = 10,
+        curvature_every: int = recipes.CURVATURE_EVERY,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -127,7 +129,7 @@ class GaLore(_Projecting):
 
     def _complete(self, group: Group) -> None:
         if group["betas"] is None:
-            group["dense_betas"] = BETAS["adamw"]
+            group["dense_betas"] = RULES["adamw"].betas
         if "dense_ratio" not in group:
             group["dense_ratio"] = dense_ratio(group["lr"], group["dense_lr"], group["scale"], group["rule"])
         super()._complete(group)
@@ -136,17 +138,7 @@ class GaLore(_Projecting):
         return group["rule"] if is_projected else "adamw"
 
     def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
-        return SubspaceSpec(
-            rank=group["rank"],
-            gap=group["update_proj_gap"],
-            offset=int(place * group["update_proj_gap"]) if group["stagger"] else 0,
-            scale=group["scale"],
-            kind=group["subspace"],
-            adaptive=group["adaptive_gap"],
-            transport=group["moment_transport"],
-            projection_bits=group["projection_bits"],
-            residual=group["residual"],
-        )
+        return galore_subspace(settings_among(GaLoreSettings, group), place)
 
 
 class Apollo(_Projecting):
@@ -177,18 +169,18 @@ class Apollo(_Projecting):
         params: Iterable[Any],
         lr: float,
         rank: int | None = None,
-        mini: bool = False,
-        update_proj_gap: int = 200,
-        scale: float | None = None,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-8,
+        mini: bool = ApolloSettings.mini,
+        update_proj_gap: int = ApolloSettings.update_proj_gap,
+        scale: float | None = ApolloSettings.scale,
+        betas: Betas = RULES["adamw"].betas,
+        eps: float = Hyper.eps,
         weight_decay: float = 0.0,
-        state_bits: StateBits = 32,
+        state_bits: recipes.StateBits = 32,
         seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
-            "rank": (1 if mini else 128) if rank is None else rank,
+            "rank": recipes.apollo_rank(rank, mini=mini),
             "mini": mini,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
@@ -203,59 +195,4 @@ class Apollo(_Projecting):
         return "adamw"
 
     def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
-        return SubspaceSpec(
-            rank=group["rank"],
-            gap=group["update_proj_gap"],
-            offset=int(place * group["update_proj_gap"]),
-            scale=group["scale"] or apollo_scale(shape, group["rank"]),
-            kind="gaussian",
-            residual="tensor" if group["mini"] else "channel",
-        )
-
-
-class Sophia(Face):
-    """Sophia-G (Liu et al., arXiv 2305.14342): the first moment over a curvature, each entry clipped to 1.
-
-    The curvature is estimated every `curvature_every` steps, and first before the first step, from labels that are
-    sampled from the model itself: call `sophia_galore.watch(optimizer, model)` once, or `observe_curvature` by hand.
-    What is said of parameters and groups at `GaLore` holds here; nothing is projected.
-
-    Args:
-        params: As for `GaLore`.
-        lr: Learning rate, which is also the largest change of a weight at a step.
-        betas: Decays of the first moment and of the curvature (per estimate).
-        rho: Factor on the curvature (gamma in the paper); smaller: more entries of a step are clipped.
-        eps: Smallest denominator.
-        weight_decay: Decoupled decay of everything but vectors and scalars.
-        state_bits: Format of moment and curvature: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
-        curvature_every: Steps between two estimates of the curvature.
-        seed: Everything random is a function of it.
-
-    Raises:
-        ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: Betas = (0.965, 0.99),
-        rho: float = 0.04,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        state_bits: StateBits = 32,
-        curvature_every: int = 10,
-        seed: int = 0,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "rho": rho,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "state_bits": state_bits,
-        }
-        super().__init__(params, defaults, seed=seed, curvature_every=curvature_every)
-
-    def _rule(self, group: Group, is_projected: bool) -> str:
-        return "sophia"
+        return apollo_subspace(settings_among(ApolloSettings, group), shape, place)

@@ -1,20 +1,20 @@
-"""The `torch.optim` face: any training loop hands its gradients to the same one door.
+"""The base of `GaLore`, `Apollo` and `Sophia`: a `torch.optim.Optimizer` for any training loop.
 
-`Face` is a `torch.optim.Optimizer` whose states are kept by name. It keeps `ParamSpec`s in step with the parameter
-groups, looks at all gradients before the first weight moves, and then calls `ParamOptimizer.step_param`, one
-parameter after the other. Which parameter goes which way is said by its subclasses.
+It keeps a `ParamSpec` for each parameter in step with the parameter groups, checks all gradients before the first
+weight moves, and then calls `ParamOptimizer.step_param` for one parameter after the other. States are kept by name.
+Its subclasses say which parameter is trained how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import StepError
-from sophia_galore.numerics.rules import BETAS
+from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim import saved
 from sophia_galore.optim.arguments import Group, check_settings, plain, spec_of
 from sophia_galore.optim.gradients import (
@@ -27,19 +27,19 @@ from sophia_galore.optim.gradients import (
 from sophia_galore.optim.members import check_keys, param_shape, read_groups, read_pairs, refuse_doubles, refuse_nothing
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.owners import note_owner
+from sophia_galore.optim.recipes import CURVATURE_EVERY
 from sophia_galore.optim.spec import SubspaceSpec
 
-if TYPE_CHECKING:
-    from sophia_galore.optim.attach import Attachment
+Betas = tuple[float, float]
 
 # Settings that a group gets from its others.
 _DERIVED = ("dense_ratio", "dense_betas")
 # Settings that may change from step to step; all others decide about states that exist already.
 _LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
-_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_door", "_steps", "places")
+_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_param_optimizer", "_steps", "places")
 
 
-class Face(torch.optim.Optimizer):
+class TorchOptimizer(torch.optim.Optimizer):
     """What all of our `torch.optim` optimizers share.
 
     Args:
@@ -53,7 +53,7 @@ class Face(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = 10
+        self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = CURVATURE_EVERY
     ) -> None:
         owner = type(self).__name__
         check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
@@ -62,13 +62,13 @@ class Face(torch.optim.Optimizer):
         self.num_steps = 0
         self.curvature_seen = False
         self.sampled = SampledGradients()
-        self.attachment: Attachment | None = None
+        self.end_attached_step: Callable[[], None] | None = None
         self._settings: list[dict[str, Any]] = []
         self._steps: dict[str, int] = {}
         self.places: dict[str, float] = {}
         super().__init__([dict(group) for group in read_groups(owner, params)], defaults)
         refuse_nothing(owner, self.named_parameters())
-        self._door = ParamOptimizer([], seed=seed)
+        self._param_optimizer = ParamOptimizer([], seed=seed)
         self._join(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -92,7 +92,7 @@ class Face(torch.optim.Optimizer):
         self._complete(group)
         refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
         super().add_param_group(group)
-        if "_door" in self.__dict__:  # else torch's constructor runs, and there are more groups to come
+        if "_param_optimizer" in self.__dict__:  # else torch's constructor runs, and there are more groups to come
             self._join(self.param_groups[-1:])
 
     @torch.no_grad()
@@ -117,8 +117,8 @@ class Face(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.follow_settings()
-        if self.attachment is not None:
-            self.attachment.end_step()
+        if self.end_attached_step is not None:
+            self.end_attached_step()
         else:
             grads = self._gradients()
             refuse_non_finite(grads.items(), self.num_steps + 1)
@@ -164,7 +164,8 @@ class Face(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state = saved.to_dict(self, self._door, self._steps)
+        progress = {"curvature_seen": self.curvature_seen, "num_steps": self.num_steps, "places": dict(self.places)}
+        state = saved.to_dict({**self._identity(), **progress}, self.param_groups, self._param_optimizer, self._steps)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -182,11 +183,14 @@ class Face(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved.check(self, state_dict, self._door.specs, self.defaults.keys() - _LIVE)
+        fixed = self.defaults.keys() - _LIVE
+        saved.check(state_dict, self._identity(), self.param_groups, self._param_optimizer.specs, fixed)
         self.places = dict(state_dict["places"])  # what joined later has another one than at once
         for group in self.param_groups:
             self._route(group)
-        self._door, self._steps = saved.restore(state_dict, self._door.specs, self.named_parameters(), self.seed)
+        self._param_optimizer, self._steps = saved.restore(
+            state_dict, self._param_optimizer.specs, self.named_parameters(), self.seed
+        )
         self.sampled = SampledGradients()
         for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved.settings_of(old))
@@ -203,7 +207,7 @@ class Face(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy."""
         super().__setstate__(state)
-        self.sampled, self.attachment = SampledGradients(), None
+        self.sampled, self.end_attached_step = SampledGradients(), None
         self._settings = [self._settings_of(group) for group in self.param_groups]
 
     def curvature_is_due(self) -> bool:
@@ -212,7 +216,7 @@ class Face(torch.optim.Optimizer):
 
     def curved_parameters(self) -> dict[str, Tensor]:
         """Parameters whose rule has a curvature, by name."""
-        specs = self._door.specs
+        specs = self._param_optimizer.specs
         return {name: param for _, name, param in self.members() if specs[name].rule == "sophia"}
 
     def named_parameters(self) -> dict[str, Tensor]:
@@ -248,7 +252,7 @@ class Face(torch.optim.Optimizer):
 
     def check(self, name: str, param: Tensor) -> None:
         """Raise `StepError` for a parameter or a gradient of a kind that can't be stepped."""
-        refuse_untrainable(name, param, self._door.specs[name].shape)
+        refuse_untrainable(name, param, self._param_optimizer.specs[name].shape)
 
     @torch.no_grad()
     def step_one(self, group: Group, name: str, param: Tensor, grad: Tensor) -> None:
@@ -261,11 +265,15 @@ class Face(torch.optim.Optimizer):
             grad: Its gradient, known to be dense and finite.
         """
         note_owner(name, param, self)
-        self._door.place_state(name, param.device)
+        self._param_optimizer.place_state(name, param.device)
         step = self._steps.get(name, 0) + 1
         weight, full = in_vectors(param.detach()), in_vectors(grad.float())
-        self._door.step_param(name, weight, full, step=step, factor=float(group["lr"]))
+        self._param_optimizer.step_param(name, weight, full, step=step, factor=float(group["lr"]))
         self._steps[name] = step
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same in a saved state."""
+        return {"optimizer": type(self).__name__, "seed": self.seed, "curvature_every": self.curvature_every}
 
     def _gradients(self) -> dict[str, Tensor]:
         """The gradients there are, by name; what has no elements has nothing to learn."""
@@ -283,7 +291,7 @@ class Face(torch.optim.Optimizer):
             sampled, count = self.sampled.take()
             refuse_non_finite(sampled.items(), self.num_steps + 1)
             self._observe(sampled, count)
-        if not self.curvature_seen and any(self._door.specs[name].rule == "sophia" for name in grads):
+        if not self.curvature_seen and any(self._param_optimizer.specs[name].rule == "sophia" for name in grads):
             raise StepError(
                 "Sophia divides by a curvature, but none was observed before this first step.",
                 "Call sophia_galore.watch(optimizer, model) before training, or optimizer.observe_curvature(...) after "
@@ -294,14 +302,14 @@ class Face(torch.optim.Optimizer):
     def _observe(self, grads: Mapping[str, Tensor], num_samples: int) -> None:
         params = self.named_parameters()
         for name, grad in grads.items():
-            self._door.place_state(name, params[name].device)
+            self._param_optimizer.place_state(name, params[name].device)
             step = self._steps.get(name, 0) + 1
-            self._door.observe_curvature(name, in_vectors(grad.float()), step=step, num_samples=num_samples)
+            self._param_optimizer.observe_curvature(name, in_vectors(grad.float()), step=step, num_samples=num_samples)
         self.curvature_seen = True
 
     def _complete(self, group: Group) -> None:
         """Fill in settings of a group that follow from others."""
-        group["betas"] = group["betas"] or BETAS[self._rule(group, is_projected=True)]
+        group["betas"] = group["betas"] or RULES[self._rule(group, is_projected=True)].betas
 
     def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
         """Whether the gradients of a parameter are projected."""
@@ -334,7 +342,7 @@ class Face(torch.optim.Optimizer):
             place = self.places.get(name)
             subspace = None if place is None else self._subspace(shape, group, place)
             rule = self._rule(group, is_projected=subspace is not None)
-            self._door.specs[name] = spec_of(name, shape, group, rule, subspace)
+            self._param_optimizer.specs[name] = spec_of(name, shape, group, rule, subspace)
 
     def _settings_of(self, group: Group) -> dict[str, Any]:
         """The settings of a group that specs are made of."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
 import sophia_galore
-from faces import assert_same, loss_of, make_batch, make_net, train, weights
+from small_net import assert_same, loss_of, make_batch, make_net, train, weights
 from sophia_galore.errors import ArgumentError, NonFiniteError, StepError
 from sophia_galore.numerics.random import draw_classes, generator
 from tiny import tiny_model

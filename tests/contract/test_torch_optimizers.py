@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 import sophia_galore
-from faces import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
+from small_net import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
 from sophia_galore.errors import NonFiniteError, StepError
-from sophia_galore.numerics.rules import BETAS, Hyper
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.rules import RULES
+from sophia_galore.optim.build import apollo_scale
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.optim.spec import ParamSpec, SubspaceSpec, apollo_scale
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 formats = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -74,7 +76,10 @@ def expected_specs(net: nn.Module, kind: str) -> list[ParamSpec]:
         shape = tuple(param.shape) or (1,)
         decay = 0.1 if param.ndim > 1 else 0.0
         bits = 8 if param.numel() >= 4096 else 32
-        hyper, place = Hyper(*BETAS["adamw"]), projected.index(name) / len(projected) if name in projected else 0.0
+        hyper, place = (
+            Hyper(*RULES["adamw"].betas),
+            projected.index(name) / len(projected) if name in projected else 0.0,
+        )
         if name not in projected:
             rate = 0.25 if kind == "galore" else 1.0
             specs.append(ParamSpec(name, shape, rate, decay, hyper, state_bits=bits))
