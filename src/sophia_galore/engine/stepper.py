@@ -85,6 +85,7 @@ class Stepper:
                             held[name] = prepared
                         else:
                             optimizer.apply(name, layer.weights[name], prepared, step=step, factor=factor)
+                        del prepared  # or it would live as long as the next layer works
         norm = math.hypot(*norms)
         if held:
             self._apply_all(held, norm, step, factor)
