@@ -109,3 +109,11 @@ def test_a_configuration_is_read_without_torch() -> None:
     """The command line answers at once because of that."""
     code = "import sys, sophia_galore.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) != "weights"], ids=str)
+def test_nobody_outside_of_the_room_asks_what_kind_a_weight_is(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+            assert not asked & {"Weight", "PlainWeight", "Int8Weight", "DeferredWeight", "RowInt8Weight", "Frozen8bit"}

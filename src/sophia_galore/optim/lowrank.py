@@ -21,8 +21,7 @@ from sophia_galore.optim.move import read_decayed
 from sophia_galore.optim.recipes import STORED_BASES
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
-from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.int8 import Int8Weight
+from sophia_galore.weights.deferred import DeferredWeight, deferred_of, deferring
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.weight import Weight
 
@@ -147,10 +146,10 @@ def lowrank_step(
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
     length = -rate * subspace.scale
-    if isinstance(weight, DeferredWeight):
-        _defer(weight, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
+    if deferred := deferred_of(weight):
+        _defer(deferred, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
         if refresh_is_due(spec, state, step + 1):
-            _round_in(weight, state, noise)
+            _round_in(deferred, state, noise)
         return
     for rows in row_blocks(weight.shape):
         stored = weight[rows]
@@ -196,9 +195,7 @@ def with_deferred_update(spec: ParamSpec, state: ParamState, weight: Weight) -> 
         remainder, basis = state.tensors["remainder"], state.basis()
         return (remainder, basis.T) if spec.side == "right" else (basis, remainder)
 
-    base = weight.settled
-    # In other formats every update is written at once.
-    return DeferredWeight(base, state.tensors["shrink"], factors) if isinstance(base, Int8Weight) else base
+    return deferring(weight, state.tensors["shrink"], factors)
 
 
 def _defer(

@@ -103,3 +103,20 @@ class DeferredWeight(Weight):
         if not all(bool(torch.isfinite(tensor).all()) for tensor in (left, right, self.decay)):
             return "holds a remainder that is not finite"
         return None
+
+
+def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
+    """A weight with an update of low rank that is not written yet; in other formats than int8 each is, at once.
+
+    Args:
+        weight: The stored weight; of one that has a deferred update already, the codes alone are taken over.
+        decay: (1,) float32, a factor on what is stored.
+        factors: Gives (m, r) and (r, n), whose product is added.
+    """
+    base = weight.settled
+    return DeferredWeight(base, decay, factors) if isinstance(base, Int8Weight) else base
+
+
+def deferred_of(weight: Weight) -> DeferredWeight | None:
+    """The weight with its deferred update, where it has one."""
+    return weight if isinstance(weight, DeferredWeight) else None
