@@ -65,13 +65,13 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """What evaluations are made to find, by the step that they follow."""
     script: list[float] = []
     done = [0]
-    step = LayerwiseEngine.step
+    step = LayerwiseEngine.forward
 
     def stepped(self: LayerwiseEngine, *given: Any, **more: Any) -> Any:
         done[0] = more["step"]
         return step(self, *given, **more)
 
-    monkeypatch.setattr(LayerwiseEngine, "step", stepped)
+    monkeypatch.setattr(LayerwiseEngine, "forward", stepped)
     monkeypatch.setattr(LayerwiseEngine, "evaluate", lambda self, batches: (script[done[0]], 1))
     script_of = _Script(script, done)
     yield script_of
