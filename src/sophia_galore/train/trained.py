@@ -126,6 +126,8 @@ def _newest(saved: list[Path], say: Say) -> Weights:
 
 def _is_finished(run: Path) -> bool:
     """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
-    state = TrainerState.find(run / files.TRAINER_STATE)
-    goes_on = state is not None and state.has_steps_left and not state.ended_early
+    state, planned = TrainerState.find(run / files.TRAINER_STATE), find_object(run / files.PLAN).get("num_steps")
+    # Versions that did not write the state as a run begins again tell of the steps that were added in the plan alone.
+    more = state is not None and isinstance(planned, int) and state.global_step < planned
+    goes_on = state is not None and (state.has_steps_left or more) and not state.ended_early
     return (run / files.MODEL).is_file() and not goes_on
