@@ -1,4 +1,4 @@
-"""Files that a command writes beside what a user wrote: never over it."""
+"""Files that a command writes beside what a user wrote: never over it. A link stays a link."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from sophia_galore import __version__
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.errors import EnvironmentProblem, UserError
+from sophia_galore.records.schema import write_text
 
 _MADE_BY = "# Made by `sophia-galore plan --fit`"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +33,7 @@ def write_config(config: RunConfig, path: Path) -> Path:
                 f"{path} exists, and was not made by this command, so it is not replaced.",
                 "Give another name with --output.",
             )
-        _replace(path, f"{_MADE_BY}, version {__version__}.\n{dump_config(config)}")
+        write_text(path.resolve(), f"{_MADE_BY}, version {__version__}.\n{dump_config(config)}")
     except OSError as error:
         raise EnvironmentProblem(f"{path} can't be written: {error}.", "Give another place with --output.") from error
     return path
@@ -59,7 +60,7 @@ def replace_between_marks(path: Path, name: str, text: str) -> None:
     if not found or not closed:
         raise UserError(f"{path} has no lines {begin} and {end}.", "Put them where the table is to stand.")
     try:
-        _replace(path, f"{before}{begin}\n{text}\n{end}{after}")
+        write_text(path.resolve(), f"{before}{begin}\n{text}\n{end}{after}")
     except OSError as error:
         raise EnvironmentProblem(f"{path} can't be written: {error}.", "It is as it was.") from error
 
@@ -76,7 +77,7 @@ def write_new(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        write_text(path.resolve(), text)
     except OSError as error:
         raise EnvironmentProblem(f"{path} can't be written: {error}.", "Give another place with --output.") from error
 
@@ -94,14 +95,3 @@ def refuse_other_than_png(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(_PNG)) != _PNG:
                 raise UserError(f"{path} exists and is no PNG picture, so it is not replaced.", "Give another name.")
-
-
-def _replace(path: Path, text: str) -> None:
-    """In one move: on a full disk the old file stays. A link stays a link."""
-    place = path.resolve()
-    beside = place.with_name(f".{place.name}.tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)

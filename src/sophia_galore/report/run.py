@@ -90,12 +90,13 @@ def read_run(folder: Path, *, name: str = "", failure: str = "") -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder.", "Name the folder of a run (training.output_dir).")
-    plan, memory, environment = (folder / name for name in (files.PLAN, files.MEMORY_REPORT, files.ENVIRONMENT))
+    plan = PlanRecord.read(folder / files.PLAN)
+    memory, environment = folder / files.MEMORY_REPORT, folder / files.ENVIRONMENT
     return Run(
         name=name or folder.name,
         folder=folder,
         config=_flat(_yaml(folder / files.CONFIG)),
-        plan=PlanRecord.read(plan),
+        plan=plan,
         metrics=read_metrics(folder) if (folder / files.METRICS).exists() else Metrics(),
         memory=MemoryReport.read(memory) if memory.exists() else None,
         environment=Environment.read(environment) if environment.exists() else Environment(),

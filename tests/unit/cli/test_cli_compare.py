@@ -301,7 +301,7 @@ BAD: list[tuple[list[str], str]] = [
     (["compare", "CONFIG", "--seeds", "2", "training.output_dir=x"], "Use --output instead"),
     (["report"], "Missing argument"),
     (["report", "nowhere"], "nowhere is no folder"),
-    (["report", "MODEL"], "run_config.yaml can't be read"),
+    (["report", "MODEL"], "plan.json can't be read"),
 ]
 
 
