@@ -34,17 +34,17 @@ def stochastic_round_bf16(values: Tensor, noise: Noise) -> Tensor:
 
 
 def write_rounded(stored: Tensor, values: Tensor, noise: Noise | None) -> None:
-    """Write float32 values into a stored weight in the weight's own format.
+    """Write float32 values (float64 for float64) into a stored weight in the weight's own format.
 
     Args:
-        stored: float32 (plain copy) or bfloat16 (stochastic rounding), changed in place.
-        values: float32, the shape of `stored`.
+        stored: float32, float64 (plain copy) or bfloat16 (stochastic rounding), changed in place.
+        values: float32, of float64 float64, the shape of `stored`.
         noise: For rounding without bias; None: to nearest.
 
     Raises:
         TypeError: The stored dtype has no rounding rule.
     """
-    if stored.dtype == torch.float32:
+    if stored.dtype in (torch.float32, torch.float64):
         stored.copy_(values)
     elif stored.dtype == torch.bfloat16:
         stored.copy_(values if noise is None else stochastic_round_bf16(values, noise))

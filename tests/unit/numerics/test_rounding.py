@@ -63,10 +63,14 @@ def test_same_key_same_bits() -> None:
     assert torch.equal(one, other) and not torch.equal(one, another)
 
 
-def test_float32_is_written_plainly_and_unknown_formats_are_refused() -> None:
-    values = torch.randn(10)
-    stored = torch.empty(10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_does_not_round_is_written_plainly(dtype: torch.dtype) -> None:
+    values = torch.randn(10, dtype=dtype)
+    stored = torch.empty(10, dtype=dtype)
     write_rounded(stored, values, Noise.of(0, "w"))
     assert torch.equal(stored, values)
+
+
+def test_unknown_formats_are_refused() -> None:
     with pytest.raises(TypeError, match="float16"):
-        write_rounded(torch.empty(10, dtype=torch.float16), values, Noise.of(0, "w"))
+        write_rounded(torch.empty(10, dtype=torch.float16), torch.randn(10), Noise.of(0, "w"))
