@@ -80,6 +80,12 @@ class DeferredWeight(Weight):
         left, right = (factor.to(device, copy=True) for factor in self.factors())
         return DeferredWeight(self.base.copied_to(device), self.decay.to(device, copy=True), lambda: (left, right))
 
+    def copy_(self, other: Weight) -> None:
+        """Not possible: the factors belong to an optimizer's state, and what `factors` gives may be a copy of them."""
+        raise TypeError(
+            "of a weight with a deferred update the codes are taken over, by `settled`; its state has the rest"
+        )
+
     def rounded_in(self, form: Int8Format, device: torch.device) -> Int8Weight:
         """A copy in codes alone. They are rounded without bias, since most of an update is smaller than a code.
 

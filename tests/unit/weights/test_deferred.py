@@ -45,6 +45,19 @@ def test_it_can_be_changed_by_its_factors_only() -> None:
         weight.write(torch.zeros(12, 20), Noise.of(0, "rounding"))
 
 
+def test_another_is_not_taken_over_by_half() -> None:
+    """Its factors can't be: those of a state that is narrower, or transposed, are made anew each time."""
+    weight, other = made()[0], made()[0]
+    left, right = weight.factors()
+    turned = DeferredWeight(weight.base, weight.decay, lambda: (left, right.to(torch.bfloat16).T.contiguous().T))
+    other.decay.fill_(0.5)
+    with pytest.raises(TypeError, match="settled"):
+        turned.copy_(other)
+    assert float(turned.decay) == pytest.approx(0.9)
+    turned.settled.copy_(other.settled)
+    assert torch.equal(turned.base.codes, other.base.codes)
+
+
 def test_its_tensors_say_all() -> None:
     weight, _ = made()
     tensors = weight.tensors()
