@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from inspect import GEN_CLOSED, getgeneratorstate
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from engines import CPU, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass
+from sophia_galore.engine.observe import Observer, Phase
+from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.rules import Hyper
@@ -21,6 +25,7 @@ from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Project
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.request import Wants
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
+from sophia_galore.weights.store import Borrowed, WeightStore
 from tiny import autograd_loss, ragged_batches, tiny_model
 
 SUBSPACE = SubspaceSpec(rank=6, gap=3, scale=0.5, kind="tracked", transport=True)
@@ -49,6 +54,7 @@ class Parts:
         max_grad_norm: float = 0.0,
         curvature_every: int = 0,
         tied: bool = True,
+        observer: Observer | None = None,
         **shapes: int,
     ) -> None:
         self.model = tiny_model("qwen2", tied=tied, **shapes).train()
@@ -56,7 +62,7 @@ class Parts:
         self.anatomy, self.store = load_parts(folder)
         self.specs = specs_for(self.anatomy.parameter_shapes(), subspace, rule)
         self.optimizer = ParamOptimizer(self.specs, seed=0, device=CPU)
-        engine = make_engine(self.anatomy, self.store)
+        engine = make_engine(self.anatomy, self.store, observer=observer)
         self.stepper = Stepper(
             engine,
             self.optimizer,
@@ -257,3 +263,83 @@ def test_projectors_are_asked_for_at_the_step_that_runs(tmp_path: Path) -> None:
     assert shapes[0] == set()
     # Tracked bases are refreshed once in the octave 2-3: those with early offsets at 2, the others at 3.
     assert shapes[1] | shapes[2] == matrices and not shapes[1] & shapes[2]
+
+
+class _Open(Observer):
+    """The phases that were entered and not left."""
+
+    def __init__(self) -> None:
+        self.entered: list[Phase] = []
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        self.entered.append(name)
+        try:
+            yield
+        finally:
+            self.entered.pop()
+
+
+def probe(parts: Parts, stopped: Callable[[], bool]) -> None:
+    take_probe(
+        parts.stepper._engine,
+        ragged_batches(),
+        step=1,
+        optimizer=parts.optimizer,
+        trained=[],
+        held_shapes={},
+        max_length=99,
+        stopped=stopped,
+    )
+
+
+@pytest.mark.parametrize("at_call", [1, 4, 25], ids=["the head", "a layer", "a later layer"])
+@pytest.mark.parametrize("method", ["prepare", "apply", "observe_curvature", "probe"])
+def test_an_error_in_a_step_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, at_call: int
+) -> None:
+    """No phase, no borrowed weights, no generator that waits; autograd is as it was, and the next step goes well."""
+    observer = _Open()
+    parts = Parts(tmp_path, rule="sophia", curvature_every=1, observer=observer)
+    engine, num_calls, num_borrowed = parts.stepper._engine, 0, 0
+    borrow, backward = WeightStore.borrow, engine.backward
+    generators: list[Generator[FinishedGradients]] = []
+
+    @contextmanager
+    def counted(store: WeightStore, *names: str) -> Iterator[Borrowed]:
+        nonlocal num_borrowed
+        num_borrowed += 1
+        try:
+            with borrow(store, *names) as weights:
+                yield weights
+        finally:
+            num_borrowed -= 1
+
+    def remembered(forward: ForwardPass) -> Generator[FinishedGradients]:
+        generators.append(backward(forward))
+        return generators[-1]
+
+    original = getattr(parts.optimizer, method, lambda: False)
+
+    def fails(*given: Any, **more: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == (min(at_call, 3) if method == "probe" else at_call):  # which asks once a layer
+            assert observer.entered == ["step"] and num_borrowed == 1
+            raise KeyboardInterrupt
+        return original(*given, **more)
+
+    monkeypatch.setattr(WeightStore, "borrow", counted)
+    monkeypatch.setattr(engine, "backward", remembered)
+    monkeypatch.setattr(parts.optimizer, method, fails, raising=False)
+    with pytest.raises(KeyboardInterrupt) as error:
+        if method == "probe":
+            probe(parts, fails)
+        else:
+            parts.go(1)
+    # While the error, and with it every frame that it went through, is still there.
+    assert not observer.entered and not num_borrowed and torch.is_grad_enabled()
+    assert generators and all(getgeneratorstate(each) == GEN_CLOSED for each in generators)
+    del error
+    parts.stepper.take(ragged_batches(2), step=2, factor=1.0)
+    assert not observer.entered and not num_borrowed and torch.is_grad_enabled()

@@ -84,9 +84,18 @@ def autograd_pairs(model: Any, laid: str) -> float:
         sums += [row[labels != IGNORED].sum() for row, labels in zip(every, batch.labels, strict=True)]
     margins = torch.stack([BETA * (sums[better] - sums[worse]) for better, worse in PAIRS[laid].pairs])
     loss = -functional.logsigmoid(margins).mean()
-    assert float(margins.abs().max()) < 8 and float(margins.abs().min()) > 0.1  # or the gradient shows little
+    sizes = margins.detach().abs()
+    assert float(sizes.max()) < 8 and float(sizes.min()) > 0.1  # or the gradient shows little
     loss.backward()
     return float(loss.detach())
+
+
+def expected_gradients(model: Any, projectors: dict[str, Projector]) -> dict[str, Tensor]:
+    """The model's own, multiplied where products were asked for."""
+    return {
+        name: projectors[name].of(parameter.grad) if name in projectors else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
 
 
 def parts_of(folder: Path, model: Any, stored: str) -> tuple[Anatomy, WeightStore]:
@@ -138,38 +147,28 @@ def test_gradients_equal_autograd(tmp_path: Path, family: str, tied: bool, store
     expected_loss = autograd_pairs(model.train(), laid)
     wants, projectors = wants_of(form, parts[0])
     loss, got = run(parts, BATCHES[laid](), PAIRS[laid], wants)
-    assert loss == pytest.approx(expected_loss, rel=1e-6)
-    expected = {
-        name: projectors[name].of(parameter.grad) if name in projectors else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
-    error = worst(got, expected)
-    print("ERR", error, abs(loss / expected_loss - 1))
-    assert error <= 3e-6
+    assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of some 20 tokens; worst seen 1.3e-7
+    # Tiles are sums in another order, and what two examples say differs less than each: worst seen 6.8e-7.
+    assert worst(got, expected_gradients(model, projectors)) <= 2e-6
 
 
 @FORMS
 @LAID
 @STORED
 @pytest.mark.parametrize(
-    ("compute_dtype", "tolerance"), [(torch.bfloat16, 6e-2), (torch.float16, 1e-2)], ids=["bf16", "fp16"]
+    ("compute_dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 5e-3)], ids=["bf16", "fp16"]
 )
 def test_half_precision_gradients_are_near(
     tmp_path: Path, compute_dtype: torch.dtype, tolerance: float, stored: str, laid: str, form: str
 ) -> None:
+    """A rounding is 2^-9 or 2^-12 relative; through three layers, forward and backward, worst seen 1.7e-2, 2.0e-3."""
     model = tiny_model("llama")
     parts = parts_of(tmp_path, model, stored)
     expected_loss = autograd_pairs(model.train(), laid)
     wants, projectors = wants_of(form, parts[0])
     loss, got = run(parts, BATCHES[laid](), PAIRS[laid], wants, compute_dtype=compute_dtype)
-    expected = {
-        name: projectors[name].of(parameter.grad) if name in projectors else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
-    error = worst(got, expected)
-    print("ERR", compute_dtype, error, abs(loss / expected_loss - 1))
-    assert loss == pytest.approx(expected_loss, rel=tolerance)
-    assert error <= tolerance
+    assert loss == pytest.approx(expected_loss, rel=1e-3)  # sums of rounded logits' errors; worst seen 1.6e-4
+    assert worst(got, expected_gradients(model, projectors)) <= tolerance
 
 
 class WeighedCrossEntropy(CrossEntropy):
@@ -201,9 +200,8 @@ def test_cross_entropy_by_weights_is_that_of_one_pass(
     expected_loss, expected = step(once)
     loss, got = step(weighed)
     assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 means of 42 tokens
-    error = worst(got, expected)
-    print("ERR", compute_dtype, error, abs(loss / expected_loss - 1))
-    assert error <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[compute_dtype]
+    # On a CPU to the bit; a weight that is rounded otherwise may move single entries by a rounding.
+    assert worst(got, expected) <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[compute_dtype]
 
 
 @pytest.mark.parametrize(("phase", "which"), [("forward", 0), ("forward", 2), ("head", 0), ("backward", 1)])
@@ -230,8 +228,7 @@ def test_a_part_that_is_repeated_sees_the_same_examples(
         loss, got = step(memory)
         assert memory.ran_out == 1
         assert loss == pytest.approx(expected_loss, rel=1e-6)
-        print("ERR", worst(got, expected))
-        assert worst(got, expected) <= SPLIT_TOLERANCE, operation
+        assert worst(got, expected) <= SPLIT_TOLERANCE, operation  # worst seen 9.1e-8
 
 
 def test_examples_are_numbered_through_the_effective_batch() -> None:
