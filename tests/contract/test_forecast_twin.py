@@ -93,7 +93,7 @@ def random_store(*given: Any) -> Any:
 
 def simulate_with_memory(monkeypatch: pytest.MonkeyPatch, *given: Any, **more: Any) -> Simulated:
     with monkeypatch.context() as patched:
-        patched.setattr(simulation, "FakeTensorTracker", StorageTracker)
+        patched.setattr(simulation, "FakeTensors", StorageTracker)
         patched.setattr(simulation, "_empty_store", random_store)
         return simulate(*given, **more)
 

@@ -15,8 +15,7 @@ from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
 from sophia_galore.errors import ArgumentError, ModelError, UserError
-from sophia_galore.memory.fitting import fit as find_fit
-from sophia_galore.memory.fitting import in_words
+from sophia_galore.memory.fitting import find_settings, in_words
 from sophia_galore.memory.matrix import LIMITS, markdown, matrix
 from sophia_galore.memory.planner import MemoryEstimate, Planner, find_planner
 from sophia_galore.memory.timeline import points_of
@@ -99,7 +98,7 @@ def _fit(
     budget = planner.budget(asked)
     if budget is None:
         raise ArgumentError("--fit needs a limit to fit into.", "Say how much there is: --memory 4GiB.")
-    found = find_fit(planner, asked, budget, may_shorten=may_shorten)
+    found = find_settings(planner, asked, budget, may_shorten=may_shorten)
     estimate = MemoryEstimate(found.forecast, budget)
     if as_json:
         print(json.dumps(plan_of(planner, found.config or asked, estimate, found), indent=2))

@@ -1,7 +1,7 @@
-"""How much of a device's memory is not for the allocator of tensors, and how much of the rest can't be used.
+"""A memory budget: how much of a device's memory is left for tensors.
 
-On a GPU the context takes 0.1 to 0.9 GiB and a desktop 0.3 to 0.5 GiB more. What is left the allocator hands out in
-blocks, between which gaps remain.
+On a GPU the context takes 0.1 to 0.9 GiB, and a desktop 0.3 to 0.5 GiB. The allocator hands out the rest in blocks,
+between which gaps remain.
 """
 
 from __future__ import annotations

@@ -13,46 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sophia_galore.memory.fake_cache import cache_key, lookup, remember
 from sophia_galore.memory.tracker import StorageTracker
 
 _aten = torch.ops.aten
-# Integers that are made out of nothing, and whose values are known: positions, counts, masks. Not those that are
-# drawn or filled in later, such as the noise of a rounding.
+# Operations that make integers with known values, such as positions, counts and masks. Not those that are drawn or
+# filled in later, such as the noise of a rounding.
 _COUNTING = (_aten.arange, _aten.zeros, _aten.ones, _aten.full, _aten.scalar_tensor)
-# Codes of eight bits and less are the bytes of something large.
-_KEPT = (torch.int64, torch.bool)
+# Narrower integers are the codes of something large.
+_REAL = (torch.int64, torch.bool)
 _INDEXING = (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_)
-# What fills a tensor from a generator, which fake tensors do not know how to take.
+# Operations that take a generator, which fake tensors can not.
 _DRAWN = (_aten.exponential_,)
 _ZEROS = (_aten.zeros, _aten.zeros_like, _aten.new_zeros, _aten.zero_)
 # Results that take only shape and dtype from an argument.
 _LIKE_ANOTHER = (_aten.empty_like, _aten.new_empty, _aten.ones_like, _aten.new_ones, _aten.full_like, _aten.new_full)
-# Not 1, by which nobody needs to scale: a factor that is found from it is applied, as it would be in practice.
+# Not 1: code that scales by a factor may skip 1, and then would need less memory than in practice.
 _USUAL = 0.5
 
 
-class FakeTensors(TorchDispatchMode):
-    """While it is entered, floating-point tensors are made fake; a context manager.
+class FakeTensors(StorageTracker):
+    """While it is entered, floating-point tensors are made fake, and their storages are counted; a context manager.
 
-    Tensors that exist already stay real: a result is fake if one of the arguments is.
+    Tensors that exist already stay real: a result is fake if one of the arguments is. It is one mode in place of two,
+    since each mode costs as much time as what it does.
+
+    Args:
+        device: The device whose storages count.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         # Real tensors, such as positions, may meet fake ones.
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.answer(func, types, args, kwargs or {})
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled here, and torch would switch its compiler off and on again at each operation.
+        return False
 
-    def answer(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an operation; no mode is entered meanwhile."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device
+            return args[0].fake_device  # first: it is asked for as often as everything else together
+        return self.took_in(self._run(func, types, args, kwargs or {}))
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         tensors = _tensors_in((*args, *kwargs.values()))
         if not tensors:
             if _is_counting(func.overloadpacket, args, kwargs):
@@ -66,12 +73,12 @@ class FakeTensors(TorchDispatchMode):
             out = args[0]
         else:
             if func.overloadpacket in _INDEXING:
-                args = (args[0], _by_number(args[1]), *args[2:])
-            out = self._of_fakes(func, types, args, kwargs)
+                args = (args[0], _by_position(args[1]), *args[2:])
+            out = self._run_cached(func, types, args, kwargs)
         _note_zeros(func, tensors, out)
         return out
 
-    def _of_fakes(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def _run_cached(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         key = cache_key(func, args, kwargs)
         make = lookup(key)
         if make is not None:
@@ -81,28 +88,6 @@ class FakeTensors(TorchDispatchMode):
         if key is not None:
             remember(key, func, args, out)
         return out
-
-
-class FakeTensorTracker(StorageTracker):
-    """Fake tensors whose storages are counted: one mode in place of two, since each costs as much as what it does.
-
-    Args:
-        device: As for `StorageTracker`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._fakes = FakeTensors()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here, and torch would switch its compiler off and on again at each operation.
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._fakes.answer(func, types, args, kwargs or {})
-        # A device is asked for as often as everything else together.
-        return self.took_in(out) if func is not torch.ops.prim.device.default else out
 
 
 def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
@@ -122,13 +107,13 @@ def _is_counting(operation: Any, args: Any, kwargs: Any) -> bool:
         return False
     dtype = kwargs.get("dtype")
     if dtype is not None:
-        return dtype in _KEPT
+        return dtype in _REAL
     values = args[1] if operation is _aten.full else args[:3] if operation is _aten.arange else 0.0
     return all(isinstance(value, int) for value in (values if isinstance(values, tuple) else (values,)))
 
 
-def _by_number(indices: Any) -> list[Any]:
-    """Indices with each real mask turned into the numbers of its places: how many there are, shapes depend on."""
+def _by_position(indices: Any) -> list[Any]:
+    """Indices with each real mask turned into the positions that it selects, since shapes depend on their number."""
     numbered: list[Any] = []
     for index in indices:
         if isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool:
@@ -142,7 +127,7 @@ def _note_zeros(func: Any, tensors: list[Tensor], out: Any) -> None:
     """Note on storages whether they hold only zeros; what is computed from zeros alone counts as zeros."""
     operation = func.overloadpacket
     if operation is _aten.any:
-        # Of a comparison, which looks for what is wrong, none is true.
+        # Code asks whether any comparison shows a fault: none does.
         are_zeros = tensors[0].dtype == torch.bool or _is_zero(tensors[0])
     else:
         draws = torch.Tag.nondeterministic_seeded in func.tags

@@ -58,7 +58,9 @@ class Fit:
     forecast: Forecast
 
 
-def fit(planner: Planner, config: RunConfig, budget: Budget, *, may_shorten: bool = False, fills: bool = True) -> Fit:
+def find_settings(
+    planner: Planner, config: RunConfig, budget: Budget, *, may_shorten: bool = False, fills: bool = True
+) -> Fit:
     """Find settings that fit.
 
     Args:
@@ -156,7 +158,7 @@ def advice(planner: Planner, config: RunConfig) -> str:
     budget = planner.budget(config)
     if budget is None:
         return WHAT_HELPS
-    found = fit(planner, config, budget, fills=False)  # somebody waits
+    found = find_settings(planner, config, budget, fills=False)  # somebody waits
     needed = bytes_in_words(found.forecast.peak_bytes)
     if found.config is None:
         enough = bytes_in_words(found.forecast.peak_bytes + budget.reserve_bytes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sophia_galore.config import RunConfig
 from sophia_galore.config.change import changed
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.memory.fitting import Fit, fit
+from sophia_galore.memory.fitting import Fit, find_settings
 from sophia_galore.memory.planner import Planner, find_planner
 
 LIMITS: tuple[int, ...] = tuple(size * 2**30 for size in (4, 6, 8, 12, 16, 24))
@@ -61,7 +61,7 @@ def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:
     asked = changed(config, {"memory.limit": limit})
     budget = planner.budget(asked)
     assert budget is not None  # a limit was given
-    return _settings_in_words(fit(planner, asked, budget), planner.num_layers)
+    return _settings_in_words(find_settings(planner, asked, budget), planner.num_layers)
 
 
 def _settings_in_words(found: Fit, num_layers: int) -> str | None:

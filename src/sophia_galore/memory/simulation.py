@@ -15,7 +15,7 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.composition import PassTrace, minus, split_passes
-from sophia_galore.memory.fake_tensors import FakeTensorTracker
+from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.timeline import Recorder, Sizes
 from sophia_galore.memory.tracker import state_category
 from sophia_galore.model.anatomy import Anatomy
@@ -127,7 +127,7 @@ def simulate(
         probes: Whether to take a probe step in place of each step.
     """
     config = decided.facts.config
-    tracker = FakeTensorTracker(_CPU)
+    tracker = FakeTensors(_CPU)
     recorder = Recorder(tracker)
     with two_blocks_of_each(), tracker:
         store = _empty_store(model.routes, int8_format(config.quantization))

@@ -10,13 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.report import peak_process_bytes
 
+CPU = torch.device("cpu")
+
 
 def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
 def test_what_is_made_out_of_nothing() -> None:
-    with FakeTensors():
+    with FakeTensors(CPU):
         fake = [torch.zeros(3), torch.ones(3, 2, dtype=torch.bfloat16), torch.empty(4), torch.rand(2), torch.randn(2)]
         fake += [torch.full((2,), 0.5), torch.arange(0.0, 1.0, 0.25), torch.linspace(0, 1, 3)]
         fake += [torch.zeros(3, dtype=torch.int8), torch.randint(0, 255, (3,), dtype=torch.int32)]
@@ -29,7 +31,7 @@ def test_what_is_made_out_of_nothing() -> None:
 
 def test_what_exists_stays_what_it_is_and_a_fake_argument_makes_a_fake_result() -> None:
     weight, tokens = torch.ones(4, 2), torch.tensor([1, 3, 3])
-    with FakeTensors():
+    with FakeTensors(CPU):
         table = torch.zeros(4, 2)
         assert not is_fake(weight * 2) and is_fake(weight @ table.T)
         assert is_fake(table[tokens]) and table[tokens].shape == (3, 2)
@@ -40,7 +42,7 @@ def test_what_exists_stays_what_it_is_and_a_fake_argument_makes_a_fake_result() 
 
 def test_a_real_mask_gives_the_right_shape() -> None:
     mask = torch.tensor([[True, False, True], [False, False, True]])
-    with FakeTensors():
+    with FakeTensors(CPU):
         hidden = torch.zeros(2, 3, 5)
         assert hidden[mask].shape == (3, 5)
         hidden[mask] = torch.ones(3, 5)
@@ -49,7 +51,7 @@ def test_a_real_mask_gives_the_right_shape() -> None:
 
 
 def test_asked_for_values_all_is_well() -> None:
-    with FakeTensors():
+    with FakeTensors(CPU):
         values = torch.randn(3)
         assert bool(torch.isfinite(values).all()) is True
         assert bool((values < 0).any()) is False
@@ -59,7 +61,7 @@ def test_asked_for_values_all_is_well() -> None:
 
 
 def test_what_was_made_as_zeros_holds_nothing_else_until_it_is_written_to() -> None:
-    with FakeTensors():
+    with FakeTensors(CPU):
         state = torch.zeros(4, 2)
         assert not state.any() and not state.clone().any() and not state[1:].bfloat16().any()
         state.mul_(0.9)
@@ -77,7 +79,7 @@ def test_what_was_made_as_zeros_holds_nothing_else_until_it_is_written_to() -> N
 @pytest.mark.parametrize("device", ["cpu"])
 def test_a_hundred_gib_take_no_memory(device: str) -> None:
     before_bytes = peak_process_bytes()
-    with FakeTensors():
+    with FakeTensors(CPU):
         large = torch.zeros(25 * 2**30, device=device)
         assert large.untyped_storage().nbytes() == 100 * 2**30
         assert (large + 1).view(-1, 1024).sum(1).shape == (25 * 2**20,)
@@ -86,13 +88,13 @@ def test_a_hundred_gib_take_no_memory(device: str) -> None:
 
 
 def test_outside_of_the_context_tensors_are_real() -> None:
-    with FakeTensors():
+    with FakeTensors(CPU):
         torch.zeros(3)
     assert not is_fake(torch.zeros(3)) and torch.zeros(3).sum().item() == 0
 
 
 def test_autograd_goes_through() -> None:
-    with FakeTensors():
+    with FakeTensors(CPU):
         weight = torch.zeros(3, 2, requires_grad=True)
         (torch.zeros(4, 2) @ weight.T).sum().backward()
         assert weight.grad is not None and weight.grad.shape == (3, 2)

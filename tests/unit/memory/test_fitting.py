@@ -13,9 +13,8 @@ from sophia_galore.config.change import changed
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
-from sophia_galore.memory import fitting
 from sophia_galore.memory.budget import Budget
-from sophia_galore.memory.fitting import Fit, advice, in_words
+from sophia_galore.memory.fitting import Fit, advice, find_settings, in_words
 from sophia_galore.memory.forecast import Forecast
 from sophia_galore.memory.ladder import RUNGS, SHORTER
 
@@ -73,7 +72,7 @@ def config_of(**values: Any) -> RunConfig:
 
 def fit(config: RunConfig, limit: int, *, may_shorten: bool = False, **more: Any) -> Fit:
     planner: Any = Arithmetic(**more)
-    return fitting.fit(planner, config, Budget(limit), may_shorten=may_shorten)
+    return find_settings(planner, config, Budget(limit), may_shorten=may_shorten)
 
 
 def peak(**values: Any) -> int:
