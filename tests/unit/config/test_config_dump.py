@@ -19,7 +19,7 @@ from sophia_galore.config.check import contradictions
 from sophia_galore.config.data_source import DataSource
 from sophia_galore.config.dump import config_reference, flatten
 from sophia_galore.config.keys import keys, known_keys
-from sophia_galore.config.paths import PATH_KEYS
+from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
@@ -96,6 +96,11 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return root
 
 
+def paths_in(config: RunConfig) -> list[str]:
+    values = flatten(config)
+    return [str(path) for key in PATH_KEYS for path in named_paths(values[key])]
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> RunConfig:
     choices = {
@@ -106,9 +111,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
         flat.pop("data.eval_fraction", None)
     if not flat.get("training.gradient_checkpointing", True):
         flat.pop("engine.keep_layers", None)
-    # What was read from a file has a home folder's name in its place.
-    assume(not any(str(flat.get(key)).startswith("~") for key in PATH_KEYS))
     config = RunConfig.model_validate(nested(flat))
+    # What was read from a file has a home folder's name in place of "~".
+    assume(not any(path.startswith("~") for path in paths_in(config)))
     assume(not contradictions(config))
     return config
 
