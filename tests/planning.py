@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.plan.ask import ask_model, ask_parameters

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sophia_galore.config.placeholders import PLACEHOLDERS, unknown_placeholders
+from sophia_galore.config.paths import PLACEHOLDERS, unknown_placeholders
 from sophia_galore.config.problems import Problem, raise_problems
-from sophia_galore.config.quantization import QuantizationConfig
-from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.schema import QuantizationConfig, RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.optim.recipes import STORED_BASES
 

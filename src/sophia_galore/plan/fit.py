@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.errors import UserError
 from sophia_galore.plan.forecast import Forecast
 from sophia_galore.plan.ladder import RUNGS, SHORTER, Changes, Rung

@@ -11,7 +11,7 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
 from sophia_galore.model.anatomy import Anatomy

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from sophia_galore.config import RunConfig, dump_config, load_config
 from sophia_galore.config.check import contradictions
-from sophia_galore.config.data_source import DataSource
 from sophia_galore.config.dump import config_reference, flatten
 from sophia_galore.config.keys import keys, known_keys
 from sophia_galore.config.paths import PATH_KEYS
+from sophia_galore.config.schema_data import DataSource
 from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.size import LEAST_BYTES, Size, SizeOrZero
 
