@@ -24,7 +24,7 @@ def dump_config(config: RunConfig) -> str:
         section, name = key.split(".")
         values[section][name] = expand_all(values[section][name], written)
     if "eval_fraction" not in config.data.model_fields_set:
-        # Written down, the default would be a wish: it contradicts `eval`, and goes before a folder's own split.
+        # Written down, the default would count as given: it contradicts `eval`, and replaces a folder's own split.
         del values["data"]["eval_fraction"]
     if not config.training.gradient_checkpointing:
         # Likewise: written down, the default number would contradict.

@@ -63,11 +63,6 @@ def sections() -> tuple[str, ...]:
     return tuple(names)
 
 
-def known_keys() -> list[str]:
-    """The dotted names of all options, sorted."""
-    return sorted(keys())
-
-
 def children(section: str) -> list[str]:
     """The words that may stand directly under a section; "" is the top level."""
     prefix = f"{section}." if section else ""
