@@ -96,16 +96,15 @@ def run(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
 
 def moved(checkpoint: Path, model: Path) -> dict[str, Any]:
     """How many int8 tensors of a checkpoint differ from the model that training began with, and how many codes."""
-    from sophia_galore.weights.deferred import DeferredWeight
     from sophia_galore.weights.files import read_weights
-    from sophia_galore.weights.int8 import Int8Weight, materialise, quantise
+    from sophia_galore.weights.int8 import Int8Weight, quantise
 
     begun = {name: weight for _, name, weight in read_weights(model)}
     tensors, changed, codes, changed_codes = 0, 0, 0, 0
     for _, name, held in read_weights(checkpoint):
-        weight = held.base if isinstance(held, DeferredWeight) else held
+        weight = held.settled
         if isinstance(weight, Int8Weight):
-            different = weight.codes != quantise(materialise(begun[name], torch.float32), weight.form).codes
+            different = weight.codes != quantise(begun[name].values(torch.float32), weight.form).codes
             tensors, codes = tensors + 1, codes + different.numel()
             changed, changed_codes = changed + bool(different.any()), changed_codes + int(different.sum())
     if not tensors:

@@ -33,7 +33,10 @@ ALLOWED = {room: set().union(*ORDER[:place]) | {room} for place, group in enumer
 ALLOWED["experiment"] |= {"report"}
 ALLOWED["cli"] |= {"report"}
 FILES = sorted(SOURCE.rglob("*.py"))
-MAX_LINES = 400
+# A limit on giants; what makes a file whole is one idea, not a number of lines.
+MAX_LINES = 500
+# What numerics may use of the standard library: nothing that knows files, processes or time.
+STANDARD = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "hashlib", "math", "typing"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -84,7 +87,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 def test_numerics_knows_tensors_only() -> None:
     for path in (SOURCE / "numerics").glob("*.py"):
         outside = {name.split(".")[0] for name in imported_modules(path)}
-        assert outside <= {"__future__", "torch", "typing", "dataclasses", "hashlib", "sophia_galore", "collections"}
+        assert outside <= {"torch", "sophia_galore"} | STANDARD
         assert not any(name.startswith("torch.nn") for name in imported_modules(path))
 
 

@@ -12,7 +12,8 @@ from engines import CPU
 from sophia_galore.numerics.random import generator
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.weights.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.int8 import Int8Format, quantise
+from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.weight import Weight
 
 NUM_SAMPLES = 5
@@ -31,12 +32,12 @@ def start(case: Case) -> Weight:
     if case.dtype in (torch.int8, "folded"):
         return quantise(weight, Int8Format(INT8_BLOCK))
     assert isinstance(case.dtype, torch.dtype)
-    return weight.to(case.dtype)
+    return PlainWeight(weight.to(case.dtype))
 
 
 def values(weight: Weight) -> Tensor:
     """A copy of what a stored weight stands for, in float32."""
-    return materialise(weight, torch.float32).clone()
+    return weight.values(torch.float32).clone()
 
 
 def gradient(spec: ParamSpec, step: int) -> Tensor:
@@ -56,7 +57,7 @@ def one_step(optimizer: ParamOptimizer, name: str, weight: Weight, step: int) ->
 def go(optimizer: ParamOptimizer, weight: Weight, steps: Iterable[int]) -> Weight:
     """Steps of the only parameter."""
     (name,) = optimizer.specs
-    weight = optimizer.adopt(name, weight)
+    weight = optimizer.with_deferred_update(name, weight)
     for step in steps:
         one_step(optimizer, name, weight, step)
     return weight

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engines import take_step
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine import cross_entropy
 from sophia_galore.engine.layerwise import LayerwiseEngine

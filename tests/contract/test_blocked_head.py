@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 
-from engines import load_parts, make_engine
+from engines import load_parts, make_engine, take_step
 from sophia_galore.engine import cross_entropy, head, layerwise
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.logits import BlockLogits, LossOf, Tile, WholeLogits
 from sophia_galore.engine.observe import Observer
 from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.numerics.subspace import Projector, Side
-from sophia_galore.weights.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.int8 import Int8Format, quantise
 from sophia_galore.weights.store import WeightStore
 from tiny import VOCAB, autograd_loss, ragged_batches, tiny_model
 
@@ -47,13 +46,13 @@ def parts(folder: Path, family: str, tied: bool, stored: str) -> tuple[Anatomy, 
     if stored == "int8":
         for name, weight in list(store.items()):
             if isinstance(weight, Tensor) and weight.ndim == 2:
-                store[name] = quantise(weight.float(), Int8Format(block=16))
+                store[name] = quantise(weight.values(torch.float32), Int8Format(block=16))
     return anatomy, store
 
 
 def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     def whole(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> WholeLogits:
-        return WholeLogits(store.materialise([name], dtype)[name], loss, observer)
+        return WholeLogits(store, name, dtype, loss, observer)
 
     monkeypatch.setattr(head, "logits_of", whole)
 
@@ -113,7 +112,7 @@ def test_gradients_equal_autograd_on_the_decoded_weights(tmp_path: Path, stored:
     model = tiny_model(family, tied=tied).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(materialise(store[name], torch.float32))
+            parameter.copy_(store[name].values(torch.float32))
     expected_loss = autograd_loss(model, ragged_batches())
     loss, got = run(anatomy, store, "fp32")
     assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of some 50 tokens
@@ -130,7 +129,7 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
     draw = torch.Generator().manual_seed(0)
     normed = torch.randn(50, 64, generator=draw).to(compute)
     labels = torch.randint(VOCAB, (50,), generator=draw)
-    logits = BlockLogits(store, name, compute, LossOf(labels, softcap, 50.0, None, 4 * 64 * 16), Observer())
+    logits = BlockLogits(store, name, compute, LossOf(labels, softcap, None, 4 * 64 * 16), Observer())
     normed_grad, weight_grad = torch.zeros(50, 64), torch.zeros(VOCAB, 64)
 
     def visit(tile: Tile) -> None:
@@ -138,10 +137,10 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
         normed_grad[tile.tokens] += tile.grad @ tile.weight.float()
         weight_grad[tile.words] += tile.grad.T @ normed[tile.tokens].float()
 
-    loss = logits.walk(normed, visit)
+    loss = logits.walk(normed, 1 / 50.0, visit)
     assert loss == logits.loss_sum(normed)
     wide_normed = normed.double().requires_grad_()
-    wide_weight = store.materialise([name], compute)[name].double().requires_grad_()
+    wide_weight = store[name].values(compute).double().requires_grad_()
     wide = wide_normed @ wide_weight.T
     capped = wide if softcap is None else softcap * torch.tanh(wide / softcap)
     expected = torch.nn.functional.cross_entropy(capped, labels, reduction="sum")
@@ -172,8 +171,12 @@ def test_gradients_of_drawn_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def drawn(step: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         got: dict[str, Tensor] = {}
-        make_engine(anatomy, store, seed=seed).step(
-            ragged_batches(), lambda grads: got.update(grads), step=step, sampled=True
+        take_step(
+            make_engine(anatomy, store, seed=seed),
+            ragged_batches(),
+            lambda grads: got.update(grads),
+            step=step,
+            sampled=True,
         )
         return heads[-1].labels, got
 
@@ -187,13 +190,13 @@ def test_gradients_of_drawn_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     batches, expected = ragged_batches(), dict[str, Tensor]()
     for batch, part in zip(batches, labels.split([batch.num_counted for batch in batches]), strict=True):
         batch.labels[batch.labels != -100] = part
-    make_engine(anatomy, store).step(batches, lambda grads: expected.update(grads), step=1)
+    take_step(make_engine(anatomy, store), batches, lambda grads: expected.update(grads), step=1)
     assert worst(got, expected) <= TOLERANCES["fp32"]
 
 
 def test_a_weight_that_is_ready_is_worked_on_in_one_piece(tmp_path: Path) -> None:
     anatomy, store = parts(tmp_path, "llama", True, "bf16")
-    loss = LossOf(torch.zeros(1, dtype=torch.int64), None, 1.0, None, 64)
+    loss = LossOf(torch.zeros(1, dtype=torch.int64), None, None, 64)
     ready = head.logits_of(store, anatomy.head_name, torch.bfloat16, loss, Observer())
     assert isinstance(ready, WholeLogits)
     assert isinstance(head.logits_of(store, anatomy.head_name, torch.float32, loss, Observer()), BlockLogits)

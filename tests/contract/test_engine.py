@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 
-from engines import load_parts, make_engine
+from engines import load_parts, make_engine, take_step
 from sophia_galore.engine import cross_entropy, layerwise
 from sophia_galore.engine.cross_entropy import draw_labels
 from sophia_galore.engine.head import Head
@@ -120,9 +119,9 @@ def test_chunks_of_the_head_change_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_logits_never_exist_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _ = engine_for(tmp_path, "llama", True)
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1})
     monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 4)
+    engine, _ = engine_for(tmp_path, "llama", True)
     rows: list[int] = []
     original = torch.nn.functional.cross_entropy
     monkeypatch.setattr(
@@ -142,7 +141,7 @@ def test_weights_step_while_the_engine_goes_back(tmp_path: Path) -> None:
     def apply(grads: dict[str, Tensor]) -> None:
         stepped.update({name: grad.clone() for name, grad in grads.items()})
         for name in grads:
-            store[name].add_(1.0)
+            store[name].first.add_(1.0)
 
     take_step(engine, ragged_batches(), apply, step=1)
     assert all(torch.equal(stepped[name], grad) for name, grad in untouched.items())
@@ -150,7 +149,7 @@ def test_weights_step_while_the_engine_goes_back(tmp_path: Path) -> None:
 
 def test_a_bad_loss_stops_before_anything_is_handed_on(tmp_path: Path) -> None:
     engine, store = engine_for(tmp_path, "llama", True)
-    store["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    store["model.layers.1.mlp.up_proj.weight"].first[0, 0] = float("nan")
     handed: list[object] = []
     with pytest.raises(NonFiniteError, match="at step 5"):
         take_step(engine, ragged_batches(), handed.append, step=5)
@@ -163,7 +162,7 @@ def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
     mlp = anatomy.layers[1].mlp
     mlp.forward = lambda hidden: hidden  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.\w+\.weight gets no gradient"):
-        make_engine(anatomy, store).step(ragged_batches(), lambda grads: None, step=1)
+        take_step(make_engine(anatomy, store), ragged_batches(), lambda grads: None, step=1)
 
 
 def test_drawn_labels_are_a_function_of_seed_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +223,6 @@ def test_the_mean_gradient_of_drawn_labels_vanishes(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_drawn_labels_too(tmp_path: Path) -> None:
     engine, store = engine_for(tmp_path, "llama", True)
-    store["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    store["model.layers.1.mlp.up_proj.weight"].first[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="at step 5"):
         take_step(engine, ragged_batches(), lambda grads: None, step=5, sampled=True)

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sophia_galore.engine.projected_gradient import ProjectedSum
-from engines import take_step
 from torch import Tensor
 from torch.nn import functional
 
-from engines import load_parts, make_engine
+from engines import load_parts, make_engine, take_step
 from sophia_galore.engine import cross_entropy
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Category, Observer, Phase
+from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears, plain_product, projected_linear
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import RunError
@@ -150,7 +149,7 @@ def test_fp16_tries_again_from_empty_products(tmp_path: Path) -> None:
         grads, in_grads = original(*args)
         tries[0] += 1
         if tries[0] % 2:
-            next(grad for name, grad in grads.items() if name in projectors)[0, 0] = float("inf")
+            next(grad for name, grad in grads.items() if name in projectors).product[0, 0] = float("inf")
         return grads, in_grads
 
     engine._layers._backward_scaled = first_try_overflows  # type: ignore[method-assign]
@@ -224,7 +223,7 @@ def test_no_projected_weights_gradient_is_ever_formed(tmp_path: Path, tied: bool
 
     def made(projectors: dict[str, Projector]) -> tuple[set[int], list[int]]:
         observer = _Early()
-        tracker = _Made({store[name].untyped_storage().data_ptr() for name in shapes})
+        tracker = _Made({store[name].first.untyped_storage().data_ptr() for name in shapes})
         with tracker:
             run(make_engine(anatomy, store, observer=observer), projectors)
         return tracker.sizes, observer.tagged
@@ -233,7 +232,7 @@ def test_no_projected_weights_gradient_is_ever_formed(tmp_path: Path, tied: bool
     projectors = random_projectors(shapes, side=side)
     made_sizes, tagged = made(projectors)
     assert not made_sizes & sizes
-    products = sorted(4 * projector.of(store[name]).numel() for name, projector in projectors.items())
+    products = sorted(4 * projector.of(store[name].first).numel() for name, projector in projectors.items())
     norms = sorted(size for size in tagged if size == 4 * 64)  # tagged too: they are the gradients beside
     assert sorted(set(tagged) - set(norms)) == sorted(set(products)) and len(tagged) - len(norms) == len(products)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from planning import asked, tiny_subject
 from sophia_galore.config.schema import RunConfig
@@ -22,6 +21,7 @@ from sophia_galore.plan.course import Change, PassTrace
 from sophia_galore.plan.decisions import Decisions
 from sophia_galore.plan.forecast import settings_of
 from sophia_galore.plan.simulate import FewLayers, Simulated, simulate, take_layers
+from sophia_galore.weights.plain import PlainWeight
 from tiny import FAMILIES as ALL_FAMILIES
 from tiny import packed_batches, ragged_batches
 
@@ -85,8 +85,8 @@ def random_store(*given: Any) -> Any:
     """Weights that are no zeros, from which losses and bases follow that are none either."""
     store, draw = _empty_store(*given), torch.Generator().manual_seed(0)
     for _, weight in store.items():
-        if isinstance(weight, Tensor):
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+        if isinstance(weight, PlainWeight):
+            weight.tensor.copy_(0.1 * torch.randn(weight.shape, generator=draw))
         else:
             weight.codes.random_(-100, 100, generator=draw)
             weight.scales.fill_(0.001)

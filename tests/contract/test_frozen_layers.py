@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from engines import take_step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from engines import CPU, load_frozen_parts, load_parts, make_engine
+from engines import CPU, load_frozen_parts, load_parts, make_engine, take_step
 from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.generate import answer
 from sophia_galore.engine.layerwise import LayerwiseEngine
@@ -24,13 +23,12 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.model.source_files import read_source_files
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.train.memory import MemoryMonitor
 from sophia_galore.weights.bitsandbytes import Frozen8bit
 from sophia_galore.weights.folder import INT8_FILE
-from sophia_galore.weights.int8 import materialise
 from sophia_galore.weights.store import WeightStore
 from tiny import autograd_loss, ragged_batches, tiny_model, write_tiny_model
 
@@ -92,7 +90,7 @@ def decoded_twin(family: str, store: WeightStore) -> Any:
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in store.items():
-            own[name].copy_(materialise(weight, torch.float64))
+            own[name].copy_(weight.values(torch.float64))
     return model
 
 
@@ -168,7 +166,7 @@ def test_the_export_is_an_ordinary_model_of_the_decoded_weights(
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == dtype
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, materialise(world.store[name], dtype)), name
+        assert torch.equal(parameter, world.store[name].values(dtype)), name
     # And it is the model that was trained.
     _, store = load_parts(folder)
     loss, count = make_engine(load_parts(folder)[0], store).evaluate(ragged_batches())
@@ -226,6 +224,6 @@ def test_memory_is_followed_and_frozen_weights_count_as_weights(tmp_path: Path) 
         assert monitor._tracker is not None
         assert monitor._tracker.by_category["weights"] == pytest.approx(expected, rel=0.02)
         got: dict[str, Tensor] = {}
-        make_engine(anatomy, store, observer=monitor).step(ragged_batches(), got.update, step=1)
+        take_step(make_engine(anatomy, store, observer=monitor), ragged_batches(), got.update, step=1)
         monitor.end_step(1)
     assert not set(got) & set(names)

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 
-from engines import CPU, everything_projected, load_parts, make_engine
+from engines import CPU, everything_projected, load_parts, make_engine, take_step
 from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.weights.int8 import Int8Format, quantise
@@ -35,13 +35,13 @@ def int8_parts(folder: Path) -> tuple[Anatomy, WeightStore]:
     """The model's matrices in eight bits."""
     anatomy, store = load_parts(folder, torch.bfloat16)
     for name, weight in list(store.items()):
-        if isinstance(weight, Tensor) and weight.ndim == 2:
-            store[name] = quantise(weight.float(), Int8Format(block=16))
+        if len(weight.shape) == 2:
+            store[name] = quantise(weight.values(torch.float32), Int8Format(block=16))
     return anatomy, store
 
 
 def run(parts: tuple[Anatomy, WeightStore], keep_layers: int, **more: Any) -> tuple[float, dict[str, Tensor]]:
-    projectors, sampled = more.pop("projectors", {}), more.pop("sampled_labels", False)
+    projectors, sampled = more.pop("projectors", {}), more.pop("sampled", False)
     engine = make_engine(*parts, keep_layers=keep_layers, **more)
     got: dict[str, Tensor] = {}
     result = take_step(
@@ -107,7 +107,7 @@ def test_the_bits_of_steps_with_curvature(tmp_path: Path, fast: bool) -> None:
         stepper = Stepper(make_engine(anatomy, store, keep_layers=keep_layers), optimizer, store, curvature_every=2)
         for step in (1, 2, 3):
             stepper.take(ragged_batches(step), step=step, factor=1.0)
-        ends.append({spec.name: store[spec.name].clone() for spec in specs})
+        ends.append({spec.name: store[spec.name].first.clone() for spec in specs})
     assert not [name for name, weight in ends[0].items() if not torch.equal(weight, ends[1][name])]
 
 
@@ -125,7 +125,7 @@ def test_fp16_tries_again_by_recomputation(tmp_path: Path) -> None:
             grads, in_grads = original(*args)
             graphs.append(args[-1] is not None)
             if len(graphs) % 2:
-                next(iter(grads.values()))[0, 0] = float("inf")
+                tensor_of(next(iter(grads.values())))[0, 0] = float("inf")
             return grads, in_grads
 
         engine._layers._backward_scaled = first_try_overflows  # type: ignore[method-assign]
@@ -212,7 +212,7 @@ def test_a_graph_is_one_layers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for (leaf, _), entering in zip(graph.kept, inputs, strict=True):
             assert leaf.is_leaf and leaf.data_ptr() == entering.data_ptr()
         for key, leaf in graph.leaves.items():
-            weight = store[f"{anatomy.layer_names[index]}.{key}"]
+            weight = store[f"{anatomy.layer_names[index]}.{key}"].first
             assert isinstance(weight, Tensor) and leaf.is_leaf and leaf.data_ptr() == weight.data_ptr()
         graphs.append(graph)
         return out, graph

@@ -57,7 +57,7 @@ def test_every_reason_rules_something_out() -> None:
 def test_zero_gradient_moves_nothing_but_decay(case: Case) -> None:
     zeros = torch.zeros(case.shape)
     optimizer = make(case.spec(weight_decay=0.0))
-    weight = optimizer.adopt("w", start(case))
+    weight = optimizer.with_deferred_update("w", start(case))
     for step in range(1, NUM_STEPS):
         optimizer.step_param("w", weight, zeros.clone(), step=step, factor=1.0)
     assert torch.equal(values(weight), values(start(case)))
@@ -70,7 +70,7 @@ def test_zero_gradient_moves_nothing_but_decay(case: Case) -> None:
 @every_third
 def test_rate_0_moves_nothing(case: Case) -> None:
     optimizer = make(case.spec())
-    weight = optimizer.adopt("w", start(case))
+    weight = optimizer.with_deferred_update("w", start(case))
     for step in range(1, NUM_STEPS):
         optimizer.step_param("w", weight, gradient(optimizer.specs["w"], step), step=step, factor=0.0)
     assert torch.equal(values(weight), values(start(case)))
@@ -80,7 +80,7 @@ def test_rate_0_moves_nothing(case: Case) -> None:
 def test_goes_downhill(case: Case) -> None:
     """On |w|^2 / 2, whose gradient is w itself, every rule comes nearer to the bottom."""
     optimizer = make(case.spec(weight_decay=0.0))
-    weight = optimizer.adopt("w", start(case))
+    weight = optimizer.with_deferred_update("w", start(case))
     before = float(values(weight).norm())
     for step in range(1, 21):
         optimizer.step_param("w", weight, values(weight), step=step, factor=1.0)
@@ -169,7 +169,7 @@ def test_order_of_parameters_does_not_matter(case: Case) -> None:
     results = []
     for order in ("abc", "cab"):
         optimizer = ParamOptimizer(specs, seed=3, device=CPU)
-        weights = {name: optimizer.adopt(name, start(case)) for name in "abc"}
+        weights = {name: optimizer.with_deferred_update(name, start(case)) for name in "abc"}
         for step in range(1, NUM_STEPS):
             for name in order:
                 one_step(optimizer, name, weights[name], step)
@@ -186,13 +186,13 @@ def test_two_halves_are_one_step(case: Case) -> None:
     """`hold` and `step_held` with other parameters' in between; gradients may be scaled there."""
     spec = case.spec()
     whole, halves = make(spec), make(spec)
-    one, other = whole.adopt("w", start(case)), halves.adopt("w", start(case))
+    one, other = whole.with_deferred_update("w", start(case)), halves.with_deferred_update("w", start(case))
     for step in range(1, NUM_STEPS):
         whole.step_param("w", one, 0.5 * gradient(spec, step), step=step, factor=1.0)
-        held = halves.hold("w", gradient(spec, step), step=step)
+        held = halves.prepare("w", gradient(spec, step), step=step)
         for tensor in held.tensors():
             tensor.mul_(0.5)
-        halves.step_held("w", other, held, step=step, factor=1.0)
+        halves.apply("w", other, held, step=step, factor=1.0)
     if case.kind in ("dense", "random", "gaussian"):
         assert torch.equal(values(one), values(other))  # half of a float32 is exact
     else:

@@ -1,4 +1,4 @@
-"""Products in place of gradients: `ParamOptimizer.projector` and steps with `projected=True`."""
+"""Products in place of gradients: `ParamOptimizer.projector` and steps with a `ProjectedGradient`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contract.cases import Case, all_cases
 from contract.drive import NUM_SAMPLES, copies, gradient, make, same, start, values
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 
@@ -25,28 +26,28 @@ def fast(case: Case, *, gap: int = 3) -> ParamSpec:
     return replace(spec, subspace=replace(spec.subspace, fast=True))
 
 
-def product(optimizer: ParamOptimizer, grad: Tensor, step: int) -> tuple[Tensor, bool]:
+def product(optimizer: ParamOptimizer, grad: Tensor, step: int) -> Gradient:
     """The gradient, or what is asked for in its place."""
     wanted = optimizer.projector("w", step)
-    return (grad, False) if wanted is None else (wanted.of(grad), True)
+    return grad if wanted is None else ProjectedGradient(wanted.of(grad))
 
 
 @every_fast_case
 def test_products_make_the_same_step(case: Case) -> None:
     whole, quick = make(case.spec()), make(fast(case))
-    one, other = whole.adopt("w", start(case)), quick.adopt("w", start(case))
+    one, other = whole.with_deferred_update("w", start(case)), quick.with_deferred_update("w", start(case))
     ways = []
     for step in range(1, 9):
         if step % 2:
             sampled = 3 * gradient(whole.specs["w"], 1000 + step)
-            low, projected = product(quick, sampled, step)
+            low = product(quick, sampled, step)
             whole.observe_curvature("w", sampled, step=step, num_samples=NUM_SAMPLES)
-            quick.observe_curvature("w", low, step=step, num_samples=NUM_SAMPLES, projected=projected)
+            quick.observe_curvature("w", low, step=step, num_samples=NUM_SAMPLES)
         grad = gradient(whole.specs["w"], step)
-        low, projected = product(quick, grad, step)
-        ways.append(projected)
+        low = product(quick, grad, step)
+        ways.append(isinstance(low, ProjectedGradient))
         whole.step_param("w", one, grad, step=step, factor=1.0)
-        quick.step_param("w", other, low, step=step, factor=1.0, projected=projected)
+        quick.step_param("w", other, low, step=step, factor=1.0)
     assert any(ways) and not all(ways)
     begun = values(start(case))
     error = float((values(one) - values(other)).norm() / (values(one) - begun).norm())
@@ -60,19 +61,19 @@ def test_products_make_the_same_step(case: Case) -> None:
 def test_bad_products_touch_neither_weight_nor_state(case: Case) -> None:
     spec = fast(case, gap=50)
     optimizer = make(spec)
-    weight = optimizer.adopt("w", start(case))
+    weight = optimizer.with_deferred_update("w", start(case))
     optimizer.step_param("w", weight, gradient(spec, 1), step=1, factor=1.0)
     step = next(step for step in range(2, 50) if optimizer.projector("w", step))
     kept, state = values(weight), copies(optimizer)
     for bad in (float("nan"), float("inf")):
-        low, projected = product(optimizer, gradient(spec, 2), step)
-        assert projected
-        low.view(-1)[-1] = bad  # in a probe, where there are any: the full gradient was not finite either
+        low = product(optimizer, gradient(spec, 2), step)
+        assert isinstance(low, ProjectedGradient)
+        low.product.view(-1)[-1] = bad  # in a probe, where there are any: the full gradient was not finite either
         with pytest.raises(NonFiniteError):
-            optimizer.step_param("w", weight, low, step=step, factor=1.0, projected=True)
+            optimizer.step_param("w", weight, low, step=step, factor=1.0)
         if case.rule == "sophia":
             with pytest.raises(NonFiniteError):
-                optimizer.observe_curvature("w", low, step=step, num_samples=2, projected=True)
+                optimizer.observe_curvature("w", low, step=step, num_samples=2)
     assert torch.equal(values(weight), kept)
     assert same(optimizer.named_state(), state)
 
@@ -122,13 +123,14 @@ def test_norms_of_products_estimate_the_gradients(kind: str, shape: tuple[int, i
     optimizer.step_param("w", weight, gradient(spec, 1), step=1, factor=1.0)
     grad = torch.randn(shape, generator=generator(0, "another"))
     steps = range(10, 410)
-    products = [product(optimizer, grad, step) for step in steps]
-    assert all(projected for _, projected in products)
-    squares = torch.stack([low.square().sum() for low, _ in products])
+    found = [product(optimizer, grad, step) for step in steps]
+    products = [low.product for low in found if isinstance(low, ProjectedGradient)]
+    assert len(products) == len(steps)
+    squares = torch.stack([low.square().sum() for low in products])
     exact, spread = float(grad.square().sum()), float(squares.std() / len(steps) ** 0.5)
     # Four standard errors of the mean of 400; where the basis is the whole space there are no probes, but roundings.
     assert abs(float(squares.mean()) - exact) <= 4 * spread + 1e-5 * exact
-    assert products[0][0].shape[1 if shape[0] >= shape[1] else 0] == 3 + min(8, min(shape) - 3)
+    assert products[0].shape[1 if shape[0] >= shape[1] else 0] == 3 + min(8, min(shape) - 3)
     # One product, whose norm is what is recorded: 8 probes see the rest, which is most of it here.
     assert float((squares.sqrt() / exact**0.5 - 1).abs().mean()) <= (0.15 if min(shape) > 8 else 0.35)
 
@@ -142,6 +144,7 @@ def test_estimates_by_four_bit_bases_are_a_little_high() -> None:
     optimizer, weight = make(spec), start(case)
     grad = torch.randn(300, 16) @ torch.randn(16, 64)  # all of it in the subspace
     optimizer.step_param("w", weight, grad, step=1, factor=1.0)
-    squares = [float(product(optimizer, grad, step)[0].square().sum() / grad.square().sum()) for step in range(10, 60)]
+    products = [tensor_of(product(optimizer, grad, step)) for step in range(10, 60)]
+    squares = [float(low.square().sum() / grad.square().sum()) for low in products]
     mean = sum(squares) / len(squares)
     assert 1 < mean <= 1.04  # worst seen 1.015

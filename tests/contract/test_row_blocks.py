@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from contract.cases import Case, is_meaningful
-from contract.drive import copies, go, make, start
+from contract.drive import copies, go, make, start, values
 from engines import CPU
 from sophia_galore.engine.tracker import StorageTracker
+from sophia_galore.numerics import row_blocks as numerics_row_blocks
 from sophia_galore.numerics.bases import BasisKind
 from sophia_galore.numerics.residual import Residual
 from sophia_galore.numerics.rules import RULES
-from sophia_galore.optim import move
 from sophia_galore.optim.state import ParamState
 
 NUM_STEPS = 5
@@ -38,8 +38,8 @@ CASES = [
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(move, "_BLOCK_ELEMENTS", 1)
-    assert len(list(move.row_blocks(torch.zeros(300, 7)))) == 3
+    monkeypatch.setattr(numerics_row_blocks, "_BLOCK_ELEMENTS", 1)
+    assert len(list(numerics_row_blocks.row_blocks((300, 7)))) == 3
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,17 +48,17 @@ def test_weights_are_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     small_blocks(monkeypatch)
     blocked = go(make(case.spec()), start(case), range(1, NUM_STEPS))
     # Products of some rows may sum in another order than those of all.
-    assert float((blocked - whole).abs().max()) <= 1e-6  # worst seen 2.4e-7
+    assert float((values(blocked) - values(whole)).abs().max()) <= 1e-6  # worst seen 2.4e-7
 
 
 @pytest.mark.parametrize("case", [replace(case, dtype=torch.bfloat16) for case in CASES], ids=str)
-def test_weights_in_bf16_are_the_same_but_for_their_rounding(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits of stochastic rounding are drawn block by block."""
+def test_weights_in_bf16_are_the_same_but_for_ties(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise does not depend on the blocks; a sum in another order may tip a rounding over."""
     whole = go(make(case.spec()), start(case), range(1, NUM_STEPS))
     small_blocks(monkeypatch)
     blocked = go(make(case.spec()), start(case), range(1, NUM_STEPS))
-    # Four roundings, each by at most one step of bfloat16, which is 2^-7 of a number at most.
-    assert torch.allclose(blocked, whole, rtol=4 * 2**-7, atol=1e-3)
+    # What is added differs by some 1e-7, a step of bfloat16 is some 1e-3: one rounding in thousands tips over.
+    assert float((values(blocked) != values(whole)).float().mean()) <= 2e-3
 
 
 @pytest.mark.parametrize("case", [replace(case, state_bits=8) for case in CASES if RULES[case.rule].slots], ids=str)
@@ -73,12 +73,12 @@ def test_eight_bit_states_find_their_scales(case: Case, monkeypatch: pytest.Monk
         state = ParamState(case.spec(), CPU)
         state.tensors = {name.removeprefix("w/"): tensor for name, tensor in copies(optimizer).items()}
         read.append(state.read_all())
-        for name, values in read[-1].items():
-            in_blocks = torch.cat([state.read(name, rows) for rows in move.row_blocks(values)])
-            assert torch.equal(in_blocks, values)
-    for name, values in read[0].items():
+        for name, whole in read[-1].items():
+            in_blocks = torch.cat([state.read(name, rows) for rows in numerics_row_blocks.row_blocks(whole.shape)])
+            assert torch.equal(in_blocks, whole)
+    for name, whole in read[0].items():
         # Signed codes are 1/8 of themselves apart at most, and below 2^-16 of a block's largest there are none.
-        assert torch.allclose(read[1][name], values, rtol=0.13, atol=2**-15 * float(values.abs().max())), name
+        assert torch.allclose(read[1][name], whole, rtol=0.13, atol=2**-15 * float(whole.abs().max())), name
 
 
 class Largest(StorageTracker):
@@ -123,7 +123,7 @@ def test_nothing_as_large_as_the_weight_is_made(
     """By any operation of a step: beside weight, gradient and state nothing of full size exists."""
     # 128 rows at a time: 1/32 of the tall matrix, a quarter of the wide one. What is in the subspace is 1/85 at most,
     # and the sketch of "randomized" 11 columns of 256.
-    monkeypatch.setattr(move, "_BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(numerics_row_blocks, "_BLOCK_ELEMENTS", 1 << 14)
     limit = 0.05 if shape == (4096, 256) else 0.26
     assert largest_share(replace(case, dtype=dtype, shape=shape)) <= limit  # worst seen 0.043 and 0.25
 
@@ -131,7 +131,7 @@ def test_nothing_as_large_as_the_weight_is_made(
 @pytest.mark.parametrize(("rule", "kind"), [("adafactor", "dense"), ("muon", "dense"), ("adamw", "svd")])
 def test_what_needs_more_says_so(rule: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules that are not elementwise, on full gradients; svd's blocks are of 4096 rows in float64 (`_gram`)."""
-    monkeypatch.setattr(move, "_BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(numerics_row_blocks, "_BLOCK_ELEMENTS", 1 << 14)
     assert largest_share(Case(rule, kind, shape=(4096, 64))) >= 1
     assert not RULES[rule].elementwise or kind == "svd"
 
@@ -143,7 +143,7 @@ def largest_share(case: Case) -> float:
     weight = start(case)
     grads = [torch.randn(case.shape, generator=torch.Generator().manual_seed(step)) for step in (1, 2)]
     tracker = Largest(CPU)
-    for tensor in [weight, *grads, *optimizer.named_state().values()]:
+    for tensor in [weight.first, *grads, *optimizer.named_state().values()]:
         tracker.tag(tensor, "weights")
     tracker.largest = 0
     with tracker:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 
-from engines import CPU, load_parts, make_engine
+from engines import CPU, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.numerics.rules import Hyper
-from sophia_galore.numerics.subspace import Projector
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.request import Wants
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import autograd_loss, ragged_batches, tiny_model
 
@@ -69,7 +70,7 @@ class Parts:
         return [self.stepper.take(ragged_batches(step), step=step, factor=1.0)[1] for step in range(1, num_steps + 1)]
 
     def weights(self) -> dict[str, Tensor]:
-        return {spec.name: self.store[spec.name].clone() for spec in self.specs}
+        return {spec.name: self.store[spec.name].first.clone() for spec in self.specs}
 
 
 def worst_error(one: Mapping[str, Tensor], other: Mapping[str, Tensor], begun: Mapping[str, Tensor]) -> float:
@@ -180,11 +181,9 @@ def test_micro_batches_in_another_order(tmp_path: Path) -> None:
 class Counting(ParamOptimizer):
     """Writes down which steps looked at the curvature, and at what."""
 
-    def observe_curvature(
-        self, name: str, grad: Tensor, *, step: int, num_samples: int, projected: bool = False
-    ) -> None:
-        seen.append((step, name, num_samples, projected))
-        super().observe_curvature(name, grad, step=step, num_samples=num_samples, projected=projected)
+    def observe_curvature(self, name: str, grad: Gradient, *, step: int, num_samples: int) -> None:
+        seen.append((step, name, num_samples, isinstance(grad, ProjectedGradient)))
+        super().observe_curvature(name, grad, step=step, num_samples=num_samples)
 
 
 seen: list[tuple[int, str, int, bool]] = []
@@ -224,18 +223,16 @@ def test_one_bad_gradient_under_clipping_by_the_model_moves_no_weight(tmp_path: 
     before = parts.weights()
     kept = {name: tensor.clone() for name, tensor in parts.optimizer.named_state().items()}
     engine = parts.stepper._engine
-    original = engine.step
+    original = engine.backward
 
-    def spoiled(batches: list[MicroBatch], apply: Any, **more: Any) -> Any:
-        def spoil(grads: dict[str, Tensor]) -> None:
-            for name, grad in grads.items():
+    def spoiled(forward: ForwardPass) -> Iterator[FinishedGradients]:
+        for layer in original(forward):
+            for name, gradient in layer.gradients.items():
                 if name.endswith(where):
-                    grad.view(-1)[0] = float("nan")
-            apply(grads)
+                    tensor_of(gradient).view(-1)[0] = float("nan")
+            yield layer
 
-        return original(batches, spoil, **more)
-
-    engine.step = spoiled  # type: ignore[method-assign,assignment]
+    engine.backward = spoiled  # type: ignore[method-assign,assignment]
     with pytest.raises(NonFiniteError):
         parts.stepper.take(ragged_batches(3), step=3, factor=1.0)
     after = parts.weights()
@@ -248,14 +245,13 @@ def test_projectors_are_asked_for_at_the_step_that_runs(tmp_path: Path) -> None:
     """At a refresh full gradients come, at others products: of all matrices, and of nothing else."""
     parts = Parts(tmp_path, subspace=replace(SUBSPACE, fast=True, gap=50))
     engine = parts.stepper._engine
-    original, shapes = engine.step, []
+    original, shapes = engine.forward, []
 
-    def watching(batches: list[MicroBatch], apply: Any, *, projector: Any, **more: Any) -> Any:
-        found: dict[str, Projector | None] = {spec.name: projector(spec.name) for spec in parts.specs}
-        shapes.append({name for name, wanted in found.items() if wanted})
-        return original(batches, apply, wants=projector, **more)
+    def watching(batches: list[MicroBatch], *, wants: Wants, **more: Any) -> ForwardPass:
+        shapes.append({spec.name for spec in parts.specs if isinstance(wants(spec.name), Projector)})
+        return original(batches, wants=wants, **more)
 
-    engine.step = watching  # type: ignore[method-assign,assignment]
+    engine.forward = watching  # type: ignore[method-assign,assignment]
     parts.go(3)
     matrices = {spec.name for spec in parts.specs if spec.subspace}
     assert shapes[0] == set()

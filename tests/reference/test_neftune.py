@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from sophia_galore.engine.retry import split_rows
-from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE as SPLIT_TOLERANCE
 from contract.running_out import RunsOut, gradients, worst
-from engines import load_parts, make_engine
+from engines import load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.embedding import Noise
+from sophia_galore.engine.embedding import EmbeddingNoise
+from sophia_galore.engine.retry import split_rows
 from sophia_galore.numerics.random import generator
 from tiny import FAMILIES, autograd_loss, ragged_batches, tiny_model
 
@@ -69,7 +68,7 @@ def test_gradients_equal_autograd_with_the_same_noise(tmp_path: Path, family: st
 
 def added(batches: list[MicroBatch], *, alpha: float = ALPHA, step: int = STEP, width: int = 16) -> list[Tensor]:
     """What is added to the embeddings of each row, padding included."""
-    noise, rows, before = Noise(alpha, SEED, step), [], 0
+    noise, rows, before = EmbeddingNoise(alpha, SEED, step), [], 0
     for batch in batches:
         embedded = torch.zeros(*batch.input_ids.shape, width)
         noise.add_to(embedded, batch, before)

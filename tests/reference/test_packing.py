@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from sophia_galore.engine.retry import split_rows
-from engines import take_step
 from torch import Tensor
 
-from engines import everything_projected, load_parts, make_engine
+from engines import everything_projected, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.engine import segments
+from sophia_galore.engine.retry import split_rows
 from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
@@ -37,9 +36,9 @@ def step(folder: Path, batches: list[MicroBatch], attention: str = "", **more: A
     anatomy, store = load_parts(folder)
     if attention:
         anatomy.base.config._attn_implementation = attention  # type: ignore[union-attr]
-    asked = {key: more.pop(key) for key in ("projector", "sampled_labels") if key in more}
+    asked = {key: more.pop(key) for key in ("wants", "sampled") if key in more}
     got: dict[str, Tensor] = {}
-    result = make_engine(anatomy, store, **more).step(batches, lambda grads: got.update(grads), step=1, **asked)
+    result = take_step(make_engine(anatomy, store, **more), batches, got.update, step=1, **asked)
     return result.loss, got
 
 
@@ -86,8 +85,8 @@ def test_an_examples_own_length_decides_how_its_positions_are_turned(tmp_path: P
 VARIANTS: dict[str, dict[str, Any]] = {
     "graphs of some layers kept": {"keep_layers": 2},
     "small tiles of logits": {"logits_chunk_bytes": 1},
-    "products in place of gradients": {"projector": True},
-    "products and all graphs": {"projector": True, "keep_layers": 3},
+    "products in place of gradients": {"projected": True},
+    "products and all graphs": {"projected": True, "keep_layers": 3},
 }
 
 
@@ -96,8 +95,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_so_it_is_however_the_engine_works(tmp_path: Path, family: str, variant: dict[str, Any]) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     variant = dict(variant)
-    if variant.pop("projector", False):
-        variant["projector"] = everything_projected(load_parts(tmp_path)[0]).get
+    if variant.pop("projected", False):
+        variant["wants"] = everything_projected(load_parts(tmp_path)[0]).get
     assert_same(step(tmp_path, packed_batches(), **variant), step(tmp_path, one_by_one(), **variant))
 
 

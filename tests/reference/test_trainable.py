@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engines import take_step
 from torch import Tensor
 
 from contract.running_out import RunsOut
-from engines import everything_projected, load_parts, make_engine
+from engines import everything_projected, load_parts, make_engine, take_step
 from sophia_galore.engine.layer import Layers
 from tiny import FAMILIES, autograd_loss, ragged_batches, tiny_model
 
@@ -120,7 +119,7 @@ def test_products_in_place_of_gradients_are_those_of_what_is_trained(tmp_path: P
         return projectors.get(name)
 
     whole: dict[str, Tensor] = {}
-    make_engine(*parts).step(ragged_batches(), lambda grads: whole.update(grads), step=1)
+    take_step(make_engine(*parts), ragged_batches(), lambda grads: whole.update(grads), step=1)
     got: dict[str, Tensor] = {}
     engine = make_engine(*parts, frozen=frozen)
     take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1, wants=projector)

@@ -22,7 +22,7 @@ from sophia_galore.train import checkpoint, metrics
 # Where each moment is: the module and the function whose call it is.
 MOMENTS: dict[str, tuple[Any, str]] = {
     "after a step": (metrics.MetricsLog, "add"),
-    "at a weight": (optimizer.ParamOptimizer, "step_held"),
+    "at a weight": (optimizer.ParamOptimizer, "apply"),
     "at a refresh": (optimizer, "refresh"),
     "at a curvature": (optimizer.ParamOptimizer, "observe_curvature"),
     "while saving": (checkpoint, "_hash_and_flush"),

@@ -111,7 +111,7 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
         observer: Is told what tensors are.
     """
     if store[name].is_ready(dtype):
-        return WholeLogits(store, name, loss, observer)
+        return WholeLogits(store, name, dtype, loss, observer)
     return BlockLogits(store, name, dtype, loss, observer)
 
 
@@ -120,15 +120,16 @@ class WholeLogits(Logits):
 
     Args:
         store: The weights.
-        name: The head's weight, (V, d), stored in compute precision.
+        name: The head's weight, (V, d).
+        dtype: Compute precision, in which it is stored.
         loss: What the loss is made of.
         observer: Is told what tensors are.
     """
 
     in_parts = False
 
-    def __init__(self, store: WeightStore, name: str, loss: LossOf, observer: Observer) -> None:
-        self._store, self._name, self._loss, self._observer = store, name, loss, observer
+    def __init__(self, store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> None:
+        self._store, self._name, self._dtype, self._loss, self._observer = store, name, dtype, loss, observer
         self._sampler = loss.sampler
 
     def loss_sum(self, normed: Tensor) -> float:
@@ -178,8 +179,7 @@ class WholeLogits(Logits):
     @contextmanager
     def _whole(self) -> Iterator[Tensor]:
         with self._store.borrow(self._name) as borrowed:
-            weight = borrowed[self._name]
-            yield weight.values(weight.dtype)
+            yield borrowed[self._name].values(self._dtype)
 
     def _chunks(self) -> Iterator[slice]:
         return chunks(len(self._loss.labels), self._store[self._name].shape[0], self._loss.chunk_bytes)

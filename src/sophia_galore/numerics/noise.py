@@ -20,6 +20,9 @@ from torch import Tensor
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT, first_few
 
+NOISE = "counted"
+"""What a plan calls this way of drawing noise; versions up to 0.5 used generators and wrote nothing."""
+
 # The two elements that share a word are half a block apart: strides of two elements take several times as long.
 _BLOCK = ROW_ALIGNMENT
 _HALF = _BLOCK // 2

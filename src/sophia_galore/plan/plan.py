@@ -16,6 +16,7 @@ from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
+from sophia_galore.numerics.noise import NOISE
 from sophia_galore.plan.decisions import decide_step, standing_bytes
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.route import Route
@@ -108,6 +109,12 @@ class RunPlan:
         return self.num_trained_parameters / self.num_parameters
 
     @property
+    def rounds(self) -> bool:
+        """Whether weights or states are rounded at random, so that noise decides about bits."""
+        specs = [(route.format, route.spec.state_bits) for route in self.routes if route.spec]
+        return any(form != "fp32" or bits < 32 for form, bits in specs)
+
+    @property
     def ledger(self) -> dict[Category, int]:
         """Bytes that stay for the whole run, by category."""
         return standing_bytes(self.routes)
@@ -123,6 +130,7 @@ class RunPlan:
             "num_trained_parameters": self.num_trained_parameters,
             "trained_fraction": self.trained_fraction,
             "bytes": self.ledger,
+            "noise": NOISE,
             "notes": list(self.notes),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "routes": [route.to_json() for route in self.routes],

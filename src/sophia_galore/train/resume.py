@@ -10,6 +10,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.schema import holds_int8
 from sophia_galore.errors import CheckpointError
+from sophia_galore.numerics.noise import NOISE
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.checkpoint import Checkpoint
 
@@ -93,6 +94,8 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Words, and what follows from the routes, which say more.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
+    # Other noise is told of, not refused: what is expected stays the same.
+    skip.add("noise")
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.
     skip |= {"chat_format", "num_shared", "num_bad", "repetition_loss", "repetition_share", "fill", "fill_shuffled"}
     if config.training.lr_scheduler_type in _ENDLESS:
@@ -124,6 +127,21 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
             f"{checkpoint.folder} is at step {checkpoint.step}, the run would end at {plan.num_steps}.",
             "Raise training.max_steps or training.epochs.",
         )
+
+
+def changed_noise(checkpoint: Checkpoint, plan: RunPlan) -> str | None:
+    """What to say of a run that was begun by a version with other noise of rounding; None: nothing.
+
+    Args:
+        checkpoint: Where the run goes on from.
+        plan: What will be done.
+    """
+    if not plan.rounds or checkpoint.plan.get("noise") == NOISE:
+        return None
+    return (
+        "This run was begun by an earlier version, which drew the noise of rounding in another way: it goes on with "
+        "the same expectations, but not with the bits that it would have had."
+    )
 
 
 def _without_words(route: Mapping[str, Any]) -> dict[str, Any]:

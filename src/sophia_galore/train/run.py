@@ -39,7 +39,7 @@ from sophia_galore.train.preflight import after_loading
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.prepared import Loaded
 from sophia_galore.train.result import RunResult, eval_losses, exported, finished_result
-from sophia_galore.train.resume import refuse_difference
+from sophia_galore.train.resume import changed_noise, refuse_difference
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
@@ -85,6 +85,8 @@ def train(
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
         listener.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
+        if said := changed_noise(checkpoint, prepared.plan):
+            listener.say(said)
     with (
         locked(folder),
         repeatable(prepared.device),

@@ -183,7 +183,7 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     return joined
 
 
-def save_weights(folder: Path, weights: Mapping[str, Weight]) -> None:
+def save_weights(folder: Path, weights: Mapping[str, Weight | Tensor]) -> None:
     """Write weights into a folder, as `read_weights` reads them.
 
     Where one is in eight bits, the file has another name, so that programs that know nothing of codes and scales
@@ -198,12 +198,13 @@ def save_weights(folder: Path, weights: Mapping[str, Weight]) -> None:
     """
     from safetensors.torch import save_file
 
-    for name, weight in weights.items():
+    store = WeightStore(weights)
+    for name, weight in store.items():
         if weight.held_by_module and (problem := weight.problem()):
             raise RunError(f"{name} {problem}, so it is not saved.")
-    tensors = {key: tensor.to("cpu").contiguous() for key, tensor in WeightStore(weights).tensors().items()}
-    forms = [weight.settled.form for weight in weights.values() if isinstance(weight.settled, Int8Weight)]
+    tensors = {key: tensor.to("cpu").contiguous() for key, tensor in store.tensors().items()}
+    forms = [weight.settled.form for _, weight in store.items() if isinstance(weight.settled, Int8Weight)]
     # One entry at most: safetensors writes several in an order that changes from file to file.
     metadata = {_BLOCK_SIZE: str(forms[0].block)} if forms else {"format": "pt"}
-    is_packed = any(weight.is_packed for weight in weights.values())
+    is_packed = any(weight.is_packed for _, weight in store.items())
     save_file(tensors, folder / (INT8_FILE if is_packed else "model.safetensors"), metadata=metadata)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.weights.files import open_store, read_weights
 from sophia_galore.weights.folder import INT8_FILE
-from sophia_galore.weights.int8 import Int8Format, materialise, quantise
+from sophia_galore.weights.int8 import Int8Format, quantise
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
 INT8 = ["quantization.enabled=true", "quantization.load_in_8bit=true", "quantization.block_size=32"]
@@ -45,14 +45,14 @@ def test_every_tensor_moves_and_no_code_is_frozen(words: list[str], world: World
     packed = {name: getattr(weight, "base", weight) for name, weight in store.items() if not isinstance(weight, Tensor)}
     assert packed.keys() == {name for name, weight in begun.items() if len(weight.shape) == 2}
     for name, weight in packed.items():
-        before = quantise(materialise(begun[name], torch.float32), Int8Format(32))
+        before = quantise(begun[name].values(torch.float32), Int8Format(32))
         same = (weight.codes == before.codes).float()
         assert float(same.mean()) <= 0.7, name  # worst seen 0.51
         blocks = same[:, : same.shape[1] // 32 * 32].unflatten(1, (-1, 32)).mean(2)
         # Of the embedding, rows of tokens that do not occur are moved by the head's gradient alone, a little.
         assert float((blocks == 1).float().mean()) <= (0.05 if "embed" in name else 0), name
     for name, weight in store.items():
-        assert not torch.equal(materialise(weight, torch.float32), materialise(begun[name], torch.float32)), name
+        assert not torch.equal(weight.values(torch.float32), begun[name].values(torch.float32)), name
 
 
 def test_the_final_model_is_ordinary_and_bf16(run: Path) -> None:
@@ -61,7 +61,7 @@ def test_the_final_model_is_ordinary_and_bf16(run: Path) -> None:
     last = open_store(run / "checkpoint-6", CPU)
     written = load_file(run / "model.safetensors")
     for name, weight in last.items():
-        assert torch.equal(written[name], materialise(weight, torch.bfloat16)), name
+        assert torch.equal(written[name], weight.values(torch.bfloat16)), name
     assert not (run / INT8_FILE).exists()
 
 

@@ -22,7 +22,7 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.weights.files import read_weights
-from sophia_galore.weights.int8 import Int8Format, Int8Weight, materialise, quantise
+from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import DTYPES
 from tiny import tiny_tokenizer, write_tiny_model
 
@@ -68,9 +68,9 @@ def test_the_tokens_are_those_of_transformers(family: str, tied: bool, held: Hel
 def test_eight_bits_answer_like_the_weights_that_they_stand_for(family: str, seed: int, tmp_path: Path) -> None:
     """Of a plain folder, converted as it is read; and of a folder in eight bits, in every way it can be held."""
     folder = write_tiny_model(tmp_path / "model", family, tied=False, seed=seed)
-    plain = {name: materialise(weight, torch.float32) for _, name, weight in read_weights(folder)}
+    plain = {name: weight.values(torch.float32) for _, name, weight in read_weights(folder)}
     decoded = {
-        name: quantise(weight, Int8Format()).dequantise(torch.float32) if weight.ndim == 2 else weight
+        name: quantise(weight, Int8Format()).values(torch.float32) if weight.ndim == 2 else weight
         for name, weight in plain.items()
     }
     expected = plain_tokens(folder, decoded)
@@ -103,7 +103,7 @@ def test_what_is_in_eight_bits_already_is_not_rounded_again(model: Path, tmp_pat
     with loaded(tmp_path, "int8", CPU) as it, torch.no_grad():
         embed = it.model.model.embed_tokens
         rows = torch.arange(5)
-        own = codes["model.embed_tokens.weight"][rows].dequantise(torch.float32)
+        own = codes["model.embed_tokens.weight"][rows].values(torch.float32)
         assert torch.equal(embed(rows), own)
 
 

@@ -37,7 +37,7 @@ def by_blocks(
         online.take(tokens, words, logits[tokens, words].clone())
     grad = torch.full_like(logits, torch.nan)
     for tokens, words in every:
-        grad[tokens, words] = online.grad(tokens, words, logits[tokens, words].clone(), 7.0)
+        grad[tokens, words] = online.grad(tokens, words, logits[tokens, words].clone(), 1 / 7.0)
     return online.total(), grad
 
 

@@ -55,7 +55,7 @@ def test_the_precision_is_the_stores_or_what_is_asked(
     store = export(source, tmp_path / "target", store_dtype, dtype)
     written = load_file(tmp_path / "target" / "model.safetensors")
     expected = dtype or store_dtype
-    assert all(torch.equal(tensor, store[name].to(expected)) for name, tensor in written.items())
+    assert all(torch.equal(tensor, store[name].values(expected)) for name, tensor in written.items())
     assert {tensor.dtype for tensor in written.values()} == {expected}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     assert model.dtype == expected

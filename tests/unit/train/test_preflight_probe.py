@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.layer import Gradients
+from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass, LayerwiseEngine
+from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.train import parts, run
+from sophia_galore.train import load as loading
+from sophia_galore.train import run
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.train.listener import Listener
 from sophia_galore.train.memory import MemoryMonitor
+from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
 from tiny import write_tiny_model
 from unit.cli.tiny_run import Ended, World, json_lines, make_world, sha256
@@ -127,7 +131,7 @@ def test_the_probe_counts_to_the_report_but_to_no_step() -> None:
 
 
 def set_nan(store: WeightStore) -> None:
-    store["model.norm.weight"][3] = torch.nan  # type: ignore[index]
+    store["model.norm.weight"].first[3] = torch.nan
 
 
 def edit_int8(change: Callable[[Any], Any]) -> Callable[[WeightStore], None]:
@@ -160,22 +164,26 @@ STORES: dict[str, tuple[Callable[[WeightStore], None], list[str], list[str]]] = 
     "no code": (edit_int8(set_code), [INT8], [Q_PROJ, "the code -128"]),
     "scales of another dtype": (edit_int8(without_scales), [INT8], [Q_PROJ, "torch.float32 scales"]),
     "half of it": (edit_int8(half_of), [INT8], [Q_PROJ, "shape (32, 64) instead of (64, 64)"]),
-    "another dtype": (edit_int8(lambda w: w.bfloat16()), [], [Q_PROJ, "torch.bfloat16, but should be in fp32"]),
-    "not packed": (edit_int8(lambda w: w.dequantise(torch.float32)), [INT8], [Q_PROJ, "should be in int8"]),
+    "another dtype": (
+        edit_int8(lambda w: PlainWeight(w.tensor.bfloat16())),
+        [],
+        [Q_PROJ, "is in bf16, but should be in fp32"],
+    ),
+    "not packed": (edit_int8(lambda w: PlainWeight(w.values(torch.float32))), [INT8], [Q_PROJ, "should be in int8"]),
 }
 
 
 @pytest.mark.parametrize("name", STORES)
 def test_a_broken_weight_is_named(name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage, words, expected = STORES[name]
-    load = parts.load_store
+    load = loading.load_store
 
     def damaged(*given: Any, **more: Any) -> WeightStore:
         store = load(*given, **more)
         damage(store)
         return store
 
-    monkeypatch.setattr(parts, "load_store", damaged)
+    monkeypatch.setattr(loading, "load_store", damaged)
     ended = world.train(str(tmp_path / "run"), *words, "memory.track_steps=0")
     assert_refused(ended, tmp_path / "run", 2, *expected, "Copy the folder again from where it came from")
 
@@ -217,10 +225,22 @@ def test_broken_state_of_a_checkpoint_is_named(
 # ---- what fails in the probe
 
 
-def replace_step(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
-    """Put something around the engine's step; `change` gets the original and its arguments."""
-    original = LayerwiseEngine.step
-    monkeypatch.setattr(LayerwiseEngine, "step", lambda self, *given, **more: change(original, self, *given, **more))
+def replace_forward(monkeypatch: pytest.MonkeyPatch, change: Callable[..., Any]) -> None:
+    """Put something around the engine's forward; `change` gets the original and its arguments."""
+    original = LayerwiseEngine.forward
+    monkeypatch.setattr(LayerwiseEngine, "forward", lambda self, *given, **more: change(original, self, *given, **more))
+
+
+def change_gradients(monkeypatch: pytest.MonkeyPatch, change: Callable[[Gradients], object]) -> None:
+    """Change finished gradients before anyone uses them."""
+    original = LayerwiseEngine.backward
+
+    def changed(engine: LayerwiseEngine, forward: ForwardPass) -> Iterator[FinishedGradients]:
+        for layer in original(engine, forward):
+            change(layer.gradients)
+            yield layer
+
+    monkeypatch.setattr(LayerwiseEngine, "backward", changed)
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_the_earlier_run_stays(
@@ -230,17 +250,13 @@ def test_a_gradient_that_is_not_finite_is_named_and_the_earlier_run_stays(
     assert world.train(str(folder), "training.max_steps=1", "memory.track_steps=0").code == 0
     before = {path.name: sha256(path) for path in folder.iterdir()}
 
-    def broken(original: Any, engine: LayerwiseEngine, batches: Any, apply: Any, **more: Any) -> Any:
-        def spoiling(grads: dict[str, torch.Tensor]) -> None:
-            if Q_PROJ in grads:
-                grads[Q_PROJ][0, 0] = torch.nan
-            apply(grads)
+    def broken(gradients: Gradients) -> None:
+        if Q_PROJ in gradients:
+            tensor_of(gradients[Q_PROJ])[0, 0] = torch.nan
 
-        return original(engine, batches, spoiling, **more)
-
-    replace_step(monkeypatch, broken)
+    change_gradients(monkeypatch, broken)
     stepped = []
-    monkeypatch.setattr(ParamOptimizer, "step_held", lambda *given, **more: stepped.append(given))
+    monkeypatch.setattr(ParamOptimizer, "apply", lambda *given, **more: stepped.append(given))
     ended = world.train(str(folder), "training.max_steps=1", "memory.track_steps=0")
     assert ended.code == 1 and not stepped
     assert f"The gradient of {Q_PROJ} is not finite in the probe step" in ended.err
@@ -259,10 +275,7 @@ def test_a_loss_that_is_not_finite(world: World, tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_a_gradient_is_named(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(original: Any, engine: LayerwiseEngine, batches: Any, apply: Any, **more: Any) -> Any:
-        return original(engine, batches, lambda grads: (grads.pop(Q_PROJ, None), apply(grads)), **more)
-
-    replace_step(monkeypatch, forgetful)
+    change_gradients(monkeypatch, lambda gradients: gradients.pop(Q_PROJ, None))
     assert_refused(world.train(str(tmp_path / "run")), tmp_path / "run", 1, Q_PROJ, "no gradient in the probe step")
 
 
@@ -281,7 +294,7 @@ def test_what_does_not_fit_says_what_helps(
     def fails(*_: Any, **more: Any) -> None:
         raise error
 
-    replace_step(monkeypatch, fails)
+    replace_forward(monkeypatch, fails)
     remedies = (
         "training.max_length",
         "training.batch_size",
@@ -302,7 +315,7 @@ def test_another_failure_is_no_riddle(world: World, tmp_path: Path, monkeypatch:
     def fails(*_: Any, **more: Any) -> None:
         raise RuntimeError("shapes differ\nhere")
 
-    replace_step(monkeypatch, fails)
+    replace_forward(monkeypatch, fails)
     assert_refused(world.train(str(tmp_path / "run")), tmp_path / "run", 1, "failed: shapes differ.", "--debug")
     with pytest.raises(RuntimeError, match="shapes differ"):
         world.train(str(tmp_path / "run"), "training.probe_step=false", "--debug")
@@ -317,7 +330,7 @@ def test_without_the_probe_the_first_step_finds_out(
         calls.append(more["step"])
         return original(engine, *given, **more)
 
-    replace_step(monkeypatch, counted)
+    replace_forward(monkeypatch, counted)
     words = ["training.max_steps=2", "memory.track_steps=0"]
     for probe, expected in (("true", [1, 1, 2]), ("false", [1, 2])):
         calls.clear()
@@ -336,7 +349,7 @@ def test_ctrl_c_in_the_probe_stops_with_nothing_begun(
         return original(engine, *given, **more)
 
     before = signal.getsignal(signal.SIGINT)
-    replace_step(monkeypatch, interrupted)
+    replace_forward(monkeypatch, interrupted)
     ended = world.train(str(tmp_path / "run"))
     assert ended.code == 130 and ended.err.strip() == "Error: Stopped."
     assert not (tmp_path / "run").exists()

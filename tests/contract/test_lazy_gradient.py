@@ -17,8 +17,8 @@ from sophia_galore.engine.projected_gradient import LazyTerms
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.bases import BasisKind, overlap, randomized_basis, tracked_basis
-from sophia_galore.numerics.rules import Hyper
-from sophia_galore.numerics.subspace import Projector
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.subspace import ProjectedGradient, Projector
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.weights.int8 import Int8Format, quantise
@@ -29,7 +29,7 @@ KINDS: list[BasisKind] = ["tracked", "randomized", "random", "gaussian"]
 RANK = SUBSPACE.rank
 
 
-def unformed(grad: Tensor) -> Terms:
+def unformed(grad: Tensor) -> LazyTerms:
     return LazyTerms(grad.shape, CPU, lambda product: product.add_whole(grad))
 
 
@@ -72,8 +72,8 @@ def end(spec: ParamSpec, by_products: bool, num_steps: int) -> tuple[Tensor, dic
                 choose = optimizer.basis_from_gradient("w", step)
                 assert choose is not None
                 projector = choose(unformed(grad))
-        given = grad if projector is None else projector.of(grad)
-        optimizer.step_param("w", weight, given, step=step, factor=1.0, projected=projector is not None)
+        given = grad if projector is None else ProjectedGradient(projector.of(grad))
+        optimizer.step_param("w", weight, given, step=step, factor=1.0)
     return weight, optimizer.named_state()
 
 
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_alone(
     assert choose is not None
     with pytest.raises(NonFiniteError, match="gradient of w is not finite at step 1"):
         product = choose(unformed(grad)).of(grad)
-        optimizer.step_param("w", weight, product, step=1, factor=1.0, projected=True)
+        optimizer.step_param("w", weight, ProjectedGradient(product), step=1, factor=1.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.named_state().items())
     assert not weight.any()
 
@@ -183,11 +183,10 @@ def test_nothing_as_large_as_the_head_is_ever_made(
     codes = set()
     for name in big:
         weight = parts.store[name]
-        assert isinstance(weight, Tensor)
-        packed = quantise(weight, Int8Format())
+        packed = quantise(weight.values(torch.float32), Int8Format())
         parts.store[name] = packed
         codes.add(packed.codes.untyped_storage().data_ptr())
-    monkeypatch.setattr("sophia_galore.optim.move._BLOCK_ELEMENTS", 64 * 64)
+    monkeypatch.setattr("sophia_galore.numerics.row_blocks._BLOCK_ELEMENTS", 64 * 64)
     for step in range(1, 3):
         with _Largest(codes) as tracker:
             parts.stepper.take(ragged_batches(step), step=step, factor=1.0)

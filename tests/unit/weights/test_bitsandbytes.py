@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from engines import CPU, load_frozen_parts, load_parts, make_engine
+from engines import CPU, load_frozen_parts, load_parts, make_engine, take_step
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.weights.bitsandbytes import Freezer, Frozen8bit
 from sophia_galore.weights.files import load_store, open_store, save_weights
 from sophia_galore.weights.folder import INT8_FILE
-from sophia_galore.weights.int8 import Int8Format, Int8Weight, materialise, quantise
+from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
+from sophia_galore.weights.plain import as_weight
 from sophia_galore.weights.row_int8 import RowInt8Weight
 from tiny import FAMILIES, ragged_batches, tiny_model, write_tiny_model
 
@@ -37,7 +38,8 @@ def module_for(columns: int, rows: int, *, bias: bool = True, seed: int = 0) -> 
     values = layer[0].weight.detach().clone()
     model = nn.ModuleDict({"layer": layer})
     anatomy: Any = SimpleNamespace(model=model, linear_names=lambda: ["layer.0.weight"])
-    made = Freezer(anatomy, ["layer.0.weight"], CPU).freeze("layer.0.weight", values)
+    freezer = Freezer(anatomy.model, anatomy.linear_names(), ["layer.0.weight"], CPU)
+    made = freezer.freeze("layer.0.weight", as_weight(values))
     return layer[0], made
 
 
@@ -49,18 +51,19 @@ def test_every_linear_of_the_layers_is_frozen_and_nothing_else(family: str, tmp_
     assert {name for name, weight in store.items() if isinstance(weight, Frozen8bit)} == set(names)
     assert list(anatomy.parameter_shapes().items()) == [(name, weight.shape) for name, weight in plain.items()]
     for layer in anatomy.layer_names:
-        given = store.names(layer)
+        with store.borrow(layer) as borrowed:
+            given = [f"{layer}.{key}" for key in borrowed.values_of(layer, torch.float32)]
         assert given and not set(given) & set(names), "the engine passes in norms and biases only"
     for name, weight in store.items():
         if isinstance(weight, Frozen8bit):
             assert weight.problem() is None
             # Half a code, of which the largest magnitude of a row is 127; and the rounding to float16.
-            error = (weight.dequantise(torch.float32) - plain[name]).abs().amax(1)
+            error = (weight.values(torch.float32) - plain[name]).abs().amax(1)
             assert bool((error <= plain[name].abs().amax(1) * (0.5 / 127 + 2**-10)).all())
         else:
-            assert torch.equal(materialise(weight, torch.float32), plain[name])
+            assert torch.equal(weight.values(torch.float32), plain[name])
     with pytest.raises(ModelError, match="plain linear layer"):
-        Freezer(anatomy, names, CPU)  # what is frozen is not frozen again
+        Freezer(anatomy.model, anatomy.linear_names(), names, CPU)  # what is frozen is not frozen again
 
 
 def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) -> None:
@@ -72,7 +75,7 @@ def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) ->
         save_weights(folder, dict(store.items()))
         saved.append((folder / INT8_FILE).read_bytes())
         if which == "fresh":
-            make_engine(anatomy, store).step(ragged_batches(), lambda grads: None, step=1)
+            take_step(make_engine(anatomy, store), ragged_batches(), lambda grads: None, step=1)
             make_engine(anatomy, store).evaluate(ragged_batches())
     assert saved[0] == saved[1], "working with a weight does not change it"
     written = load_file(tmp_path / "after a step" / INT8_FILE)
@@ -107,7 +110,7 @@ def test_codes_and_scales_of_a_file_are_taken_as_they_are(tmp_path: Path) -> Non
 def test_decoded_values_are_those_that_it_computes_with(dtype: torch.dtype) -> None:
     """To the bit, shown by products with single ones."""
     module, weight = module_for(64, 48, bias=False)
-    assert torch.equal(module(torch.eye(64, dtype=dtype)).T, weight.dequantise(dtype))
+    assert torch.equal(module(torch.eye(64, dtype=dtype)).T, weight.values(dtype))
 
 
 def test_there_is_one_copy_of_the_codes(tmp_path: Path) -> None:
@@ -128,11 +131,11 @@ def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Pa
     (folder / "model.safetensors").unlink()
     _, plain = load_parts(folder, dtype)
     for name, weight in plain.items():
-        assert torch.equal(materialise(weight, dtype), materialise(store[name], dtype)), name
+        assert torch.equal(weight.values(dtype), store[name].values(dtype)), name
     shapes, form = anatomy.parameter_shapes(), Int8Format(32)
     native = load_store(folder, shapes, tied_head=None, dtype=dtype, device=CPU, int8=names, form=form)
     for name in names:
-        expected, got = quantise(materialise(store[name], torch.float32), form), native[name]
+        expected, got = quantise(store[name].values(torch.float32), form), native[name]
         assert isinstance(got, Int8Weight) and torch.equal(got.codes, expected.codes)
     opened = open_store(folder, CPU)
     assert isinstance(opened[Q], RowInt8Weight), "which needs no bitsandbytes"
@@ -149,8 +152,8 @@ def test_it_reads_a_checkpoint_of_native_int8(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     _, store, _ = load_frozen_parts(folder)
     for name in names:
-        values = materialise(native[name], torch.float32)
-        error = (materialise(store[name], torch.float32) - values).abs().amax(1)
+        values = native[name].values(torch.float32)
+        error = (store[name].values(torch.float32) - values).abs().amax(1)
         assert bool((error <= values.abs().amax(1) * (0.5 / 127 + 2**-10)).all())
 
 
@@ -168,7 +171,7 @@ def test_products_are_those_with_the_decoded_weight(outlier: float, training: bo
     for seed in range(3):
         module, weight = module_for(96, 48, seed=seed)
         module.train(training)
-        decoded, bias = weight.dequantise(torch.float64), module.bias.detach().to(dtype)
+        decoded, bias = weight.values(torch.float64), module.bias.detach().to(dtype)
         module.bias = nn.Parameter(bias.clone())
         entering = torch.randn(2, 9, 96).to(dtype)
         entering[..., 5] += outlier
@@ -198,7 +201,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
         module.weight = type(module.weight)(values, requires_grad=False, has_fp16_weights=False).to("cpu")
     weight = Frozen8bit(module)
     assert weight.problem() is None
-    assert not weight.dequantise(torch.float32)[2].any()
+    assert not weight.values(torch.float32)[2].any()
     assert not module.eval()(torch.randn(3, 16))[:, 2].any()
 
 
@@ -213,7 +216,7 @@ def test_it_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_rows_and_refusals() -> None:
     _, weight = module_for(16, 8)
     assert (weight.shape, weight.numel(), weight.device) == ((8, 16), 128, CPU)
-    assert torch.equal(weight[2:5].dequantise(torch.float32), weight.dequantise(torch.float32)[2:5])
+    assert torch.equal(weight[2:5].values(torch.float32), weight.values(torch.float32)[2:5])
     with pytest.raises(RunError, match="frozen"):
         weight.write(torch.zeros(8, 16), torch.Generator())
 
@@ -278,14 +281,14 @@ def test_lost_codes_are_told() -> None:
     module.weight.CB = None
     assert "lost its codes (CB)" in str(weight.problem())
     with pytest.raises(RunError, match=r"Linear8bitLt of shape \(8, 16\) has lost its codes"):
-        weight.dequantise(torch.float32)
+        weight.values(torch.float32)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "x.weight"])
 def test_only_linears_of_layers_can_be_frozen(name: str, tmp_path: Path) -> None:
     anatomy = build_skeleton(load_model_config(write_tiny_model(tmp_path, tied=False)), CPU)
     with pytest.raises(ModelError, match=f"can't hold {name}"):
-        Freezer(anatomy, [Q, name], CPU)
+        Freezer(anatomy.model, anatomy.linear_names(), [Q, name], CPU)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e5])

@@ -19,7 +19,7 @@ def make(rows: int = 5, columns: int = 7) -> RowInt8Weight:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_values_are_rounded_once(dtype: torch.dtype) -> None:
     weight = make()
-    values = weight.dequantise(dtype)
+    values = weight.values(dtype)
     assert values.dtype == dtype and values.shape == weight.shape == (5, 7)
     # absmax / 127 is a float32; the product of a code with it is exact in float64.
     exact = weight.codes.double() * weight.absmax.mul(1 / 127).double()[:, None]
@@ -29,10 +29,10 @@ def test_values_are_rounded_once(dtype: torch.dtype) -> None:
 
 def test_rows_are_those_of_the_whole() -> None:
     weight = make()
-    whole = weight.dequantise(torch.float32)
-    assert torch.equal(weight[1:3].dequantise(torch.float32), whole[1:3])
+    whole = weight.values(torch.float32)
+    assert torch.equal(weight[1:3].values(torch.float32), whole[1:3])
     picked = torch.tensor([4, 0, 4])
-    assert torch.equal(weight[picked].dequantise(torch.float32), whole[picked])
+    assert torch.equal(weight[picked].values(torch.float32), whole[picked])
     assert weight[1:3].codes.data_ptr() == weight.codes[1:].data_ptr(), "a slice is a view"
     assert (weight.numel(), weight.device) == (35, torch.device("cpu"))
 

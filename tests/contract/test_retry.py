@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from sophia_galore.engine.retry import ChunkSizes, split_rows
-from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE, RunsOut, gradients, rows_of, shrink_tiles, worst
-from engines import CPU, everything_projected, load_parts, make_engine
+from engines import CPU, everything_projected, load_parts, make_engine, take_step
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.observe import Phase
+from sophia_galore.engine.retry import ChunkSizes, split_rows
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import OutOfMemory
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import ragged_batches, tiny_model
@@ -89,7 +89,7 @@ def test_it_may_run_out_more_than_once(tmp_path: Path, keep_layers: int) -> None
         engine = make_engine(*parts, keep_layers=keep_layers, on_oom="adapt", say=said.append, observer=memory)
         got = gradients(engine, rows_of(4) + ragged_batches(), memory)
         assert memory.ran_out == len(said) == 2
-        assert engine.chunk_sizes == (ChunkSizes(0, 0, None) if keep_layers else ChunkSizes(0, 0, 1))
+        assert engine.chunk_sizes == ChunkSizes(0, default_chunk_bytes(CPU), None if keep_layers else 1)
         assert worst(got, expected) <= TOLERANCE
 
 
@@ -107,7 +107,7 @@ def test_no_weight_moves_twice(tmp_path: Path, tied: bool, fast: bool | None) ->
             ParamSpec(name, tuple(shape), 1e-2, 0.0, Hyper(), subspace=subspace if len(shape) == 2 else None)
             for name, shape in anatomy.parameter_shapes().items()
         ]
-        begun = begun or {spec.name: store[spec.name].clone() for spec in specs}  # type: ignore[union-attr]
+        begun = begun or {spec.name: store[spec.name].first.clone() for spec in specs}  # type: ignore[union-attr]
         optimizer = ParamOptimizer(specs, seed=0, device=CPU)
         memory = RunsOut(*place, operation=20, times=1) if place else RunsOut()
         engine = make_engine(anatomy, store, keep_layers=1, on_oom="adapt", observer=memory)
@@ -118,7 +118,7 @@ def test_no_weight_moves_twice(tmp_path: Path, tied: bool, fast: bool | None) ->
             with memory:
                 stepper.take(ragged_batches(step), step=step, factor=1.0)
         assert memory.ran_out == (2 if place else 0)
-        ends.append({spec.name: store[spec.name].clone() for spec in specs})  # type: ignore[union-attr]
+        ends.append({spec.name: store[spec.name].first.clone() for spec in specs})  # type: ignore[union-attr]
     for end in ends[1:]:
         for name, weight in end.items():
             # Adam divides gradients, which differ by roundings, by their size; worst seen 1.2e-6.

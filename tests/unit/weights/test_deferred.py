@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.int8 import Int8Format, quantise
@@ -18,30 +19,30 @@ def made(shape: tuple[int, int] = (12, 20), rank: int = 3) -> tuple[DeferredWeig
     left = (0.01 * torch.randn(shape[0], rank, generator=draw)).to(torch.bfloat16)
     right = torch.randn(rank, shape[1], generator=draw)
     shrink = torch.tensor([0.9])
-    exact = base.dequantise(torch.float32).double() * shrink.double() + left.double() @ right.double()
+    exact = base.values(torch.float32).double() * shrink.double() + left.double() @ right.double()
     return DeferredWeight(base, shrink, lambda: (left, right)), exact
 
 
 def test_it_stands_for_the_sum() -> None:
     weight, exact = made()
     # One product of rank 3 and a sum in float32; worst seen 1.2e-8 at values of 0.2.
-    assert torch.allclose(weight.dequantise(torch.float32).double(), exact, atol=1e-7)
+    assert torch.allclose(weight.values(torch.float32).double(), exact, atol=1e-7)
     # bfloat16 rounds both terms, the factors and the sum: 2^-8 of the largest value each.
-    assert torch.allclose(weight.dequantise(torch.bfloat16).double(), exact, atol=4 * 2**-8 * float(exact.abs().max()))
+    assert torch.allclose(weight.values(torch.bfloat16).double(), exact, atol=4 * 2**-8 * float(exact.abs().max()))
     assert (weight.shape, weight.numel(), weight.device) == ((12, 20), 240, torch.device("cpu"))
 
 
 def test_rows_are_those_of_the_whole() -> None:
     weight, _ = made()
-    whole = weight.dequantise(torch.float32)
+    whole = weight.values(torch.float32)
     for rows in (slice(3, 7), torch.tensor([11, 0, 3])):
-        assert torch.allclose(weight[rows].dequantise(torch.float32), whole[rows], atol=1e-8)
+        assert torch.allclose(weight[rows].values(torch.float32), whole[rows], atol=1e-8)
 
 
 def test_it_can_be_changed_by_its_factors_only() -> None:
     weight, _ = made()
     with pytest.raises(TypeError, match="factors"):
-        weight.write(torch.zeros(12, 20), generator(0, "rounding"))
+        weight.write(torch.zeros(12, 20), Noise.of(0, "rounding"))
 
 
 def test_its_tensors_say_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, tied_head: str | None
 def test_each_weight_is_the_files_rounded_once(source: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = make_tensors(source)
     store = load(write(tmp_path, tensors), dtype)
-    assert [name for name, _ in store.items()] == list(SHAPES), "in the model's order, not the file's"
-    for name, weight in store.items():
+    assert [name for name, _ in store.tensors().items()] == list(SHAPES), "in the model's order, not the file's"
+    for name, weight in store.tensors().items():
         assert weight.dtype == dtype and weight.is_contiguous()
         assert torch.equal(weight, tensors[name].to(dtype))
-    assert sum(weight.nbytes for _, weight in store.items()) == dtype.itemsize * (12 + 3 + 2)
+    assert sum(weight.nbytes for _, weight in store.tensors().items()) == dtype.itemsize * (12 + 3 + 2)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,8 +56,8 @@ def test_a_saved_model_comes_back_bit_by_bit(family: str, tied: bool, tmp_path: 
     folder = write_tiny_model(tmp_path / "model", family, tied=tied)
     _, store = load_parts(folder)
     expected = dict(tiny_model(family, tied=tied).named_parameters())
-    assert {name for name, _ in store.items()} == expected.keys()
-    assert all(torch.equal(weight, expected[name]) for name, weight in store.items())
+    assert {name for name, _ in store.tensors().items()} == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in store.tensors().items())
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
@@ -66,12 +67,12 @@ def test_the_file_does_not_change_with_the_store(source: torch.dtype, dtype: tor
     folder = write(tmp_path, make_tensors(source))
     before = (folder / "model.safetensors").read_bytes()
     store = load(folder, dtype)
-    kept = {name: weight.clone() for name, weight in store.items()}
+    kept = {name: weight.clone() for name, weight in store.tensors().items()}
     (folder / "model.safetensors").write_bytes(bytes(len(before)))
-    assert all(torch.equal(weight, kept[name]) for name, weight in store.items())
+    assert all(torch.equal(weight, kept[name]) for name, weight in store.tensors().items())
     (folder / "model.safetensors").write_bytes(before)
     store = load(folder, dtype)
-    for _, weight in store.items():
+    for _, weight in store.tensors().items():
         weight.zero_()
     assert (folder / "model.safetensors").read_bytes() == before
 
@@ -85,7 +86,7 @@ def test_shards_are_read_by_their_index(extra: str | None, tmp_path: Path) -> No
     if extra:
         save_file({"what else lies there": torch.ones(1)}, folder / extra)
     _, store = load_parts(folder)
-    assert all(torch.equal(store[name], weight) for name, weight in tiny_model().named_parameters())
+    assert all(torch.equal(store[name].first, weight) for name, weight in tiny_model().named_parameters())
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -155,18 +156,33 @@ def test_a_damaged_file_is_named(how: str, tmp_path: Path) -> None:
 
 def test_names_below_a_module() -> None:
     store = WeightStore(make_tensors())
-    assert store.names("a") == ["a.weight", "a.b.weight"]
-    assert store.names("a.b") == ["a.b.weight"]
-    assert store.names("c") == []
+    for module, names in {"a": ["weight", "b.weight"], "a.b": ["weight"], "c": []}.items():
+        with store.borrow(module) as borrowed:
+            assert list(borrowed.values_of(module, torch.float32)) == names
 
 
 @pytest.mark.parametrize(("dtype", "shares"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_materialising_copies_only_to_convert(dtype: torch.dtype, shares: bool) -> None:
     store = WeightStore(make_tensors())
-    (name,) = weights = store.materialise(["a.weight"], dtype)
-    assert name == "a.weight" and weights[name].dtype == dtype
-    assert (weights[name].data_ptr() == store["a.weight"].data_ptr()) is shares
-    assert torch.equal(weights[name], store["a.weight"].to(dtype))
+    stored = store["a.weight"].values(torch.float32)
+    with store.borrow("a.weight") as borrowed:
+        values = borrowed["a.weight"].values(dtype)
+    assert values.dtype == dtype and (values.data_ptr() == stored.data_ptr()) is shares
+    assert torch.equal(values, stored.to(dtype))
+
+
+def test_nothing_decoded_outlives_its_use() -> None:
+    store = WeightStore(make_tensors())
+    with store.borrow("a") as borrowed:
+        values = borrowed.values_of("a", torch.bfloat16)
+        seen = [weakref.ref(value) for value in values.values()]
+        del values
+        assert not any(ref() is not None for ref in seen)
+    with pytest.raises(KeyError):
+        borrowed["a.weight"]
+    with store.borrow_rows("a.weight", slice(0, 1), torch.bfloat16) as lent:
+        row = weakref.ref(lent[0])
+    assert row() is None
 
 
 def test_index_and_single_file_the_single_file_wins(tmp_path: Path) -> None:
@@ -174,4 +190,4 @@ def test_index_and_single_file_the_single_file_wins(tmp_path: Path) -> None:
     folder = write(tmp_path, make_tensors())
     index: dict[str, Any] = {"weight_map": dict.fromkeys(SHAPES, "nowhere.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert torch.equal(load(folder)["a.weight"], load_file(folder / "model.safetensors")["a.weight"])
+    assert torch.equal(load(folder)["a.weight"].first, load_file(folder / "model.safetensors")["a.weight"])

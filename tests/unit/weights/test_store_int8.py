@@ -20,6 +20,7 @@ from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.files import convert, load_store, open_store, read_weights, save_weights
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
+from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
 from tiny import tiny_model, write_tiny_model
 
@@ -35,7 +36,7 @@ def load(folder: Path, *, form: Int8Format = FORM, skip: str = "", **more: bool)
 
 
 def dequantised(store: WeightStore) -> dict[str, Tensor]:
-    return store.materialise([name for name, _ in store.items()], torch.float32)
+    return {name: weight.values(torch.float32) for name, weight in store.items()}
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -51,8 +52,8 @@ def test_matrices_are_rounded_to_nearest_and_the_rest_stays(tmp_path: Path) -> N
             expected = quantise(parameter.detach(), FORM)
             assert torch.equal(weight.codes, expected.codes) and torch.equal(weight.scales, expected.scales)
         else:
-            assert isinstance(weight, Tensor) and torch.equal(weight, parameter)
-        assert store.is_ready(name, torch.float32) == isinstance(weight, Tensor)
+            assert isinstance(weight, PlainWeight) and torch.equal(weight.tensor, parameter)
+        assert weight.is_ready(torch.float32) == isinstance(weight, PlainWeight)
     assert store.plain_dtype() == torch.float32
 
 
@@ -61,7 +62,7 @@ def test_rows_and_whole_weights(tmp_path: Path) -> None:
     whole = dequantised(store)
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         for rows in (slice(2, 9), torch.tensor([5, 1, 5])):
-            assert torch.equal(store.rows(name, rows, torch.float32), whole[name][rows])
+            assert torch.equal(store[name][rows].values(torch.float32), whole[name][rows])
 
 
 def test_codes_and_scales_go_to_a_file_and_back_exactly(tmp_path: Path) -> None:
@@ -145,15 +146,15 @@ def test_a_remainder_is_part_of_the_weight_but_not_of_a_run_that_goes_on(tmp_pat
         source=read_source_files(source),
     )
     assert equal(
-        {key: weight.dequantise(torch.float32) for _, key, weight in read_weights(tmp_path / "saved") if key == name},
+        {key: weight.values(torch.float32) for _, key, weight in read_weights(tmp_path / "saved") if key == name},
         {name: values[name]},
     )  # type: ignore[union-attr]
-    going_on = load(tmp_path / "saved", without_remainders=True)[name]
+    going_on = load(tmp_path / "saved", without_updates=True)[name]
     assert isinstance(going_on, Int8Weight) and torch.equal(going_on.codes, base.codes)
     anew = load(tmp_path / "saved")[name]
     assert isinstance(anew, Int8Weight)
     scales = anew.scales.float().repeat_interleave(FORM.block, 1)[:, :64]
-    assert ((anew.dequantise(torch.float32) - values[name]).abs() <= scales).all()
+    assert ((anew.values(torch.float32) - values[name]).abs() <= scales).all()
 
 
 def test_a_remainder_goes_into_the_codes_without_bias() -> None:
@@ -163,7 +164,7 @@ def test_a_remainder_goes_into_the_codes_without_bias() -> None:
     folded = DeferredWeight(base, torch.ones(1), lambda: (left, right))
     made = convert(folded, Int8Format(64), CPU)
     assert isinstance(made, Int8Weight) and made.codes.data_ptr() != base.codes.data_ptr()
-    moved = made.dequantise(torch.float32) - base.dequantise(torch.float32)
+    moved = made.values(torch.float32) - base.values(torch.float32)
     # 25,600 draws of a code with probability 2 in a hundred: a deviation of its mean of 1.8e-6.
     assert float(moved.mean()) == pytest.approx(2e-5, abs=9e-6)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from sophia_galore.engine.retry import ChunkSizes
-from engines import take_step
 from torch import Tensor
 
 from contract.running_out import TOLERANCE, RunsOut, gradients, rows_of, shrink_tiles, worst
-from engines import CPU, load_parts, make_engine
+from engines import CPU, load_parts, make_engine, take_step
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.observe import Phase
+from sophia_galore.engine.retry import ChunkSizes
 from sophia_galore.engine.tracker import StorageTracker
 from sophia_galore.errors import OutOfMemory
 from sophia_galore.numerics.subspace import Projector
@@ -38,8 +38,7 @@ class Watched(RunsOut):
 
     def given(self, store: WeightStore) -> Watched:
         """With all weights counted from the beginning."""
-        for _, weight in store.items():
-            assert isinstance(weight, Tensor)
+        for weight in store.tensors().values():
             self.tracker.tag(weight, "weights")
         return self
 
@@ -180,7 +179,7 @@ def test_nothing_is_repeated_unless_asked(tmp_path: Path) -> None:
     engine = make_engine(*load_parts(tmp_path), keep_layers=2, observer=memory)
     with pytest.raises(OutOfMemory):
         gradients(engine, rows_of(4), memory)
-    assert engine.chunk_sizes == ChunkSizes(2, 0)
+    assert engine.chunk_sizes == ChunkSizes(2, default_chunk_bytes(CPU))
 
 
 def test_other_errors_are_no_reason_to_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +206,7 @@ def test_while_a_weight_moves_nothing_is_repeated(tmp_path: Path) -> None:
 
     with pytest.raises(OutOfMemory, match="in the optimizer"):
         take_step(engine, rows_of(4), apply, step=1)
-    assert len(asked) == 2 and engine.chunk_sizes == ChunkSizes(0, 0)
+    assert len(asked) == 2 and engine.chunk_sizes == ChunkSizes(0, default_chunk_bytes(CPU))
 
 
 def test_while_a_basis_is_chosen_nothing_is_repeated(tmp_path: Path) -> None:
@@ -226,4 +225,4 @@ def test_while_a_basis_is_chosen_nothing_is_repeated(tmp_path: Path) -> None:
             step=1,
             wants=lambda name: choose if name == "lm_head.weight" else None,
         )
-    assert engine.chunk_sizes == ChunkSizes(2, 0)
+    assert engine.chunk_sizes == ChunkSizes(2, default_chunk_bytes(CPU))

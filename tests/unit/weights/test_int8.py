@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
-from sophia_galore.weights.int8 import LARGEST_CODE, Int8Format, Int8Weight, materialise, quantise
+from sophia_galore.weights.int8 import LARGEST_CODE, Int8Format, Int8Weight, quantise
 
 CODES = torch.arange(-LARGEST_CODE, LARGEST_CODE + 1, dtype=torch.int8)  # all 255
 BLOCKS = [0, 1, 3, 16, 64, 128]
@@ -46,7 +47,7 @@ def test_all_255_codes_survive_a_zero_update(block: int, scale: float, seed: int
     """Whatever the scale and the draw: reading and writing back changes neither code nor scale."""
     weight = with_scale(scale, block)
     before = copy(weight)
-    weight.write(weight.dequantise(torch.float32), generator(seed, "rounding"))
+    weight.write(weight.values(torch.float32), Noise.of(seed, "rounding"))
     assert same(weight, before)
 
 
@@ -59,11 +60,11 @@ def test_quantised_once_it_stays(rows: int, columns: int, block: int, seed: int,
     # Half a code of the block's own scale, which is at most (65/64 + 2^-7) / 127 of its largest entry.
     for start in range(0, columns, block or columns):
         part = slice(start, start + (block or columns))
-        error = (weight.dequantise(torch.float32) - values)[:, part].abs().amax(1)
+        error = (weight.values(torch.float32) - values)[:, part].abs().amax(1)
         assert (error <= 0.5 * 1.024 / 127 * values[:, part].abs().amax(1)).all()
     before = copy(weight)
     for step in range(3):
-        weight.write(weight.dequantise(torch.float32), generator(step, "rounding"))
+        weight.write(weight.values(torch.float32), Noise.of(step, "rounding"))
     assert same(weight, before)
 
 
@@ -73,23 +74,23 @@ def test_a_write_is_unbiased() -> None:
     start = quantise(matrix(1, 64), Int8Format(64))
     step = torch.linspace(-2, 2, 64) * float(start.scales[0, 0])
     for factor in (1e-3, 0.3, 40.0):
-        value = start.dequantise(torch.float32) + factor * step
+        value = start.values(torch.float32) + factor * step
         many = Int8Weight(start.codes.repeat(num_draws, 1), start.scales.repeat(num_draws, 1), start.form)
-        many.write(value.repeat(num_draws, 1), generator(0, "draws", str(factor)))
+        many.write(value.repeat(num_draws, 1), Noise.of(0, "draws", str(factor)))
         scale = float(many.scales[0, 0])
         assert (many.scales == many.scales[0, 0]).all()
         assert (scale > float(start.scales[0, 0])) == (factor > 1)
-        error = (many.dequantise(torch.float32).double().mean(0) - value[0].double()) / scale
+        error = (many.values(torch.float32).double().mean(0) - value[0].double()) / scale
         # A code is one of two neighbours: a standard deviation of at most 1/2; five of its mean's, for 64 elements.
         assert float(error.abs().max()) <= 5 * 0.5 / num_draws**0.5
 
 
 def test_goes_to_one_of_the_two_neighbours() -> None:
     weight = quantise(matrix(50, 100), Int8Format(32))
-    target = weight.dequantise(torch.float32) * 0.999
-    weight.write(target.clone(), generator(0, "rounding"))
+    target = weight.values(torch.float32) * 0.999
+    weight.write(target.clone(), Noise.of(0, "rounding"))
     scales = weight.scales.float().repeat_interleave(32, 1)[:, :100]
-    assert ((weight.dequantise(torch.float32) - target).abs() <= scales * (1 + 1e-6)).all()
+    assert ((weight.values(torch.float32) - target).abs() <= scales * (1 + 1e-6)).all()
 
 
 def test_small_steps_add_up_and_are_lost_to_nearest() -> None:
@@ -100,7 +101,7 @@ def test_small_steps_add_up_and_are_lost_to_nearest() -> None:
         begun = copy(weight)
         step = 0.01 * weight.scales.float()
         for number in range(100):
-            weight.write(weight.dequantise(torch.float32).add_(step), generator(number, "rounding"))
+            weight.write(weight.values(torch.float32).add_(step), Noise.of(number, "rounding"))
         ends[stochastic] = float((weight.codes.float() - begun.codes.float()).mean())
     assert ends[True] == pytest.approx(1, abs=0.1)  # worst seen 1.02; some blocks outgrow their scale on the way
     assert ends[False] == 0
@@ -110,7 +111,7 @@ def test_the_draw_decides_and_nothing_else() -> None:
     ends = []
     for seed in (1, 1, 2):
         weight = quantise(matrix(20, 70), Int8Format(16))
-        weight.write(weight.dequantise(torch.float32).mul_(1.001), generator(seed, "rounding"))
+        weight.write(weight.values(torch.float32).mul_(1.001), Noise.of(seed, "rounding"))
         ends.append(weight)
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
 
@@ -118,34 +119,34 @@ def test_the_draw_decides_and_nothing_else() -> None:
 def test_a_scale_follows_its_block() -> None:
     weight = quantise(matrix(4, 128), Int8Format(64))
     begun = copy(weight)
-    values = weight.dequantise(torch.float32)
+    values = weight.values(torch.float32)
     values[1, 3] *= 10  # outgrows the first block of its row
     values[2, 64:] *= 0.4  # falls below half of the second
     values[3, :64] *= 0.6  # does not
     expected = values.clone()
-    weight.write(values, generator(0, "rounding"))
+    weight.write(values, Noise.of(0, "rounding"))
     changed = weight.scales != begun.scales
     assert changed.tolist() == [[False] * 2, [True, False], [False, True], [False] * 2]
     assert weight.scales[1, 0] > begun.scales[1, 0] and weight.scales[2, 1] < begun.scales[2, 1]
     assert int(weight.codes[1, :64].abs().max()) in (124, 125)  # room for two more
     scales = weight.scales.float().repeat_interleave(64, 1)
-    assert ((weight.dequantise(torch.float32) - expected).abs() <= scales).all()
+    assert ((weight.values(torch.float32) - expected).abs() <= scales).all()
 
 
 def test_zero_and_tiny_blocks() -> None:
     weight = quantise(torch.zeros(3, 32), Int8Format(16))
-    assert not weight.scales.any() and not weight.dequantise(torch.float32).any()
-    weight.write(torch.full((3, 32), 0.5), generator(0, "rounding"))
-    assert torch.allclose(weight.dequantise(torch.float32), torch.tensor(0.5), rtol=1 / 125)
-    weight.write(torch.full((3, 32), 1e-40), generator(0, "rounding"))  # below the smallest scale
-    assert weight.problem() is None and float(weight.dequantise(torch.float32).abs().max()) <= 1e-38
+    assert not weight.scales.any() and not weight.values(torch.float32).any()
+    weight.write(torch.full((3, 32), 0.5), Noise.of(0, "rounding"))
+    assert torch.allclose(weight.values(torch.float32), torch.tensor(0.5), rtol=1 / 125)
+    weight.write(torch.full((3, 32), 1e-40), Noise.of(0, "rounding"))  # below the smallest scale
+    assert weight.problem() is None and float(weight.values(torch.float32).abs().max()) <= 1e-38
 
 
 def test_the_largest_numbers_stay_finite() -> None:
     values = torch.full((2, 16), torch.finfo(torch.float32).max)
     weight = quantise(values, Int8Format(16))
     assert weight.problem() is None
-    assert torch.isfinite(weight.dequantise(torch.float32)).all()
+    assert torch.isfinite(weight.values(torch.float32)).all()
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -155,27 +156,27 @@ def test_one_rounding_to_the_precision(block: int, dtype: torch.dtype) -> None:
     weight = quantise(matrix(33, 100, size=3.0), Int8Format(block))
     size = block or 100
     exact = weight.codes.double() * weight.scales.double().repeat_interleave(size, 1)[:, :100]
-    assert torch.equal(weight.dequantise(torch.float32).double(), exact)
-    assert torch.equal(weight.dequantise(dtype), exact.to(dtype))
-    assert torch.equal(materialise(weight, dtype), exact.to(dtype))
+    assert torch.equal(weight.values(torch.float32).double(), exact)
+    assert torch.equal(weight.values(dtype), exact.to(dtype))
+    assert torch.equal(weight.values(dtype), exact.to(dtype))
 
 
 def test_scales_too_small_for_fp16() -> None:
     weight = quantise(matrix(3, 16, size=1e-5), Int8Format(16))
-    expected = weight.dequantise(torch.float32).to(torch.float16)
-    assert torch.equal(weight.dequantise(torch.float16), expected) and expected.any()
+    expected = weight.values(torch.float32).to(torch.float16)
+    assert torch.equal(weight.values(torch.float16), expected) and expected.any()
 
 
 def test_rows() -> None:
     """By a slice a view, so that a write goes through; by numbers a copy."""
     weight = quantise(matrix(10, 24), Int8Format(8))
-    whole = weight.dequantise(torch.float32)
-    assert torch.equal(weight[2:5].dequantise(torch.float32), whole[2:5])
+    whole = weight.values(torch.float32)
+    assert torch.equal(weight[2:5].values(torch.float32), whole[2:5])
     numbers = torch.tensor([7, 0, 7])
-    assert torch.equal(weight[numbers].dequantise(torch.float32), whole[numbers])
-    weight[2:5].write(torch.zeros(3, 24), generator(0, "rounding"))
-    assert not weight.dequantise(torch.float32)[2:5].any()
-    assert torch.equal(weight.dequantise(torch.float32)[5:], whole[5:])
+    assert torch.equal(weight[numbers].values(torch.float32), whole[numbers])
+    weight[2:5].write(torch.zeros(3, 24), Noise.of(0, "rounding"))
+    assert not weight.values(torch.float32)[2:5].any()
+    assert torch.equal(weight.values(torch.float32)[5:], whole[5:])
     assert (weight.shape, weight.numel(), weight.device) == ((10, 24), 240, torch.device("cpu"))
 
 
@@ -212,7 +213,7 @@ def test_products_against_a_float64_twin(block: int) -> None:
     entering = torch.randn(40, 72, generator=generator(0, "input"))
     out_grad = torch.randn(40, 96, generator=generator(0, "grad"))
     ours = entering.clone().requires_grad_()
-    out = torch.nn.functional.linear(ours, weight.dequantise(torch.float32))
+    out = torch.nn.functional.linear(ours, weight.values(torch.float32))
     out.backward(out_grad)
     theirs = entering.double().requires_grad_()
     expected = torch.nn.functional.linear(theirs, twin)
