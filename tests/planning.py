@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.memory.planner import Planner
 from sophia_galore.memory.workload import Workload, largest_workload

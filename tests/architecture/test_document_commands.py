@@ -13,7 +13,7 @@ from documents import DOCUMENTS, MARKS, READMES, ROOT, TYPED, blocks, named_file
 from sophia_galore.cli.arguments import STARTER
 from sophia_galore.cli.main import app
 from sophia_galore.config.aliases import ALIASES
-from sophia_galore.config.keys import known_keys
+from sophia_galore.config.keys import keys
 
 # What users were promised, letter for letter.
 PROMISED = [
@@ -82,7 +82,7 @@ def check_python(words: list[str]) -> None:
 
 def check_arguments(command: str, words: list[str]) -> None:
     """The command has these options, the configuration is there, and the overrides name keys."""
-    known = set(known_keys()) | set(ALIASES)
+    known = {*keys(), *ALIASES}
     root = typer.main.get_command(app)
     if command.startswith("-"):
         assert command in options(root)

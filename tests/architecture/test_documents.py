@@ -15,7 +15,7 @@ import sophia_galore
 from documents import DOCUMENTS, PAGES, READMES, ROOT, TYPED, Block, blocks, prose, read
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.dump import config_reference
-from sophia_galore.config.keys import known_keys, sections
+from sophia_galore.config.keys import keys, sections
 from sophia_galore.model.anatomy import SUPPORTED
 from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
 from sophia_galore.plan.routes import make_routes
@@ -53,7 +53,7 @@ def test_configurations_load(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_keys_in_backticks_exist(name: str) -> None:
-    known = {*known_keys(), *sections()}
+    known = {*keys(), *sections()}
     # A span over a line's end would turn what is inside and outside upside down for the pattern.
     assert [line for line in prose(name).splitlines() if line.count("`") % 2] == []
     spans = [found[1] for span in CODE_SPAN.findall(prose(name)) if (found := DOTTED.match(span))]

@@ -17,9 +17,11 @@ from typing import Any, Literal, get_args
 import torch
 
 from sophia_galore.numerics.bases import BasisKind
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.residual import Residual
-from sophia_galore.numerics.rules import RULES, Hyper
-from sophia_galore.optim.spec import STORED_BASES, ParamSpec, ProjectionBits, StateBits, SubspaceSpec
+from sophia_galore.numerics.rules import RULES
+from sophia_galore.optim.recipes import STORED_BASES, ProjectionBits, StateBits
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 # Peak rates with which each rule goes some way, and not too far, in the few steps of a test.
 RATES = {"sgd": 1e-2, "muon": 5e-2, "scale": 3e-2, "scale_momentum": 3e-2}

@@ -24,7 +24,7 @@ from sophia_galore.model.anatomy import Anatomy
 from sophia_galore.model.export import write_model
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.model.source_files import read_source_files
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.weights.bitsandbytes import Frozen8bit

@@ -18,7 +18,7 @@ from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.model.anatomy import Anatomy
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec

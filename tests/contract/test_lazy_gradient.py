@@ -17,7 +17,7 @@ from sophia_galore.engine.projected_gradient import LazyTerms
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.memory.tracker import StorageTracker
 from sophia_galore.numerics.bases import BasisKind, overlap, randomized_basis, tracked_basis
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec

@@ -16,7 +16,7 @@ from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.retry import ChunkSizes, split_rows
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.errors import OutOfMemory
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import ragged_batches, tiny_model

@@ -20,7 +20,7 @@ from sophia_galore.engine.observe import Observer, Phase
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.request import Wants

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 
 
 class PlainRule:

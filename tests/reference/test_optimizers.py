@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines import CPU, load_parts, make_engine, take_step
-from sophia_galore.numerics.rules import Hyper
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from tiny import autograd_loss, ragged_batches, tiny_model

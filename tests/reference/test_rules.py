@@ -17,7 +17,8 @@ from sophia_galore.numerics.int4 import unpack
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.optim.spec import STORED_BASES, ParamSpec, StateBits
+from sophia_galore.optim.recipes import STORED_BASES, StateBits
+from sophia_galore.optim.spec import ParamSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from plain_projected import PlainProjected

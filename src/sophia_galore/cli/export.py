@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from sophia_galore.cli.arguments import expanded, expanded_text
-from sophia_galore.config.quantization import LARGEST_BLOCK
-from sophia_galore.config.schema import ModelConfig
+from sophia_galore.config.schema import LARGEST_BLOCK, ModelConfig
 from sophia_galore.errors import ArgumentError
 from sophia_galore.model.source import resolve_model
 from sophia_galore.train.convert import convert_folder

@@ -10,8 +10,7 @@ from rich.status import Status
 from rich.text import Text
 
 from sophia_galore.cli.route_tables import arranged, parameter_table, plan_table, remarks, trained_share, verdict_line
-from sophia_galore.config.data_section import DataConfig
-from sophia_galore.config.data_source import sources_in_words
+from sophia_galore.config.schema_data import DataConfig, sources_in_words
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.gather import FileRead

@@ -19,7 +19,7 @@ from sophia_galore.cli.arguments import (
 )
 from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
 from sophia_galore.cli.show import Terminal
-from sophia_galore.config.placeholders import has_date
+from sophia_galore.config.paths import has_date
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem, lacks_package, short
 from sophia_galore.records.files import ANSWERS

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from sophia_galore.config.given import Given
 from sophia_galore.config.keys import keys
-from sophia_galore.config.problems import Problem, show
+from sophia_galore.config.problems import Given, Problem, show
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Alias:
 class Denied:
     """The value of a flag such as `bf16: false`: it asks for nothing, but rules one value out."""
 
-    value: str
+    value: object
 
 
 def _flag(value: str) -> Alias:

@@ -1,8 +1,7 @@
-"""Options that are right one by one but can't be had together, or not yet.
+"""Options that are valid one by one but not together.
 
-An option that would be accepted and then ignored is worse than one that is refused, so every
-such case is a line in this table: the condition, what is wrong, and what to do. Text in braces
-is filled in from the configuration.
+An option that is accepted and then ignored is worse than one that is refused. So each such case is a row of this
+table: the condition, what is wrong, and what to do. Text in braces is filled in from the configuration.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sophia_galore.config.placeholders import PLACEHOLDERS, unknown_placeholders
+from sophia_galore.config.paths import PLACEHOLDERS, unknown_placeholders
 from sophia_galore.config.problems import Problem, raise_problems
-from sophia_galore.config.quantization import QuantizationConfig
-from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.schema import QuantizationConfig, RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.optim.recipes import STORED_BASES
 
@@ -41,7 +39,7 @@ _NATIVE_KEYS = ("block_size", "skip", "rounding", "fold")
 
 
 def _both_eval_sources(config: RunConfig) -> bool:
-    # The default share is no wish of the user's: only one that was written down contradicts.
+    # A share that the user did not write contradicts nothing.
     given = config.data.model_fields_set
     return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
 
@@ -51,22 +49,13 @@ def _measures_nothing(config: RunConfig) -> bool:
 
 
 def _is_galore(config: RunConfig) -> bool:
-    # What the galore section says is of no effect otherwise, so that `--optimizer adamw` works on the same file.
+    # With another type the galore section has no effect, so that `--optimizer adamw` works on the same file.
     return config.optimizer.type == "galore"
-
-
-def _cannot_keep_gradients(config: RunConfig) -> bool:
-    asked = config.training.clip_by == "model" and config.training.max_grad_norm > 0
-    return asked and not keeps_projected_gradients(config)
 
 
 def _folds_late(config: RunConfig) -> bool:
     quantization = config.quantization
     return quantization.int8 and quantization.backend == "native" and quantization.fold == "refresh"
-
-
-def _stays_in_subspace(config: RunConfig) -> bool:
-    return keeps_projected_gradients(config) and _stores_bases(config)
 
 
 def _stores_bases(config: RunConfig) -> bool:
@@ -93,7 +82,7 @@ RULES: dict[str, Rule] = {
         f"Known are {_KNOWN_PLACEHOLDERS}; a brace itself is written twice.",
     ),
     "all_layers_or_some": Rule(
-        # The default is no wish of the user's: only what was written down contradicts.
+        # A default contradicts nothing; only what the user wrote does.
         lambda c: not c.training.gradient_checkpointing and "keep_layers" in c.engine.model_fields_set,
         ("engine.keep_layers", "training.gradient_checkpointing"),
         "training.gradient_checkpointing: false keeps the graphs of all layers, but engine.keep_layers: "
@@ -109,7 +98,7 @@ RULES: dict[str, Rule] = {
         "For weights in eight bits leave out load_in_8bit; for none set enabled to false.",
     ),
     "fold_refresh": Rule(
-        lambda c: _folds_late(c) and not _stays_in_subspace(c),
+        lambda c: _folds_late(c) and not (keeps_projected_gradients(c) and _stores_bases(c)),
         ("quantization.fold", "optimizer.type", "optimizer.galore.residual", "optimizer.galore.subspace"),
         "quantization.fold: refresh keeps updates in a stored subspace until the next refresh, which optimizer.type: "
         "{c.optimizer.type} (residual: {c.optimizer.galore.residual}, subspace: {c.optimizer.galore.subspace}) has not",
@@ -155,7 +144,7 @@ RULES: dict[str, Rule] = {
         "Set training.max_grad_norm, such as 1.0, or leave out training.clip_by.",
     ),
     "clip_by_model": Rule(
-        _cannot_keep_gradients,
+        lambda c: c.training.clip_by == "model" and c.training.max_grad_norm > 0 and not keeps_projected_gradients(c),
         ("training.clip_by", "optimizer.type", "optimizer.galore.residual"),
         "training.clip_by: model keeps all gradients until the norm over them is known, which this optimizer would do "
         "in full size (optimizer.type: {c.optimizer.type}, residual: {c.optimizer.galore.residual})",
@@ -246,7 +235,7 @@ def contradictions(config: RunConfig, where: Mapping[str, str] | None = None) ->
 
 
 def check(config: RunConfig) -> None:
-    """Refuses a configuration that was built in Python, on the same grounds as one from a file.
+    """Refuse a configuration that was built in Python, for the same reasons as one from a file.
 
     Raises:
         ConfigError: Naming every contradiction.

@@ -1,17 +1,20 @@
-"""A configuration written down: as YAML that loads back, as flat values, as a reference table."""
+"""A finished configuration: as YAML that loads back, as flat values, as a reference table, and with other values."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from sophia_galore.config.fields import Section
 from sophia_galore.config.keys import keys
 from sophia_galore.config.paths import PATH_KEYS, expand_all, written
 from sophia_galore.config.problems import show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.yaml_core import dump
+
+S = TypeVar("S", bound=Section)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -21,7 +24,7 @@ def dump_config(config: RunConfig) -> str:
         section, name = key.split(".")
         values[section][name] = expand_all(values[section][name], written)
     if "eval_fraction" not in config.data.model_fields_set:
-        # Written down, the default would be a wish: it contradicts `eval`, and goes before a folder's own split.
+        # Written down, the default would count as given: it contradicts `eval`, and replaces a folder's own split.
         del values["data"]["eval_fraction"]
     if not config.training.gradient_checkpointing:
         # Likewise: written down, the default number would contradict.
@@ -41,6 +44,23 @@ def config_reference() -> str:
         cells = (f"`{key.name}`", key.accepts, f"`{show(key.default)}`", key.description)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The same configuration but for some keys, which count as given.
+
+    Args:
+        config: The configuration.
+        values: What the keys are to be, by dotted key; valid ones.
+    """
+    for name, value in values.items():
+        config = _with(config, name.split("."), value)
+    return config
+
+
+def _with(section: S, path: list[str], value: Any) -> S:
+    first, *rest = path
+    return section.model_copy(update={first: _with(getattr(section, first), rest, value) if rest else value})
 
 
 def _at(config: RunConfig, name: str) -> object:

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sophia_galore.config.data_source import DataSource
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.config.schema_data import DataSource
 from sophia_galore.config.size import Size, SizeOrZero
 
 
@@ -61,11 +61,6 @@ def sections() -> tuple[str, ...]:
             if section not in names:
                 names.append(section)
     return tuple(names)
-
-
-def known_keys() -> list[str]:
-    """The dotted names of all options, sorted."""
-    return sorted(keys())
 
 
 def children(section: str) -> list[str]:

@@ -1,41 +1,49 @@
-"""The way from a file and some override words to a `RunConfig`.
+"""From a file and override words to a `RunConfig`.
 
-read -> settle (aliases, unknown keys, contradicting lines) -> build (types and limits)
--> check (contradictions between options). Each stage reports all it finds in one error.
+read -> settle (aliases, unknown keys, lines that contradict each other) -> validate (types and limits) -> check
+(options that contradict each other). Problems are collected, and one error names them all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
+from sophia_galore.config.aliases import ALIASES, Denied, translate
 from sophia_galore.config.check import contradictions
-from sophia_galore.config.data_source import PROBLEM
-from sophia_galore.config.given import Given
-from sophia_galore.config.keys import Key, keys
-from sophia_galore.config.nearest import nearest
-from sophia_galore.config.overrides import read_overrides
+from sophia_galore.config.keys import Key, children, keys, sections
 from sophia_galore.config.paths import PATH_KEYS, expand_all
-from sophia_galore.config.problems import Problem, raise_problems, show
-from sophia_galore.config.read_file import read_file
+from sophia_galore.config.problems import Given, Problem, nearest, raise_problems, show
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.config.settle import settle
+from sophia_galore.config.schema_data import PROBLEM
 from sophia_galore.config.size import Size, SizeOrZero, parse_size
+from sophia_galore.config.sources import read_file, read_overrides
 from sophia_galore.errors import ArgumentError
 
 _NUMBER = re.compile(r"[-+]?[0-9.,_]+([eE][-+]?[0-9]+)?")
 """Text that was surely meant as a number."""
+
+SHORTHANDS = {
+    "lr": "training.learning_rate",
+    "bs": "training.batch_size",
+    "wd": "training.weight_decay",
+    "steps": "training.max_steps",
+    "dataset": "data.train",
+    "optimizer": "optimizer.type",
+}
+"""Names in wide use that look like none of ours; only for suggestions."""
 
 EXACT_FLOATS = 2**53
 """Up to here every whole number is a float, so `1e3` for a whole number is no rounding."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads what was asked of a run.
+    """Read what was asked of a run.
 
     Args:
         path: YAML file; None: the defaults.
@@ -48,46 +56,128 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: Naming the file and line, or the override, of everything that is wrong.
     """
     file = read_file(Path(path)) if path is not None else []
-    given, problems = settle(file, read_overrides(overrides))
-    config, wrong = _build(given)
-    problems.extend(wrong)
+    given, problems = _settle(file, read_overrides(overrides))
+    try:
+        # Strict: otherwise true passes as 1, "3" as 3 and 1 as true.
+        config = RunConfig.model_validate(_nested(given, problems), strict=True)
+    except ValidationError as error:
+        problems += _wrong_values(error, given)
     raise_problems(problems)
-    assert config is not None  # without problems there is a configuration
     raise_problems(contradictions(config, {key: entry.where for key, entry in given.items()}))
     return config
 
 
-def _build(given: dict[str, Given]) -> tuple[RunConfig | None, list[Problem]]:
+def _settle(
+    file: Iterable[Given | Problem], overrides: Iterable[Given | Problem]
+) -> tuple[dict[str, Given], list[Problem]]:
+    """Decide which value each key has.
+
+    A file may not contradict itself. Overrides replace what it says, and the last one wins.
+
+    Args:
+        file: What the file gives, in its order.
+        overrides: What the overrides give, in their order.
+
+    Returns:
+        The value of each key that was given, and what is wrong.
+    """
+    problems: list[Problem] = []
+    chosen: dict[str, Given] = {}
+    denied: list[Given] = []
+    for given in _translated(file, problems):
+        first = chosen.get(given.key)
+        if isinstance(given.value, Denied):
+            denied.append(given)
+        elif first is None:
+            chosen[given.key] = given
+        elif not _same(first.value, given.value):
+            problems.append(_contradiction(first, given))
+    later = list(_translated(overrides, problems))
+    named_later = {given.key for given in later}
+    denied = [given for given in denied if given.key not in named_later]
+    denied += [given for given in later if isinstance(given.value, Denied)]
+    chosen |= {given.key: given for given in later if not isinstance(given.value, Denied)}
+    for given in denied:
+        asked = chosen.get(given.key)
+        if asked is not None and Denied(asked.value) == given.value:
+            cause = f"{given.written} is false, but {asked.name()} is {show(asked.value)} ({asked.where})"
+            problems.append(Problem(given.where, cause, f"Remove {given.written}, or change {given.key}."))
+    return chosen, problems
+
+
+def _translated(entries: Iterable[Given | Problem], problems: list[Problem]) -> Iterable[Given]:
+    """The entries under known keys; everything else goes to `problems`."""
+    for entry in entries:
+        result = entry if isinstance(entry, Problem) else translate(entry)
+        if result is None:
+            continue
+        if isinstance(result, Problem):
+            problems.append(result)
+        elif result.key in keys():
+            yield result
+        else:
+            problems.append(_unknown(result))
+
+
+def _unknown(given: Given) -> Problem:
+    suggestion = _nearest_key(given.key)
+    section = next((name for name in reversed(sections()) if given.key.startswith(f"{name}.")), "")
+    known = f"Known {f'under {section}' if section else 'sections'}: {', '.join(children(section))}."
+    return Problem(given.where, f"unknown key '{given.key}'", f"Did you mean {suggestion}?" if suggestion else known)
+
+
+def _contradiction(first: Given, second: Given) -> Problem:
+    cause = (
+        f"{second.name()} is {show(second.value)}, but {first.name()} is {show(first.value)} at {first.where}; "
+        "both mean the same key"
+    )
+    return Problem(second.where, cause, f"Keep one of them, best {first.key}.")
+
+
+def _same(one: object, other: object) -> bool:
+    """Equality in which `true` is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _nearest_key(name: str) -> str | None:
+    """The known key or section most like `name`, or None if nothing is.
+
+    Args:
+        name: Dotted, as the user wrote it.
+    """
+    last = name.rsplit(".", 1)[-1]
+    if last in SHORTHANDS:
+        return SHORTHANDS[last]
+    # Real keys come first: `nearest` keeps the first of equals, and an alias often shares the last word.
+    found = nearest(name, [*keys(), *sections(), *ALIASES])
+    return ALIASES[found].target if found in ALIASES else found
+
+
+def _nested(given: dict[str, Given], problems: list[Problem]) -> dict[str, Any]:
+    """The values as nested sections; paths are expanded, and what can't be expanded goes to `problems`."""
     nested: dict[str, Any] = {}
-    unknown: list[Problem] = []
     for name, entry in given.items():
         value = _natural(keys()[name], entry.value)
         if name in PATH_KEYS:
             try:
                 value = expand_all(value)
             except ArgumentError as error:
-                unknown.append(Problem(entry.where, f"{entry.name()}: {error.cause}", error.remedy))
+                problems.append(Problem(entry.where, f"{entry.name()}: {error.cause}", error.remedy))
         *path, last = name.split(".")
         section = nested
         for word in path:
             section = section.setdefault(word, {})
         section[last] = value
-    try:
-        # Strict: otherwise true passes as 1, "3" as 3 and 1 as true.
-        return RunConfig.model_validate(nested, strict=True), unknown
-    except ValidationError as error:
-        problems: dict[str, Problem] = {}
-        for detail in error.errors(include_url=False):
-            name = _key_at(detail["loc"])
-            if name in given and detail["type"] == PROBLEM:
-                cause = f"{given[name].name()}: {detail['msg']}"
-                problems[name] = Problem(given[name].where, cause, f"It takes {keys()[name].accepts}.")
-            elif name in given:
-                problems.setdefault(name, _wrong_value(keys()[name], given[name]))
-            else:
-                text = detail["msg"].removeprefix("Value error, ")
-                problems.setdefault(text, Problem("", f"{name}: {text}" if name else text, ""))
-        return None, [*unknown, *problems.values()]
+    return nested
+
+
+def _wrong_values(error: ValidationError, given: dict[str, Given]) -> list[Problem]:
+    """One problem for each key whose value has the wrong type or is beyond its limits."""
+    problems: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False):
+        name = _key_at(detail["loc"])
+        problems.setdefault(name, _wrong_value(keys()[name], given[name], detail))
+    return list(problems.values())
 
 
 def _natural(key: Key, value: object) -> object:
@@ -102,16 +192,17 @@ def _natural(key: Key, value: object) -> object:
 
 def _key_at(location: tuple[int | str, ...]) -> str:
     """The key at or above a place in the nested values, such as ("optimizer", "betas", 0)."""
-    words = [str(word) for word in location]
-    names = (".".join(words[:depth]) for depth in range(len(words), 0, -1))
-    return next((name for name in names if name in keys()), ".".join(words))
+    names = (".".join(map(str, location[:depth])) for depth in range(len(location), 0, -1))
+    return next(name for name in names if name in keys())
 
 
 def _takes_size(key: Key) -> bool:
     return key.takes(Size) or key.takes(SizeOrZero)
 
 
-def _wrong_value(key: Key, given: Given) -> Problem:
+def _wrong_value(key: Key, given: Given, detail: ErrorDetails) -> Problem:
+    if detail["type"] == PROBLEM:
+        return Problem(given.where, f"{given.name()}: {detail['msg']}", f"It takes {key.accepts}.")
     if _takes_size(key):
         try:
             parse_size(given.value, name=given.name(), zero=key.takes(SizeOrZero))  # type: ignore[arg-type]

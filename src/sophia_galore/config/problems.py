@@ -1,10 +1,11 @@
-"""What is wrong with a configuration, collected so that one attempt shows all of it."""
+"""What the user gave and what is wrong with it; all problems are collected, so that one attempt shows them all."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from math import inf
 
 from sophia_galore.errors import ConfigError, UserError
@@ -14,6 +15,33 @@ SHOWN = 5
 
 LONGEST_VALUE = 60
 """Characters of a given value that a message repeats."""
+
+CUTOFF = 0.7
+"""Likeness below which a suggestion would be a guess."""
+
+LAST_WORD_WEIGHT = 0.95
+"""A match of the last word alone counts a little less than one of the whole path."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """One value that the user gave.
+
+    Args:
+        key: Dotted key; after translation, our own name.
+        value: As YAML reads it.
+        where: "run.yaml:12" or "in the override 'x=y'".
+        written: The key as the user wrote it.
+    """
+
+    key: str
+    value: object
+    where: str
+    written: str
+
+    def name(self) -> str:
+        """The key for a message: as written, with our name after it if that differs."""
+        return self.key if self.written == self.key else f"{self.written} ({self.key})"
 
 
 @dataclass(frozen=True)
@@ -71,3 +99,24 @@ def show(value: object) -> str:
     """A value as a user would write it in YAML, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`; the first of equals, None if nothing is like it.
+
+    A key can be misspelt ("optimiser.type"), or right but in the wrong section ("optimizer.rank"). So names are
+    compared twice, as a whole and by their last words, and the better of the two counts.
+    """
+    best, best_score = None, CUTOFF
+    for candidate in known:
+        score = _likeness(name, candidate)
+        if score > best_score:
+            best, best_score = candidate, score
+    return best
+
+
+def _likeness(name: str, candidate: str) -> float:
+    name, candidate = name.lower().replace("-", "_"), candidate.lower()
+    whole = SequenceMatcher(None, name, candidate).ratio()
+    last = SequenceMatcher(None, name.rsplit(".", 1)[-1], candidate.rsplit(".", 1)[-1]).ratio()
+    return max(whole, LAST_WORD_WEIGHT * last)

@@ -85,7 +85,7 @@ class OptimizerConfig(Section):
 
     type: recipes.OptimizerName = Field("galore", description="The rule for weight matrices.")
     state_bits: recipes.StateBits = Field(
-        32,
+        recipes.STATE_BITS,
         description="Format of the optimizer's state: fp32, bf16, or blocks of 8-bit codes (small tensors stay fp32).",
     )
     betas: tuple[float, float] | None = Field(

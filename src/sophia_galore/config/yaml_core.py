@@ -1,4 +1,4 @@
-"""YAML 1.2 as ruamel.yaml reads it, with a line number for every value.
+"""YAML 1.2 as ruamel.yaml reads and writes it.
 
 In YAML 1.2, unlike in 1.1, `1e-3` is a number, and `yes` and `1:30` are text. Dates are text as well: no key takes one.
 """
@@ -7,17 +7,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.error import YAMLError as YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-
-from sophia_galore.config.given import Given
-from sophia_galore.config.keys import children, sections
-from sophia_galore.config.problems import Problem
 
 _TEXT = "tag:yaml.org,2002:str"
 # Marks that YAML gives to plain words of types that no key has.
@@ -47,6 +42,16 @@ def load(text: str) -> Any:
         YAMLError: If the text is no YAML.
     """
     return _reader().load(text)
+
+
+def value_of(node: Node) -> object:
+    """The plain value of a node.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: It has none.
+    """
+    value: object = _reader().constructor.construct_object(node, deep=True)
+    return value
 
 
 def dump(values: dict[str, Any]) -> str:
@@ -93,51 +98,6 @@ def _without_types(node: Node, above: tuple[Node, ...]) -> None:
         for item in node.value:
             for inner in item if isinstance(item, tuple) else (item,):
                 _without_types(inner, (*above, node))
-
-
-def entries(node: Node, locate: Callable[[Node], str], prefix: str = "") -> list[Given | Problem]:
-    """Every value below a node, section by section.
-
-    Args:
-        node: A section of the document; null is an empty section.
-        locate: Says where a node stands.
-        prefix: Dotted name of the section; "" is the top level.
-
-    Returns:
-        Values and problems in the order of the text.
-    """
-    if isinstance(node, ScalarNode) and str(node.tag).endswith(":null"):
-        return []
-    if not isinstance(node, MappingNode):
-        words = ", ".join(children(prefix))
-        return [Problem(locate(node), f"{prefix} is a section, not a value", f"Keys under it: {words}.")]
-    found: list[Given | Problem] = []
-    places: dict[str, str] = {}
-    for key_node, value_node in node.value:
-        where = locate(key_node)
-        if not isinstance(key_node, ScalarNode) or not key_node.value:
-            found.append(Problem(where, "a key must be a word", "Write `key: value`."))
-            continue
-        name = f"{prefix}.{key_node.value}" if prefix else key_node.value
-        if name in places:
-            cause = f"'{name}' stands twice in the same section, first at {places[name]}"
-            found.append(Problem(where, cause, "Keep one of them."))
-            continue
-        places[name] = where
-        found.extend(one_entry(name, key_node, value_node, locate))
-    return found
-
-
-def one_entry(name: str, key_node: Node, value_node: Node, locate: Callable[[Node], str]) -> list[Given | Problem]:
-    """What stands behind one key: a whole section, or a single value."""
-    if name in sections():
-        return entries(value_node, locate, name)
-    try:
-        value: object = _reader().constructor.construct_object(value_node, deep=True)
-    except (YAMLError, ValueError, RecursionError) as error:
-        cause = f"the value of '{name}' can't be read: {plain_words(error)}"
-        return [Problem(locate(key_node), cause, "Write a plain value, text in quotes, or a list.")]
-    return [Given(name, value, locate(key_node), name)]
 
 
 _PLAIN_WORDS = {

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sophia_galore.config.data_section import DataConfig
-from sophia_galore.config.data_source import sources_in_words
+from sophia_galore.config.schema_data import DataConfig, sources_in_words
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.example import Example

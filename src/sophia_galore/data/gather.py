@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sophia_galore.config.data_section import DataConfig
-from sophia_galore.config.data_source import DataSource
+from sophia_galore.config.schema_data import DataConfig, DataSource
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.fields import renamed, tidied

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sophia_galore.config.data_source import DataSource
+from sophia_galore.config.schema_data import DataSource
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.gather import Portion
 from sophia_galore.data.split import in_seeded_order

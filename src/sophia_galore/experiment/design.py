@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.config import RunConfig, load_config
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.data.template_date import today
 from sophia_galore.errors import ArgumentError, ConfigError
 from sophia_galore.records.files import RUNS

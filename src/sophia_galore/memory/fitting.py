@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.errors import UserError

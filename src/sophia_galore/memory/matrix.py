@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.memory.fitting import Fit, find_settings
 from sophia_galore.memory.planner import Planner, find_planner

@@ -11,8 +11,8 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
-from sophia_galore.config.data_section import DataConfig
 from sophia_galore.config.dump import flatten
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.data_source import sources_in_words
+from sophia_galore.config.schema_data import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed

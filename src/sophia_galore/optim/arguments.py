@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -47,6 +47,14 @@ _COUNT = (lambda value: _is_whole(value) and 1 <= value <= MOST, "a whole number
 _BETAS = (_is_betas, "two numbers that are at least 0 and below 1")
 _SWITCH = (lambda value: isinstance(value, bool), "True or False")
 
+
+def _check_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
+    """The check of a setting by its type."""
+    if values := get_args(kind):
+        return _one_of(*values)
+    return {bool: _SWITCH, int: _COUNT, float: _ABOVE_0}[kind]
+
+
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _AT_LEAST_0,
     "weight_decay": _AT_LEAST_0,
@@ -54,17 +62,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dense_betas": _BETAS,
     "eps": (lambda value: _is_real(value) and SMALLEST_EPS <= value <= LARGEST, "a number from 1e-30 to 1e9"),
     "rho": _ABOVE_0,
-    "rank": _COUNT,
-    "update_proj_gap": _COUNT,
+    **{name: _check_of(kind) for name, kind in get_type_hints(recipes.GaLoreSettings).items()},
     "scale": _ABOVE_0_OR_NONE,
-    "rule": _one_of(*get_args(recipes.RuleName)),
-    "subspace": _one_of(*get_args(recipes.SubspaceName)),
-    "residual": _one_of(*get_args(recipes.ResidualName)),
-    "moment_transport": _SWITCH,
-    "stagger": _SWITCH,
-    "adaptive_gap": _SWITCH,
     "mini": _SWITCH,
-    "projection_bits": _one_of(*get_args(recipes.ProjectionBits)),
     "state_bits": _one_of(*get_args(recipes.StateBits)),
     "dense_lr": _ABOVE_0_OR_NONE,
     "dense_ratio": _ABOVE_0,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -72,9 +71,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     @torch.no_grad()

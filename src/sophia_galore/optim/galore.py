@@ -97,7 +97,7 @@ class GaLore(_Projecting):
         stagger: bool = GaLoreSettings.stagger,
         adaptive_gap: bool = GaLoreSettings.adaptive_gap,
         projection_bits: recipes.ProjectionBits = GaLoreSettings.projection_bits,
-        state_bits: recipes.StateBits = 32,
+        state_bits: recipes.StateBits = recipes.STATE_BITS,
         betas: Betas | None = None,
         eps: float = Hyper.eps,
         weight_decay: float = 0.0,
@@ -175,7 +175,7 @@ class Apollo(_Projecting):
         betas: Betas = RULES["adamw"].betas,
         eps: float = Hyper.eps,
         weight_decay: float = 0.0,
-        state_bits: recipes.StateBits = 32,
+        state_bits: recipes.StateBits = recipes.STATE_BITS,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -190,9 +190,6 @@ class Apollo(_Projecting):
             "state_bits": state_bits,
         }
         super().__init__(params, defaults, seed=seed)
-
-    def _rule(self, group: Group, is_projected: bool) -> str:
-        return "adamw"
 
     def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
         return apollo_subspace(settings_among(ApolloSettings, group), shape, place)

@@ -28,6 +28,7 @@ LARGEST, MOST, SMALLEST_EPS = 1e9, 10**9, 1e-30
 NUM_SEEDS = 2**63
 """Seeds are whole numbers below this."""
 
+STATE_BITS: StateBits = 32
 CURVATURE_EVERY = 10
 """Steps between two estimates of Sophia's curvature."""
 

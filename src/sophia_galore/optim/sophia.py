@@ -8,7 +8,7 @@ from typing import Any
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.arguments import Group
-from sophia_galore.optim.recipes import CURVATURE_EVERY, StateBits
+from sophia_galore.optim.recipes import CURVATURE_EVERY, STATE_BITS, StateBits
 from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
 
@@ -42,7 +42,7 @@ class Sophia(TorchOptimizer):
         rho: float = Hyper.rho,
         eps: float = Hyper.eps,
         weight_decay: float = 0.0,
-        state_bits: StateBits = 32,
+        state_bits: StateBits = STATE_BITS,
         curvature_every: int = CURVATURE_EVERY,
         seed: int = 0,
     ) -> None:

@@ -321,7 +321,7 @@ class TorchOptimizer(torch.optim.Optimizer):
 
     def _rule(self, group: Group, is_projected: bool) -> str:
         """What turns a gradient into a direction."""
-        raise NotImplementedError
+        return "adamw"
 
     def _join(self, groups: list[Group]) -> None:
         """Route the parameters of new groups; their refreshes are spread over the gap."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.quantization import QuantizationConfig
+from sophia_galore.config.schema import QuantizationConfig
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.rules import RULES as NUMERIC_RULES
 from sophia_galore.optim import recipes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.plan.plan import RunPlan
 

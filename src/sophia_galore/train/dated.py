@@ -6,8 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from sophia_galore.config import RunConfig
-from sophia_galore.config.change import changed
-from sophia_galore.config.placeholders import dated, dates_of, has_date
+from sophia_galore.config.dump import changed
+from sophia_galore.config.paths import dated, dates_of, has_date
 from sophia_galore.errors import CheckpointError
 
 

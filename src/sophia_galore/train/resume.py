@@ -8,7 +8,7 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.quantization import holds_int8
+from sophia_galore.config.schema import holds_int8
 from sophia_galore.errors import CheckpointError
 from sophia_galore.numerics.noise import NOISE
 from sophia_galore.plan.plan import RunPlan

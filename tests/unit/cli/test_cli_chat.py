@@ -16,7 +16,7 @@ import torch
 
 from sophia_galore.cli import chat as chat_module
 from sophia_galore.cli import chat_session
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.dataset import load_data
 from sophia_galore.engine.dialogue import Dialogue
 from sophia_galore.engine.generate import Answer, Settings, Stream

@@ -13,7 +13,7 @@ import torch
 from sophia_galore.cli import plan as plan_command
 from sophia_galore.cli.write_back import write_config
 from sophia_galore.config import RunConfig, load_config
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.errors import EnvironmentProblem, UserError
 from sophia_galore.memory.matrix import Row
 from unit.cli.tiny_run import World, command

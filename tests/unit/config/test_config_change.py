@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.schema import RunConfig
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from sophia_galore.config import RunConfig, dump_config, load_config
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.paths import PATH_KEYS, expand, expand_all, named_paths, written
-from sophia_galore.config.placeholders import filled
+from sophia_galore.config.paths import PATH_KEYS, expand, expand_all, filled, named_paths, written
 from sophia_galore.errors import ArgumentError, CheckpointError, ConfigError
 from sophia_galore.train.dated import settled
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.errors import DataError, ModelError

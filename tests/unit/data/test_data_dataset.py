@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.data.dataset import Dataset, fingerprint, load_data
 from sophia_galore.data.example import Example

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sophia_galore.cli.show import file_lines
 from sophia_galore.config import dump_config, load_config
-from sophia_galore.config.data_section import DataConfig
+from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.folders import split_of
 from sophia_galore.data.read import find, read_records

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sophia_galore.config import load_config
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError
 from sophia_galore.memory.planner import Planner, find_planner

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget

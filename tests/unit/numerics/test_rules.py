@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.rules import RULES, Hyper, State, sophia_curvature
+from sophia_galore.numerics.hyper import Hyper
+from sophia_galore.numerics.rules import RULES, State, sophia_curvature
 
 HYPER = Hyper()
 SHAPE = (12, 8)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from engines import CPU
 from sophia_galore.numerics.bases import BasisKind, random_basis
+from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.random import generator
-from sophia_galore.numerics.rules import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.optim.spec import ParamSpec, ProjectionBits, SubspaceSpec
+from sophia_galore.optim.recipes import ProjectionBits
+from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 kinds = st.sampled_from(["svd", "tracked", "random"])
 

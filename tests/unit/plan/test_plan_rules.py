@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sophia_galore.config.change import changed
+from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError, UserError
 from sophia_galore.plan.facts import (

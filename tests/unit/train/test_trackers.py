@@ -13,8 +13,7 @@ import pytest
 
 from fake_trackers import Told, install_mlflow, install_trackio, install_wandb
 from sophia_galore.config import RunConfig
-from sophia_galore.config.change import changed
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.train import trackers as module
 from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.integrations import Tracked
