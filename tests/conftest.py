@@ -30,6 +30,7 @@ settings.load_profile("same")
 
 _EMPTY = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
 _drawn = False
+_module: Path | None = None
 
 
 @pytest.hookimpl(tryfirst=True)  # before they are deselected by their marks
@@ -37,14 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     leave_to_thorough(items)
 
 
-def pytest_collection_finish() -> None:
-    """What is there after collection stays: a garbage collection, which some tests ask for often, need not visit it."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    global _drawn
+    global _drawn, _module
+    if item.path != _module:
+        _module = item.path
+        # What was imported and cached so far stays: a garbage collection, which some tests ask for often, can skip it.
+        gc.collect()
+        gc.freeze()
     leave_sigterm(may_take_it(item))
     _drawn = item.path.parent.name == "report" or item.get_closest_marker("drawn") is not None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engines import load_parts, make_engine, take_step
+from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine import cross_entropy, layerwise
 from sophia_galore.engine.head import Head
 from sophia_galore.numerics.subspace import Projector, projection_side
@@ -59,11 +60,23 @@ def test_half_precision_gradients_are_near(tmp_path: Path, family: str, compute_
         assert error <= HALF_TOLERANCE[compute_dtype], name
 
 
+def repeated(batch: MicroBatch, times: int) -> MicroBatch:
+    """A micro-batch with each of its rows so many times."""
+    return replace(
+        batch,
+        input_ids=batch.input_ids.repeat(times, 1),
+        attention_mask=None if batch.attention_mask is None else batch.attention_mask.repeat(times, 1),
+        labels=batch.labels.repeat(times, 1),
+        num_tokens=batch.num_tokens * times,
+        num_counted=batch.num_counted * times,
+    )
+
+
 def test_fp16_does_not_underflow_where_plain_backward_would(tmp_path: Path) -> None:
     """A loss over very many tokens has gradients below fp16's smallest number, 6e-8."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    batches = ragged_batches() * 200
+    batches = [repeated(batch, 200) for batch in ragged_batches()]
     autograd_loss(model, batches)
     anatomy, store = load_parts(tmp_path)
     got: dict[str, Tensor] = {}

@@ -136,6 +136,7 @@ def run(
     return result.loss, got
 
 
+@pytest.mark.pairwise
 @FORMS
 @LAID
 @STORED
@@ -152,6 +153,7 @@ def test_gradients_equal_autograd(tmp_path: Path, family: str, tied: bool, store
     assert worst(got, expected_gradients(model, projectors)) <= 2e-6
 
 
+@pytest.mark.pairwise
 @FORMS
 @LAID
 @STORED
@@ -183,6 +185,7 @@ class WeighedSampledCrossEntropy(SampledCrossEntropy):
     needs_log_probs = True
 
 
+@pytest.mark.pairwise
 @FORMS
 @STORED
 @TIED
@@ -204,6 +207,7 @@ def test_cross_entropy_by_weights_is_that_of_one_pass(
     assert worst(got, expected) <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[compute_dtype]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("phase", "which"), [("forward", 0), ("forward", 2), ("head", 0), ("backward", 1)])
 @STORED
 @LAID

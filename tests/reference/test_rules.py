@@ -62,6 +62,7 @@ def relative_error(weight: Tensor, plain: Tensor, begun: Tensor) -> float:
     return float((weight - plain).norm() / (plain - begun).norm())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", [case for case in main_product() if case.kind != "dense"], ids=str)
 def test_every_step_in_a_subspace(case: Case) -> None:
     """Given the bases. Curvature is looked at every fifth step, as often as bases are refreshed, and at the same."""
