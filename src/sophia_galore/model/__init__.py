@@ -1,1 +1,1 @@
-"""The model: where it comes from, its anatomy, its weights."""
+"""The model: where it comes from, its architecture, its weights."""

@@ -22,7 +22,7 @@ import torch
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
 from sophia_galore.model import gguf, hub, hub_modelscope
-from sophia_galore.model.anatomy import check_supported
+from sophia_galore.model.architecture import check_supported
 from sophia_galore.model.cache import Say
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
 from sophia_galore.model.hub_headers import read_published

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
+from sophia_galore.model.architecture import Architecture, check_supported, find_architecture
 from sophia_galore.model.cache import Say
 from sophia_galore.model.packed import refuse_packed
 from sophia_galore.model.tied_head import head_differs
@@ -146,11 +146,11 @@ def count_parameters(config: Any) -> int:
     Args:
         config: The Hugging Face configuration, of a supported architecture; it is left as it is.
     """
-    anatomy = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
-    return sum(shape.numel() for shape in anatomy.parameter_shapes().values())
+    architecture = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
+    return sum(shape.numel() for shape in architecture.parameter_shapes().values())
 
 
-def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Anatomy:
+def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Architecture:
     """Build the model's modules without memory for weights.
 
     Args:
@@ -173,4 +173,4 @@ def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool
             setattr(module, name, buffer.to(device))
     model.config.use_cache = False
     model.train()
-    return find_anatomy(model)
+    return find_architecture(model)

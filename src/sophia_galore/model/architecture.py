@@ -31,7 +31,7 @@ _DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropo
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """The parts of a model.
 
     Args:
@@ -99,7 +99,7 @@ def count_idle_layers(layer_names: Sequence[str], embed_name: str, trained: Coll
 
 
 def check_supported(config: Any) -> None:
-    """Refuse a model whose anatomy is not known.
+    """Refuse a model whose architecture is not known.
 
     Args:
         config: The model's Hugging Face configuration.
@@ -114,7 +114,7 @@ def check_supported(config: Any) -> None:
         )
 
 
-def find_anatomy(model: Any) -> Anatomy:
+def find_architecture(model: Any) -> Architecture:
     """Find the parts of a Hugging Face causal language model.
 
     Args:
@@ -138,7 +138,7 @@ def find_anatomy(model: Any) -> Anatomy:
     # The engine looks up a compacted embedding, in which this row number would mean another token;
     # it applies the rule itself.
     base.embed_tokens.padding_idx = None
-    return Anatomy(
+    return Architecture(
         model=model,
         base=base,
         embed=base.embed_tokens,
