@@ -86,7 +86,7 @@ DEFAULT_ALIAS = "smollm2-135m"
 
 
 def find_alias(name: str) -> Alias | None:
-    """Finds the alias that is called `name`, or whose id on a hub is `name` (case does not matter)."""
+    """Find the alias that is called `name`, or whose id on a hub is `name` (case does not matter)."""
     wanted = name.lower()
     for alias in ALIASES:
         if wanted in (alias.name, alias.hf.lower(), alias.modelscope.lower()):

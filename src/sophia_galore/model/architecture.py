@@ -74,7 +74,7 @@ class Architecture:
         return {name: parameter.shape for name, parameter in self.model.named_parameters()}
 
     def linear_names(self) -> list[str]:
-        """Names of the weights of the layers' linear maps, in the model's order."""
+        """Return the names of the weights of the layers' linear maps, in the model's order."""
         return [
             f"{prefix}.{name}.weight"
             for prefix, layer in zip(self.layer_names, self.layers, strict=True)

@@ -26,12 +26,12 @@ _SUFFIX = {"hf": "", "modelscope": ".modelscope", "pypi": ".pypi", "gguf": ".ggu
 
 
 def folder_for(cache_dir: Path, model_id: str, source: str) -> Path:
-    """The folder in which a model of a source is kept."""
+    """Return the folder in which a model of a source is kept."""
     return cache_dir / (model_id.replace("/", "--") + _SUFFIX[source])
 
 
 def cached(folder: Path, *, needs_code: bool, deep: bool) -> bool:
-    """Whether a folder of the cache can be used as it is.
+    """Return whether a folder of the cache can be used as it is.
 
     A folder without manifest was put there by hand; it counts if it is a whole model.
 
@@ -51,7 +51,7 @@ def cached(folder: Path, *, needs_code: bool, deep: bool) -> bool:
 def fill(
     folder: Path, work: Callable[[Path], str], say: Say, *, name: str, source: str, needs_code: bool, resumable: bool
 ) -> None:
-    """Fills a folder of the cache: all of it or nothing.
+    """Fill a folder of the cache: all of it or nothing.
 
     Args:
         folder: The folder to fill.
@@ -88,7 +88,7 @@ def fill(
 
 @contextmanager
 def _only_one(folder: Path, say: Say) -> Iterator[None]:
-    """Lets one process at a time fill a folder; the others wait."""
+    """Let one process at a time fill a folder; the others wait."""
     locks = folder.parent / ".locks"
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{folder.name}.lock")
@@ -105,7 +105,7 @@ def _only_one(folder: Path, say: Say) -> Iterator[None]:
 
 @contextmanager
 def disk_problems(where: Path) -> Iterator[None]:
-    """Turns a full disk and a missing permission into errors that a user understands.
+    """Turn a full disk and a missing permission into errors that a user understands.
 
     Args:
         where: The folder that is written.
@@ -122,7 +122,7 @@ def disk_problems(where: Path) -> Iterator[None]:
 
 
 def disk_problem(error: Exception, where: Path, needed_bytes: int = 0) -> EnvironmentProblem | None:
-    """The error to show for a failure of the disk; None if `error` is about something else.
+    """Return the error to show for a failure of the disk; None if `error` is about something else.
 
     Args:
         error: What was raised.
@@ -148,7 +148,7 @@ def disk_problem(error: Exception, where: Path, needed_bytes: int = 0) -> Enviro
 
 
 def require_space(where: Path, needed_bytes: int) -> None:
-    """Refuses a download that can't fit, before it starts.
+    """Refuse a download that can't fit, before it starts.
 
     Raises:
         EnvironmentProblem: The disk of `where` has less than `needed_bytes` free.
@@ -156,13 +156,13 @@ def require_space(where: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(where).free
     if free_bytes < needed_bytes:
         raise EnvironmentProblem(
-            f"The disk that holds {where} has {in_words(free_bytes)} free; {in_words(needed_bytes)} are needed.",
+            f"The disk that holds {where} has {format_bytes(free_bytes)} free; {format_bytes(needed_bytes)} are needed.",
             "Free space or set model.cache_dir to a folder on another disk.",
         )
 
 
-def in_words(size_bytes: int) -> str:
-    """A size for people: "1.2 GB", "98 MB", "12 kB"."""
+def format_bytes(size_bytes: int) -> str:
+    """Return a size for people: "1.2 GB", "98 MB", "12 kB"."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}" if unit == "GB" else f"{size_bytes / factor:.0f} {unit}"

@@ -33,7 +33,7 @@ class Card:
     table: Sequence[tuple[str, str]] = ()
 
     def text(self) -> str:
-        """The card as a Markdown document."""
+        """Return the card as a Markdown document."""
         keys: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         if self.base_model:
             keys["base_model"] = self.base_model

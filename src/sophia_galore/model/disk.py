@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def errno_of(error: BaseException | None) -> int | None:
-    """The system's number of a failure to write; None: it was something else.
+    """Return the system's number of a failure to write; None: it was something else.
 
     Libraries in Rust wrap the system's errors in their own, and leave its number in the text alone.
 
@@ -38,7 +38,7 @@ def errno_of(error: BaseException | None) -> int | None:
 
 
 def lacks_room(error: BaseException) -> bool:
-    """Whether there was no room left."""
+    """Return whether there was no room left."""
     return errno_of(error) in _NO_ROOM
 
 
@@ -94,7 +94,7 @@ def writing(what: str, place: Path, way_on: Callable[[], str], *, needed_bytes: 
 
 
 def not_saved(what: str, place: Path, error: BaseException, way_on: str, needed_bytes: int = 0) -> EnvironmentProblem:
-    """The error for something that could not be written; arguments as in `writing`."""
+    """Return the error for something that could not be written; arguments as in `writing`."""
     why = reason(error, place, needed_bytes)
     if lacks_room(error):
         return EnvironmentProblem(
@@ -113,7 +113,7 @@ def _free_bytes(place: Path) -> int | None:
 
 
 def _largest_file_bytes() -> int | None:
-    """The limit on the size of a file that the process has; None: none."""
+    """Return the limit on the size of a file that the process has; None: none."""
     try:
         import resource
     except ImportError:  # Windows

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model import both_forms
+from sophia_galore.model import compatible_json
 from sophia_galore.model.skeleton import load_model_config
 from sophia_galore.model.source_files import (
     CONFIG,
@@ -32,7 +32,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def read_generation_config(folder: Path) -> Any:
-    """A model folder's generation settings; None if it has none.
+    """Return a model folder's generation settings; None if it has none.
 
     Raises:
         ModelError: They can't be read.
@@ -87,20 +87,20 @@ def write_model(
 def _settings(
     source: SourceFiles, dtype: str, *, untied: bool, chat_template: str | None, stops: Sequence[int] | None
 ) -> dict[str, bytes]:
-    """The files that differ from the source's."""
+    """Return the files that differ from the source's."""
     config = source.json(CONFIG)
     if config is None:
         raise ModelError("The model has no config.json.", "Give a folder of a Hugging Face causal language model.")
     keeps_code = source.has_code
-    written = {CONFIG: both_forms.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
+    written = {CONFIG: compatible_json.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
     tokenizer = source.json(TOKENIZER)
     if tokenizer is not None or chat_template is not None:
         whole = WHOLE_TOKENIZER in source.files
-        written[TOKENIZER] = both_forms.tokenizer_config(
+        written[TOKENIZER] = compatible_json.tokenizer_config(
             tokenizer or {}, chat_template=chat_template, whole=whole, keeps_code=keeps_code
         )
     if stops is not None:
-        written[GENERATION] = both_forms.generation_config(source.json(GENERATION), config, stops)
+        written[GENERATION] = compatible_json.generation_config(source.json(GENERATION), config, stops)
     changed = {name: _json_bytes(content) for name, content in written.items() if content != source.json(name)}
     if chat_template is not None:
         # Newer programs read this file, older ones the key in tokenizer_config.json.

@@ -20,7 +20,7 @@ _MAGIC = b"GGUF"
 
 
 def convert(gguf_file: Path, target: Path) -> None:
-    """Writes the model and the tokenizer of a GGUF file as config.json, safetensors and tokenizer files.
+    """Write the model and the tokenizer of a GGUF file as config.json, safetensors and tokenizer files.
 
     Args:
         gguf_file: The file.
@@ -36,7 +36,7 @@ def convert(gguf_file: Path, target: Path) -> None:
 
 
 def read_config(gguf_file: Path) -> Any:
-    """Reads the model's configuration from the metadata of a GGUF file; no weight is converted.
+    """Read the model's configuration from the metadata of a GGUF file; no weight is converted.
 
     Args:
         gguf_file: The file.
@@ -93,7 +93,7 @@ def _load_and_save(gguf_file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hides progress bars and warnings that say nothing to somebody who asked for a model."""
+    """Hide progress bars and warnings that say nothing to somebody who asked for a model."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

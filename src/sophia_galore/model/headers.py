@@ -28,7 +28,7 @@ _DTYPES = {
 
 
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Reads the headers of all weights of a model's folder.
+    """Read the headers of all weights of a model's folder.
 
     Args:
         folder: A whole model's folder.
@@ -43,7 +43,7 @@ def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
-    """The type that most of the numbers are stored in; None if torch has no such type.
+    """Return the type that most of the numbers are stored in; None if torch has no such type.
 
     Args:
         headers: The tensors.
@@ -55,7 +55,7 @@ def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
 
 
 def count_numbers(headers: Mapping[str, TensorHeader], *, tied: bool) -> int:
-    """The number of parameters in files, counted as the model counts them.
+    """Return the number of parameters in files, counted as the model counts them.
 
     Args:
         headers: The tensors by name.

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
-from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
+from sophia_galore.model.cache import Say, disk_problem, format_bytes, require_space
 from sophia_galore.model.reach import Unreachable, probe_hugging_face
 from sophia_galore.weights.manifest import ADAPTER, adapter_error, sha256_of
 
@@ -63,7 +63,7 @@ class RemoteFile:
 
 
 def require_reachable() -> None:
-    """Checks within seconds that Hugging Face, or the mirror named by HF_ENDPOINT, answers.
+    """Check within seconds that Hugging Face, or the mirror named by HF_ENDPOINT, answers.
 
     Raises:
         Unreachable: It does not.
@@ -83,7 +83,7 @@ def require_reachable() -> None:
 def download(
     model_id: str, staging: Path, say: Say, *, with_code: bool, refuse: Callable[[Path], None] = lambda _: None
 ) -> str:
-    """Downloads what a model needs into a folder; call `require_reachable` first.
+    """Download what a model needs into a folder; call `require_reachable` first.
 
     Args:
         model_id: "owner/name".
@@ -105,7 +105,7 @@ def download(
         commit, files = list_files(model_id, with_code=with_code)
     missing = [file for file in files if not _is_here(file, staging)]
     to_fetch_bytes = sum(file.size_bytes for file in missing) - sum(_partial_bytes(file, staging) for file in missing)
-    say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {in_words(to_fetch_bytes)}.")
+    say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {format_bytes(to_fetch_bytes)}.")
     require_space(staging, to_fetch_bytes)
     # config.json first, which may refuse the model.
     missing.sort(key=lambda file: file.name != "config.json")
@@ -119,7 +119,7 @@ def download(
 
 
 def list_files(model_id: str, *, with_code: bool) -> tuple[str, list[RemoteFile]]:
-    """The commit of a model's newest revision, and those of its files that are wanted; call in `hub_problems`."""
+    """Return the commit of a model's newest revision, and those of its files that are wanted; call in `hub_problems`."""
     from huggingface_hub import HfApi, constants
 
     info = HfApi(endpoint=constants.ENDPOINT).model_info(model_id, files_metadata=True, timeout=LIST_TIMEOUT_S)
@@ -185,7 +185,7 @@ def _fetch(model_id: str, commit: str, file: RemoteFile, staging: Path) -> None:
 
 @contextmanager
 def hub_problems(model_id: str, staging: Path, *, listing: bool, needed_bytes: int = 0) -> Iterator[None]:
-    """Turns what the library raises into what a user can act on.
+    """Turn what the library raises into what a user can act on.
 
     Args:
         model_id: "owner/name".

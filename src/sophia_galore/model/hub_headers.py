@@ -31,7 +31,7 @@ class Published:
 
 
 def read_published(model_id: str) -> Published:
-    """Reads what is published of a model; call `hub.require_reachable` first.
+    """Read what is published of a model; call `hub.require_reachable` first.
 
     Args:
         model_id: "owner/name".
@@ -89,7 +89,7 @@ def _damaged(model_id: str, name: str, reason: str) -> ModelError:
 
 
 def _fetch(model_id: str, commit: str, name: str, start: int, stop: int) -> bytes:
-    """The bytes of a file from `start` up to, not including, `stop`; never more are taken."""
+    """Return the bytes of a file from `start` up to, not including, `stop`; never more are taken."""
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 

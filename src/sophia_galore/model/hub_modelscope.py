@@ -33,13 +33,13 @@ _PATTERNS = [
 
 
 def endpoint() -> str:
-    """Address of ModelScope: MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN, or the public one."""
+    """Return the address of ModelScope: MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN, or the public one."""
     chosen = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     return (chosen if "://" in chosen else f"https://{chosen}").rstrip("/")
 
 
 def require_reachable() -> None:
-    """Checks within seconds that the library is installed and ModelScope answers.
+    """Check within seconds that the library is installed and ModelScope answers.
 
     Raises:
         Unreachable: One of both is not so.
@@ -55,7 +55,7 @@ def require_reachable() -> None:
 
 
 def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
-    """Downloads what a model needs into a folder; call `require_reachable` first.
+    """Download what a model needs into a folder; call `require_reachable` first.
 
     The library verifies each file's SHA-256 and goes on with partial files by itself.
 
@@ -78,7 +78,7 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
 
 
 def download_config(model_id: str, folder: Path) -> None:
-    """Downloads a model's config.json and nothing else; call `require_reachable` first.
+    """Download a model's config.json and nothing else; call `require_reachable` first.
 
     Args:
         model_id: "owner/name" as ModelScope knows it.

@@ -18,7 +18,7 @@ _OLLAMA = "Modelfile"
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """The files of a folder that make up its model; records of the run that made it are not among them.
+    """Return the files of a folder that make up its model; records of the run that made it are not among them.
 
     Args:
         folder: A model's folder, or one with GGUF files.

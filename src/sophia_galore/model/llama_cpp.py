@@ -23,7 +23,7 @@ _LAST_LINES = 4
 
 
 def find_converter(given: str | None) -> list[str]:
-    """The words that start the converter.
+    """Return the words that start the converter.
 
     Args:
         given: Its path; None: what the environment variable CONVERT_HF_TO_GGUF names, or what is on the PATH.

@@ -43,7 +43,7 @@ class TurnFormat:
     knows_system: bool
 
     def render(self, turns: Sequence[tuple[str, str]]) -> str:
-        """The text that Ollama makes of a conversation, for comparison with the chat template's own."""
+        """Return the text that Ollama makes of a conversation, for comparison with the chat template's own."""
         system = next((content for role, content in turns if role == "system"), self.default_system)
         questions = [content for role, content in turns if role == "user"]
         answers = [content for role, content in turns if role == "assistant"]
@@ -56,7 +56,7 @@ class TurnFormat:
         return text
 
     def template(self) -> str:
-        """The same in Ollama's notation, applied once a turn."""
+        """Return the same in Ollama's notation, applied once a turn."""
         system = f"{{{{ if .System }}}}{self.before_system}{{{{ .System }}}}{self.after_system}{{{{ end }}}}"
         if not self.knows_system:
             system = ""
@@ -117,7 +117,7 @@ def find_format(render: Render, *, begin: str, ends: Sequence[str]) -> TurnForma
 
 
 def modelfile(gguf: str, found: TurnFormat | None, *, has_template: bool, stops: Sequence[str]) -> str:
-    """The Modelfile.
+    """Return the Modelfile.
 
     Args:
         gguf: Name of the model's file, which lies beside it.
@@ -159,7 +159,7 @@ def _common_ending(first: str, second: str) -> str:
 
 
 def _behind_end(text: str, ends: Sequence[str]) -> str:
-    """A text without what belongs to the turn before: the token that ends it, and the line."""
+    """Return a text without what belongs to the turn before: the token that ends it, and the line."""
     for end in ends:
         if end and text.startswith(end):
             return text[len(end) :].lstrip("\n")

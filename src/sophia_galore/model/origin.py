@@ -84,7 +84,7 @@ def _card_text(path: Path) -> str:
 
 
 def front_matter(text: str) -> Mapping[str, Any]:
-    """The keys that a model card begins with; {} where there are none that can be read.
+    """Return the keys that a model card begins with; {} where there are none that can be read.
 
     Args:
         text: The card.
@@ -98,5 +98,5 @@ def front_matter(text: str) -> Mapping[str, Any]:
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:
-    """Whether a value could be the id of a model on a hub: owner/name."""
+    """Return whether a value could be the id of a model on a hub: owner/name."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not name.startswith(".")

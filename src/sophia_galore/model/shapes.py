@@ -27,12 +27,12 @@ from sophia_galore.model.cache import Say
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
 from sophia_galore.model.hub_headers import read_published
 from sophia_galore.model.origin import is_hub_id
-from sophia_galore.model.packed import declared_packing, found_packing, packed_error
+from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.model.skeleton import count_parameters, make_model_config, read_model_config
 from sophia_galore.model.source import find_cached, find_local
 from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 
 Check = Callable[[Any], None]
 
@@ -59,7 +59,7 @@ class ModelShape:
 
 
 def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_supported) -> ModelShape:
-    """Finds a model's configuration and size; no weights are downloaded, and the fallback model is not taken.
+    """Find a model's configuration and size; no weights are downloaded, and the fallback model is not taken.
 
     Args:
         settings: Name, source, cache folder.
@@ -100,7 +100,7 @@ def _folder_headers(folder: Path) -> list[Any]:
     try:
         return list(read_folder_headers(folder).values())
     except (ValueError, OSError) as error:
-        raise ModelError(f"The weights in {folder} can't be read: {error}.", way_to_repair(folder)) from error
+        raise ModelError(f"The weights in {folder} can't be read: {error}.", repair_hint(folder)) from error
 
 
 def _of_gguf(path: Path, settings: ModelConfig, check: Check) -> ModelShape:
@@ -160,8 +160,8 @@ def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
         published = read_published(name)
     except ModelError as error:
         raise _NoSuchModel(error.cause, error.remedy) from error
-    if found := found_packing(published.headers):
-        raise packed_error(name, declared_packing(published.config) or found)
+    if found := found_quantisation(published.headers):
+        raise quantised_error(name, declared_quantisation(published.config) or found)
     config = make_model_config(published.config, f"config.json of {name}")
     check(config)
     num_parameters = count_parameters(config)

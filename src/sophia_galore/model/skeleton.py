@@ -12,7 +12,7 @@ import torch
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model.architecture import Architecture, check_supported, find_architecture
 from sophia_galore.model.cache import Say
-from sophia_galore.model.packed import refuse_packed
+from sophia_galore.model.quantised import refuse_quantised
 from sophia_galore.model.tied_head import head_differs
 from sophia_galore.weights.folder import HEAD
 
@@ -59,7 +59,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    stale = refuse_packed(folder)
+    stale = refuse_quantised(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -85,7 +85,7 @@ def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
 
     Args:
         values: The keys and values.
-        origin: Where they come from, for messages.
+        origin: Where they come from, for error messages.
 
     Returns:
         The Hugging Face configuration; it shares nothing with `values`.
@@ -141,7 +141,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """The number of parameters that a configuration's model has, a tied head counted once.
+    """Return the number of parameters that a configuration's model has, a tied head counted once.
 
     Args:
         config: The Hugging Face configuration, of a supported architecture; it is left as it is.

@@ -24,7 +24,7 @@ from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.origin import is_hub_id
-from sophia_galore.model.packed import declared_packing, found_packing, packed_error
+from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.weights.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
 
@@ -66,7 +66,7 @@ class _NothingReached(EnvironmentProblem):
 def resolve_model(
     config: ModelConfig, say: Say, *, prefer: Literal["hf", "modelscope"] = "hf", deep: bool = False
 ) -> ResolvedModel:
-    """Finds a model by name and brings it onto this machine if it isn't here yet.
+    """Find a model by name and brings it onto this machine if it isn't here yet.
 
     Args:
         config: Name, source, fallback, cache folder.
@@ -109,7 +109,7 @@ def _resolve(config: ModelConfig, say: Say, prefer: str, deep: bool) -> Resolved
 
 
 def find_local(config: ModelConfig) -> Path | None:
-    """The folder or GGUF file of this machine that a model's name means; nothing is read or converted.
+    """Return the folder or GGUF file of this machine that a model's name means; nothing is read or converted.
 
     Args:
         config: Name and source.
@@ -144,7 +144,7 @@ def find_local(config: ModelConfig) -> Path | None:
 
 
 def find_cached(config: ModelConfig, say: Say) -> ResolvedModel | None:
-    """The model of a name if it is in the local cache; no hub is asked.
+    """Return the model of a name if it is in the local cache; no hub is asked.
 
     Args:
         config: Name, source, cache folder.
@@ -194,7 +194,7 @@ def _converted(gguf_file: Path, cache_dir: Path, say: Say) -> Path:
 
 
 def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
-    """The sources to try, in order."""
+    """Return the sources to try, in order."""
     alias = find_alias(config.name)
     if alias is None and not is_hub_id(config.name):
         near = difflib.get_close_matches(config.name.lower(), [known.name for known in ALIASES], n=1)
@@ -227,14 +227,14 @@ def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
 
 
 def _from_hugging_face(model_id: str, say: Say, with_code: bool, staging: Path) -> str:
-    def refuse_packed_weights(folder: Path) -> None:
+    def refuse_quantised_weights(folder: Path) -> None:
         """By what config.json declares and the headers show: gigabytes of no use are not downloaded."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = declared_packing(config) if isinstance(config, dict) else None
-        if kind is not None and found_packing(hub_headers.read_published(model_id).headers) is not None:
-            raise packed_error(model_id, kind)
+        kind = declared_quantisation(config) if isinstance(config, dict) else None
+        if kind is not None and found_quantisation(hub_headers.read_published(model_id).headers) is not None:
+            raise quantised_error(model_id, kind)
 
-    return hub.download(model_id, staging, say, with_code=with_code, refuse=refuse_packed_weights)
+    return hub.download(model_id, staging, say, with_code=with_code, refuse=refuse_quantised_weights)
 
 
 def _from_cache(config: ModelConfig, sources: list[_Source], say: Say, deep: bool) -> ResolvedModel | None:

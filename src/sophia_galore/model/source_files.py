@@ -47,7 +47,7 @@ class SourceFiles:
     origin: Origin = UNKNOWN
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A file that holds an object; None: there is none.
+        """Return a file that holds an object; None: there is none.
 
         Raises:
             ModelError: It can't be read.

@@ -276,7 +276,7 @@ SPECIFICATIONS: tuple[Specification, ...] = (
 
 
 def find_specification(name: str) -> Specification | None:
-    """Finds the specification of a model.
+    """Find the specification of a model.
 
     Args:
         name: Its short name, one of its ids on a hub, or such an id without the owner; case does not matter.

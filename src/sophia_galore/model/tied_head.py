@@ -18,7 +18,7 @@ _ROWS = 8192
 
 
 def head_differs(folder: Path) -> bool:
-    """Whether a folder holds a head that is not its embedding; some rows of both are in memory at a time.
+    """Return whether a folder holds a head that is not its embedding; some rows of both are in memory at a time.
 
     Args:
         folder: A model's folder.

@@ -27,7 +27,7 @@ _OVERSAMPLING = 8
 
 
 def svd_basis(grad: Tensor, rank: int) -> Tensor:
-    """The `rank` leading singular vectors of the shorter side of `grad`.
+    """Return the `rank` leading singular vectors of the shorter side of `grad`.
 
     They are the leading eigenvectors of G^T G (or G G^T), formed and decomposed in float64: that
     squares the condition number, so float64 keeps what a float32 SVD would give, at a fraction of its time
@@ -71,7 +71,7 @@ def randomized_basis(grad: Grad, rank: int, generator: torch.Generator) -> Tenso
 
 
 def tracked_basis(grad: Grad, basis: Tensor) -> Tensor:
-    """The basis after one step of subspace iteration from where it was (Golub & Van Loan, section 8.2.4).
+    """Return the basis after one step of subspace iteration from where it was (Golub & Van Loan, section 8.2.4).
 
     U = orth(G P), new P = orth(G^T U); for a wide G the same with G^T.
 
@@ -89,7 +89,7 @@ def tracked_basis(grad: Grad, basis: Tensor) -> Tensor:
 
 
 def random_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random subspace.
+    """Return a uniformly random subspace.
 
     Args:
         short: Rows.
@@ -165,7 +165,7 @@ def _tall(grad: Tensor) -> Tensor:
 
 
 def _gram(tall: Tensor) -> Tensor:
-    """A^T A of a tall matrix in float64, by blocks of rows, so that no full-size float64 copy exists."""
+    """Return a^T A of a tall matrix in float64, by blocks of rows, so that no full-size float64 copy exists."""
     columns = tall.shape[1]
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=tall.device)
     for block in tall.split(_GRAM_ROWS):

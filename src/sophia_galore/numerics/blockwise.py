@@ -100,7 +100,7 @@ def encode(values: Tensor, *, signed: bool, noise: Noise) -> tuple[Tensor, Tenso
 
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """The values that the codes stand for.
+    """Return the values that the codes stand for.
 
     Args:
         codes: uint8, any shape, from `encode`.

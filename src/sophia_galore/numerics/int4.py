@@ -51,7 +51,7 @@ def pack(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
-    """The values that the bytes stand for.
+    """Return the values that the bytes stand for.
 
     Args:
         packed: uint8 (ceil(n / 2),), from `pack`.

@@ -47,15 +47,15 @@ class Noise:
 
     @classmethod
     def of(cls, seed: int, *purpose: str | int) -> Noise:
-        """The noise for a purpose."""
+        """Return the noise for a purpose."""
         return cls(seed, purpose)
 
     def part(self, name: str) -> Noise:
-        """The noise of one of several tensors that serve the purpose together."""
+        """Return the noise of one of several tensors that serve the purpose together."""
         return replace(self, purpose=(*self.purpose, name))
 
     def rows(self, rows: slice, columns: int) -> Noise:
-        """The noise of some rows.
+        """Return the noise of some rows.
 
         Args:
             rows: Which ones; they begin at a multiple of `ROW_ALIGNMENT`.
@@ -75,7 +75,7 @@ class Noise:
         return self._fill(like, torch.int32)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Numbers that are uniform in (0, 1): the middles of 2^16 equal parts, so that the mean is exactly 1/2.
+        """Return the numbers that are uniform in (0, 1): the middles of 2^16 equal parts, so that the mean is exactly 1/2.
 
         Args:
             like: As for `integers`.
@@ -108,7 +108,7 @@ class Noise:
 
 
 def _mix(words: Tensor, scratch: Tensor) -> None:
-    """The bijection, in place; int32 shifts keep the sign, so what they bring in is masked away."""
+    """Return the bijection, in place; int32 shifts keep the sign, so what they bring in is masked away."""
     for shift, factor in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
         torch.bitwise_right_shift(words, shift, out=scratch)
         words.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
@@ -117,6 +117,6 @@ def _mix(words: Tensor, scratch: Tensor) -> None:
 
 
 def _signed(number: int) -> int:
-    """The lower 32 bits of a number, as an int32."""
+    """Return the lower 32 bits of a number, as an int32."""
     low = number & 0xFFFFFFFF
     return low - (1 << 32) if low >= 1 << 31 else low

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """A 63-bit number that is a pure function of its arguments.
+    """Return a 63-bit number that is a pure function of its arguments.
 
     Args:
         seed: The run's seed.
@@ -27,7 +27,7 @@ def key(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh `torch.Generator` whose draws are a pure function of `seed` and `purpose`.
+    """Return a fresh `torch.Generator` whose draws are a pure function of `seed` and `purpose`.
 
     Args:
         seed: The run's seed.
@@ -54,10 +54,10 @@ def draw_classes(logits: Tensor, draw: torch.Generator) -> Tensor:
     """
     # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
     # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
-    return (logits.softmax(-1) / draw_clocks(logits, draw)).argmax(-1)
+    return (logits.softmax(-1) / draw_exponential(logits, draw)).argmax(-1)
 
 
-def draw_clocks(like: Tensor, draw: torch.Generator) -> Tensor:
+def draw_exponential(like: Tensor, draw: torch.Generator) -> Tensor:
     """When clocks ring that do so at rate 1: independent draws from the exponential distribution.
 
     Args:

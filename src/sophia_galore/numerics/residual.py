@@ -39,7 +39,7 @@ def channel_scales(direction: Tensor, projected: Tensor, side: Side) -> Tensor:
 
 
 def residual_norm(grad: Tensor, projected: Tensor, gram: Tensor, scales: Tensor, side: Side) -> Tensor:
-    """The norm of s * (G - R P^T) (side right) or (G - P R) * s (side left), without forming it.
+    """Return the norm of s * (G - R P^T) (side right) or (G - P R) * s (side left), without forming it.
 
     Channel by channel, |g - R P^T|^2 = |g|^2 - 2 |R|^2 + R P^T P R^T, since g P = R.
 
@@ -62,7 +62,7 @@ def residual_norm(grad: Tensor, projected: Tensor, gram: Tensor, scales: Tensor,
 
 
 def scaled_norm(grad: Tensor, scales: Tensor, side: Side) -> Tensor:
-    """The norm of s * G (side right: by rows; left: by columns), without forming it.
+    """Return the norm of s * G (side right: by rows; left: by columns), without forming it.
 
     Args:
         grad: G, (m, n).
@@ -78,7 +78,7 @@ def scaled_norm(grad: Tensor, scales: Tensor, side: Side) -> Tensor:
 
 
 def growth_factor(norm: Tensor, previous: Tensor, limit: float) -> Tensor:
-    """The factor that keeps a norm at most `limit` times the previous one (Fira, equation 9).
+    """Return the factor that keeps a norm at most `limit` times the previous one (Fira, equation 9).
 
     Args:
         norm: Scalar, the norm now.

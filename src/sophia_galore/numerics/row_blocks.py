@@ -28,7 +28,7 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 
 def first_few(starts: range) -> range:
-    """All of the starts of equal pieces of work, but inside of `two_blocks_of_each` the first two."""
+    """Return all of the starts of equal pieces of work, but inside of `two_blocks_of_each` the first two."""
     return starts[: _most_blocks.get()]
 
 

@@ -54,7 +54,7 @@ class Rule:
 
 
 def adamw(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The direction of Adam with bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1).
+    """Return the direction of Adam with bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1).
 
     The decoupled decay of AdamW (arXiv 1711.05101) is not part of the direction: it acts on the weight.
 
@@ -75,7 +75,7 @@ def adamw(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, 
 
 
 def sophia(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The direction of Sophia (Liu et al., arXiv 2305.14342, algorithm 3): clip(m / max(rho h, eps), -1, 1).
+    """Return the direction of Sophia (Liu et al., arXiv 2305.14342, algorithm 3): clip(m / max(rho h, eps), -1, 1).
 
     Args:
         grad: Any shape, float.
@@ -93,7 +93,7 @@ def sophia(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor,
 
 
 def sophia_curvature(grad: Tensor, curvature: Tensor | None, hyper: Hyper, num_samples: int) -> Tensor:
-    """The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, averaged (arXiv 2305.14342, algorithm 2).
+    """Return the Gauss-Newton-Bartlett estimate of the Hessian's diagonal, averaged (arXiv 2305.14342, algorithm 2).
 
     h_hat = B g * g for the gradient g of the mean loss over B labels that were sampled from the model.
     The first estimate is taken as it is: from h = 0, as in the paper, the average would stay far too low
@@ -194,7 +194,7 @@ def _orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The gradient itself.
+    """Return the gradient itself.
 
     Args:
         grad: Any shape.
@@ -209,7 +209,7 @@ def gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tenso
 
 
 def mean_gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The running mean of gradients, m <- beta1 m + (1 - beta1) g.
+    """Return the running mean of gradients, m <- beta1 m + (1 - beta1) g.
 
     Args:
         grad: Any shape.

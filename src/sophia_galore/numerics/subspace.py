@@ -19,7 +19,7 @@ Side = Literal["left", "right"]
 
 
 def projection_side(shape: tuple[int, int] | torch.Size) -> Side:
-    """The side on which a matrix of this shape is projected: the shorter one."""
+    """Return the side on which a matrix of this shape is projected: the shorter one."""
     return "right" if shape[0] >= shape[1] else "left"
 
 
@@ -45,7 +45,7 @@ class LazyGradient(Protocol):
         """Where products with it are."""
 
     def of(self, projector: Projector) -> Tensor:
-        """The product with a known matrix, float32.
+        """Return the product with a known matrix, float32.
 
         Args:
             projector: A and its side.
@@ -72,7 +72,7 @@ class Projector:
     side: Side
 
     def of(self, grad: Grad) -> Tensor:
-        """The product for a gradient: G A or A^T G."""
+        """Return the product for a gradient: G A or A^T G."""
         if not isinstance(grad, Tensor):
             return grad.of(self)
         return grad @ self.matrix if self.side == "right" else self.matrix.T @ grad
@@ -94,7 +94,7 @@ Gradient = Tensor | ProjectedGradient
 
 
 def tensor_of(gradient: Gradient) -> Tensor:
-    """The one tensor that a gradient consists of."""
+    """Return the one tensor that a gradient consists of."""
     return gradient.product if isinstance(gradient, ProjectedGradient) else gradient
 
 

@@ -31,7 +31,7 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
 
 
 def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
-    """A mean of gradients by the new basis (LDAdam, arXiv 2410.16103, section 3.2): M C, or C^T M.
+    """Return a mean of gradients by the new basis (LDAdam, arXiv 2410.16103, section 3.2): M C, or C^T M.
 
     What the new subspace has beyond the old one starts at 0.
 
@@ -47,7 +47,7 @@ def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
 
 
 def move_second_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
-    """A mean of squared gradients by the new basis: coordinates taken as uncorrelated, V (C * C), never below 0.
+    """Return a mean of squared gradients by the new basis: coordinates taken as uncorrelated, V (C * C), never below 0.
 
     To a new direction that the old subspace covers only in part, the rest comes from the mean over the old
     directions: were it 0, the first steps along that direction would be far too long.

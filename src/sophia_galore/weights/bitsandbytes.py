@@ -49,7 +49,7 @@ class Frozen8bit(Weight):
 
     @property
     def shape(self) -> torch.Size:
-        """As `Weight` says, even where codes or scales were lost."""
+        """See `Weight`, even where codes or scales were lost."""
         return torch.Size((self._module.out_features, self._module.in_features))
 
     @property
@@ -58,11 +58,11 @@ class Frozen8bit(Weight):
         return True
 
     def __getitem__(self, rows: Rows) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.held()[rows]
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says: the values with which the module computes."""
+        """See `Weight`: the values with which the module computes."""
         return self.held().values(dtype)
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
@@ -74,14 +74,14 @@ class Frozen8bit(Weight):
         self.held().write(values, noise)
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
-        """As `Weight` says, outside of the module."""
+        """See `Weight`, outside of the module."""
         return self.held().copied_to(device)
 
     def copy_(self, other: Weight) -> None:
         """Nothing: it never changes, so that of the same run is what it is."""
 
     def held(self) -> RowInt8Weight:
-        """The module's codes and scales themselves, not a copy.
+        """Return the module's codes and scales themselves, not a copy.
 
         Raises:
             RunError: They are not there.
@@ -92,11 +92,11 @@ class Frozen8bit(Weight):
         return RowInt8Weight(codes, absmax)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.held().tensors()
 
     def problem(self) -> str | None:
-        """As `Weight` says, of the module."""
+        """See `Weight`, of the module."""
         codes, absmax = self._pair()
         if codes is None or absmax is None:
             return f"has lost its {'codes (CB)' if codes is None else 'scales (SCB)'}"

@@ -48,11 +48,11 @@ class DeferredWeight(Weight):
 
     @property
     def settled(self) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.base
 
     def __getitem__(self, rows: Rows) -> DeferredWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
 
         def factors() -> tuple[Tensor, Tensor]:
             left, right = self.factors()
@@ -61,7 +61,7 @@ class DeferredWeight(Weight):
         return DeferredWeight(self.base[rows], self.decay, factors)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says; the update included."""
+        """See `Weight`; the update included."""
         left, right = self.factors()
         values = self.base.values(dtype).mul_(self.decay.to(dtype))
         return values.addmm_(left.to(dtype), right.to(dtype))
@@ -76,7 +76,7 @@ class DeferredWeight(Weight):
         return {**self.base.tensors(), ".left": left, ".right": right, ".shrink": self.decay}
 
     def copied_to(self, device: torch.device) -> DeferredWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         left, right = (factor.to(device, copy=True) for factor in self.factors())
         return DeferredWeight(self.base.copied_to(device), self.decay.to(device, copy=True), lambda: (left, right))
 
@@ -87,7 +87,7 @@ class DeferredWeight(Weight):
         )
 
     def rounded_in(self, form: Int8Format, device: torch.device) -> Int8Weight:
-        """A copy in codes alone. They are rounded without bias, since most of an update is smaller than a code.
+        """Return a copy in codes alone. They are rounded without bias, since most of an update is smaller than a code.
 
         Args:
             form: The format of the copy, in blocks as these.
@@ -99,7 +99,7 @@ class DeferredWeight(Weight):
         return made
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if problem := self.base.problem():
             return problem
         left, right = self.factors()
@@ -112,7 +112,7 @@ class DeferredWeight(Weight):
 
 
 def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
-    """A weight with an update of low rank that is not written yet; in other formats than int8 each is, at once.
+    """Return a weight with an update of low rank that is not written yet; in other formats than int8 each is, at once.
 
     Args:
         weight: The stored weight; of one that has a deferred update already, the codes alone are taken over.
@@ -124,5 +124,5 @@ def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
 
 
 def deferred_of(weight: Weight) -> DeferredWeight | None:
-    """The weight with its deferred update, where it has one."""
+    """Return the weight with its deferred update, where it has one."""
     return weight if isinstance(weight, DeferredWeight) else None

@@ -14,7 +14,7 @@ from sophia_galore.weights.bitsandbytes import QUANTISED_FROM, Freezer
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES, weight_files
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.row_int8 import ABSMAX, RowInt8Weight
 from sophia_galore.weights.store import WeightStore
@@ -91,12 +91,12 @@ def load_store(
                 f"{path}: {name} holds values that are not finite in "
                 f"{'int8' if isinstance(target, Int8Format) else target}.",
                 f"Take a format of a wider range. If it is float32 already, the weights are broken: "
-                f"{way_to_repair(folder)}",
+                f"{repair_hint(folder)}",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
     if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", way_to_repair(folder))
+        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", repair_hint(folder))
     return WeightStore({name: weights[name] for name in shapes})
 
 
@@ -114,7 +114,7 @@ def open_store(folder: Path, device: torch.device) -> WeightStore:
 
 
 def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: torch.device) -> Weight:
-    """A weight in another format, or a copy in the same one; eight bits are rounded to nearest.
+    """Return a weight in another format, or a copy in the same one; eight bits are rounded to nearest.
 
     But a deferred update goes into codes of the same format without bias, as it would at the next refresh: it is
     smaller than a code nearly everywhere, and would be lost to nearest.
@@ -138,7 +138,7 @@ def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: tor
 
 
 def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:
-    """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
+    """Yield the weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
 
     Raises:
         ModelError: A file is missing or damaged, or codes and scales do not belong together.
@@ -158,11 +158,11 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:
                     parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
                 yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}", way_to_repair(folder)) from error
+            raise ModelError(f"{path} is damaged: {error}", repair_hint(folder)) from error
 
 
 def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Weight:
-    """A weight from its tensors in a file, by what stands behind its name there."""
+    """Return a weight from its tensors in a file, by what stands behind its name there."""
     if parts[""].dtype != torch.int8 and len(parts) == 1:
         return PlainWeight(parts[""])
     base: Int8Weight | RowInt8Weight
@@ -171,7 +171,7 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     elif form is not None and _SCALES in parts:
         base = Int8Weight(parts[""], parts[_SCALES], form)
     else:
-        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", way_to_repair(path.parent))
+        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", repair_hint(path.parent))
     joined: Weight = base
     found = sum(end in parts for end in _UPDATE)
     if isinstance(base, Int8Weight) and found == len(_UPDATE):

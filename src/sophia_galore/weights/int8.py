@@ -48,7 +48,7 @@ class Int8Format:
         return -(-num_columns // self.block) if self.block else 1
 
     def num_bytes(self, shape: tuple[int, int] | torch.Size) -> int:
-        """Bytes of a matrix (m, n), its scales included."""
+        """Return the bytes of a matrix (m, n), its scales included."""
         return shape[0] * (shape[1] + 2 * self.num_scales(shape[1]))
 
 
@@ -72,16 +72,16 @@ class Int8Weight(Weight):
         return "int8"
 
     def __getitem__(self, rows: Rows) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return Int8Weight(self.codes[rows], self.scales[rows], self.form)
 
     @classmethod
     def copy_of(cls, other: Int8Weight, form: Int8Format, device: torch.device) -> Int8Weight:
-        """A copy on a device, which may be written in another way; its blocks are the same."""
+        """Return a copy on a device, which may be written in another way; its blocks are the same."""
         return cls(other.codes.to(device, copy=True), other.scales.to(device, copy=True), form)
 
     def copied_to(self, device: torch.device) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return Int8Weight.copy_of(self, self.form, device)
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -132,7 +132,7 @@ class Int8Weight(Weight):
         return {"": self.codes, ".scales": self.scales}
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
             return f"holds {self.codes.dtype} codes and {self.scales.dtype} scales instead of int8 and bfloat16"
         if self.codes.ndim != 2 or not self.codes.numel():
@@ -148,7 +148,7 @@ class Int8Weight(Weight):
 
 
 def quantise(values: Tensor, form: Int8Format, device: torch.device | None = None) -> Int8Weight:
-    """A matrix in eight bits, rounded to nearest.
+    """Return a matrix in eight bits, rounded to nearest.
 
     Args:
         values: (m, n), any float dtype, finite.

@@ -53,7 +53,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, *, name: str, source: str, revision: str, has_code: bool) -> None:
-    """Records all files of a folder; called once, as the last act of filling it.
+    """Record all files of a folder; called once, as the last act of filling it.
 
     The record holds no date: the same files give the same manifest.
     """
@@ -74,7 +74,7 @@ def write_manifest(folder: Path, *, name: str, source: str, revision: str, has_c
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Reads the manifest of a folder; None if it has none.
+    """Read the manifest of a folder; None if it has none.
 
     Raises:
         ModelError: The manifest can't be read.
@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
-    """Compares a folder with its manifest.
+    """Compare a folder with its manifest.
 
     Args:
         folder: The folder.
@@ -121,7 +121,7 @@ def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Checks that a folder holds a whole model, by what its own files say.
+    """Check that a folder holds a whole model, by what its own files say.
 
     Raises:
         ModelError: A file is missing, unreadable or cut short; it is named.
@@ -144,7 +144,7 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds no *.safetensors file.",
             "Weights in *.bin files are not read; load them with transformers and write them with save_pretrained."
             if any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-            else way_to_repair(folder),
+            else repair_hint(folder),
         )
     for path in weights:
         _check_safetensors(path)
@@ -177,7 +177,7 @@ def _read_json(path: Path) -> Any:
 
 
 def adapter_error(name: str, base: str = "") -> ModelError:
-    """The refusal of a LoRA adapter that is given as a model.
+    """Return the refusal of a LoRA adapter that is given as a model.
 
     Args:
         name: What the user knows it as.
@@ -199,7 +199,7 @@ def _adapted_model(folder: Path) -> str:
     return base if isinstance(base, str) else ""
 
 
-def way_to_repair(folder: Path) -> str:
+def repair_hint(folder: Path) -> str:
     """What helps where files of a model's folder are missing or damaged: who wrote it decides.
 
     Args:
@@ -221,4 +221,4 @@ def way_to_repair(folder: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} {what}.", way_to_repair(path.parent))
+    return ModelError(f"{path} {what}.", repair_hint(path.parent))

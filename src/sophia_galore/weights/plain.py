@@ -43,31 +43,31 @@ class PlainWeight(Weight):
         return False
 
     def __getitem__(self, rows: Rows) -> PlainWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return PlainWeight(self.tensor[rows])
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.tensor.to(dtype)
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """As `Weight` says; bfloat16 is the only format that rounds."""
+        """See `Weight`; bfloat16 is the only format that rounds."""
         if values is not self.tensor:
             write_rounded(self.tensor, values, noise)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Weight` says."""
+        """See `Weight`."""
         return {"": self.tensor}
 
     def copied_to(self, device: torch.device) -> PlainWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return PlainWeight(self.tensor.to(device, copy=True))
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         return None if self.is_finite() else "holds values that are not finite"
 
 
 def as_weight(weight: Weight | Tensor) -> Weight:
-    """A tensor as a weight; what is one already stays it."""
+    """Return a tensor as a weight; what is one already stays it."""
     return PlainWeight(weight) if isinstance(weight, Tensor) else weight

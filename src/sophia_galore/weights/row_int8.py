@@ -37,11 +37,11 @@ class RowInt8Weight(Weight):
         return "bnb8"
 
     def __getitem__(self, rows: Rows) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return RowInt8Weight(self.codes[rows], self.absmax[rows])
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return RowInt8Weight(self.codes.to(device, copy=True), self.absmax.to(device, copy=True))
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -69,7 +69,7 @@ class RowInt8Weight(Weight):
         return {"": self.codes, ABSMAX: self.absmax}
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if self.codes.dtype != torch.int8 or self.absmax.dtype != torch.float32:
             return f"holds {self.codes.dtype} codes and {self.absmax.dtype} scales instead of int8 and float32"
         if self.codes.ndim != 2 or self.absmax.shape != self.codes.shape[:1]:

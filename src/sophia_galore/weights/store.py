@@ -23,11 +23,11 @@ class Borrowed:
         self._weights = weights
 
     def __getitem__(self, name: str) -> Weight:
-        """A stored weight by its full name: whoever writes it changes the model."""
+        """Return a stored weight by its full name: whoever writes it changes the model."""
         return self._weights[name]
 
     def values_of(self, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights that a module has to be given, by their names inside of it; not those that it holds itself.
+        """Return the weights that a module has to be given, by their names inside of it; not those that it holds itself.
 
         Args:
             module: Its name without the final dot.
@@ -64,11 +64,11 @@ class WeightStore:
         self._weights[name] = weight
 
     def items(self) -> Iterable[tuple[str, Weight]]:
-        """Names and weights, in the model's order."""
+        """Return the names and weights, in the model's order."""
         return self._weights.items()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
+        """Return the tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
         return {
             name + ending: tensor
             for name, weight in self._weights.items()
@@ -76,7 +76,7 @@ class WeightStore:
         }
 
     def first_non_finite(self) -> str | None:
-        """The first weight that holds a NaN or an infinity; None: there is none."""
+        """Return the first weight that holds a NaN or an infinity; None: there is none."""
         return next((name for name, weight in self._weights.items() if not weight.is_finite()), None)
 
     def plain_dtype(self) -> torch.dtype:

@@ -24,11 +24,11 @@ class Weight(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: Rows) -> Weight:
-        """Some rows: by a slice, a view of them; by row numbers, a copy."""
+        """Return some rows: by a slice, a view of them; by row numbers, a copy."""
 
     @abstractmethod
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The values in some precision.
+        """Return the values in some precision.
 
         Args:
             dtype: A float dtype.
@@ -52,7 +52,7 @@ class Weight(ABC):
 
     @abstractmethod
     def copied_to(self, device: torch.device) -> Weight:
-        """A copy in the same format, which shares nothing with this one."""
+        """Return a copy in the same format, which shares nothing with this one."""
 
     @abstractmethod
     def problem(self) -> str | None:
@@ -99,15 +99,15 @@ class Weight(ABC):
         return False
 
     def numel(self) -> int:
-        """Number of its elements."""
+        """Return the number of its elements."""
         return self.shape.numel()
 
     def is_ready(self, dtype: torch.dtype) -> bool:
-        """Whether it is stored as it is computed with, so that `values` costs nothing."""
+        """Return whether it is stored as it is computed with, so that `values` costs nothing."""
         return not self.is_packed and self.dtype == dtype
 
     def is_finite(self) -> bool:
-        """Whether all that it stands for is finite."""
+        """Return whether all that it stands for is finite."""
         # The extremes are NaN if any entry is. Codes always are finite; their scales may not be.
         floats = [tensor for tensor in self.tensors().values() if tensor.is_floating_point()]
         return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))

@@ -23,7 +23,7 @@ _BESIDE_PHI3_SCALING = "original_max_position_embeddings"
 
 
 def model_config(source: Mapping[str, Any], *, dtype: str, untied: bool, keeps_code: bool) -> Json:
-    """A `config.json` for weights that were trained.
+    """Return a `config.json` for weights that were trained.
 
     Args:
         source: What the model's own says.
@@ -47,7 +47,7 @@ def model_config(source: Mapping[str, Any], *, dtype: str, untied: bool, keeps_c
 
 
 def _old_rope(config: Json) -> Json:
-    """The rope settings in the form of transformers 4.x, where they are in the new one."""
+    """Return the rope settings in the form of transformers 4.x, where they are in the new one."""
     new = config.get("rope_parameters")
     if not isinstance(new, Mapping) or not new:
         return {}
@@ -75,7 +75,7 @@ def _old_rope_of(rope: Mapping[str, Any], config: Json) -> Json:
 
 
 def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, whole: bool, keeps_code: bool) -> Json:
-    """A `tokenizer_config.json`.
+    """Return a `tokenizer_config.json`.
 
     Args:
         source: What the model's own says.
@@ -100,7 +100,7 @@ def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, wh
 
 
 def generation_config(source: Mapping[str, Any] | None, model: Mapping[str, Any], stops: Sequence[int]) -> Json:
-    """A `generation_config.json` with other tokens that end an answer.
+    """Return a `generation_config.json` with other tokens that end an answer.
 
     Args:
         source: What the model's own says; None: it has none.

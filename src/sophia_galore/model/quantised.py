@@ -50,8 +50,8 @@ _ENDING = re.compile(
 )
 
 
-def declared_packing(config: Mapping[str, Any]) -> str | None:
-    """The quantisation that a config.json declares, by its name; None: none.
+def declared_quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return the quantisation that a config.json declares, by its name; None: none.
 
     Args:
         config: Its keys and values.
@@ -71,8 +71,8 @@ def declared_packing(config: Mapping[str, Any]) -> str | None:
     return _NAMES.get(method, method or "a kind that it does not name")
 
 
-def found_packing(headers: Mapping[str, TensorHeader]) -> str | None:
-    """The quantisation that the headers of weights show; None: they are in full precision.
+def found_quantisation(headers: Mapping[str, TensorHeader]) -> str | None:
+    """Return the quantisation that the headers of weights show; None: they are in full precision.
 
     Args:
         headers: The tensors by name.
@@ -99,7 +99,7 @@ def found_packing(headers: Mapping[str, TensorHeader]) -> str | None:
     )
 
 
-def refuse_packed(folder: Path) -> str | None:
+def refuse_quantised(folder: Path) -> str | None:
     """Refuse a model folder whose weights are packed.
 
     Args:
@@ -115,21 +115,21 @@ def refuse_packed(folder: Path) -> str | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # whoever reads it for its own sake says so
-    declared = declared_packing(config) if isinstance(config, dict) else None
+    declared = declared_quantisation(config) if isinstance(config, dict) else None
     if (folder / INT8_FILE).is_file() and not (folder / MODEL).is_file():
         return declared  # codes of our own
     has_weights = any(folder.glob("*.safetensors"))
     try:
-        found = found_packing(read_folder_headers(folder)) if has_weights else declared
+        found = found_quantisation(read_folder_headers(folder)) if has_weights else declared
     except (ModelError, OSError, ValueError):
         found = declared
     if found is not None:
-        raise packed_error(str(folder), declared or found, read_origin(folder).base_model)
+        raise quantised_error(str(folder), declared or found, read_origin(folder).base_model)
     return declared
 
 
-def packed_error(name: str, kind: str, base: str = "") -> ModelError:
-    """The refusal of a model whose weights are packed.
+def quantised_error(name: str, kind: str, base: str = "") -> ModelError:
+    """Return the refusal of a model whose weights are packed.
 
     Args:
         name: What the user knows it as.
@@ -146,7 +146,7 @@ def packed_error(name: str, kind: str, base: str = "") -> ModelError:
 
 
 def _without_ending(name: str) -> str:
-    """A model's name without what says how it was packed; "": nothing in it does."""
+    """Return a model's name without what says how it was packed; "": nothing in it does."""
     plain = name
     while (shorter := _ENDING.sub("", plain)) != plain:
         plain = shorter
