@@ -91,19 +91,14 @@ def read_template(name: str) -> str:
     if name.lower() in WELL_KNOWN:
         known = files("sophia_galore.data") / "chat_templates" / f"{name.lower()}.jinja"
         return known.read_text(encoding="utf-8")
+    remedy = f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}."
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
-        raise ConfigError(
-            f"model.chat_template={name} can't be read: {reason}.",
-            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
-        ) from error
+        raise ConfigError(f"model.chat_template={name} can't be read: {reason}.", remedy) from error
     if "messages" not in text:
-        raise ConfigError(
-            f"model.chat_template={name} is no chat template: it never mentions `messages`.",
-            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
-        )
+        raise ConfigError(f"model.chat_template={name} is not a chat template: it does not contain `messages`.", remedy)
     return text
 
 

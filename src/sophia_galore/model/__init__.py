@@ -1,1 +1,1 @@
-"""The model: where it comes from, its architecture, its weights."""
+"""Models: where they come from, their architecture, and export."""

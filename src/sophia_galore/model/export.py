@@ -1,4 +1,4 @@
-"""Writing a model as an ordinary Hugging Face folder, which programs of other makers and years open as well."""
+"""Write a model as an ordinary Hugging Face folder, which other programs and versions of transformers can open."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def write_model(
     chat_template: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
 ) -> None:
-    """Write the weights, and beside them the source's own files, changed only where training changed something.
+    """Write the weights and the other files of the source model, changed only where training changed something.
 
     Args:
         folder: An existing folder.
         store: The weights.
-        dtype: Precision of the file, an ordinary one then; None: exactly as stored, in eight bits too.
+        dtype: Precision of the weights in the file; None: exactly as stored, also in eight bits.
         source: Files of the model that was trained.
-        chat_template: The text of another chat template than the source's; None: the source's.
-        eos_token_ids: Ids of other tokens at which an answer ends; None: the source's.
+        chat_template: Text of a new chat template; None: the source's.
+        eos_token_ids: Ids of new tokens that end an answer; None: the source's.
 
     Raises:
         ModelError: A weight is not finite in that precision, or the source's settings can't be read.
     """
-    # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
+    # Moved to the CPU one by one: a second copy of the model would not fit on a small card.
     weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
     save_weights(folder, weights)
     dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if not weight.is_packed)]
@@ -87,7 +87,7 @@ def write_model(
 def _settings(
     source: SourceFiles, dtype: str, *, untied: bool, chat_template: str | None, stops: Sequence[int] | None
 ) -> dict[str, bytes]:
-    """Return the files that differ from the source's."""
+    """Return the settings files that differ from the source's."""
     config = source.json(CONFIG)
     if config is None:
         raise ModelError("The model has no config.json.", "Give a folder of a Hugging Face causal language model.")
@@ -122,22 +122,22 @@ def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:
 
 
 def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format | None) -> SourceFiles:
-    """Write a model folder's weights in another format, with everything else that makes it a model.
+    """Write a model folder with its weights in another format.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.
         folder: An existing, empty folder.
-        target: What weights become; matrices only, if it is eight bits: other weights stay as they are. None: all
-            stay, but what is in eight bits becomes float32.
+        target: The new format. Eight bits apply to matrices only. None: the format stays, but eight bits become
+            float32.
 
     Returns:
-        What lies beside the source's weights.
+        The source's files other than weights.
 
     Raises:
         ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
     """
     cpu = torch.device("cpu")
-    # The check of the architecture; and whether a second copy of the embedding is one.
+    # This also checks the architecture, and whether the head is really tied.
     tied = bool(load_model_config(source).tie_word_embeddings)
     weights: dict[str, Weight] = {}
     for _, name, weight in read_weights(source):

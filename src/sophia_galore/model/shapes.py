@@ -1,10 +1,10 @@
-"""A model's configuration and size without its weights: a name in, a shape out.
+"""Find a model's configuration and size by its name, without its weights.
 
     folder, .gguf file ---------------------------------------> local
     alias, owner/name --> local cache --> built-in --> Hugging Face --> ModelScope
 
-Nothing is downloaded but config.json and the headers of the weights' files. The order differs from
-`source.py` in one thing: a model that is built in asks nobody.
+Only config.json and the headers of the weight files are downloaded. The order differs from `source.py` in one point:
+for a built-in model, no hub is asked.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Check = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan needs to know of a model.
+    """Configuration and size of a model, for planning.
 
     Attributes:
-        name: The name that was asked for.
-        source: Where this is known from: "local", "local cache", "built-in", "hf" or "modelscope".
+        name: The requested name.
+        source: Source of the information: "local", "local cache", "built-in", "hf" or "modelscope".
         config: The Hugging Face configuration.
-        stored_dtype: Type in which most of the published weights are stored; None: not known, or none of torch's.
-        folder: Folder of the model on this machine; None: it is not here, or has to be converted first.
-        num_parameters: Parameters of the model, a tied head counted once.
+        stored_dtype: Dtype of most of the published weights; None: unknown, or not supported by torch.
+        folder: Folder of the model on this machine; None: it is not here, or must be converted first.
+        num_parameters: Number of parameters; a tied head counts once.
     """
 
     name: str
@@ -59,20 +59,19 @@ class ModelShape:
 
 
 def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_supported) -> ModelShape:
-    """Find a model's configuration and size; no weights are downloaded, and the fallback model is not taken.
+    """Find a model's configuration and size; no weights are downloaded, and the fallback model is not used.
 
     Args:
         settings: Name, source, cache folder.
-        say: Takes lines for the user.
-        check: Refuses a configuration before anything is built of it. Who knows more about what can't be
-            trained than that the architecture is not in the table says it here.
+        say: Called with each line for the user.
+        check: Raises an error if a configuration can't be trained, before a model is built from it.
 
     Returns:
-        The model's shape.
+        The model's configuration and size.
 
     Raises:
-        ModelError: The name means nothing, no source can be asked, the architecture is not supported, or the
-            configuration and the weights do not belong together.
+        ModelError: The name is unknown, no source can be reached, the architecture is not supported, or the
+            configuration does not match the weights.
     """
     path = find_local(settings)
     if path is not None:
@@ -90,7 +89,7 @@ def _of_folder(folder: Path, settings: ModelConfig, source: str, check: Check) -
         )
     config = read_model_config(folder, trust_remote_code=settings.trust_remote_code)
     check(config)
-    # A folder that only describes a model can be planned with; one with weights says better how they are stored.
+    # A folder without weights is enough for planning; if there are weights, their headers tell the dtype.
     has_weights = any(folder.glob("*.safetensors"))
     stored = main_dtype(_folder_headers(folder)) if has_weights else _declared_dtype(config)
     return ModelShape(settings.name, source, config, stored, folder, count_parameters(config))
@@ -106,7 +105,7 @@ def _folder_headers(folder: Path) -> list[Any]:
 def _of_gguf(path: Path, settings: ModelConfig, check: Check) -> ModelShape:
     config = gguf.read_config(path)
     check(config)
-    # Its numbers are in formats of its own.
+    # GGUF has its own number formats, so the dtype is None.
     return ModelShape(settings.name, "local", config, None, None, count_parameters(config))
 
 
@@ -150,7 +149,7 @@ def _from_hubs(settings: ModelConfig, say: Say, check: Check) -> ModelShape:
 
 
 class _NoSuchModel(ModelError):
-    """What a hub answered; a model that is built in may be meant."""
+    """A hub does not have the model; the user may have meant a built-in one."""
 
 
 def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
