@@ -18,7 +18,7 @@ from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.bitsandbytes import Freezer
-from sophia_galore.weights.files import load_store
+from sophia_galore.weights.files import convert, load_store, read_weights
 from sophia_galore.weights.store import WeightStore
 
 CPU = torch.device("cpu")
@@ -30,6 +30,11 @@ def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Archit
     tied_head = "lm_head.weight" if architecture.tied else None
     store = load_store(folder, architecture.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
     return architecture, store
+
+
+def open_store(folder: Path, device: torch.device) -> WeightStore:
+    """Read a model folder into a store, each weight in its stored format; bitsandbytes is not needed."""
+    return WeightStore({name: convert(weight, None, device) for _, name, weight in read_weights(folder)})
 
 
 def load_frozen_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Architecture, WeightStore, list[str]]:

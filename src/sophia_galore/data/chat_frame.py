@@ -70,11 +70,8 @@ def find_frame(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Fr
     asked: Chat = [{"role": "user", "content": _QUESTION}]
     answered: Chat = [*asked, {"role": "assistant", "content": _ANSWER}]
     try:
-        question, prompted, text = (
-            template.write(asked),
-            template.write(asked, prompt=True),
-            template.write(answered),
-        )
+        question, prompted = template.write(asked), template.write(asked, prompt=True)
+        text = template.write(answered)
     except TemplateRefusal:
         return _with_ends(Frame(), tokenizer, "")
     begin, end = text.rfind(_ANSWER), text.rfind(_ANSWER) + len(_ANSWER)

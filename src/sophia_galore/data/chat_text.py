@@ -198,22 +198,16 @@ def write_chat(conversation: Conversation, template: ChatTemplate) -> Written:
     tools = conversation.tools
     chat, whole = _write(conversation, template)
 
-    def everything(message: Mapping[str, Any]) -> bool:
-        return True
-
-    def answers(message: Mapping[str, Any]) -> bool:
-        return bool(message["role"] == "assistant")
-
     # A template may depend on the user's text, so if replacing all messages fails, replace the answers only.
-    for chosen in (everything, answers):
+    for answers_only in (False, True):
         word = _placeholder(json.dumps([chat, list(tools)], ensure_ascii=False, default=str) + template.text)
-        swapped, pieces = _swap(chat, template, chosen, word)
+        swapped, pieces = _swap(chat, template, word, answers_only=answers_only)
         try:
             places = _places(template.write(swapped, tools), pieces, word, whole)
         except TemplateRefusal:
             continue
         if places is not None:
-            return Written(whole, chat, places, chosen is everything)
+            return Written(whole, chat, places, is_complete=not answers_only)
     raise DataError(
         f"{conversation.where}: this model's chat template writes a turn differently depending on what is said in it, "
         "so the assistant's part can't be told apart.",
@@ -269,10 +263,8 @@ def _placeholder(said: str) -> str:
     return word
 
 
-def _swap(
-    chat: Chat, template: ChatTemplate, chosen: Callable[[Mapping[str, Any]], bool], word: str
-) -> tuple[Chat, list[Place]]:
-    """Replace the text of chosen messages by placeholders."""
+def _swap(chat: Chat, template: ChatTemplate, word: str, *, answers_only: bool) -> tuple[Chat, list[Place]]:
+    """Replace the text of messages, or of the assistant's only, by placeholders."""
     pieces: list[Place] = []
 
     def replace_text(index: int, field: str, said: str) -> str:
@@ -292,7 +284,7 @@ def _swap(
     swapped: Chat = []
     for index, message in enumerate(chat):
         message = dict(message)
-        if chosen(message):
+        if not answers_only or message["role"] == "assistant":
             if message.get("reasoning_content"):
                 message["reasoning_content"] = message["thinking"] = replace_text(
                     index, "reasoning", message["reasoning_content"]

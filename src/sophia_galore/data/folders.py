@@ -51,11 +51,6 @@ class FolderFiles:
     test: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
 
-    @property
-    def has_eval(self) -> bool:
-        """Whether the folder has a validation or a test split."""
-        return bool(self.validation or self.test)
-
 
 def find_splits(folder: Path, endings: Iterable[str]) -> FolderFiles:
     """Find the data files of a folder and the split of each.
@@ -99,18 +94,18 @@ def _look(folder: Path, endings: set[str]) -> FolderFiles:
     named = {inner: found for inner in inside if inner.name.lower() in SPLITS and (found := _all_files(inner, endings))}
     if not files and not named:
         return _deeper(folder, [inner for inner in inside if _all_files(inner, endings)], endings)
-    parts: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
+    splits: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
     for inner, found in named.items():
-        parts[SPLITS[inner.name.lower()]] += found
+        splits[SPLITS[inner.name.lower()]] += found
     # A split name inside a longer name counts only if some file is named as the training split.
     guesses = {path: split_of(_stem(path)) for path in files}
-    if not parts["train"] and "train" not in guesses.values():
+    if not splits["train"] and "train" not in guesses.values():
         guesses = {path: SPLITS.get(_SHARD.sub("", _stem(path).lower())) for path in files}
     for path, guess in guesses.items():
-        parts[guess].append(path)
-    if not parts["train"] or not (parts["validation"] or parts["test"]):
-        parts["train"], parts[None] = sorted([*parts["train"], *parts[None]]), []
-    return FolderFiles(*map(tuple, parts.values()))
+        splits[guess].append(path)
+    if not splits["train"] or not (splits["validation"] or splits["test"]):
+        splits["train"], splits[None] = sorted([*splits["train"], *splits[None]]), []
+    return FolderFiles(*map(tuple, splits.values()))
 
 
 def _deeper(folder: Path, inside: list[Path], endings: set[str]) -> FolderFiles:
@@ -154,12 +149,12 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _saved_splits(folder: Path) -> FolderFiles:
     """Return the splits of a `DatasetDict` that was saved to disk."""
-    parts: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
+    splits: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
     for name in _list(_json(folder / "dataset_dict.json").get("splits")):
-        parts[split_of(str(name))].extend(_saved(folder / str(name)) or ())
-    if not parts["train"]:
-        parts["train"], parts[None] = parts[None], []
-    return FolderFiles(*map(tuple, parts.values()))
+        splits[split_of(str(name))].extend(_saved(folder / str(name)) or ())
+    if not splits["train"]:
+        splits["train"], splits[None] = splits[None], []
+    return FolderFiles(*map(tuple, splits.values()))
 
 
 def _saved(folder: Path) -> tuple[Path, ...] | None:

@@ -165,15 +165,15 @@ class _Reading:
         notes = [content.note] if content.note else []
         if names:
             notes.append(f"{', '.join(names)} read as {', '.join(names.values())}")
-        parts = _by_split(records) if validation is not None else None
-        if parts is not None:
+        splits = _by_split(records) if validation is not None else None
+        if splits is not None:
             notes.append(
-                f"by its column `split`: {len(parts['train'])} to train on, {len(parts['validation'])} to measure on"
-                f"{'' if self.uses_validation else ' (left alone)'}, {len(parts['test'])} for testing (left alone)"
+                f"by its column `split`: {len(splits['train'])} to train on, {len(splits['validation'])} to measure on"
+                f"{'' if self.uses_validation else ' (left alone)'}, {len(splits['test'])} for testing (left alone)"
             )
             if self.uses_validation and validation is not None:
-                validation.extend(self._converted(parts["validation"], found))
-            records = parts["train"]
+                validation.extend(self._converted(splits["validation"], found))
+            records = splits["train"]
         converted = self._converted(records, found)
         self.files.append(FileRead(str(file), use, len(content.records) + num_broken, found, "; ".join(notes)))
         return converted
@@ -193,10 +193,10 @@ def _by_split(records: Sequence[Record]) -> dict[Split, list[Record]] | None:
     said = [str(record.fields.get("split")).strip().lower() for record in records]
     if not {"train"} < {SPLITS.get(word, "") for word in said} <= {"train", "validation", "test"}:
         return None
-    parts: dict[Split, list[Record]] = {"train": [], "validation": [], "test": []}
+    splits: dict[Split, list[Record]] = {"train": [], "validation": [], "test": []}
     for record, word in zip(records, said, strict=True):
-        parts[SPLITS[word]].append(record)
-    return parts
+        splits[SPLITS[word]].append(record)
+    return splits
 
 
 def _apart_from(found: Found, finds: Sequence[tuple[DataSource, Found]]) -> tuple[Path, ...]:

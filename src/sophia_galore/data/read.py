@@ -128,8 +128,8 @@ def read_records(path_or_id: str) -> list[Record]:
 
 def _in_folder(folder: Path, use: Literal["train", "eval"]) -> Found:
     splits = find_splits(folder, READERS)
-    if use == "eval" and splits.has_eval:
-        chosen = splits.validation or splits.test
+    chosen = splits.validation or splits.test
+    if use == "eval" and chosen:
         left = {*splits.train, *splits.validation, *splits.test, *splits.others} - {*chosen}
         return Found(chosen, left=tuple(sorted(left)))
     if not splits.train:

@@ -117,7 +117,7 @@ def answer(
     Weights in eight bits are decoded one at a time.
 
     Args:
-        architecture: The model's parts; parameters on the meta device, before and after.
+        architecture: The model's modules; parameters on the meta device, before and after.
         store: The weights.
         tokenizer: The model's tokenizer.
         questions: What a user would ask; put into the chat template if there is one.

@@ -33,7 +33,7 @@ class Head:
     """The head over the counted positions of an effective batch.
 
     Args:
-        architecture: The model's parts.
+        architecture: The model's modules.
         store: The weights.
         dtype: Compute precision.
         observer: Is told what tensors are.

@@ -67,7 +67,7 @@ class Layers:
     """The layers of a model, run one at a time.
 
     Args:
-        architecture: The model's parts; parameters on the meta device.
+        architecture: The model's modules; parameters on the meta device.
         store: The weights.
         dtype: Compute precision.
         device: Where the arithmetic runs.

@@ -125,7 +125,7 @@ class LayerwiseEngine:
     """Runs a model layer by layer over an effective batch.
 
     Args:
-        architecture: The model's parts; parameters on the meta device.
+        architecture: The model's modules; parameters on the meta device.
         store: The weights.
         compute_dtype: float32, bfloat16 or float16.
         device: Where the arithmetic runs.

@@ -20,7 +20,7 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
     """The model with the stored weights in their places; those that must be decoded are there while they work only.
 
     Args:
-        architecture: The model's parts; parameters on the meta device, before and after.
+        architecture: The model's modules; parameters on the meta device, before and after.
         store: The weights; no second copy of them is made.
 
     Yields:

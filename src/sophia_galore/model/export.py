@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,15 @@ def _settings(
         )
     if stops is not None:
         written[GENERATION] = compatible_json.generation_config(source.json(GENERATION), config, stops)
-    changed = {name: _json_bytes(content) for name, content in written.items() if content != source.json(name)}
+    changed = {
+        name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in written.items()
+        if content != source.json(name)
+    }
     if chat_template is not None:
         # Newer programs read this file, older ones the key in tokenizer_config.json.
         changed[TEMPLATE] = chat_template.encode()
     return changed
-
-
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:

@@ -17,10 +17,6 @@ from sophia_galore.model.tied_head import head_differs
 from sophia_galore.weights.folder import HEAD
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read the `config.json` of a model with a supported architecture.
 
@@ -39,7 +35,7 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say = _say_nothing) -> Any:
+def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say = lambda line: None) -> Any:
     """Read a model folder's `config.json`, of any architecture that transformers knows.
 
     It is corrected if the weights in the folder contradict it: if it declares a quantisation and they have full

@@ -119,7 +119,7 @@ def parameter_facts(architecture: Architecture) -> tuple[Param, ...]:
     """Every parameter of a model, in its order.
 
     Args:
-        architecture: The model's parts.
+        architecture: The model's modules.
     """
     linears = frozenset(architecture.linear_names())
     return tuple(

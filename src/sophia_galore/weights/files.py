@@ -99,19 +99,6 @@ def load_store(
     return WeightStore({name: weights[name] for name in shapes})
 
 
-def open_store(folder: Path, device: torch.device) -> WeightStore:
-    """Read a model folder into a store, each weight in its stored format; bitsandbytes is not needed.
-
-    Args:
-        folder: The model's folder.
-        device: Device of the store.
-
-    Raises:
-        ModelError: As for `read_weights`.
-    """
-    return WeightStore({name: convert(weight, None, device) for _, name, weight in read_weights(folder)})
-
-
 def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: torch.device) -> Weight:
     """Return a weight in another format, or a copy in the same one; eight bits are rounded to nearest.
 

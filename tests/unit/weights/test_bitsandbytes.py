@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from engines import CPU, load_frozen_parts, load_parts, make_engine, take_step
+from engines import CPU, load_frozen_parts, load_parts, make_engine, open_store, take_step
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.weights.bitsandbytes import Freezer, Frozen8bit
-from sophia_galore.weights.files import load_store, open_store, save_weights
+from sophia_galore.weights.files import load_store, save_weights
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import as_weight

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engines import CPU
+from engines import CPU, open_store
 from sophia_galore.engine.generate import answer
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.source_files import read_source_files
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.files import convert, load_store, open_store, read_weights, save_weights
+from sophia_galore.weights.files import convert, load_store, read_weights, save_weights
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import PlainWeight
