@@ -21,7 +21,7 @@ from sophia_galore.optim.move import read_decayed
 from sophia_galore.optim.recipes import STORED_BASES
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 from sophia_galore.optim.state import ParamState
-from sophia_galore.weights.deferred import DeferredWeight, deferring
+from sophia_galore.weights.deferred import DeferredWeight, deferred_of, deferring
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.weight import Weight
 
@@ -146,10 +146,10 @@ def lowrank_step(
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
     length = -rate * subspace.scale
-    if isinstance(weight, DeferredWeight):
-        _defer(weight, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
+    if deferred := deferred_of(weight):
+        _defer(deferred, state, direction, spec.weight_decay, rate=rate, length=length, noise=noise)
         if refresh_is_due(spec, state, step + 1):
-            _round_in(weight, state, noise)
+            _round_in(deferred, state, noise)
         return
     for rows in row_blocks(weight.shape):
         stored = weight[rows]

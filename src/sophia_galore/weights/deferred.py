@@ -119,3 +119,8 @@ def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
     """
     base = weight.settled
     return DeferredWeight(base, decay, factors) if isinstance(base, Int8Weight) else base
+
+
+def deferred_of(weight: Weight) -> DeferredWeight | None:
+    """Return the weight if it has a deferred update, else None."""
+    return weight if isinstance(weight, DeferredWeight) else None
