@@ -120,16 +120,18 @@ def assemble(config: Any) -> tuple[Any, Any, Any]:
     from sophia_galore.weights.plain import DTYPES
 
     prepared = prepare(config, Callback(), None)
-    anatomy, seed = prepared.anatomy, config.training.seed
+    architecture, seed = prepared.architecture, config.training.seed
     store = load_store(
         prepared.folder,
-        anatomy.parameter_shapes(),
-        tied_head="lm_head.weight" if anatomy.tied else None,
+        architecture.parameter_shapes(),
+        tied_head="lm_head.weight" if architecture.tied else None,
         dtype=DTYPES[config.model.store],
         device=prepared.device,
     )
     optimizer = ParamOptimizer((route.spec for route in prepared.plan.routes), seed=seed, device=prepared.device)
-    engine = LayerwiseEngine(anatomy, store, compute_dtype=prepared.compute_dtype, device=prepared.device, seed=seed)
+    engine = LayerwiseEngine(
+        architecture, store, compute_dtype=prepared.compute_dtype, device=prepared.device, seed=seed
+    )
     plan = prepared.plan
     stepper = Stepper(
         engine,

@@ -13,38 +13,43 @@ from torch import Tensor
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
 from sophia_galore.engine.objective import CrossEntropy, Objective, SampledCrossEntropy
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.bitsandbytes import Freezer
-from sophia_galore.weights.files import load_store
+from sophia_galore.weights.files import convert, load_store, read_weights
 from sophia_galore.weights.store import WeightStore
 
 CPU = torch.device("cpu")
 
 
-def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Anatomy, WeightStore]:
+def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Architecture, WeightStore]:
     """Skeleton and store of a model folder."""
-    anatomy = build_skeleton(load_model_config(folder), CPU)
-    tied_head = "lm_head.weight" if anatomy.tied else None
-    store = load_store(folder, anatomy.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
-    return anatomy, store
+    architecture = build_skeleton(load_model_config(folder), CPU)
+    tied_head = "lm_head.weight" if architecture.tied else None
+    store = load_store(folder, architecture.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
+    return architecture, store
 
 
-def load_frozen_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Anatomy, WeightStore, list[str]]:
+def open_store(folder: Path, device: torch.device) -> WeightStore:
+    """Read a model folder into a store, each weight in its stored format; bitsandbytes is not needed."""
+    return WeightStore({name: convert(weight, None, device) for _, name, weight in read_weights(folder)})
+
+
+def load_frozen_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Architecture, WeightStore, list[str]]:
     """Skeleton and store of a model folder, the layers' linears in bitsandbytes; and the names of these."""
-    anatomy = build_skeleton(load_model_config(folder), CPU)
-    names = anatomy.linear_names()
-    tied_head = "lm_head.weight" if anatomy.tied else None
-    freezer = Freezer(anatomy.model, names, names, CPU)
-    shapes = anatomy.parameter_shapes()
+    architecture = build_skeleton(load_model_config(folder), CPU)
+    names = architecture.linear_names()
+    tied_head = "lm_head.weight" if architecture.tied else None
+    freezer = Freezer(architecture.model, names, names, CPU)
+    shapes = architecture.parameter_shapes()
     store = load_store(folder, shapes, tied_head=tied_head, dtype=dtype, device=CPU, frozen=freezer)
-    return anatomy, store, names
+    return architecture, store, names
 
 
 def make_engine(
-    anatomy: Anatomy,
+    architecture: Architecture,
     store: WeightStore,
     *,
     compute_dtype: torch.dtype = torch.float32,
@@ -52,7 +57,7 @@ def make_engine(
     **more: Any,
 ) -> LayerwiseEngine:
     """An engine on the CPU."""
-    return LayerwiseEngine(anatomy, store, compute_dtype=compute_dtype, device=CPU, seed=seed, **more)
+    return LayerwiseEngine(architecture, store, compute_dtype=compute_dtype, device=CPU, seed=seed, **more)
 
 
 def take_step(
@@ -80,11 +85,11 @@ def take_step(
     return result
 
 
-def everything_projected(anatomy: Anatomy) -> dict[str, Projector]:
+def everything_projected(architecture: Architecture) -> dict[str, Projector]:
     """A random A with columns of about unit length for each matrix."""
     draw = torch.Generator().manual_seed(1)
     made: dict[str, Projector] = {}
-    for name, shape in anatomy.parameter_shapes().items():
+    for name, shape in architecture.parameter_shapes().items():
         if len(shape) == 2:
             side = projection_side(shape)
             length = shape[1] if side == "right" else shape[0]

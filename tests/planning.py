@@ -40,17 +40,17 @@ def planner_of(
     device: DeviceFacts | None = None,
 ) -> Planner:
     """A planner for a model that is nowhere on disk."""
-    anatomy = build_skeleton(model_config, CPU)
+    architecture = build_skeleton(model_config, CPU)
     facts = Facts(
         RunConfig(),
         device=device or DeviceFacts(),
         model=model_facts(model_config),
-        parameters=parameter_facts(anatomy),
+        parameters=parameter_facts(architecture),
     )
     return Planner(
         facts,
         model_config,
-        anatomy.layer_names,
+        architecture.layer_names,
         workload or (lambda config: largest_workload(config, VOCAB)),
         lambda config: config.training.max_steps or num_steps,
         "a test",

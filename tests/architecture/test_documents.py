@@ -16,7 +16,7 @@ from documents import DOCUMENTS, PAGES, READMES, ROOT, TYPED, Block, blocks, pro
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.dump import config_reference
 from sophia_galore.config.keys import keys, sections
-from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
 from sophia_galore.plan.routes import make_routes
 

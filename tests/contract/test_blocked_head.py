@@ -13,7 +13,7 @@ from sophia_galore.engine import cross_entropy, head, layerwise
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.logits import BlockLogits, LossOf, Tile, WholeLogits
 from sophia_galore.engine.observe import Observer
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.subspace import Projector, Side
 from sophia_galore.weights.int8 import Int8Format, quantise
 from sophia_galore.weights.store import WeightStore
@@ -39,15 +39,15 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(head, "_NORM_TOKENS", 11)
 
 
-def parts(folder: Path, family: str, tied: bool, stored: str) -> tuple[Anatomy, WeightStore]:
+def parts(folder: Path, family: str, tied: bool, stored: str) -> tuple[Architecture, WeightStore]:
     """A tiny model whose matrices are in eight bits, or all of it in bfloat16."""
     tiny_model(family, tied=tied).save_pretrained(folder)
-    anatomy, store = load_parts(folder, torch.bfloat16)
+    architecture, store = load_parts(folder, torch.bfloat16)
     if stored == "int8":
         for name, weight in list(store.items()):
             if isinstance(weight, Tensor) and weight.ndim == 2:
                 store[name] = quantise(weight.values(torch.float32), Int8Format(block=16))
-    return anatomy, store
+    return architecture, store
 
 
 def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +58,10 @@ def one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(
-    anatomy: Anatomy, store: WeightStore, dtype: str, projectors: dict[str, Projector] | None = None
+    architecture: Architecture, store: WeightStore, dtype: str, projectors: dict[str, Projector] | None = None
 ) -> tuple[float, dict[str, Tensor]]:
     got: dict[str, Tensor] = {}
-    engine = make_engine(anatomy, store, compute_dtype=DTYPES[dtype])
+    engine = make_engine(architecture, store, compute_dtype=DTYPES[dtype])
     wanted = (projectors or {}).get
     result = take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1, wants=wanted)
     return result.loss, got
@@ -75,12 +75,12 @@ def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-def head_projectors(anatomy: Anatomy, side: Side | None) -> dict[str, Projector]:
+def head_projectors(architecture: Architecture, side: Side | None) -> dict[str, Projector]:
     if side is None:
         return {}
-    draw, shapes = torch.Generator().manual_seed(1), anatomy.parameter_shapes()
+    draw, shapes = torch.Generator().manual_seed(1), architecture.parameter_shapes()
     made = {}
-    for name in {anatomy.head_name, anatomy.embed_name}:
+    for name in {architecture.head_name, architecture.embed_name}:
         length = shapes[name][1 if side == "right" else 0]
         made[name] = Projector(torch.randn(length, 8, generator=draw) / length**0.5, side)
     return made
@@ -96,11 +96,11 @@ def test_blocks_give_what_one_piece_gives(
 ) -> None:
     if stored == dtype:
         pytest.skip("what is stored as it is computed with is worked on in one piece")
-    anatomy, store = parts(tmp_path, "gemma2", tied, stored)
-    projectors = head_projectors(anatomy, side)
-    loss, got = run(anatomy, store, dtype, projectors)
+    architecture, store = parts(tmp_path, "gemma2", tied, stored)
+    projectors = head_projectors(architecture, side)
+    loss, got = run(architecture, store, dtype, projectors)
     one_piece(monkeypatch)
-    expected_loss, expected = run(anatomy, store, dtype, projectors)
+    expected_loss, expected = run(architecture, store, dtype, projectors)
     assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of 320 exponentials; worst seen 3.8e-8
     assert worst(got, expected) <= TOLERANCES[dtype]
 
@@ -109,13 +109,13 @@ def test_blocks_give_what_one_piece_gives(
 @FORMATS
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])  # gemma2 caps its logits
 def test_gradients_equal_autograd_on_the_decoded_weights(tmp_path: Path, stored: str, tied: bool, family: str) -> None:
-    anatomy, store = parts(tmp_path, family, tied, stored)
+    architecture, store = parts(tmp_path, family, tied, stored)
     model = tiny_model(family, tied=tied).train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(store[name].values(torch.float32))
     expected_loss = autograd_loss(model, ragged_batches())
-    loss, got = run(anatomy, store, "fp32")
+    loss, got = run(architecture, store, "fp32")
     assert loss == pytest.approx(expected_loss, rel=1e-6)  # float32 sums of some 50 tokens
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert worst(got, expected) <= TOLERANCES["fp32"]
@@ -156,10 +156,10 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
 
 
 def test_evaluation_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anatomy, store = parts(tmp_path, "gemma2", True, "int8")
-    total, count = make_engine(anatomy, store).evaluate(ragged_batches())
+    architecture, store = parts(tmp_path, "gemma2", True, "int8")
+    total, count = make_engine(architecture, store).evaluate(ragged_batches())
     one_piece(monkeypatch)
-    expected, same_count = make_engine(anatomy, store).evaluate(ragged_batches())
+    expected, same_count = make_engine(architecture, store).evaluate(ragged_batches())
     assert total == pytest.approx(expected, rel=1e-6) and count == same_count  # as above
 
 
@@ -168,12 +168,12 @@ def test_gradients_of_drawn_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Each walk has the labels that the first one drew, a function of seed and step; one piece gets them as data."""
     heads: list[Head] = []
     monkeypatch.setattr(layerwise, "Head", lambda *args, **kwargs: heads.append(Head(*args, **kwargs)) or heads[-1])
-    anatomy, store = parts(tmp_path, "gemma2", tied, "int8")
+    architecture, store = parts(tmp_path, "gemma2", tied, "int8")
 
     def drawn(step: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         got: dict[str, Tensor] = {}
         take_step(
-            make_engine(anatomy, store, seed=seed),
+            make_engine(architecture, store, seed=seed),
             ragged_batches(),
             lambda grads: got.update(grads),
             step=step,
@@ -191,13 +191,13 @@ def test_gradients_of_drawn_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     batches, expected = ragged_batches(), dict[str, Tensor]()
     for batch, part in zip(batches, labels.split([batch.num_counted for batch in batches]), strict=True):
         batch.labels[batch.labels != -100] = part
-    take_step(make_engine(anatomy, store), batches, lambda grads: expected.update(grads), step=1)
+    take_step(make_engine(architecture, store), batches, lambda grads: expected.update(grads), step=1)
     assert worst(got, expected) <= TOLERANCES["fp32"]
 
 
 def test_a_weight_that_is_ready_is_worked_on_in_one_piece(tmp_path: Path) -> None:
-    anatomy, store = parts(tmp_path, "llama", True, "bf16")
+    architecture, store = parts(tmp_path, "llama", True, "bf16")
     loss = LossOf(torch.zeros(1, dtype=torch.int64), None, None, 64)
-    ready = head.logits_of(store, anatomy.head_name, torch.bfloat16, loss, Observer())
+    ready = head.logits_of(store, architecture.head_name, torch.bfloat16, loss, Observer())
     assert isinstance(ready, WholeLogits)
-    assert isinstance(head.logits_of(store, anatomy.head_name, torch.float32, loss, Observer()), BlockLogits)
+    assert isinstance(head.logits_of(store, architecture.head_name, torch.float32, loss, Observer()), BlockLogits)

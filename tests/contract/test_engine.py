@@ -27,8 +27,8 @@ TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 def engine_for(folder: Path, family: str, tied: bool) -> tuple[LayerwiseEngine, WeightStore]:
     tiny_model(family, tied=tied).save_pretrained(folder)
-    anatomy, store = load_parts(folder)
-    return make_engine(anatomy, store), store
+    architecture, store = load_parts(folder)
+    return make_engine(architecture, store), store
 
 
 def all_gradients(engine: LayerwiseEngine, batches: list) -> dict[str, Tensor]:  # type: ignore[type-arg]
@@ -74,14 +74,16 @@ class _GradientBytes(Observer):
 def test_gradient_storages_never_exceed_one_unit(tmp_path: Path, tied: bool, keep_layers: int) -> None:
     """Counted by storages: the sum of live gradients is at most that of the largest layer, head or embedding."""
     tiny_model("llama", tied=tied).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    sizes = {name: 4 * shape.numel() for name, shape in anatomy.parameter_shapes().items()}
-    units = [sum(size for name, size in sizes.items() if name.startswith(f"{layer}.")) for layer in anatomy.layer_names]
-    units += [sizes[anatomy.embed_name], sizes[anatomy.head_name] + sizes["model.norm.weight"]]
+    architecture, store = load_parts(tmp_path)
+    sizes = {name: 4 * shape.numel() for name, shape in architecture.parameter_shapes().items()}
+    units = [
+        sum(size for name, size in sizes.items() if name.startswith(f"{layer}.")) for layer in architecture.layer_names
+    ]
+    units += [sizes[architecture.embed_name], sizes[architecture.head_name] + sizes["model.norm.weight"]]
     tracker = StorageTracker(torch.device("cpu"))
     observer = _GradientBytes(tracker)
     with tracker:
-        engine = make_engine(anatomy, store, observer=observer, keep_layers=keep_layers)
+        engine = make_engine(architecture, store, observer=observer, keep_layers=keep_layers)
         take_step(engine, ragged_batches(), lambda grads: None, step=1)
     assert max(units) * 0.9 <= observer.peak <= max(units)
 
@@ -158,21 +160,21 @@ def test_a_bad_loss_stops_before_anything_is_handed_on(tmp_path: Path) -> None:
 
 def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    mlp = anatomy.layers[1].mlp
+    architecture, store = load_parts(tmp_path)
+    mlp = architecture.layers[1].mlp
     mlp.forward = lambda hidden: hidden  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.\w+\.weight gets no gradient"):
-        take_step(make_engine(anatomy, store), ragged_batches(), lambda grads: None, step=1)
+        take_step(make_engine(architecture, store), ragged_batches(), lambda grads: None, step=1)
 
 
 def test_drawn_labels_are_a_function_of_seed_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heads: list[Head] = []
     monkeypatch.setattr(layerwise, "Head", lambda *args, **kwargs: heads.append(Head(*args, **kwargs)) or heads[-1])
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
+    architecture, store = load_parts(tmp_path)
 
     def labels(seed: int, step: int, sampled: bool = True) -> Tensor:
-        engine = make_engine(anatomy, store, seed=seed)
+        engine = make_engine(architecture, store, seed=seed)
         take_step(
             engine,
             ragged_batches(),

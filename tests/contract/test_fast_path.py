@@ -69,9 +69,9 @@ def worst_error(got: dict[str, Tensor], whole: dict[str, Tensor], projectors: di
 def test_products_equal_the_gradients_multiplied(tmp_path: Path, family: str, tied: bool) -> None:
     """Everything that is a matrix is projected; norms and biases, which are not, get their gradients."""
     tiny_model(family, tied=tied).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
-    projectors = random_projectors(anatomy.parameter_shapes())
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
+    projectors = random_projectors(architecture.parameter_shapes())
     whole, got = run(engine, {}), run(engine, projectors)
     assert all(got[name].shape == projected_shape(whole[name].shape, RANK) for name in projectors)
     assert worst_error(got, whole, projectors) <= TOLERANCE  # worst seen 3.2e-7
@@ -82,9 +82,9 @@ def test_products_equal_the_gradients_multiplied(tmp_path: Path, family: str, ti
 def test_either_side_will_do(tmp_path: Path, side: Side, tied: bool) -> None:
     """The side is the projector's; the engine does not ask for the shape. Chunks of the head add up."""
     tiny_model("qwen2", tied=tied).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
-    projectors = random_projectors(anatomy.parameter_shapes(), side=side)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
+    projectors = random_projectors(architecture.parameter_shapes(), side=side)
     assert worst_error(run(engine, projectors), run(engine, {}), projectors) <= TOLERANCE  # worst seen 4.8e-7
 
 
@@ -100,18 +100,18 @@ def test_either_side_will_do(tmp_path: Path, side: Side, tied: bool) -> None:
 )
 def test_projected_and_whole_stand_side_by_side(tmp_path: Path, wanted: Callable[[str], bool]) -> None:
     tiny_model("qwen2", tied=False).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
-    projectors = random_projectors(anatomy.parameter_shapes(), wanted)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
+    projectors = random_projectors(architecture.parameter_shapes(), wanted)
     assert projectors
     assert worst_error(run(engine, projectors), run(engine, {}), projectors) <= TOLERANCE  # worst seen 2.8e-7
 
 
 def test_products_with_a_chunked_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_model("gemma2").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
-    projectors = random_projectors(anatomy.parameter_shapes())
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
+    projectors = random_projectors(architecture.parameter_shapes())
     whole = run(engine, {})
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 1})
     monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 3)
@@ -129,20 +129,20 @@ def test_products_with_a_chunked_head(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_products_in_half_precision(tmp_path: Path, family: str, compute_dtype: torch.dtype, tolerance: float) -> None:
     tiny_model(family).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    projectors = random_projectors(anatomy.parameter_shapes())
-    whole = run(make_engine(anatomy, store), {})
-    got = run(make_engine(anatomy, store, compute_dtype=compute_dtype), projectors)
+    architecture, store = load_parts(tmp_path)
+    projectors = random_projectors(architecture.parameter_shapes())
+    whole = run(make_engine(architecture, store), {})
+    got = run(make_engine(architecture, store, compute_dtype=compute_dtype), projectors)
     assert worst_error(got, whole, projectors) <= tolerance
 
 
 def test_fp16_tries_again_from_empty_products(tmp_path: Path) -> None:
     """A product that is not finite has the layer done again, and nothing of the first try stays in the second's."""
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    projectors = random_projectors(anatomy.parameter_shapes(), lambda name: "o_proj" in name)
-    whole = run(make_engine(anatomy, store), {})
-    engine = make_engine(anatomy, store, compute_dtype=torch.float16)
+    architecture, store = load_parts(tmp_path)
+    projectors = random_projectors(architecture.parameter_shapes(), lambda name: "o_proj" in name)
+    whole = run(make_engine(architecture, store), {})
+    engine = make_engine(architecture, store, compute_dtype=torch.float16)
     original, tries = engine._layers._backward_scaled, [0]
 
     def first_try_overflows(*args):  # type: ignore[no-untyped-def]
@@ -160,9 +160,9 @@ def test_fp16_tries_again_from_empty_products(tmp_path: Path) -> None:
 
 def test_order_of_micro_batches_does_not_matter(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
-    projectors = random_projectors(anatomy.parameter_shapes())
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
+    projectors = random_projectors(architecture.parameter_shapes())
     one, other = run(engine, projectors), run(engine, projectors, list(reversed(ragged_batches())))
     assert worst_error(one, other, {}) <= 2e-6  # sums of three float32 terms in another order; worst seen 2e-7
 
@@ -170,14 +170,14 @@ def test_order_of_micro_batches_does_not_matter(tmp_path: Path) -> None:
 def test_without_projectors_no_mode_is_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mode makes every operation slower; only layers that have a projected weight pay for it."""
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
     entered: list[object] = []
     original = ProjectedLinears.__enter__
     monkeypatch.setattr(ProjectedLinears, "__enter__", lambda mode: entered.append(mode) or original(mode))
     run(engine, {})
     assert not entered
-    run(engine, random_projectors(anatomy.parameter_shapes(), lambda name: "layers.1." in name))
+    run(engine, random_projectors(architecture.parameter_shapes(), lambda name: "layers.1." in name))
     assert len(entered) == len(ragged_batches())
 
 
@@ -217,15 +217,15 @@ class _Early(Observer):
 def test_no_projected_weights_gradient_is_ever_formed(tmp_path: Path, tied: bool, side: Side | None) -> None:
     """No operation makes as many bytes as any weight has: numbers of tokens are such that no activation can."""
     tiny_model("llama", tied=tied).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    shapes = anatomy.parameter_shapes()
+    architecture, store = load_parts(tmp_path)
+    shapes = architecture.parameter_shapes()
     sizes = {4 * shape.numel() for shape in shapes.values() if len(shape) == 2}
 
     def made(projectors: dict[str, Projector]) -> tuple[set[int], list[int]]:
         observer = _Early()
         tracker = _Made({store[name].first.untyped_storage().data_ptr() for name in shapes})
         with tracker:
-            run(make_engine(anatomy, store, observer=observer), projectors)
+            run(make_engine(architecture, store, observer=observer), projectors)
         return tracker.sizes, observer.tagged
 
     assert sizes <= made({})[0], "the tracker sees gradients where they are formed"
@@ -242,8 +242,8 @@ def test_no_projected_weights_gradient_is_ever_formed(tmp_path: Path, tied: bool
 def test_a_weight_used_outside_of_linear(tmp_path: Path, both: bool, compute_dtype: torch.dtype) -> None:
     """A module may multiply in its own way: its weight's gradient is formed, and multiplied."""
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    mlp = anatomy.layers[1].mlp
+    architecture, store = load_parts(tmp_path)
+    mlp = architecture.layers[1].mlp
 
     def forward(hidden: Tensor) -> Tensor:
         up = hidden @ mlp.up_proj.weight.T
@@ -252,21 +252,21 @@ def test_a_weight_used_outside_of_linear(tmp_path: Path, both: bool, compute_dty
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(hidden)) * up)  # type: ignore[no-any-return]
 
     mlp.forward = forward  # type: ignore[method-assign]
-    projectors = random_projectors(anatomy.parameter_shapes())
-    whole = run(make_engine(anatomy, store), {})
-    got = run(make_engine(anatomy, store, compute_dtype=compute_dtype), projectors)
+    projectors = random_projectors(architecture.parameter_shapes())
+    whole = run(make_engine(architecture, store), {})
+    got = run(make_engine(architecture, store, compute_dtype=compute_dtype), projectors)
     tolerance = TOLERANCE if compute_dtype == torch.float32 else 1e-2  # worst seen 2.9e-7 and 2.1e-3
     assert worst_error(got, whole, projectors) <= tolerance
 
 
 def test_a_projected_parameter_without_gradient_is_named(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    mlp = anatomy.layers[1].mlp
+    architecture, store = load_parts(tmp_path)
+    mlp = architecture.layers[1].mlp
     mlp.forward = lambda hidden: hidden  # type: ignore[method-assign]
-    projectors = random_projectors(anatomy.parameter_shapes())
+    projectors = random_projectors(architecture.parameter_shapes())
     with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.\w+\.weight gets no gradient"):
-        run(make_engine(anatomy, store), projectors)
+        run(make_engine(architecture, store), projectors)
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])

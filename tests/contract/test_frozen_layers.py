@@ -20,7 +20,7 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.loaded import loaded
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.memory.monitor import MemoryMonitor
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.export import write_model
 from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.model.source_files import read_source_files
@@ -49,10 +49,10 @@ class World:
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder = folder
-        self.anatomy: Anatomy
+        self.architecture: Architecture
         self.store: WeightStore
-        self.anatomy, self.store, self.frozen = load_frozen_parts(folder, dtype)
-        self.engine: LayerwiseEngine = make_engine(self.anatomy, self.store)
+        self.architecture, self.store, self.frozen = load_frozen_parts(folder, dtype)
+        self.engine: LayerwiseEngine = make_engine(self.architecture, self.store)
         self.trained = {
             name: tuple(weight.shape) for name, weight in self.store.items() if not isinstance(weight, Frozen8bit)
         }
@@ -101,9 +101,9 @@ def test_gradients_are_those_of_the_decoded_model(
     family: str, dtype: torch.dtype, training: bool, tmp_path: Path
 ) -> None:
     world = World(write_tiny_model(tmp_path, family))
-    world.anatomy.model.train(training)
+    world.architecture.model.train(training)
     got: dict[str, Tensor] = {}
-    engine = make_engine(world.anatomy, world.store, compute_dtype=dtype)
+    engine = make_engine(world.architecture, world.store, compute_dtype=dtype)
     loss = take_step(engine, ragged_batches(), got.update, step=1).loss
     twin = decoded_twin(family, world.store)
     exact = training and dtype == torch.float32
@@ -129,7 +129,7 @@ def test_training_moves_what_is_trained_and_nothing_else(family: str, tmp_path: 
     assert moved == set(world.trained)
     assert losses[-1] < losses[0] - 0.1
     assert all(weight.problem() is None for _, weight in world.store.items() if isinstance(weight, Frozen8bit))
-    assert all(parameter.grad is None for parameter in world.anatomy.model.parameters())
+    assert all(parameter.grad is None for parameter in world.architecture.model.parameters())
     # Evaluation on a CPU rounds inputs to eight bits, training does not.
     assert loss_before / count == pytest.approx(losses[0], rel=LOSS_TOLERANCE)
     assert world.engine.evaluate(ragged_batches())[0] < loss_before
@@ -182,11 +182,11 @@ def test_it_answers_and_trains_on(family: str, dtype: torch.dtype, tmp_path: Pat
     before = world.tensors()
     for _ in range(2):
         tokenizer = load_tokenizer(tmp_path)
-        given = answer(world.anatomy, world.store, tokenizer, ["what is one"], max_new_tokens=4, device=CPU)
+        given = answer(world.architecture, world.store, tokenizer, ["what is one"], max_new_tokens=4, device=CPU)
         assert len(given) == 1
     after = world.tensors()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert {name for name, parameter in world.anatomy.model.named_parameters() if parameter.is_meta} == set(
+    assert {name for name, parameter in world.architecture.model.named_parameters() if parameter.is_meta} == set(
         world.trained
     ), "the skeleton is as it was"
     losses.append(world.step(2))
@@ -199,7 +199,7 @@ def test_answers_are_those_of_the_decoded_model(tmp_path: Path) -> None:
     world = World(write_tiny_model(tmp_path, "qwen2"))
     twin = decoded_twin("qwen2", world.store).float().eval()
     tokens = torch.arange(3, 40)[None]
-    with torch.no_grad(), whole_model(world.anatomy, world.store) as model:
+    with torch.no_grad(), whole_model(world.architecture, world.store) as model:
         got, expected = model(tokens).logits, twin(tokens).logits
     assert float((got - expected).norm() / expected.norm()) <= 1e-2  # worst over 12 seeds: 3.3e-3
 
@@ -219,11 +219,11 @@ def test_memory_is_followed_and_frozen_weights_count_as_weights(tmp_path: Path) 
     folder = write_tiny_model(tmp_path, "llama")
     with MemoryMonitor(CPU, MemoryConfig(track_steps=2)) as monitor:
         with monitor.phase("load"):
-            anatomy, store, names = load_frozen_parts(folder)
+            architecture, store, names = load_frozen_parts(folder)
         expected = sum(tensor.nbytes for tensor in store.tensors().values())
         assert monitor._tracker is not None
         assert monitor._tracker.by_category["weights"] == pytest.approx(expected, rel=0.02)
         got: dict[str, Tensor] = {}
-        take_step(make_engine(anatomy, store, observer=monitor), ragged_batches(), got.update, step=1)
+        take_step(make_engine(architecture, store, observer=monitor), ragged_batches(), got.update, step=1)
         monitor.end_step(1)
     assert not set(got) & set(names)

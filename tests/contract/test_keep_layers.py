@@ -17,7 +17,7 @@ from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.tracker import StorageTracker
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -31,16 +31,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SOME = [1, 2, NUM_LAYERS, 99]  # more than there are counts as all
 
 
-def int8_parts(folder: Path) -> tuple[Anatomy, WeightStore]:
+def int8_parts(folder: Path) -> tuple[Architecture, WeightStore]:
     """The model's matrices in eight bits."""
-    anatomy, store = load_parts(folder, torch.bfloat16)
+    architecture, store = load_parts(folder, torch.bfloat16)
     for name, weight in list(store.items()):
         if len(weight.shape) == 2:
             store[name] = quantise(weight.values(torch.float32), Int8Format(block=16))
-    return anatomy, store
+    return architecture, store
 
 
-def run(parts: tuple[Anatomy, WeightStore], keep_layers: int, **more: Any) -> tuple[float, dict[str, Tensor]]:
+def run(parts: tuple[Architecture, WeightStore], keep_layers: int, **more: Any) -> tuple[float, dict[str, Tensor]]:
     projectors, sampled = more.pop("projectors", {}), more.pop("sampled", False)
     engine = make_engine(*parts, keep_layers=keep_layers, **more)
     got: dict[str, Tensor] = {}
@@ -95,16 +95,18 @@ def test_the_bits_of_steps_with_curvature(tmp_path: Path, fast: bool) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     ends: list[dict[str, Tensor]] = []
     for keep_layers in (0, 2):
-        anatomy, store = load_parts(tmp_path)
+        architecture, store = load_parts(tmp_path)
         subspace = SubspaceSpec(rank=6, gap=2, scale=0.5, kind="tracked", fast=fast)
         specs = [
             ParamSpec(
                 name, tuple(shape), 1e-2, 0.0, Hyper(), rule="sophia", subspace=subspace if len(shape) == 2 else None
             )
-            for name, shape in anatomy.parameter_shapes().items()
+            for name, shape in architecture.parameter_shapes().items()
         ]
         optimizer = ParamOptimizer(specs, seed=0, device=CPU)
-        stepper = Stepper(make_engine(anatomy, store, keep_layers=keep_layers), optimizer, store, curvature_every=2)
+        stepper = Stepper(
+            make_engine(architecture, store, keep_layers=keep_layers), optimizer, store, curvature_every=2
+        )
         for step in (1, 2, 3):
             stepper.take(ragged_batches(step), step=step, factor=1.0)
         ends.append({spec.name: store[spec.name].first.clone() for spec in specs})
@@ -181,10 +183,12 @@ def test_what_a_graph_holds_is_free_when_its_layer_is_done(tmp_path: Path, compu
     tiny_model("llama").save_pretrained(tmp_path)
 
     def alive(keep_layers: int) -> list[int]:
-        anatomy, store = load_parts(tmp_path)
+        architecture, store = load_parts(tmp_path)
         tracker = StorageTracker(CPU)
         observer = _Phases(tracker)
-        engine = make_engine(anatomy, store, keep_layers=keep_layers, observer=observer, compute_dtype=compute_dtype)
+        engine = make_engine(
+            architecture, store, keep_layers=keep_layers, observer=observer, compute_dtype=compute_dtype
+        )
         with tracker:
             take_step(engine, ragged_batches(), lambda grads: None, step=1)
         return observer.alive
@@ -200,8 +204,8 @@ def test_what_a_graph_holds_is_free_when_its_layer_is_done(tmp_path: Path, compu
 def test_a_graph_is_one_layers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It begins at leaves: the weights as the store holds them, and what entered, which no graph leads up to."""
     tiny_model("llama").save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store, keep_layers=NUM_LAYERS)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store, keep_layers=NUM_LAYERS)
     graphs: list[LayerGraph] = []
     keep = engine._layers.keep
 
@@ -212,7 +216,7 @@ def test_a_graph_is_one_layers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for (leaf, _), entering in zip(graph.kept, inputs, strict=True):
             assert leaf.is_leaf and leaf.data_ptr() == entering.data_ptr()
         for key, leaf in graph.leaves.items():
-            weight = store[f"{anatomy.layer_names[index]}.{key}"].first
+            weight = store[f"{architecture.layer_names[index]}.{key}"].first
             assert isinstance(weight, Tensor) and leaf.is_leaf and leaf.data_ptr() == weight.data_ptr()
         graphs.append(graph)
         return out, graph

@@ -111,16 +111,16 @@ def test_no_weight_moves_twice(tmp_path: Path, tied: bool, fast: bool | None) ->
     ends: list[dict[str, Tensor]] = []
     begun: dict[str, Tensor] = {}
     for place in (None, *PLACES[3:]):
-        anatomy, store = load_parts(tmp_path)
+        architecture, store = load_parts(tmp_path)
         subspace = None if fast is None else SubspaceSpec(rank=6, gap=4, scale=0.5, kind="tracked", fast=fast)
         specs = [
             ParamSpec(name, tuple(shape), 1e-2, 0.0, Hyper(), subspace=subspace if len(shape) == 2 else None)
-            for name, shape in anatomy.parameter_shapes().items()
+            for name, shape in architecture.parameter_shapes().items()
         ]
         begun = begun or {spec.name: store[spec.name].first.clone() for spec in specs}  # type: ignore[union-attr]
         optimizer = ParamOptimizer(specs, seed=0, device=CPU)
         memory = RunsOut(*place, operation=20, times=1) if place else RunsOut()
-        engine = make_engine(anatomy, store, keep_layers=1, on_oom="adapt", observer=memory)
+        engine = make_engine(architecture, store, keep_layers=1, on_oom="adapt", observer=memory)
         stepper = Stepper(engine, optimizer, store)
         for step in (1, 2, 3):
             memory.counts.clear()
@@ -175,7 +175,8 @@ def test_evaluation_is_relieved_too(tmp_path: Path, share: float) -> None:
     assert num_counted == expected[1]
     assert total == pytest.approx(expected[0], rel=1e-6)  # float32 sums of some 50 tokens
     assert (
-        engine.chunk_sizes.keep_layers == 3 and not parts[0].model.training == engine._anatomy.model.training is False
+        engine.chunk_sizes.keep_layers == 3
+        and not parts[0].model.training == engine._architecture.model.training is False
     )
 
 

@@ -59,10 +59,10 @@ class Parts:
     ) -> None:
         self.model = tiny_model("qwen2", tied=tied, **shapes).train()
         self.model.save_pretrained(folder)
-        self.anatomy, self.store = load_parts(folder)
-        self.specs = specs_for(self.anatomy.parameter_shapes(), subspace, rule)
+        self.architecture, self.store = load_parts(folder)
+        self.specs = specs_for(self.architecture.parameter_shapes(), subspace, rule)
         self.optimizer = ParamOptimizer(self.specs, seed=0, device=CPU)
-        engine = make_engine(self.anatomy, self.store, observer=observer)
+        engine = make_engine(self.architecture, self.store, observer=observer)
         self.stepper = Stepper(
             engine,
             self.optimizer,
@@ -134,7 +134,7 @@ def test_clipping_by_the_layer_limits_each_one(tmp_path: Path) -> None:
     optimizer, weights = ParamOptimizer(parts.specs, seed=0, device=CPU), parts.weights()
     groups: dict[str, list[str]] = {}
     for name in seen:
-        layer = next((layer for layer in parts.anatomy.layer_names if name.startswith(f"{layer}.")), name)
+        layer = next((layer for layer in parts.architecture.layer_names if name.startswith(f"{layer}.")), name)
         groups.setdefault(layer, []).append(name)
     for names in groups.values():
         norm = float(torch.stack([seen[name].norm() for name in names]).norm())

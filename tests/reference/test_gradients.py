@@ -25,9 +25,9 @@ HALF_TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 def gradients(folder: Path, compute_dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
-    anatomy, store = load_parts(folder)
+    architecture, store = load_parts(folder)
     got: dict[str, Tensor] = {}
-    engine = make_engine(anatomy, store, compute_dtype=compute_dtype)
+    engine = make_engine(architecture, store, compute_dtype=compute_dtype)
     result = take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=1)
     return result.loss, got
 
@@ -78,9 +78,9 @@ def test_fp16_does_not_underflow_where_plain_backward_would(tmp_path: Path) -> N
     model.save_pretrained(tmp_path)
     batches = [repeated(batch, 200) for batch in ragged_batches()]
     autograd_loss(model, batches)
-    anatomy, store = load_parts(tmp_path)
+    architecture, store = load_parts(tmp_path)
     got: dict[str, Tensor] = {}
-    take_step(make_engine(anatomy, store, compute_dtype=torch.float16), batches, lambda g: got.update(g), step=1)
+    take_step(make_engine(architecture, store, compute_dtype=torch.float16), batches, lambda g: got.update(g), step=1)
     for name, parameter in model.named_parameters():
         error = float((got[name] - parameter.grad).norm() / parameter.grad.norm())
         assert error <= HALF_TOLERANCE[torch.float16], name
@@ -102,16 +102,16 @@ def test_evaluation_is_the_loss_of_the_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with torch.enable_grad():
         expected = autograd_loss(model, ragged_batches())
-    anatomy, store = load_parts(tmp_path)
-    total, count = make_engine(anatomy, store).evaluate(ragged_batches())
+    architecture, store = load_parts(tmp_path)
+    total, count = make_engine(architecture, store).evaluate(ragged_batches())
     assert total / count == pytest.approx(expected, rel=1e-6)  # float32 sums of some 50 tokens
 
 
 def test_dropout_draws_the_same_in_forward_and_recomputation(tmp_path: Path) -> None:
     """With dropout the gradient is the derivative of the loss that was computed: checked by differences."""
     tiny_model("llama", attention_dropout=0.3).save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
     name = "model.layers.0.mlp.down_proj.weight"
     got: dict[str, Tensor] = {}
     take_step(engine, ragged_batches(), lambda grads: got.update(grads), step=7)
@@ -133,10 +133,10 @@ def drawn_step(
     """Loss, gradients or products, and labels of a step on drawn labels."""
     heads: list[Head] = []
     monkeypatch.setattr(layerwise, "Head", lambda *args, **kwargs: heads.append(Head(*args, **kwargs)) or heads[-1])
-    anatomy, store = load_parts(folder)
+    architecture, store = load_parts(folder)
     got: dict[str, Tensor] = {}
     result = take_step(
-        make_engine(anatomy, store),
+        make_engine(architecture, store),
         ragged_batches(),
         lambda grads: got.update(grads),
         step=1,

@@ -19,7 +19,7 @@ from engines import everything_projected, load_parts, make_engine, take_step
 from sophia_galore.data.batches import IGNORED, MicroBatch, collate
 from sophia_galore.engine.objective import CountedTokens, CrossEntropy, Objective, SampledCrossEntropy, sequence_numbers
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.subspace import Projector
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.int8 import Int8Format, quantise
@@ -98,33 +98,33 @@ def expected_gradients(model: Any, projectors: dict[str, Projector]) -> dict[str
     }
 
 
-def parts_of(folder: Path, model: Any, stored: str) -> tuple[Anatomy, WeightStore]:
+def parts_of(folder: Path, model: Any, stored: str) -> tuple[Architecture, WeightStore]:
     """The model's parts; with matrices in eight bits, the model gets what these stand for."""
     model.save_pretrained(folder)
-    anatomy, store = load_parts(folder)
+    architecture, store = load_parts(folder)
     if stored == "int8":
         own = dict(model.named_parameters())
         for name, weight in list(store.items()):
             if len(weight.shape) == 2:
                 store[name] = quantise(weight.values(torch.float32), Int8Format(block=16))
                 own[name].data.copy_(store[name].values(torch.float32))
-    return anatomy, store
+    return architecture, store
 
 
-def wants_of(form: str, anatomy: Anatomy) -> tuple[Wants, dict[str, Projector]]:
+def wants_of(form: str, architecture: Architecture) -> tuple[Wants, dict[str, Projector]]:
     """How gradients are asked for, and what they come multiplied with."""
-    projectors = everything_projected(anatomy)
+    projectors = everything_projected(architecture)
     if form == "whole":
         return whole_gradients, {}
     if form == "projected":
         return projectors.get, projectors
     # A layer's gradient is formed all the same.
-    late = {name: projectors[name] for name in {anatomy.head_name, anatomy.embed_name}}
+    late = {name: projectors[name] for name in {architecture.head_name, architecture.embed_name}}
     return lambda name: (lambda grad: late[name]) if name in late else None, late
 
 
 def run(
-    parts: tuple[Anatomy, WeightStore],
+    parts: tuple[Architecture, WeightStore],
     batches: Sequence[MicroBatch],
     objective: Objective,
     wants: Wants = whole_gradients,

@@ -27,12 +27,12 @@ def test_adamw_equals_torch(tmp_path: Path, family: str, tied: bool) -> None:
     model = tiny_model(family, tied=tied).train()
     model.save_pretrained(tmp_path)
     reference = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, foreach=False)
-    anatomy, store = load_parts(tmp_path)
-    engine = make_engine(anatomy, store)
+    architecture, store = load_parts(tmp_path)
+    engine = make_engine(architecture, store)
     optimizer = ParamOptimizer(
         [
             ParamSpec(name, tuple(shape), LEARNING_RATE, 0.01, Hyper())
-            for name, shape in anatomy.parameter_shapes().items()
+            for name, shape in architecture.parameter_shapes().items()
         ],
         seed=0,
         device=CPU,

@@ -33,12 +33,12 @@ def one_by_one(seed: int = 0) -> list[MicroBatch]:
 
 def step(folder: Path, batches: list[MicroBatch], attention: str = "", **more: Any) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients (or products) of a step of our engine."""
-    anatomy, store = load_parts(folder)
+    architecture, store = load_parts(folder)
     if attention:
-        anatomy.base.config._attn_implementation = attention  # type: ignore[union-attr]
+        architecture.base.config._attn_implementation = attention  # type: ignore[union-attr]
     asked = {key: more.pop(key) for key in ("wants", "sampled") if key in more}
     got: dict[str, Tensor] = {}
-    result = take_step(make_engine(anatomy, store, **more), batches, got.update, step=1, **asked)
+    result = take_step(make_engine(architecture, store, **more), batches, got.update, step=1, **asked)
     return result.loss, got
 
 
@@ -142,16 +142,16 @@ def test_an_example_sees_nothing_of_its_neighbours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_the_models_own_attention_comes_back(tmp_path: Path, error: type[Exception] | None) -> None:
     tiny_model().save_pretrained(tmp_path)
-    anatomy, store = load_parts(tmp_path)
+    architecture, store = load_parts(tmp_path)
 
     def apply(grads: dict[str, Tensor]) -> None:
         if error is not None:
             raise error
 
-    engine = make_engine(anatomy, store)
+    engine = make_engine(architecture, store)
     if error is None:
         take_step(engine, packed_batches(), apply, step=1)
     else:
         with pytest.raises(error):
             take_step(engine, packed_batches(), apply, step=1)
-    assert segments.own_attention(anatomy) == "sdpa"
+    assert segments.own_attention(architecture) == "sdpa"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sophia_galore.cli.arguments import expanded
-from sophia_galore.model.cache import in_words
+from sophia_galore.model.cache import format_bytes
 from sophia_galore.model.hub_push import files_to_push, push, refuse_hub_id
 from sophia_galore.train.trained import refuse_unfinished
 
@@ -26,5 +26,5 @@ def push_model(
     files = files_to_push(folder)
     typer.echo(f"To {hub_id}{', private' if private else ''}:")
     for file in files:
-        typer.echo(f"  {file.name}  {in_words(file.stat().st_size)}")
+        typer.echo(f"  {file.name}  {format_bytes(file.stat().st_size)}")
     typer.echo(push(folder, files, hub_id, private=private))

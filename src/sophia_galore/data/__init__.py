@@ -1,1 +1,1 @@
-"""Records on disk -> chat text with a loss mask -> examples -> batches in a reproducible order."""
+"""Read records, convert them to conversations and examples with a loss mask, and batch these reproducibly."""

@@ -1,7 +1,7 @@
-"""Records that can't be used: collected from reading to rendering, so that one attempt shows all of them.
+"""Collect the records that can't be used, from reading to tokenising, so that one attempt shows all of them.
 
-A single broken record is the user's to mend or to leave out. What is wrong with a whole file, with the model's
-tokenizer or with its chat template is not: such errors are raised where they are found and never come here.
+Only errors of single records are collected, which the user can repair or skip. An error of a whole file, of the
+tokenizer or of the chat template is raised where it is found.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from sophia_galore.errors import DataError
 from sophia_galore.records.run import BadRecord
 
 SHOWN = 5
-"""Places that a message names."""
+"""Number of records that a message lists."""
 
 SKIP = "`data.on_bad_record: skip` leaves such records out, counts them and lists them in the run's folder."
 
 Report = Callable[[str, DataError], None]
-"""Takes the place of a record that can't be used, and why."""
+"""Called with the location of a record that can't be used, and the error."""
 
 
 def stop_at_once(where: str, error: DataError) -> None:
-    """The report of those who want the first error as it is."""
+    """Raise the first error: the default report."""
     raise error
 
 
 class BadRecords:
-    """Collects them, and stops or goes on as it was asked to.
+    """The records that can't be used, and whether they stop the run.
 
     Args:
         policy: ``stop`` or ``skip``.
@@ -40,46 +40,46 @@ class BadRecords:
 
     @property
     def found(self) -> tuple[BadRecord, ...]:
-        """All of them so far, file by file in the order in which something was found there; each place once."""
+        """All bad records so far, each location once: by file in the order found, then by position in the file."""
         files: dict[str, int] = {}
         for where in self._found:
-            files.setdefault(_place(where)[0], len(files))
+            files.setdefault(_location(where)[0], len(files))
 
         def order(record: BadRecord) -> tuple[int, int]:
-            file, number = _place(record.where)
+            file, number = _location(record.where)
             return files[file], number
 
         return tuple(sorted(self._found.values(), key=order))
 
     @property
     def num_found(self) -> int:
-        """How many there are so far."""
+        """Number of bad records so far."""
         return len(self._found)
 
     @property
     def stops(self) -> bool:
-        """Whether the run is going to be stopped because of them."""
+        """Whether the run will stop because of bad records."""
         return bool(self._found) and not self._skips
 
     def report(self, where: str, error: DataError) -> None:
-        """Takes a record that can't be used.
+        """Add a record that can't be used.
 
         Args:
-            where: Its place.
-            error: Why.
+            where: Its location.
+            error: What is wrong with it.
         """
         reason = error.cause.removeprefix(where).lstrip(": ")
         self._found.setdefault(where, BadRecord(where=where, reason=reason, remedy=error.remedy))
 
     def refuse(self, num_records: int, *, at_any_rate: bool = False) -> None:
-        """Does nothing if there are none, or if they are to be left out and others are there.
+        """Raise an error if there are bad records and the run must not skip them.
 
         Args:
-            num_records: Records that were read, with the bad ones.
-            at_any_rate: Refuse even if they are to be left out, since what is left does not suffice.
+            num_records: Number of records that were read, including the bad ones.
+            at_any_rate: Also refuse under the policy ``skip``, because too few records remain.
 
         Raises:
-            DataError: Some were found and the run is to stop; or nothing but such records was.
+            DataError: There are bad records and the policy is ``stop``, or all records are bad.
         """
         everything = at_any_rate or len(self._found) >= num_records
         if not self._found or (self._skips and not everything):
@@ -87,9 +87,9 @@ class BadRecords:
         bad = self.found
         skip = "" if everything else f" {SKIP}"
         if len(bad) == 1:
-            raise DataError(_sentence(bad[0]), f"{bad[0].remedy}{skip}".strip())
+            raise DataError(f"{bad[0].where}: {bad[0].reason}", f"{bad[0].remedy}{skip}".strip())
         lines = [f"{len(bad)} of {num_records} records can't be used:"]
-        lines += [f"- {_sentence(record)}" for record in bad[:SHOWN]]
+        lines += [f"- {record.where}: {record.reason}" for record in bad[:SHOWN]]
         if len(bad) > SHOWN:
             lines.append(f"- and {len(bad) - SHOWN} more")
         remedies = {record.remedy for record in bad}
@@ -97,11 +97,7 @@ class BadRecords:
         raise DataError("\n".join(lines), f"{remedy}{skip}".strip())
 
 
-def _place(where: str) -> tuple[str, int]:
-    """The file and the number of the line or record in it."""
+def _location(where: str) -> tuple[str, int]:
+    """Return the file and the number of the line or record in it."""
     found = re.fullmatch(r"(.*?)(?::|, record )(\d+)", where, re.DOTALL)
     return (found[1], int(found[2])) if found else (where, 0)
-
-
-def _sentence(record: BadRecord) -> str:
-    return f"{record.where}: {record.reason}"

@@ -1,4 +1,4 @@
-"""From examples to batches: token ids and targets side by side, one row an example or several."""
+"""Collate examples into micro-batches; a row holds one example or, if packed, several."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What one forward and backward works on: B rows, padded on the right to T tokens.
+    """The input of one forward and backward: B rows, padded on the right to T tokens.
 
     Attributes:
         input_ids: Token ids, (B, T) int64.
-        attention_mask: 1 for tokens and 0 for padding, (B, T) int64; None if nothing is padded, or if `lengths` says
-            what is.
-        labels: Targets, (B, T) int64, already shifted: ``labels[:, t]`` is token t + 1 if that
-            counts, else -100. The last token of an example has none.
-        num_tokens: Tokens without padding.
-        num_counted: Targets that are not -100.
-        lengths: For each row, the lengths of the examples that lie in it side by side, none of which sees another;
-            None: each row is one example.
+        attention_mask: 1 for tokens and 0 for padding, (B, T) int64; None if there is no padding or `lengths` is given.
+        labels: Targets, (B, T) int64, already shifted: ``labels[:, t]`` is token t + 1 if that counts, else -100. The
+            last token of an example has no target.
+        num_tokens: Number of tokens without padding.
+        num_counted: Number of targets that are not -100.
+        lengths: For each packed row, the lengths of its examples, which do not attend to each other; None: each row is
+            one example.
     """
 
     input_ids: Tensor
@@ -40,15 +39,12 @@ class MicroBatch:
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -> MicroBatch:
-    """Lays examples side by side, and pads rows on the right to the longest of them.
+    """Concatenate the examples of each row, and pad the rows on the right to the longest.
 
     Args:
-        rows: B >= 1 rows of one example or several.
+        rows: B >= 1 rows of one or more examples.
         pad_id: The token id to pad with.
-        width: Pad to so many tokens at least.
-
-    Returns:
-        The micro-batch.
+        width: Minimum length after padding.
     """
     lengths = tuple(tuple(example.num_tokens for example in row) for row in rows)
     is_packed = any(len(row) > 1 for row in rows)
@@ -66,7 +62,7 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -
             input_ids[number, start:end] = example.input_ids
             if attention_mask is not None:
                 attention_mask[number, start:end] = 1
-            # Copied before it is cut: a view of an example, which was there before, would count as memory of the step.
+            # Copied first: a view of the example would be counted as memory of the step.
             targets = example.input_ids.to(torch.int64).masked_fill_(~example.counted, IGNORED)
             labels[number, start : end - 1] = targets[1:]
             start = end
@@ -81,7 +77,7 @@ def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -
 
 
 def pad_token(tokenizer: Any) -> int:
-    """A token to pad batches with; it is masked, so any known one will do.
+    """Return a token to pad batches with; it is masked, so any token is suitable.
 
     Args:
         tokenizer: A Hugging Face tokenizer.

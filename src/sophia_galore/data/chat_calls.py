@@ -1,4 +1,4 @@
-"""Calls of tools in what a chat template writes: that they are whole, and where they end."""
+"""Find tool calls in rendered chats: check that they are complete, and find where they end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sophia_galore.data.chat_frame import Frame, leading_run
+from sophia_galore.data.chat_frame import Frame, end_tokens_length
 from sophia_galore.data.chat_text import Written
 from sophia_galore.data.conversation import Conversation
 from sophia_galore.errors import DataError
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:
-    """The name in a tool's definition; "" if it has none.
+    """Return the name in a tool definition; "" if it has none.
 
     Args:
-        tool: The definition, by itself or within `function`.
+        tool: The definition, at the top level or within `function`.
     """
     function = tool.get("function", tool)
     name = function.get("name", "") if isinstance(function, Mapping) else ""
@@ -26,21 +26,21 @@ def tool_name(tool: Mapping[str, Any]) -> str:
 
 
 def end_of_calls(conversation: Conversation, written: Written, frame: Frame, index: int, last: int, after: int) -> int:
-    """Finds the end of a turn whose last words are a call's arguments.
+    """Find the end of a turn that ends with the arguments of a call.
 
     Args:
         conversation: The conversation.
-        written: What the template writes of it.
-        frame: What the template writes around turns.
-        index: The turn's number.
-        last: Past the last words of the turn whose place is known, such as the name of the tool.
-        after: Where the next message begins.
+        written: The conversation as the template renders it.
+        frame: The template's text around turns.
+        index: Number of the turn.
+        last: Position after the last located text of the turn, such as the name of the tool.
+        after: Position where the next message begins.
 
     Returns:
-        The place past the token that ends the turn.
+        The position after the token that ends the turn.
 
     Raises:
-        DataError: The template leaves out an argument, or the end can't be told.
+        DataError: The template leaves out an argument, or the end can't be found.
     """
     text, low = written.text, last
     for call in conversation.messages[index].tool_calls:
@@ -56,7 +56,7 @@ def end_of_calls(conversation: Conversation, written: Written, frame: Frame, ind
             )
         low = max(low, reached)
     for match in re.finditer("|".join(map(re.escape, frame.call_ends)) or r"(?!)", text[low:after]):
-        return low + match.start() + leading_run(text[low + match.start() : after], frame.call_ends)
+        return low + match.start() + end_tokens_length(text[low + match.start() : after], frame.call_ends)
     if frame.tail.strip() and (place := text.find(frame.tail.strip(), low, after)) >= 0:
         return place + len(frame.tail.strip())
     raise DataError(
@@ -67,7 +67,7 @@ def end_of_calls(conversation: Conversation, written: Written, frame: Frame, ind
 
 
 def _past_whole(text: str, arguments: Any, low: int, high: int) -> int:
-    """Past arguments that are written as JSON in one of its common forms; -1: they are not."""
+    """Return the position after arguments that are written as JSON; -1 if they are not."""
     forms = [arguments] if isinstance(arguments, str) else []
     for separators in (None, (",", ":")):
         forms += [json.dumps(arguments, ensure_ascii=ascii, separators=separators) for ascii in (False, True)]
@@ -76,7 +76,7 @@ def _past_whole(text: str, arguments: Any, low: int, high: int) -> int:
 
 
 def _past_leaves(text: str, arguments: Any, low: int, high: int) -> int:
-    """Past arguments that are written in a form of the template's own; -1: one is missing."""
+    """Return the position after arguments in a template-specific form; -1 if one is missing."""
     reached = low
     for leaf in _leaves(arguments):
         forms = [leaf, *(json.dumps(leaf, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]
@@ -88,7 +88,7 @@ def _past_leaves(text: str, arguments: Any, low: int, high: int) -> int:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts in a call's arguments, names of arguments among them."""
+    """Yield the texts in the arguments of a call, including the names of arguments."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         with contextlib.suppress(ValueError):
             value = json.loads(value)

@@ -1,6 +1,6 @@
-"""How a run writes conversations: by which chat template, on which date, and which tokens end a turn.
+"""Choose how a run renders conversations: the chat template, the date it sees, and the tokens that end a turn.
 
-Decided once, before data are read, and kept in the plan: a run that goes on another day writes the same text.
+This is decided once, before data are read, and stored in the plan: a run resumed on another day renders the same text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _MARKS = re.compile(r"<\|[^|<>\s{}]+\|>|<[a-z]+_of_[a-z]+>|\[/?[A-Z_]{4,}\]")
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How conversations are written.
+    """How conversations are rendered.
 
     Args:
-        template: The chat template that was chosen in place of the tokenizer's own; None: none was.
-        date: The day that the template sees, as `2026-11-28`; "": it does not ask.
-        end_ids: The tokens that end a turn and at which the model's generation would not stop by itself.
+        template: The chat template that replaces the tokenizer's; None: it is not replaced.
+        date: The date that the template sees, as `2026-11-28`; "": it does not use the date.
+        end_ids: The tokens that end a turn and are not among the model's stop tokens.
     """
 
     template: str | None = None
@@ -40,28 +40,28 @@ class ChatFormat:
     end_ids: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data, for `plan.json`."""
+        """Return the fields as JSON data, for `plan.json`."""
         return asdict(self) | {"end_ids": list(self.end_ids)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ChatFormat:
-        """What `to_json` gave."""
+        """Restore what `to_json` returned."""
         return cls(values["template"], values["date"], tuple(values["end_ids"]))
 
 
 def choose_chat_format(
     tokenizer: PreTrainedTokenizerBase, template: str | None, *, date: str | None, stop_ids: Sequence[int]
 ) -> ChatFormat:
-    """Decide how a run writes conversations.
+    """Choose how a run renders conversations.
 
     Args:
-        tokenizer: The model's tokenizer; it gets the template, if one is asked for.
-        template: `model.chat_template`: a well-known name or a file; None: the tokenizer's own.
-        date: The day that the template is to see; None: today.
-        stop_ids: The tokens at which generation stops by itself.
+        tokenizer: The model's tokenizer; a given template is set on it.
+        template: `model.chat_template`: a well-known name or a file; None: the tokenizer's template.
+        date: The date that the template sees; None: today.
+        stop_ids: The model's stop tokens.
 
     Raises:
-        ConfigError: The template can't be read, or marks turns with tokens that the tokenizer does not have.
+        ConfigError: The template can't be read, or uses tokens that the tokenizer does not have.
     """
     text = None if template is None else read_template(template)
     if text is not None:
@@ -74,36 +74,31 @@ def choose_chat_format(
         day = (date or today()) if asks_for_date(used) else ""
         ends = ChatMask(tokenizer, date=day).frame.end_ids(tokenizer)
     except (DataError, ModelError):
-        # Told where a conversation is to be written; raw text needs no template.
+        # Reported when a conversation is rendered; raw text needs no template.
         return ChatFormat(text)
     return ChatFormat(text, day, tuple(end for end in ends if end not in stop_ids))
 
 
 def read_template(name: str) -> str:
-    """The text of a chat template.
+    """Return the text of a chat template.
 
     Args:
         name: One of `WELL_KNOWN`, or a file's path.
 
     Raises:
-        ConfigError: It is neither, or not UTF-8 text, or no template that writes messages.
+        ConfigError: It is neither, or the file is not a chat template in UTF-8.
     """
     if name.lower() in WELL_KNOWN:
         known = files("sophia_galore.data") / "chat_templates" / f"{name.lower()}.jinja"
         return known.read_text(encoding="utf-8")
+    remedy = f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}."
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
-        raise ConfigError(
-            f"model.chat_template={name} can't be read: {reason}.",
-            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
-        ) from error
+        raise ConfigError(f"model.chat_template={name} can't be read: {reason}.", remedy) from error
     if "messages" not in text:
-        raise ConfigError(
-            f"model.chat_template={name} is no chat template: it never mentions `messages`.",
-            f"Name a file with a Jinja template, or one of {', '.join(WELL_KNOWN)}.",
-        )
+        raise ConfigError(f"model.chat_template={name} is not a chat template: it does not contain `messages`.", remedy)
     return text
 
 

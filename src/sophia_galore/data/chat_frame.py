@@ -1,13 +1,13 @@
-"""What a chat template writes around turns: where an answer begins, and what ends it.
+"""Find the text that a chat template writes around turns: where an answer begins and which tokens end it.
 
-Found once a template, from a question and its answer that it is given.
+This is found once per template, by rendering a test question and answer.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sophia_galore.data.chat_text import Chat, ChatTemplate, TemplateRefusal
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 _QUESTION, _ANSWER, _CALL, _LAST = "Zquestionq", "Zanswerq", "Zcallq", "Zlastq"
 _SPECIAL = r"<[|｜]?[\w▁/-]+[|｜]?>"
-# What opens a thought: the beginning of an answer, even where the template writes it before the model does.
+# These tags open a thought. They belong to the answer, even if the template writes them in the generation prompt.
 _THOUGHT = re.compile(r"<think>|<thinking>|\[THINK\]")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The template's own text around turns; "" where it has none, or it can't be told.
+    """The template's text around turns; "" where there is none or it can't be found.
 
     Args:
-        turnover: From the end of a question to where its answer begins.
-        prompt: The part of it that belongs to the answer: what a generation prompt is.
-        opening: From there to the answer's text, such as an empty thought.
-        tail: What follows the last answer and belongs to it.
+        boundary: Text from the end of a question to the beginning of the answer.
+        prompt: The part of `boundary` that is the generation prompt.
+        opening: Text between the generation prompt and the answer, such as an empty thought.
+        tail: Text after the last answer that belongs to it.
         ends: Tokens that can end a turn, as text.
-        call_ends: Those that can end a turn that calls a tool.
+        call_ends: Tokens that can end a turn that calls a tool, as text.
     """
 
-    turnover: str = ""
+    boundary: str = ""
     prompt: str = ""
     opening: str = ""
     tail: str = ""
@@ -43,38 +43,35 @@ class Frame:
 
     @property
     def header(self) -> str:
-        """The prompt without the beginning of a thought that it may hold."""
-        return _without_thought(self.prompt)
+        """The generation prompt without a tag that opens a thought."""
+        return _THOUGHT.split(self.prompt, maxsplit=1)[0]
 
     def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Ids of the tokens after which an answer is over; none if its end is ordinary text.
+        """Return the ids of the tokens that end an answer; none if it ends with ordinary text.
 
         Args:
             tokenizer: The template's tokenizer.
         """
-        first = next((atom for atom in re.findall(_specials(tokenizer, self.tail), self.tail)), None)
-        token = tokenizer.convert_tokens_to_ids(first) if first else None
+        first = re.search(_specials(tokenizer, self.tail), self.tail)
+        token = tokenizer.convert_tokens_to_ids(first[0]) if first else None
         return (int(token),) if isinstance(token, int) and token in tokenizer.get_added_vocab().values() else ()
 
 
 def find_frame(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Finds out what a template writes around turns.
+    """Find the text that a template writes around turns.
 
     Args:
         template: The template.
-        tokenizer: Its tokenizer, which says what a special token is.
+        tokenizer: Its tokenizer, which knows the special tokens.
 
     Returns:
-        What could be found out; a template that refuses a question and its answer has an empty one.
+        What was found; it is empty for a template that refuses a question with an answer.
     """
     asked: Chat = [{"role": "user", "content": _QUESTION}]
     answered: Chat = [*asked, {"role": "assistant", "content": _ANSWER}]
     try:
-        question, prompted, text = (
-            template.write(asked),
-            template.write(asked, prompt=True),
-            template.write(answered),
-        )
+        question, prompted = template.write(asked), template.write(asked, prompt=True)
+        text = template.write(answered)
     except TemplateRefusal:
         return _with_ends(Frame(), tokenizer, "")
     begin, end = text.rfind(_ANSWER), text.rfind(_ANSWER) + len(_ANSWER)
@@ -83,19 +80,19 @@ def find_frame(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> Fr
         return _with_ends(Frame(), tokenizer, "")
     specials = _specials(tokenizer, text + prompted)
     shared = text[: _shared(prompted, text[:begin])]
-    turnover = shared[after_question:] if len(shared) > after_question else ""
-    prompt = turnover[_common(turnover, question[after_question:], specials) :]
+    boundary = shared[after_question:] if len(shared) > after_question else ""
+    prompt = boundary[_common(boundary, question[after_question:], specials) :]
     frame = Frame(
-        turnover=turnover,
+        boundary=boundary,
         prompt=prompt,
-        opening=text[after_question + len(turnover) : begin],
+        opening=text[after_question + len(boundary) : begin],
         tail=_own_tail(template, answered, text[:begin], text[end:], specials, str(tokenizer.eos_token)),
     )
     return _with_ends(frame, tokenizer, _call_tail(template, asked))
 
 
 def _own_tail(template: ChatTemplate, answered: Chat, before: str, tail: str, specials: str, eos_token: str) -> str:
-    """What follows the last answer, without the header of a next turn that some templates always end with."""
+    """Return the text after the last answer, without the header of the next turn that some templates append."""
     try:
         text = template.write([*answered, {"role": "user", "content": _LAST}])
     except TemplateRefusal:
@@ -110,13 +107,13 @@ def _own_tail(template: ChatTemplate, answered: Chat, before: str, tail: str, sp
     is_header = re.search(r"\w", re.sub(specials, "", rest)) or any(atom in before for atom in found)
     if not is_header:
         return tail
-    # What the headers of all turns begin with is in the common part, too.
+    # The common part also holds the text with which the headers of all turns begin.
     first = re.search(specials, tail[:common])
     return tail[: first.end() if first else common]
 
 
 def _call_tail(template: ChatTemplate, asked: Chat) -> str:
-    """What follows the last call of a tool; "" where the template writes none."""
+    """Return the text after the last tool call; "" if the template writes none."""
     call = {"type": "function", "function": {"name": _CALL, "arguments": {"a": _ANSWER}}}
     try:
         text = template.write([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
@@ -127,33 +124,26 @@ def _call_tail(template: ChatTemplate, asked: Chat) -> str:
 
 
 def _with_ends(frame: Frame, tokenizer: PreTrainedTokenizerBase, call_tail: str) -> Frame:
-    specials = _specials(tokenizer, frame.turnover + frame.tail + call_tail)
+    specials = _specials(tokenizer, frame.boundary + frame.tail + call_tail)
     header = re.findall(specials, frame.prompt)
     ends = [
-        # A question is ended by the token that ends an answer, in most templates.
+        # In most templates, the same token ends questions and answers.
         *re.findall(specials, frame.tail),
-        *[atom for atom in re.findall(specials, frame.turnover)[:1] if atom not in header],
+        *[atom for atom in re.findall(specials, frame.boundary)[:1] if atom not in header],
         *[str(token) for token in (tokenizer.eos_token,) if token and token not in header],
     ]
     calls = [*re.findall(specials, call_tail)[-1:], *ends]
-    return Frame(
-        frame.turnover,
-        frame.prompt,
-        frame.opening,
-        frame.tail,
-        tuple(dict.fromkeys(ends)),
-        tuple(dict.fromkeys(calls)),
-    )
+    return replace(frame, ends=tuple(dict.fromkeys(ends)), call_ends=tuple(dict.fromkeys(calls)))
 
 
 def _specials(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A pattern of the special tokens that occur in a text, and of what looks like one."""
+    """Return a pattern of the special tokens in a text, and of text that looks like one."""
     own = [token for token in tokenizer.get_added_vocab() if token.strip() and token in text]
     return "|".join([*(re.escape(token) for token in sorted(own, key=len, reverse=True)), _SPECIAL])
 
 
 def _common(text: str, other: str, specials: str) -> int:
-    """Length of the common beginning of two texts; it does not end within a special token."""
+    """Return the length of the common beginning of two texts; it does not end within a special token."""
     length = _shared(text, other)
     for match in re.finditer(specials, text):
         if match.start() < length < match.end():
@@ -162,22 +152,17 @@ def _common(text: str, other: str, specials: str) -> int:
 
 
 def _shared(text: str, other: str) -> int:
-    """Length of the common beginning of two texts."""
+    """Return the length of the common beginning of two texts."""
     length = min(len(text), len(other))
     return next((place for place in range(length) if text[place] != other[place]), length)
 
 
-def _without_thought(prompt: str) -> str:
-    thought = _THOUGHT.search(prompt)
-    return prompt[: thought.start()] if thought else prompt
-
-
-def leading_run(text: str, ends: Sequence[str]) -> int:
-    """How far a text consists of tokens that end a turn, and whitespace.
+def end_tokens_length(text: str, ends: Sequence[str]) -> int:
+    """Return the length of the tokens that end a turn, at the beginning of a text.
 
     Args:
-        text: What follows an answer.
-        ends: The tokens.
+        text: The text after an answer.
+        ends: The tokens; whitespace may stand between them.
 
     Returns:
         The length up to the last of them; 0 if there is none.

@@ -1,9 +1,9 @@
-"""From a chat to token ids and the mask of what the assistant says.
+"""Convert a chat to token ids and a loss mask of the assistant's text.
 
-Where the template wrote each answer is known to the character (`chat_text.py`), and so is what it writes around
-answers (`chat_frame.py`). What counts in a turn begins behind the header, where the model takes over when it answers,
-and ends with the token that ends the turn. A template with `{% generation %}` markers says itself what counts, and is
-believed where that holds the answer, its end and nothing of others.
+`chat_text.py` finds the characters where the template wrote each answer, `chat_frame.py` the text around answers. The
+counted part of a turn begins after its header, where the model starts to generate, and ends with the token that ends
+the turn. A template with `{% generation %}` markers marks the counted part itself; the markers are used if they hold
+the answer, its end and nothing of other turns.
 
 The whole text is tokenised once, so the tokens are those that the model would see.
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sophia_galore.data.chat_calls import end_of_calls, tool_name
-from sophia_galore.data.chat_frame import Frame, find_frame, leading_run
+from sophia_galore.data.chat_frame import Frame, end_tokens_length, find_frame
 from sophia_galore.data.chat_text import ChatTemplate, Place, Written, write_chat
 from sophia_galore.data.conversation import Conversation, Message
 from sophia_galore.data.span_tokens import Masked, span_tokens
@@ -33,21 +33,8 @@ _THOUGHT_MARKS = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|\s")
 _OTHER_TEMPLATE = "Set another chat template (model.chat_template), or use data of the format `text`."
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A turn that counts.
-
-    Args:
-        spans: What of the text counts, in order.
-        holds: What is said in it, to be found in what counts.
-    """
-
-    spans: tuple[Span, ...]
-    holds: tuple[Place, ...]
-
-
 class ChatMask:
-    """Renders and tokenises chats, counting the assistant's tokens.
+    """Renders and tokenises chats, and masks everything but the assistant's text.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -59,21 +46,23 @@ class ChatMask:
 
     @cached_property
     def _plain(self) -> tuple[ChatTemplate, Frame]:
-        template = ChatTemplate(self._tokenizer, date=self._date)
-        return template, find_frame(template, self._tokenizer)
+        return self._template(for_tools=False)
 
     @cached_property
     def _with_tools(self) -> tuple[ChatTemplate, Frame]:
-        template = ChatTemplate(self._tokenizer, date=self._date, for_tools=True)
+        return self._template(for_tools=True)
+
+    def _template(self, *, for_tools: bool) -> tuple[ChatTemplate, Frame]:
+        template = ChatTemplate(self._tokenizer, date=self._date, for_tools=for_tools)
         return template, find_frame(template, self._tokenizer)
 
     @property
     def frame(self) -> Frame:
-        """What the template writes around turns."""
+        """The text that the template writes around turns."""
         return self._plain[1]
 
     def tokens(self, conversation: Conversation) -> Masked:
-        """Renders and tokenises a chat, counting what the assistant says in turns that count.
+        """Render and tokenise a chat, and mask all but the assistant turns that count.
 
         Args:
             conversation: A conversation with messages.
@@ -82,32 +71,34 @@ class ChatMask:
             Token ids and mask.
 
         Raises:
-            DataError: The template refuses the conversation, or leaves out some of it, or what counts can't be told
-                apart from the rest.
-            ModelError: The template fails on the simplest chat too.
+            DataError: The template refuses the conversation or leaves out some of it, or the assistant's text can't
+                be separated from the rest.
+            ModelError: The template fails even on the simplest chat.
         """
         template, frame = self._with_tools if conversation.tools else self._plain
         written = write_chat(conversation, template)
-        if _lost(conversation, written, "reasoning") or _cut_thoughts(conversation, written):
-            # Where the template cuts a thought out of an answer, it may know one that is kept apart.
-            apart = _thoughts_apart(conversation)
+        lost = _lost(conversation, written, "content")
+        if _lost(conversation, written, "reasoning") or any(
+            _THOUGHT.match(conversation.messages[index].content) for index in lost
+        ):
+            # A template that removes thoughts from answers may accept them as a separate field.
+            apart = _with_separate_reasoning(conversation)
             if apart != conversation:
                 again = write_chat(apart, template)
                 if not any(_lost(apart, again, field) for field in ("reasoning", "content")):
                     conversation, written = apart, again
         _require_all(conversation, written)
         marked = template.marked(written.chat, conversation.tools, written.text)
-        turns = [
-            _turn(conversation, written, frame, marked, index)
+        spans = [
+            _counted_spans(conversation, written, frame, marked, index)
             for index, message in enumerate(conversation.messages)
-            if message.role == "assistant" and message.counts
+            if _counts(message)
         ]
-        spans = [turn.spans for turn in turns]
         return span_tokens(written.text, spans, self._tokenizer, where=conversation.where)
 
 
 def _lost(conversation: Conversation, written: Written, field: str) -> list[int]:
-    """Numbers of the messages that count and of which the template leaves something out."""
+    """Return the numbers of the counted messages of which the template leaves something out."""
     return [
         place.message
         for place in written.places
@@ -115,17 +106,12 @@ def _lost(conversation: Conversation, written: Written, field: str) -> list[int]
     ]
 
 
-def _cut_thoughts(conversation: Conversation, written: Written) -> list[int]:
-    lost = _lost(conversation, written, "content")
-    return [index for index in lost if _THOUGHT.match(conversation.messages[index].content)]
-
-
 def _counts(message: Message) -> bool:
     return message.role == "assistant" and message.counts
 
 
-def _thoughts_apart(conversation: Conversation) -> Conversation:
-    """The same conversation with thoughts that stand in answers as a field of their own."""
+def _with_separate_reasoning(conversation: Conversation) -> Conversation:
+    """Return the same conversation, with the thoughts of answers moved to `reasoning`."""
     messages = []
     for message in conversation.messages:
         thought = _THOUGHT.match(message.content) if message.role == "assistant" and not message.reasoning else None
@@ -136,14 +122,14 @@ def _thoughts_apart(conversation: Conversation) -> Conversation:
 
 
 def _require_all(conversation: Conversation, written: Written) -> None:
-    """Refuses templates that leave out some of what is said."""
+    """Refuse a template that leaves out some of the conversation."""
     for place in written.places:
         message = conversation.messages[place.message]
         if place.is_written:
             continue
         thinks = place.field == "reasoning" or (place.field == "content" and _in_thought(message, place))
         if thinks and not _counts(message):
-            continue  # templates forget what was thought in turns that are over
+            continue  # templates drop the reasoning of earlier turns
         if thinks:
             raise DataError(
                 f"{conversation.where}: the model's chat template leaves out what the assistant thinks in message "
@@ -183,12 +169,15 @@ def _article(role: str) -> str:
 
 
 def _in_thought(message: Message, place: Place) -> bool:
-    """Whether a piece of an answer stands in its thinking part."""
+    """Return whether a piece of an answer belongs to its thought."""
     thought = _THOUGHT.match(message.content)
     return bool(thought and _THOUGHT_MARKS.sub("", place.said) in _THOUGHT_MARKS.sub("", thought[1]))
 
 
-def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Sequence[Span], index: int) -> Turn:
+def _counted_spans(
+    conversation: Conversation, written: Written, frame: Frame, marked: Sequence[Span], index: int
+) -> tuple[Span, ...]:
+    """Return the ranges of the text that count in an assistant turn, in order."""
     own = sorted(
         (place for place in written.places if place.message == index and place.is_written),
         key=lambda place: place.begin,
@@ -201,7 +190,11 @@ def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Se
     first, last = _with_marks(own[0], own[-1], written.text)
     others = [place for place in written.places if place.message != index and place.is_written]
     if any(first < place.begin < last for place in others):
-        raise _mingled(conversation, index)
+        raise DataError(
+            f"{conversation.where}: the model's chat template writes other turns within message {index + 1}, so the "
+            "assistant's part can't be told apart.",
+            _OTHER_TEMPLATE,
+        )
     before = max((place for place in others if place.end <= first), key=lambda place: place.end, default=None)
     after = min((place.begin for place in others if place.begin >= last), default=len(written.text))
     begin = _begin(conversation, written, frame, before, first)
@@ -213,49 +206,39 @@ def _turn(conversation: Conversation, written: Written, frame: Frame, marked: Se
     )
     _require_whole(conversation, written.text[begin:end], message, index)
     lowest = _lowest(written, frame, begin)
-    spans = _believed(marked, lowest, Cover(first, last, end), after, written.text)
-    return Turn(spans or ((begin, end),), tuple(own))
+    return _trusted_spans(marked, lowest, first, end, after, written.text) or ((begin, end),)
 
 
 def _with_marks(first: Place, last: Place, text: str) -> tuple[int, int]:
-    """Where a turn's words begin and end, with marks such as </think> that stand before or behind them there."""
+    """Return where a turn's text begins and ends, including tags such as </think> around it."""
     lead, trail = first.lead.lstrip(), last.trail.rstrip()
     begins = first.begin - len(lead) if lead.strip() and text.endswith(lead, 0, first.begin) else first.begin
     ends = last.end + len(trail) if trail.strip() and text.startswith(trail, last.end) else last.end
     return begins, ends
 
 
-@dataclass(frozen=True)
-class Cover:
-    """What has to count in a turn: from `first` to `last` what is said, up to `end` what ends it."""
-
-    first: int
-    last: int
-    end: int
-
-
 def _begin(conversation: Conversation, written: Written, frame: Frame, before: Place | None, first: int) -> int:
-    """Where the model takes over when it answers: behind the header of its turn."""
+    """Return where the model starts to generate: after the header of its turn."""
     text = written.text
     low = before.end if before else 0
     asked = before is not None and written.is_complete and conversation.messages[before.message].role == "user"
-    if asked and frame.turnover and text.startswith(frame.turnover, low) and low + len(frame.turnover) <= first:
-        begin = low + len(frame.turnover)
-        # Without a generation prompt, what is between belongs to the header, unless it is a mere space.
+    if asked and frame.boundary and text.startswith(frame.boundary, low) and low + len(frame.boundary) <= first:
+        begin = low + len(frame.boundary)
+        # Without a generation prompt, the text in between belongs to the header, unless it is whitespace.
         return begin if frame.prompt or not text[begin:first].strip() else first
     for header in (frame.prompt, frame.header):
         place = text.rfind(header, low, first) if header.strip() else -1
         if place < 0:
             continue
         begin = place + len(header)
-        # Where it is not known what a user says in between, it has to look like what the template writes.
+        # If the user's text was not located, the text in between must look like the template's.
         if written.is_complete or text[begin:first].strip() in ("", frame.opening.strip()):
             return begin
     return first
 
 
 def _lowest(written: Written, frame: Frame, begin: int) -> int:
-    """How early a marked span may begin: a thought that the template opens is no header, nor is mere whitespace."""
+    """Return the earliest position where a marked span may begin: before a thought's opening tag and whitespace."""
     opened = frame.prompt[len(frame.header) :]
     if opened and written.text[:begin].endswith(opened):
         begin -= len(opened)
@@ -263,26 +246,26 @@ def _lowest(written: Written, frame: Frame, begin: int) -> int:
 
 
 def _end(text: str, frame: Frame, message: Message, last: int, after: int) -> int:
-    """Past the token that ends a turn; where there is none, past the whitespace that does."""
+    """Return the position after the token that ends a turn; if there is none, after the whitespace that ends it."""
     closed = _THOUGHT_END.match(text, last, after)
-    if closed and leading_run(text[closed.end() : after], frame.ends):
-        last = closed.end()  # the turn is a thought and nothing else
+    if closed and end_tokens_length(text[closed.end() : after], frame.ends):
+        last = closed.end()  # the turn consists of a thought only
     follows = text[last:after]
     content = message.content
     kept = content[len(content.rstrip()) :]
-    reach = leading_run(follows, frame.ends)
+    reach = end_tokens_length(follows, frame.ends)
     for skipped in {0, len(kept) if follows.startswith(kept) else 0}:
         if frame.tail and follows.startswith(frame.tail, skipped):
             reach = max(reach, skipped + len(frame.tail))
-    # Whitespace behind the token only separates turns.
+    # Whitespace after the token only separates turns.
     ended = follows[:reach].rstrip()
     return last + (len(ended) or reach)
 
 
 def _require_whole(conversation: Conversation, counted: str, message: Message, index: int) -> None:
-    """Refuses a turn whose text the template changes."""
+    """Refuse a turn whose text the template changes."""
     content = message.content.strip()
-    # Only marks of a thought, and whitespace, may be written anew.
+    # The template may only change tags of thoughts, and whitespace.
     if content in counted or _THOUGHT_MARKS.sub("", content) in _THOUGHT_MARKS.sub("", counted):
         return
     raise DataError(
@@ -292,24 +275,18 @@ def _require_whole(conversation: Conversation, counted: str, message: Message, i
     )
 
 
-def _believed(marked: Sequence[Span], lowest: int, cover: Cover, after: int, text: str) -> tuple[Span, ...]:
-    """The marked spans of a turn, if they hold what is said in it, its end, and nothing of others."""
+def _trusted_spans(
+    marked: Sequence[Span], lowest: int, first: int, last: int, after: int, text: str
+) -> tuple[Span, ...]:
+    """Return the marked spans of a turn if they hold its text from `first` to `last` and nothing of other turns."""
     spans = tuple((begin, end) for begin, end in marked if begin < end and begin < after and end > lowest)
-    if not spans or spans[0][0] < lowest or spans[0][0] > cover.first:
+    if not spans or spans[0][0] < lowest or spans[0][0] > first:
         return ()
-    gaps = text[spans[0][0] : cover.end]
+    shift = spans[0][0]
+    gaps = text[shift:last]
     for begin, end in reversed(spans):
-        shift = spans[0][0]
         gaps = gaps[: max(begin - shift, 0)] + gaps[max(end - shift, 0) :]
-    # What is left is not covered; past the end, only whitespace may count.
-    if gaps.strip() or text[cover.end : max(spans[-1][1], cover.end)].strip():
+    # The rest is not covered by spans; after the end, only whitespace may count.
+    if gaps.strip() or text[last : max(spans[-1][1], last)].strip():
         return ()
     return spans
-
-
-def _mingled(conversation: Conversation, index: int) -> DataError:
-    return DataError(
-        f"{conversation.where}: the model's chat template writes other turns within message {index + 1}, so the "
-        "assistant's part can't be told apart.",
-        _OTHER_TEMPLATE,
-    )

@@ -1,8 +1,8 @@
-"""A conversation written with a chat template, and where in that text each message's own words stand.
+"""Render a conversation with a chat template, and find the text of each message in the result.
 
-The template is rendered twice: with what is said, and with an invented word in its place. What the second text has
-around the invented words is the template's own. If what was said, put back there, gives the first text, then it is
-known to the character where the template wrote it, whatever was said and whatever the template writes around it.
+The template is rendered twice: with the messages, and with placeholders instead. In the second text, everything around
+the placeholders was written by the template. If replacing the placeholders by the messages gives the first text, the
+exact position of each message is known, whatever it says and whatever the template writes around it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Chat = list[dict[str, Any]]
-# Marks that a template may look for in what is said, such as </think>: they stay where they are.
+# Tags that a template may search for in a message, such as </think>: placeholders do not replace them.
 _TAGS = re.compile(r"<[|｜/]?[\w▁-]+[|｜]?>|\[/?[A-Z][A-Z_]*\]")
 
 
 class TemplateRefusal(Exception):
-    """A chat template does not write a conversation; the words are its own."""
+    """A chat template refuses a conversation; the message is the template's."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or the version of it that is made for training, on a fixed day.
+    """A tokenizer's chat template, or its version for training, with a fixed date.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        date: The day that the template sees, as `2026-11-28`; "": whatever day it is.
-        for_tools: Whether conversations come with tools; some models have a template of their own for that.
+        date: The date that the template sees, as `2026-11-28`; "": the current date.
+        for_tools: Whether conversations come with tools; some models have a separate template for that.
 
     Raises:
         DataError: There are several templates and no default.
@@ -52,12 +52,12 @@ class ChatTemplate:
         self.text = with_date(text, date)
 
     def write(self, chat: Chat, tools: Sequence[Mapping[str, Any]] = (), *, prompt: bool = False) -> str:
-        """Renders messages.
+        """Render messages.
 
         Args:
             chat: The messages as the template takes them.
             tools: Definitions of tools.
-            prompt: Whether what an answer begins with follows.
+            prompt: Whether to append the generation prompt.
 
         Returns:
             The text.
@@ -75,15 +75,15 @@ class ChatTemplate:
         return str(written)
 
     def marked(self, chat: Chat, tools: Sequence[Mapping[str, Any]], whole: str) -> list[tuple[int, int]]:
-        """What the template's own markers say the assistant says.
+        """Return the assistant's text by the template's `{% generation %}` markers.
 
         Args:
             chat: The messages as the template takes them.
             tools: Definitions of tools.
-            whole: What the template writes.
+            whole: The text that the template writes without the markers.
 
         Returns:
-            Half-open ranges of characters in order; none if there are no markers or they speak of another text.
+            Half-open ranges of characters in order; none if there are no markers, or the text with markers differs.
         """
         if not self.is_marked:
             return []
@@ -98,31 +98,31 @@ class ChatTemplate:
                 **options,
                 **self._tokenizer.special_tokens_map,
             )
-        except Exception:  # what it says without markers is known, and will do
+        except Exception:  # the spans can also be found without markers
             return []
         return [(int(begin), int(end)) for begin, end in spans[0]] if written[0] == whole else []
 
     def chat(self, messages: Sequence[Message]) -> Chat:
-        """Messages as the template takes them; a developer is a system turn where it does not know that role."""
+        """Return messages as the template takes them; role developer becomes system if it is unknown there."""
         chat: Chat = []
         for message in messages:
             given = message.for_template()
             if message.role == "developer" and not self.knows_developer:
                 given["role"] = "system"
             if message.reasoning:
-                given["thinking"] = message.reasoning  # which is what the templates of gpt-oss read
+                given["thinking"] = message.reasoning  # the templates of gpt-oss read this field
             chat.append(given)
         return chat
 
     def parts(self, said: str) -> list[tuple[str, bool]]:
-        """Cuts what is said at marks that the template may look for.
+        """Split a message at tags that the template may search for.
 
         Returns:
-            Pieces that give the text again, and for each whether an invented word may stand in its place. Outer
-            whitespace, which templates trim, is a piece of its own.
+            Pieces whose concatenation is the message, and for each whether a placeholder may replace it. Outer
+            whitespace, which templates trim, is a separate piece.
         """
         cut = re.split(f"({self._tags.pattern})", said) if self._tags else [said]
-        # Every second piece is a mark. Where there is nothing but marks, they are what is said.
+        # Every second piece is a tag. If there is nothing but tags, they are the message.
         if not any(text.strip() for text in cut[::2]):
             cut = [said]
         pieces: list[tuple[str, bool]] = []
@@ -138,16 +138,16 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Place:
-    """A piece of what a message says.
+    """A piece of a message and its position in the rendered text.
 
     Args:
-        message: The message's number, from 0.
-        field: `content`, `reasoning` or `call`, the name of a tool that is called.
-        begin: Its first character in the written text; -1: the template leaves it out.
-        end: Past its last character.
-        said: The piece.
-        lead: In a field's first piece, what stands before it there: marks and whitespace.
-        trail: In its last piece, what stands behind it.
+        message: Number of the message, from 0.
+        field: `content`, `reasoning` or `call` (the name of a called tool).
+        begin: Position of its first character in the rendered text; -1: the template leaves it out.
+        end: Position after its last character.
+        said: The text of the piece.
+        lead: For a field's first piece, the tags and whitespace before it.
+        trail: For a field's last piece, the tags and whitespace after it.
     """
 
     message: int
@@ -166,13 +166,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Written:
-    """A conversation as its template writes it.
+    """A rendered conversation.
 
     Args:
         text: The whole text.
         chat: The messages as the template took them.
-        places: The pieces of what the messages say; those of one message in its own order.
-        is_complete: Whether all messages have their places; else only the assistant's have.
+        places: The pieces of the messages; those of one message in their order.
+        is_complete: Whether all messages were located; else only the assistant's were.
     """
 
     text: str
@@ -182,38 +182,32 @@ class Written:
 
 
 def write_chat(conversation: Conversation, template: ChatTemplate) -> Written:
-    """Writes a conversation and finds the places of what its messages say.
+    """Render a conversation and locate its messages.
 
     Args:
         conversation: A conversation with messages.
         template: The chat template.
 
     Returns:
-        The text and the places.
+        The text and the positions of the messages.
 
     Raises:
-        DataError: The template refuses the conversation, or rewrites what is said in it.
-        ModelError: The template fails on the simplest chat too.
+        DataError: The template refuses the conversation, or changes the text of messages.
+        ModelError: The template fails even on the simplest chat.
     """
     tools = conversation.tools
     chat, whole = _write(conversation, template)
 
-    def everything(message: Mapping[str, Any]) -> bool:
-        return True
-
-    def answers(message: Mapping[str, Any]) -> bool:
-        return bool(message["role"] == "assistant")
-
-    # What a template does may depend on what a user says, so that inventing all of it may be too much.
-    for chosen in (everything, answers):
-        word = _invented(json.dumps([chat, list(tools)], ensure_ascii=False, default=str) + template.text)
-        swapped, pieces = _swap(chat, template, chosen, word)
+    # A template may depend on the user's text, so if replacing all messages fails, replace the answers only.
+    for answers_only in (False, True):
+        word = _placeholder(json.dumps([chat, list(tools)], ensure_ascii=False, default=str) + template.text)
+        swapped, pieces = _swap(chat, template, word, answers_only=answers_only)
         try:
             places = _places(template.write(swapped, tools), pieces, word, whole)
         except TemplateRefusal:
             continue
         if places is not None:
-            return Written(whole, chat, places, chosen is everything)
+            return Written(whole, chat, places, is_complete=not answers_only)
     raise DataError(
         f"{conversation.where}: this model's chat template writes a turn differently depending on what is said in it, "
         "so the assistant's part can't be told apart.",
@@ -251,7 +245,7 @@ def _with_strings(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_broken_template(template: ChatTemplate) -> None:
-    """Where the simplest chat fails too, no record is to blame."""
+    """Raise an error if even the simplest chat fails: then no record is at fault."""
     try:
         template.write([{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "Answer."}])
     except TemplateRefusal as refusal:
@@ -261,25 +255,23 @@ def _refuse_broken_template(template: ChatTemplate) -> None:
         ) from refusal
 
 
-def _invented(said: str) -> str:
-    """What invented words begin with: nothing that is said."""
+def _placeholder(said: str) -> str:
+    """Return a prefix for placeholders that does not occur in a text."""
     number = 0
     while (word := f"Zq{number}x") in said:
         number += 1
     return word
 
 
-def _swap(
-    chat: Chat, template: ChatTemplate, chosen: Callable[[Mapping[str, Any]], bool], word: str
-) -> tuple[Chat, list[Place]]:
-    """Puts invented words into the place of what chosen messages say."""
+def _swap(chat: Chat, template: ChatTemplate, word: str, *, answers_only: bool) -> tuple[Chat, list[Place]]:
+    """Replace the text of messages, or of the assistant's only, by placeholders."""
     pieces: list[Place] = []
 
-    def invent(index: int, field: str, said: str) -> str:
+    def replace_text(index: int, field: str, said: str) -> str:
         text = apart = ""
         first = len(pieces)
-        for piece, may_be_invented in template.parts(said):
-            if may_be_invented:
+        for piece, is_replaceable in template.parts(said):
+            if is_replaceable:
                 text += f"{apart}{word}{len(pieces)}q"
                 pieces.append(Place(index, field, -1, -1, piece, lead=apart if len(pieces) == first else ""))
                 apart = ""
@@ -292,27 +284,27 @@ def _swap(
     swapped: Chat = []
     for index, message in enumerate(chat):
         message = dict(message)
-        if chosen(message):
+        if not answers_only or message["role"] == "assistant":
             if message.get("reasoning_content"):
-                message["reasoning_content"] = message["thinking"] = invent(
+                message["reasoning_content"] = message["thinking"] = replace_text(
                     index, "reasoning", message["reasoning_content"]
                 )
-            message["content"] = invent(index, "content", message["content"])
+            message["content"] = replace_text(index, "content", message["content"])
             if message.get("tool_calls"):
-                message["tool_calls"] = [_renamed(call, index, invent) for call in message["tool_calls"]]
+                message["tool_calls"] = [_renamed(call, index, replace_text) for call in message["tool_calls"]]
         swapped.append(message)
     return swapped, pieces
 
 
-def _renamed(call: Mapping[str, Any], index: int, invent: Callable[[int, str, str], str]) -> dict[str, Any]:
+def _renamed(call: Mapping[str, Any], index: int, replace_text: Callable[[int, str, str], str]) -> dict[str, Any]:
     function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         return dict(call)
-    return {**call, "function": {**function, "name": invent(index, "call", function["name"])}}
+    return {**call, "function": {**function, "name": replace_text(index, "call", function["name"])}}
 
 
 def _places(text: str, pieces: Sequence[Place], word: str, whole: str) -> tuple[Place, ...] | None:
-    """Puts what was said back; None: that does not give the whole text."""
+    """Locate the pieces by replacing the placeholders; None: the result is not the original text."""
     found: dict[int, tuple[int, int]] = {}
     length, last, filled = 0, 0, []
     for match in re.finditer(rf"{word}(\d+)q", text):
@@ -321,7 +313,7 @@ def _places(text: str, pieces: Sequence[Place], word: str, whole: str) -> tuple[
         begin = length + len(between)
         end = begin + len(pieces[number].said)
         filled += [between, pieces[number].said]
-        # Written twice: a tool's answer repeats the name that was called; else the later one is the turn itself.
+        # If a piece is written twice, the later one is the turn itself; but a tool's answer repeats the called name.
         if number not in found or pieces[number].field != "call":
             found[number] = begin, end
         length, last = end, match.end()

@@ -1,4 +1,4 @@
-"""What is said in a field: text however it is written, as a string, a number or a list of parts."""
+"""Read the text of a field, which may be a string, a number or a list of parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sophia_galore.data.fields import absent, listed, one_of, parsed, present, shown
+from sophia_galore.data.fields import absent, is_null, listed, one_of, parsed, present, shown
 from sophia_galore.data.meanings import REASONING
 from sophia_galore.data.record import Record
 from sophia_galore.errors import DataError
@@ -18,37 +18,37 @@ _THOUGHT = ("thinking", "reasoning", "thought")
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a field says.
+class FieldText:
+    """The text of a field.
 
     Attributes:
         text: The text.
-        reasoning: The thoughts that stand among its parts, as Anthropic's format keeps them.
+        reasoning: The reasoning among its parts, as in Anthropic's format.
     """
 
     text: str
     reasoning: str = ""
 
 
-def said(value: Any, where: str, name: str) -> Said:
-    """Reads a value that is text or unambiguously stands for one.
+def read_text(value: Any, where: str, name: str) -> FieldText:
+    """Read a value that is text or can be read as text without ambiguity.
 
     Args:
         value: A string; a number or truth value, which is taken as JSON writes it (42, 0.5, true); or a list of parts
             ``{"type": "text", "text": ...}``, whose texts are joined as they are.
-        where: The record's place, for messages.
-        name: The field's name, for messages.
+        where: Location of the record, for error messages.
+        name: The field's name, for error messages.
 
     Returns:
-        What it says.
+        The text.
 
     Raises:
         DataError: It is of another type, holds something other than text, or half of a surrogate pair.
     """
     if isinstance(value, str):
-        return Said(_whole(value, where, name))
+        return FieldText(_require_unicode(value, where, name))
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
-        return Said(json.dumps(value))
+        return FieldText(json.dumps(value))
     parts = [value] if isinstance(value, Mapping) and _is_part(value) else value
     if is_parts(parts):
         return _joined(parts, where, name)
@@ -59,7 +59,7 @@ def said(value: Any, where: str, name: str) -> Said:
 
 
 def is_parts(value: Any) -> bool:
-    """Whether a value is a list of parts of one message, and not a list of messages.
+    """Return whether a value is a list of parts of one message, not a list of messages.
 
     Args:
         value: Any value of a field.
@@ -68,7 +68,7 @@ def is_parts(value: Any) -> bool:
 
 
 def text_field(record: Record, name: str, *, required: bool = True) -> str:
-    """A record's field that is text.
+    """Return a record's field that is text.
 
     Args:
         record: The record.
@@ -81,11 +81,11 @@ def text_field(record: Record, name: str, *, required: bool = True) -> str:
     Raises:
         DataError: It is missing though required, or no text.
     """
-    return said_field(record, name, required=required).text
+    return field_text(record, name, required=required).text
 
 
-def said_field(record: Record, name: str, *, required: bool = True) -> Said:
-    """As `text_field`, with the thoughts among its parts.
+def field_text(record: Record, name: str, *, required: bool = True) -> FieldText:
+    """Return what `text_field` returns, with the reasoning among its parts.
 
     Args:
         record: The record.
@@ -93,20 +93,20 @@ def said_field(record: Record, name: str, *, required: bool = True) -> Said:
         required: Whether a missing or null field is an error; else it counts as empty.
     """
     value = record.fields.get(name)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_null(value):
         if not required:
-            return Said("")
+            return FieldText("")
         raise DataError(
             f"{record.where}: the field `{name}` is missing.",
             f"Add it; the record has {listed(present(record))}.",
         )
     if not required and absent(value) and not isinstance(value, str):
-        return Said("")
-    return said(value, record.where, name)
+        return FieldText("")
+    return read_text(value, record.where, name)
 
 
 def message_list(record: Record, field: str) -> list[Any]:
-    """A record's field that is a list of messages, however it is written.
+    """Return the items of a record's field that is a list of messages.
 
     Args:
         record: The record.
@@ -120,7 +120,7 @@ def message_list(record: Record, field: str) -> list[Any]:
         DataError: It is missing, or something else.
     """
     value = parsed(record.fields.get(field))
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_null(value):
         raise DataError(f"{record.where}: the field `{field}` is missing.", "Add the list of messages.")
     columns = list(value.values()) if isinstance(value, Mapping) else []
     if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
@@ -135,18 +135,18 @@ def message_list(record: Record, field: str) -> list[Any]:
 
 
 def reasoning_in(fields: Mapping[str, Any], where: str, within: str = "") -> str:
-    """What an answer's own field says that was thought before it.
+    """Return the reasoning that a field beside an answer holds.
 
     Args:
-        fields: Those of the message, or of a record with one answer.
-        where: The record's place.
-        within: The message, for messages.
+        fields: Fields of the message, or of a record with one answer.
+        where: Location of the record, for error messages.
+        within: The message, for error messages.
 
     Returns:
-        The thoughts; "" if there is no such field.
+        The reasoning; "" if there is no such field.
 
     Raises:
-        DataError: There are two that differ, or one that is no text.
+        DataError: There are two such fields that differ, or one that is not text.
     """
     name, value = one_of(fields, REASONING, where, within)
     if not name or value is False:
@@ -157,7 +157,7 @@ def reasoning_in(fields: Mapping[str, Any], where: str, within: str = "") -> str
             f"{where}: the field `{label}` is {shown(value)} where the reasoning itself is expected.",
             "Write the thoughts there, or remove the field.",
         )
-    return said(value, where, label).text
+    return read_text(value, where, label).text
 
 
 def _is_part(value: Any) -> bool:
@@ -166,7 +166,7 @@ def _is_part(value: Any) -> bool:
     return isinstance(value.get("type"), str) or isinstance(value.get("text"), str)
 
 
-def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> Said:
+def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> FieldText:
     texts: list[str] = []
     thoughts: list[str] = []
     for index, part in enumerate(parts):
@@ -176,7 +176,7 @@ def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> Said:
             own = next((key for key in (kind, "text", *_THOUGHT) if isinstance(part.get(key), str)), None)
             if own is None:
                 raise DataError(f"{where}: `{place}` is a part of type `{kind}` without its text.", "Write it there.")
-            (texts if kind in _TEXT else thoughts).append(_whole(part[own], where, f"{place}.{own}"))
+            (texts if kind in _TEXT else thoughts).append(_require_unicode(part[own], where, f"{place}.{own}"))
             continue
         raise DataError(
             f"{where}: `{place}` is a part of type `{kind}`, but only text can be learned.",
@@ -184,10 +184,10 @@ def _joined(parts: Sequence[Mapping[str, Any]], where: str, name: str) -> Said:
             if "tool" in kind
             else "Remove the record, or the part if the text makes sense without it.",
         )
-    return Said("".join(texts), "\n".join(thoughts))
+    return FieldText("".join(texts), "\n".join(thoughts))
 
 
-def _whole(text: str, where: str, name: str) -> str:
+def _require_unicode(text: str, where: str, name: str) -> str:
     try:
         text.encode()  # quicker than looking at every character
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""What all record formats are turned into."""
+"""Conversations: the common form of all record formats."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks.
-        content: What is said; empty where the assistant only calls tools.
-        counts: Whether the loss counts what is said here. Of no effect but in an assistant's turn.
-        reasoning: What an assistant thought before it answered, where the record keeps that apart.
-        tool_calls: An assistant's calls as Hugging Face's templates take them: objects of the form
+        role: Role of the speaker.
+        content: The text; empty if the assistant only calls tools.
+        counts: Whether the turn counts in the loss. Only used for assistant turns.
+        reasoning: The assistant's reasoning before the answer, if the record keeps it in a field.
+        tool_calls: The assistant's calls as Hugging Face's templates take them: objects of the form
             ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``.
-        name: Which tool answers, in a tool's turn, or who speaks, in another one; "" if that is not said.
-        tool_call_id: Which call a tool's turn answers; "" if that is not said.
+        name: Name of the tool in a tool's turn, else of the speaker; "" if unknown.
+        tool_call_id: Id of the call that a tool's turn answers; "" if unknown.
     """
 
     role: Role
@@ -36,7 +36,7 @@ class Message:
     tool_call_id: str = ""
 
     def for_template(self) -> dict[str, Any]:
-        """The message as chat templates take it; a field that says nothing is left out."""
+        """Return the message as chat templates take it, without empty fields."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -51,13 +51,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One training text before it meets a tokenizer.
+    """One training text before tokenisation.
 
     Attributes:
         messages: The turns. Raw text has none.
-        where: The record's place, for messages.
-        kind: ``chat``: needs a chat template. ``completion``: one user and one assistant turn
-            which may also be written one after the other. ``text``: `text` as it is.
+        where: Location of the record, for error messages.
+        kind: ``chat``: needs a chat template. ``completion``: one user and one assistant turn, which can also be
+            concatenated without a template. ``text``: `text` as it is.
         text: The raw text of kind ``text``.
         tools: Definitions of the tools that the assistant may call, as JSON schemas.
     """
@@ -69,10 +69,10 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
 
     def content_hash(self) -> str:
-        """A digest of what is said, regardless of where it stands and of outer whitespace.
+        """Return a digest of the content, regardless of location and outer whitespace.
 
         Returns:
-            64 hexadecimal digits; equal for records that a split must not separate.
+            64 hexadecimal digits; equal for records that a split must keep together.
         """
         digest = hashlib.sha256()
         said: list[tuple[str, str]] = [(message.role, message.content) for message in self.messages]

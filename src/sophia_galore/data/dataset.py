@@ -1,4 +1,4 @@
-"""From the data section of the configuration to training and evaluation examples."""
+"""Make training and evaluation examples from the data section of the configuration."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """What became of one part of the data, training or evaluation.
+    """Counts of the training or the evaluation data.
 
     Attributes:
-        num_records: Records chosen for this part.
-        num_examples: Examples they gave.
-        num_cut: Of these, so many were cut at the end.
-        num_dropped: Records left out because they are too long.
-        num_cut_empty: Records left out because nothing that counts survived the cut.
-        num_tokens: Tokens of all examples.
-        num_counted: Tokens that count in the loss.
-        longest: Tokens of the longest example; 0 if there is none.
+        num_records: Number of records used.
+        num_examples: Number of examples made from them.
+        num_cut: Number of these examples that were cut at the end.
+        num_dropped: Number of records left out because they are too long.
+        num_cut_empty: Number of records left out because no counted token remained after the cut.
+        num_tokens: Number of tokens in all examples.
+        num_counted: Number of tokens that count in the loss.
+        longest: Length of the longest example in tokens; 0 if there is none.
     """
 
     num_records: int
@@ -51,14 +51,14 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts to show before a run, of both parts.
+    """Counts to show before a run.
 
     Attributes:
-        train: The training part.
-        eval: The evaluation part; all zero without evaluation.
-        num_shared: Training records whose text is in the separate evaluation data too, which
-            makes its loss look better than it is. Always 0 when a fraction is held out.
-        num_bad: Records of either part that can't be used and were left out.
+        train: Counts of the training data.
+        eval: Counts of the evaluation data; all zero without evaluation.
+        num_shared: Number of training records whose text is also in the separate evaluation data, which makes the
+            evaluation loss too low. Always 0 if a fraction is held out.
+        num_bad: Number of records that can't be used and were left out.
     """
 
     train: PartSummary
@@ -69,15 +69,15 @@ class DataSummary:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """What a run trains and evaluates on.
+    """Training and evaluation examples of a run.
 
     Attributes:
         train: Training examples; at least one.
-        eval: Evaluation examples; none if no evaluation was asked for.
+        eval: Evaluation examples; empty without evaluation.
         format: The format of the training records.
         summary: Counts.
         fingerprint: SHA-256 over token ids and masks of both parts in order, 64 hex digits.
-        files: File by file, what was read and what was left alone.
+        files: For each file, how it was used.
         bad: The records that can't be used and were left out.
     """
 
@@ -91,7 +91,7 @@ class Dataset:
 
     @cached_property
     def repetition(self) -> Repetition | None:
-        """How far the evaluation examples repeat the training examples; None without an evaluation."""
+        """How much of the evaluation examples repeats the training examples; None without evaluation."""
         return repetition(self.train, self.eval)
 
     @property
@@ -103,21 +103,21 @@ class Dataset:
 def load_data(
     config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase, date: str = ""
 ) -> Dataset:
-    """Reads, converts, splits and tokenises the data of a run.
+    """Read, convert, split and tokenise the data of a run.
 
     Args:
         config: The data section of the configuration.
-        max_length: Longest example in tokens.
-        seed: The run's seed; it fixes the split and which examples a maximum keeps, unless `data.seed` does.
+        max_length: Maximum length of an example in tokens.
+        seed: The run's seed. It determines the split and the choice of examples, unless `data.seed` is given.
         tokenizer: The model's tokenizer.
-        date: The day that the chat template sees, as `2026-11-28`; "": whatever day it is.
+        date: The date that the chat template sees, as `2026-11-28`; "": the current date.
 
     Returns:
-        The examples and what is to be said about them.
+        The examples and their counts.
 
     Raises:
-        DataError: Something in the data can't be used; the message names file, place and field.
-        EnvironmentProblem: A file may not be read.
+        DataError: Some of the data can't be used; the message names file, location and field.
+        EnvironmentProblem: There is no permission to read a file.
     """
     seed = seed if config.seed is None else config.seed
     bad = BadRecords(config.on_bad_record)
@@ -127,7 +127,7 @@ def load_data(
     if not everything or measured == []:
         bad.refuse(gathered.num_records, at_any_rate=True)
     if bad.stops and config.max_train_examples is None:
-        # Nothing is going to be trained; but one attempt is to show all that is to be mended.
+        # The run will stop anyway; this finds the remaining bad records, to report all of them at once.
         all_of_it = [*everything, *(measured or [])]
         tokenise(all_of_it, tokenizer, max_length=max_length, too_long="cut", date=date, report=bad.report)
     bad.refuse(gathered.num_records)
@@ -170,7 +170,7 @@ def load_data(
 
 
 def fingerprint(train: Sequence[Example], eval: Sequence[Example]) -> str:
-    """A digest of everything about the data that can change the numbers of a run.
+    """Return a digest of all data that can change the results of a run.
 
     Args:
         train: Training examples.

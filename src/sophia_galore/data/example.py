@@ -1,4 +1,4 @@
-"""What the model trains on: token ids, and which of them count."""
+"""Training examples: token ids with a loss mask."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised text. Kept as small tensors: five bytes a token, not hundred as lists of ints.
+    """One tokenised text. Stored as small tensors: 5 bytes per token, instead of about 100 as lists of ints.
 
     Attributes:
         input_ids: Token ids, (T,) int32.
-        counted: Which tokens the model is to learn to say, (T,) bool. Never the first one, since
-            nothing stands before it to predict it from.
-        where: The place of the record that it came from.
+        counted: Which tokens count in the loss, (T,) bool. The first one never does, since no token precedes it.
+        where: Location of the record, for error messages.
     """
 
     input_ids: Tensor
@@ -29,15 +28,12 @@ class Example:
 
     @classmethod
     def of(cls, input_ids: list[int], counted: list[bool], where: str) -> Example:
-        """Builds an example from lists.
+        """Build an example from lists of length T.
 
         Args:
-            input_ids: Token ids, T of them.
-            counted: Which tokens count, T of them; the first is set to False.
-            where: The place of the record.
-
-        Returns:
-            The example.
+            input_ids: Token ids.
+            counted: Which tokens count; the first is set to False.
+            where: Location of the record, for error messages.
         """
         mask = torch.tensor(counted, dtype=torch.bool)
         mask[:1] = False
@@ -50,12 +46,12 @@ class Example:
 
     @property
     def num_counted(self) -> int:
-        """Number of tokens that count, which is the number of targets in the loss."""
+        """Number of counted tokens, which are the targets in the loss."""
         return int(self.counted.sum())
 
 
 def describe(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Cuts an example's text where the mask changes, to show what is learned.
+    """Split the text of an example where the mask changes, to show what is learned.
 
     Args:
         example: The example.

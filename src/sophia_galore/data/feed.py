@@ -1,15 +1,14 @@
-"""How examples come to the steps of a run: which rows, in which order, in which micro-batches.
+"""Batch examples for the steps of a run: which rows, in which order, in which micro-batches.
 
-Nothing here has a state: what makes up step 7 of epoch 2 can be asked at any time, so a resumed run continues exactly
-where it stopped, without replaying what came before. A row is one example or, packed, several side by side; which
-ones is settled once for a run, so that every epoch has the same number of steps, and their order is drawn anew in
-each epoch.
+There is no state: the micro-batches of any step can be computed at any time, so a resumed run continues exactly where
+it stopped. A row is one example or, if packed, several side by side. Packing is done once per run, so that every epoch
+has the same number of steps; the rows are shuffled again in each epoch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -21,17 +20,17 @@ from sophia_galore.data.packing import Rows, pack
 
 Arrangement = Literal["shuffled", "grouped", "packed"]
 
-# Steps that are looked at for the largest one: more would take seconds and find little more.
+# Number of steps searched for the largest one: a longer search takes seconds and finds little more.
 _MOST_STEPS = 20_000
 
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """Examples on their way to the steps of a run, or to its evaluation.
+    """The micro-batches of a run or of its evaluation.
 
     Args:
         examples: The examples.
-        rows: By number, the examples of each row.
+        rows: For each row, the indices of its examples.
         arrangement: shuffled; grouped: rows of similar length share a micro-batch; or packed.
         batch_size: Rows in a micro-batch.
         accumulation: Micro-batches in a step.
@@ -49,10 +48,10 @@ class Feed:
 
     @classmethod
     def of(cls, config: RunConfig, examples: Sequence[Example], pad_id: int = 0) -> Feed:
-        """As was asked.
+        """Make the feed that a configuration describes.
 
         Args:
-            config: What was asked.
+            config: The configuration.
             examples: Training or evaluation examples, none longer than `training.max_length`.
             pad_id: The token id to pad with.
         """
@@ -71,11 +70,11 @@ class Feed:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch: the last one may be smaller, nothing is left out."""
+        """Number of optimizer steps in one epoch. The last one may be smaller; no row is left out."""
         return -(-len(self.rows) // (self.batch_size * self.accumulation))
 
     def step(self, number: int) -> list[MicroBatch]:
-        """The micro-batches of one optimizer step.
+        """Return the micro-batches of one optimizer step.
 
         Args:
             number: The step, from 1.
@@ -88,7 +87,7 @@ class Feed:
         return self._batches(self.order(epoch)[index * size : (index + 1) * size])
 
     def order(self, epoch: int) -> Sequence[int]:
-        """The rows of an epoch by number, in their order.
+        """Return the indices of the rows in the order of an epoch.
 
         Args:
             epoch: The epoch, from 0.
@@ -98,20 +97,20 @@ class Feed:
         return epoch_order(len(self.rows), self.seed, epoch)
 
     def longest_first(self) -> list[MicroBatch]:
-        """All rows once, sorted by length so that little is padded: for evaluation.
+        """Return all rows once for evaluation, sorted by length so that there is little padding.
 
         Returns:
-            The longest ones first: if memory does not suffice, that shows at once.
+            Micro-batches, the longest first: if memory is too small, this shows at once.
         """
         return self._batches(sorted(range(len(self.rows)), key=lambda row: -self._lengths[row]))
 
     def largest_step(self, num_steps: int) -> list[MicroBatch]:
-        """The micro-batches of that step of a run which has most tokens, padding included.
+        """Return the micro-batches of the step with the most tokens, including padding.
 
-        Of several the one whose examples are longest, since what attention takes grows with their squares.
+        Among equal steps, it is the one with the longest examples, since the cost of attention grows with the square.
 
         Args:
-            num_steps: Optimizer steps of the run; of very many the first ones are looked at.
+            num_steps: Number of optimizer steps of the run; only the first 20,000 are searched.
         """
         size = self.batch_size * self.accumulation
         largest: tuple[int, int] = (0, 0)
@@ -128,12 +127,11 @@ class Feed:
         return self._batches(chosen)
 
     def largest_window(self) -> list[MicroBatch]:
-        """Micro-batches that are at least as large as those of any optimizer step can be.
+        """Return micro-batches that are at least as large as those of any optimizer step.
 
-        The longest rows are spread over them, one to each before any gets a second: padding is most where every
-        micro-batch holds a long one. They are not repeated where there are fewer than a step takes, since no step has
-        more then either. Packed rows are almost alike in length, so all are padded to the longest, and those are taken
-        that hold the longest examples.
+        The longest rows are distributed so that each micro-batch gets one before any gets a second: padding is largest
+        if every micro-batch has a long row. If there are fewer rows than a step takes, none is repeated. Packed rows
+        have almost equal lengths, so those with the longest examples are taken and padded to the longest row.
 
         Returns:
             As many micro-batches as the largest step has, the one with the longest example first.
@@ -152,13 +150,12 @@ class Feed:
 
     @property
     def fill(self) -> float:
-        """Share of what the first epoch's micro-batches hold that is tokens, from 0 to 1; the rest is padding."""
+        """Fraction of tokens in the first epoch's micro-batches, from 0 to 1; the rest is padding."""
         return sum(self._lengths) / max(1, self._places(self.order(0)))
 
     def shuffled(self) -> Feed:
-        """The same examples neither packed nor grouped."""
-        parts = (self.batch_size, self.accumulation, self.seed, self.pad_id)
-        return Feed(self.examples, one_each(len(self.examples)), "shuffled", *parts)
+        """Return the same examples without packing or grouping."""
+        return replace(self, rows=one_each(len(self.examples)), arrangement="shuffled")
 
     @cached_property
     def _lengths(self) -> tuple[int, ...]:
@@ -171,7 +168,7 @@ class Feed:
         return [sum(self.examples[number].num_tokens ** 2 for number in row) for row in self.rows]
 
     def _places(self, rows: Sequence[int]) -> int:
-        """Places for tokens in the micro-batches of some rows, padding included."""
+        """Return the number of tokens in the micro-batches of some rows, including padding."""
         lengths = [self._lengths[row] for row in rows]
         parts = (lengths[start : start + self.batch_size] for start in range(0, len(lengths), self.batch_size))
         return sum(len(part) * max(part) for part in parts)
@@ -185,5 +182,5 @@ class Feed:
 
 
 def one_each(num_examples: int) -> Rows:
-    """Rows of one example each."""
+    """Return rows of one example each."""
     return tuple((number,) for number in range(num_examples))

@@ -1,4 +1,4 @@
-"""Reading the fields of a record: what says nothing, what is refused by name, flags, and text that holds a list."""
+"""Read the fields of a record: absent values, unsupported fields, flags, and lists written as text."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from sophia_galore.data.record import Record
 from sophia_galore.errors import DataError
 
 
+def is_null(value: Any) -> bool:
+    """Return whether a value is null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def absent(value: Any) -> bool:
-    """Whether a field says nothing: null, NaN, an empty or blank text, an empty list or object."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return True
-    return not value.strip() if isinstance(value, str) else isinstance(value, list | tuple | Mapping) and not value
+    """Return whether a value counts as absent: null, NaN, an empty or blank text, an empty list or object."""
+    if isinstance(value, str):
+        return not value.strip()
+    return is_null(value) or (isinstance(value, list | tuple | Mapping) and not value)
 
 
-def tidied(record: Record) -> Record:
-    """A record whose NaNs are null, and whose fields are named as they are known: ``Instruction`` is ``instruction``.
+def normalised(record: Record) -> Record:
+    """Return a record with nulls for NaNs and with standard field names: ``Instruction`` becomes ``instruction``.
 
     Args:
         record: As it was read.
     """
     names = renamed(record)
-    if not names and not any(isinstance(value, float) and math.isnan(value) for value in record.fields.values()):
-        return record
-    fields = {
-        names.get(name, name): None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in record.fields.items()
-    }
+    fields = {names.get(name, name): None if is_null(value) else value for name, value in record.fields.items()}
     return Record(fields, record.where)
 
 
 def renamed(record: Record) -> dict[str, str]:
-    """The fields of a record that are known by another spelling, such as ``Instruction``, with their known names.
+    """Return the fields with another spelling than the standard one, such as ``Instruction``, and their standard names.
 
     Args:
         record: As it was read.
@@ -51,13 +51,13 @@ def renamed(record: Record) -> dict[str, str]:
 
 
 def refuse_by_name(record: Record) -> None:
-    """Refuses what changes the learning and can't be honoured, in whatever format it stands.
+    """Refuse fields of any format that would change what is learned and are not supported.
 
     Args:
-        record: The record, tidied.
+        record: The normalised record.
 
     Raises:
-        DataError: It holds a preference, something other than text, or asks to be learned otherwise.
+        DataError: It holds preference data or something other than text, or asks for other targets.
     """
     refuse_fields(record.fields, "record", record.where)
     for name in (*RECORD_COUNTS, "loss"):
@@ -65,7 +65,7 @@ def refuse_by_name(record: Record) -> None:
         said = value if name == "loss" else flag(value, record.where, name)
         if said is False:
             raise DataError(
-                f"{record.where}: the field `{name}` is {shown(value)}: this record is not to be learned from.",
+                f"{record.where}: the field `{name}` is {shown(value)}: this record must not be trained on.",
                 "Remove the record, or the field.",
             )
     for name in ASKS_FOR_INPUT:
@@ -77,11 +77,11 @@ def refuse_by_name(record: Record) -> None:
 
 
 def refuse_label(record: Record, *, of_answer: bool) -> None:
-    """Refuses an answer that is labelled as a bad one; a good one is learned, and a class's name says neither.
+    """Refuse an answer that is labelled as bad. Answers labelled as good, and class names, are accepted.
 
     Args:
-        record: The record, tidied.
-        of_answer: Whether the record has an answer, of which 0 says that it is bad; beside raw text 0 is a class.
+        record: The normalised record.
+        of_answer: Whether the record has an answer: then 0 means a bad one. With raw text, 0 is a class.
 
     Raises:
         DataError: The label is false.
@@ -99,16 +99,16 @@ def refuse_label(record: Record, *, of_answer: bool) -> None:
 
 
 def refuse_fields(fields: Mapping[str, Any], place: str, where: str, within: str = "") -> None:
-    """Refuses the fields whose row says so.
+    """Refuse the fields that `meanings.TABLE` marks as refused.
 
     Args:
         fields: Fields by name.
         place: ``record`` or ``turn``.
-        where: The record's place.
-        within: The turn, for messages.
+        where: Location of the record, for error messages.
+        within: The turn, for error messages.
 
     Raises:
-        DataError: There is one, and it says something.
+        DataError: There is such a field, and it is not absent.
     """
     for name, value in fields.items():
         row = REFUSALS[place].get(name)
@@ -118,18 +118,18 @@ def refuse_fields(fields: Mapping[str, Any], place: str, where: str, within: str
 
 
 def flag(value: Any, where: str, name: str) -> bool | None:
-    """Reads a field that says whether something counts.
+    """Read a field that says whether something counts in the loss.
 
     Args:
         value: The field's value.
-        where: The record's place.
-        name: The field's name, for messages.
+        where: Location of the record, for error messages.
+        name: The field's name, for error messages.
 
     Returns:
-        What it says; None if it says nothing.
+        The truth value; None if the field is absent.
 
     Raises:
-        DataError: It is something between, or no truth value at all.
+        DataError: It is not a truth value, or a weight between 0 and 1.
     """
     if absent(value):
         return None
@@ -144,19 +144,19 @@ def flag(value: Any, where: str, name: str) -> bool | None:
 
 
 def one_of(fields: Mapping[str, Any], names: Iterable[str], where: str, within: str = "") -> tuple[str, Any]:
-    """The one value among several names of the same thing.
+    """Return the value of a field that has several names.
 
     Args:
         fields: Fields by name.
         names: Names that mean the same.
-        where: The record's place.
-        within: The turn, for messages.
+        where: Location of the record, for error messages.
+        within: The turn, for error messages.
 
     Returns:
-        The name in use and its value; ("", None) if none says anything.
+        The name in use and its value; ("", None) if all are absent.
 
     Raises:
-        DataError: Two of them say different things.
+        DataError: Two of them have different values.
     """
     given = [(name, fields[name]) for name in names if name in fields and not absent(fields[name])]
     if not given:
@@ -173,7 +173,7 @@ def one_of(fields: Mapping[str, Any], names: Iterable[str], where: str, within: 
 
 
 def parsed(value: Any) -> Any:
-    """What a text holds that is a list or an object, written as JSON or as Python writes it; else the value itself.
+    """Parse a text that is a list or an object in the syntax of JSON or Python; return other values unchanged.
 
     Args:
         value: Any value of a field.
@@ -192,18 +192,18 @@ def parsed(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON writes it, cut to a length that fits into a sentence."""
+    """Return a value as JSON writes it, cut to a length that fits into a sentence."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def present(record: Record) -> list[str]:
-    """The names of a record's fields that are not null (tables fill absent fields with null)."""
+    """Return the names of a record's fields that are not null (tables fill absent fields with null)."""
     return [str(name) for name, value in record.fields.items() if value is not None]
 
 
 def listed(names: list[str]) -> str:
-    """Field names for a message.
+    """Format field names for a message.
 
     Args:
         names: The names; long lists are shortened.

@@ -1,4 +1,4 @@
-"""Bytes and text of data files, unpacked where they are packed."""
+"""Text of data files, decompressed if necessary."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from pathlib import Path
 
 from sophia_galore.errors import DataError, short
 
-UNPACKED: dict[str, Callable[[bytes], bytes]] = {
+DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
-"""Endings of packed files, behind that of the file itself: ``x.jsonl.gz``."""
+"""Decompression by extension; it follows the extension of the file itself: ``x.jsonl.gz``."""
 
 
 def ending(path: Path) -> str:
-    """The ending that says what kind of file it is, in small letters, without that of the packing.
+    """Return the extension that says the type of a file, in lower case, without that of the compression.
 
     Args:
         path: The file.
     """
-    name = path.with_suffix("") if path.suffix.lower() in UNPACKED else path
+    name = path.with_suffix("") if path.suffix.lower() in DECOMPRESS else path
     return name.suffix.lower()
 
 
 def file_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 if it begins with that encoding's mark.
+    """Return the text of a file in UTF-8, or in UTF-16 if it begins with a byte-order mark of UTF-16.
 
     Args:
-        path: The file, perhaps packed.
+        path: The file; it may be compressed.
 
     Returns:
         The text, without a byte-order mark.
 
     Raises:
-        DataError: It can't be unpacked, or is no such text; the message names the line.
+        DataError: It can't be decompressed or decoded; the message names the line.
     """
     raw = path.read_bytes()
-    if unpack := UNPACKED.get(path.suffix.lower()):
+    if decompress := DECOMPRESS.get(path.suffix.lower()):
         try:
-            raw = unpack(raw)
+            raw = decompress(raw)
         except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            raise DataError(f"{path} can't be unpacked: {short(error)}.", "Write or download it again.") from error
+            raise DataError(f"{path} can't be decompressed: {short(error)}.", "Write or download it again.") from error
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             return raw.decode("utf-16")

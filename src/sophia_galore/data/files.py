@@ -1,4 +1,4 @@
-"""JSON files, of one document or of one a line; each record knows where it stands."""
+"""Read JSON and JSON Lines files; each record knows its location."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sophia_galore.errors import DataError
 
 
 def read_json(path: Path, report: Report) -> Content:
-    """Reads a JSON list of objects; also the other shapes in which such lists are written.
+    """Read a JSON list of objects, or another common form of such a list.
 
-    These are an object whose field ``data`` is the list, a single record, an object of columns as pandas writes it,
-    and one object a line.
+    The other forms are an object whose field ``data`` is the list, a single record, an object of columns as pandas
+    writes it, and one object per line.
 
     Args:
         path: The file.
-        report: Takes the items that are no objects.
+        report: Called for each item that is not an object.
 
     Returns:
-        The records; ``where`` counts them from 1, or names the line where each has one.
+        The records; ``where`` counts them from 1, or names the line if there is one object per line.
 
     Raises:
         DataError: Broken JSON (with line and column), or JSON of another shape.
@@ -52,11 +52,11 @@ def read_json(path: Path, report: Report) -> Content:
 
 
 def read_jsonl(path: Path, report: Report) -> Content:
-    """Reads one JSON object a line; blank lines are allowed. A file that is one JSON document instead is read as that.
+    """Read one JSON object per line; blank lines are allowed. A single JSON document is read as such.
 
     Args:
         path: The file.
-        report: Takes the lines that are no JSON objects.
+        report: Called for each line that is not a JSON object.
 
     Returns:
         The records; ``where`` is ``file:line``.
@@ -80,7 +80,7 @@ def read_jsonl(path: Path, report: Report) -> Content:
 
 
 def _lines(text: str, path: Path) -> tuple[list[Record], list[tuple[str, DataError]]]:
-    """The records of a text of one object a line, and the lines that are none."""
+    """Return the records of a text with one object per line, and the lines that are not objects."""
     records: list[Record] = []
     broken: list[tuple[str, DataError]] = []
     # Not splitlines(): that would also cut at U+2028 and others, which JSON strings may contain.
@@ -125,7 +125,7 @@ def _document(content: Any, path: Path, report: Report) -> Content:
 
 
 def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records in an object of columns, or the object itself if it is one record; none if it is neither."""
+    """Return the records of an object of columns, or the object if it is one record; else an empty list."""
     if not any(str(name).strip().lower() in ANSWERS for name in content):
         return []
     columns = list(content.values())

@@ -1,4 +1,4 @@
-"""A folder of data: which of its files are trained on, which are measured on, and which are left alone."""
+"""Find the splits of a data folder: which files are for training, validation and testing."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ SPLITS: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-"""What a file or a subfolder is called, and which part of the data it is."""
+"""Names of files and subfolders, and the split that each means."""
 
 _WORDS = "|".join(sorted(SPLITS, key=len, reverse=True))
 _SHARD = re.compile(r"(?:[-_.]?\d+(?:[-_]of[-_]\d+)?)+(?:-[0-9a-f]{16})?$")
 _BEGINS, _ENDS = re.compile(rf"({_WORDS})(?![a-z0-9])"), re.compile(rf"(?<![a-z0-9])({_WORDS})$")
-_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files that describe data and hold none."""
 
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """The files of a folder by their use.
+    """The files of a folder by split.
 
     Attributes:
-        train: Files to train on, in the order of their names.
-        validation: Files to measure on while training.
-        test: Files for a last measurement, which training leaves alone.
-        others: Files that belong to no part of a folder that has parts.
+        train: Training files, sorted by name.
+        validation: Files for evaluation during training.
+        test: Files for a final evaluation, which training does not read.
+        others: Files of no split, in a folder that has splits.
     """
 
     train: tuple[Path, ...]
@@ -51,39 +51,33 @@ class FolderFiles:
     test: tuple[Path, ...] = ()
     others: tuple[Path, ...] = ()
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether the folder says which of its files are for what."""
-        return bool(self.validation or self.test)
 
-
-def look_into(folder: Path, endings: Iterable[str]) -> FolderFiles:
-    """Finds the data files of a folder and what each is for.
+def find_splits(folder: Path, endings: Iterable[str]) -> FolderFiles:
+    """Find the data files of a folder and the split of each.
 
     Args:
-        folder: The folder: of data files, whose names or subfolders may say ``train``, ``validation`` or ``test``; of a
-            dataset that `datasets` saved; or of a hub dataset, whose files lie in ``data``.
-        endings: The endings of files that can be read.
+        folder: A folder of data files, whose names or subfolders may contain ``train``, ``validation`` or ``test``; a
+            dataset saved by `datasets`; or a copy of a hub dataset, whose files are in ``data``.
+        endings: Extensions of files that can be read.
 
     Returns:
-        The files. Hidden ones, and those that only describe data, are not among them.
+        The files, without hidden files and metadata.
 
     Raises:
-        DataError: There is no data file, or it is not clear which ones are meant.
-        EnvironmentProblem: The folder may not be read.
+        DataError: There is no data file, or it is ambiguous which ones are meant.
+        EnvironmentProblem: There is no permission to read the folder.
     """
-    known = set(endings)
     try:
-        return _look(folder, known)
+        return _look(folder, set(endings))
     except PermissionError as error:
         raise EnvironmentProblem(f"The folder {folder} can't be read: permission denied.") from error
 
 
 def split_of(name: str) -> Split | None:
-    """The part of the data that a name says, if it is one: ``test-00000-of-00002`` is test, ``latest`` is none.
+    """Return the split that a name means, if any: ``test-00000-of-00002`` is test, ``latest`` is none.
 
     Args:
-        name: A file's name without its endings, or a folder's.
+        name: A file name without extensions, or a folder name.
     """
     stem = _SHARD.sub("", name.lower())
     found = _BEGINS.match(stem) or _ENDS.search(stem)
@@ -100,23 +94,22 @@ def _look(folder: Path, endings: set[str]) -> FolderFiles:
     named = {inner: found for inner in inside if inner.name.lower() in SPLITS and (found := _all_files(inner, endings))}
     if not files and not named:
         return _deeper(folder, [inner for inner in inside if _all_files(inner, endings)], endings)
-    parts: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
+    splits: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
     for inner, found in named.items():
-        parts[SPLITS[inner.name.lower()]] += found
-    # A word somewhere in a name is a sign only where another file is named as the training part.
+        splits[SPLITS[inner.name.lower()]] += found
+    # A split name inside a longer name counts only if some file is named as the training split.
     guesses = {path: split_of(_stem(path)) for path in files}
-    if not parts["train"] and "train" not in guesses.values():
+    if not splits["train"] and "train" not in guesses.values():
         guesses = {path: SPLITS.get(_SHARD.sub("", _stem(path).lower())) for path in files}
     for path, guess in guesses.items():
-        parts[guess].append(path)
-    has_parts = bool(parts["validation"] or parts["test"])
-    if not has_parts or not parts["train"]:
-        parts["train"], parts[None] = sorted([*parts["train"], *parts[None]]), []
-    return FolderFiles(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), tuple(parts[None]))
+        splits[guess].append(path)
+    if not splits["train"] or not (splits["validation"] or splits["test"]):
+        splits["train"], splits[None] = sorted([*splits["train"], *splits[None]]), []
+    return FolderFiles(*map(tuple, splits.values()))
 
 
 def _deeper(folder: Path, inside: list[Path], endings: set[str]) -> FolderFiles:
-    """A folder without data files of its own: the one subfolder that has some, which is ``data`` in hub datasets."""
+    """Look into the only subfolder that has data files; in hub datasets it is called ``data``."""
     if len(inside) == 1:
         return _look(inside[0], endings)
     if inside:
@@ -127,7 +120,7 @@ def _deeper(folder: Path, inside: list[Path], endings: set[str]) -> FolderFiles:
         )
     raise DataError(
         f"The folder {folder} holds no data file.",
-        f"Put files with one of the endings {', '.join(sorted(endings))} into it.",
+        f"Put files with one of the extensions {', '.join(sorted(endings))} into it.",
     )
 
 
@@ -135,12 +128,12 @@ def _data_files(folder: Path, endings: set[str]) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if not path.name.startswith(".") and path.name not in _ABOUT and ending(path) in endings and path.is_file()
+        if not path.name.startswith(".") and path.name not in _METADATA and ending(path) in endings and path.is_file()
     )
 
 
 def _all_files(folder: Path, endings: set[str]) -> list[Path]:
-    """The data files of a subfolder, or of one below it; those of a saved dataset in their own order."""
+    """Return the data files of a subfolder and below; those of a saved dataset in its order."""
     saved = _saved(folder)
     if saved is not None:
         return list(saved)
@@ -155,20 +148,17 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _saved_splits(folder: Path) -> FolderFiles:
-    """The parts of a `DatasetDict` that was saved to disk."""
-    parts: dict[Split, list[Path]] = {"train": [], "validation": [], "test": []}
-    others: list[Path] = []
+    """Return the splits of a `DatasetDict` that was saved to disk."""
+    splits: dict[Split | None, list[Path]] = {"train": [], "validation": [], "test": [], None: []}
     for name in _list(_json(folder / "dataset_dict.json").get("splits")):
-        files = _saved(folder / str(name)) or ()
-        split = split_of(str(name))
-        (parts[split] if split else others).extend(files)
-    if not parts["train"]:
-        parts["train"], others = others, []
-    return FolderFiles(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), tuple(others))
+        splits[split_of(str(name))].extend(_saved(folder / str(name)) or ())
+    if not splits["train"]:
+        splits["train"], splits[None] = splits[None], []
+    return FolderFiles(*map(tuple, splits.values()))
 
 
 def _saved(folder: Path) -> tuple[Path, ...] | None:
-    """The Arrow files of a dataset that was saved to disk, in their order; None if the folder is none."""
+    """Return the Arrow files of a dataset that was saved to disk, in order; None if the folder is not one."""
     state = folder / "state.json"
     if not state.is_file() or not (folder / "dataset_info.json").is_file():
         return None

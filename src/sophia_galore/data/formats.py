@@ -1,4 +1,4 @@
-"""The record formats: telling them apart, and turning each into conversations.
+"""Detect the format of records and convert them to conversations.
 
     alpaca             instruction, output; optional: input
     sharegpt           conversations: list of {from, value}
@@ -6,25 +6,25 @@
     prompt_completion  prompt, completion: two texts or two lists of messages
     text               text
 
-What else a record may hold, whatever its format, is in `fields.py`. A field that is null counts as absent, since
-tables fill their gaps with nulls.
+Fields that any format may have are in `fields.py`. A null field counts as absent, since tables fill gaps with nulls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from sophia_galore.data.content import is_parts, reasoning_in, said, said_field, text_field
+from sophia_galore.data.content import field_text, is_parts, read_text, reasoning_in, text_field
 from sophia_galore.data.conversation import Conversation, Message
-from sophia_galore.data.fields import absent, listed, one_of, parsed, present, refuse_by_name, refuse_label, tidied
+from sophia_galore.data.fields import absent, listed, normalised, one_of, parsed, present, refuse_by_name, refuse_label
 from sophia_galore.data.meanings import REASONING, SYSTEM, TOOLS
 from sophia_galore.data.record import Record
 from sophia_galore.data.tools import tools_of
 from sophia_galore.data.turns import require_answer, system_of, turns
 from sophia_galore.errors import DataError
 
-# In this order: data sets often keep a rendered `text` or the first `prompt` beside the full conversation.
+# The order matters: data sets often keep a rendered `text` or the first `prompt` beside the full conversation.
 MARKS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -35,7 +35,7 @@ MARKS: dict[str, tuple[str, ...]] = {
 
 
 def detect_format(records: Sequence[Record]) -> str:
-    """Recognises the format that all records share.
+    """Detect the format that all records share.
 
     Args:
         records: The records.
@@ -50,7 +50,7 @@ def detect_format(records: Sequence[Record]) -> str:
         raise DataError("There is no record to recognise a format by.")
     first, place = "", ""
     for record in records:
-        # A record that fits none is left to its conversion, which knows what field is missing.
+        # The conversion reports a record that fits no format: it knows which field is missing.
         others = _formats_of(record)
         if others and not first:
             first, place = others[0], record.where
@@ -62,7 +62,7 @@ def detect_format(records: Sequence[Record]) -> str:
             )
     if first:
         return first
-    refuse_by_name(tidied(records[0]))
+    refuse_by_name(normalised(records[0]))
     raise DataError(
         f"{records[0].where}: no known format has the fields {listed(present(records[0]))}.",
         "Known are: "
@@ -72,28 +72,27 @@ def detect_format(records: Sequence[Record]) -> str:
 
 
 def to_conversation(record: Record, format: str) -> Conversation:
-    """Turns one record into a conversation.
+    """Turn one record into a conversation.
 
     Args:
         record: The record.
         format: A key of `MARKS`.
 
     Returns:
-        The conversation; it has something to learn.
+        The conversation; it has at least one target.
 
     Raises:
-        DataError: A field is missing, of a wrong type or empty, or asks for what can't be done; the message names
-            file, place and field.
+        DataError: A field is missing, empty, of a wrong type, or not supported; the message names location and field.
     """
-    record = tidied(record)
+    record = normalised(record)
     refuse_by_name(record)
     refuse_label(record, of_answer=format != "text")
     return CONVERSIONS[format](record)
 
 
 def _formats_of(record: Record) -> list[str]:
-    """The formats that a record has all fields of; else those that it has some of."""
-    fields = tidied(record).fields
+    """Return the formats whose fields are all in a record; if there are none, those with at least one field in it."""
+    fields = normalised(record).fields
     there = {name: [fields.get(mark) is not None for mark in marks] for name, marks in MARKS.items()}
     # Any record may hold a rendered `text` as well.
     whole = [name for name, marks in there.items() if all(marks) and name != "text"]
@@ -105,8 +104,10 @@ def _alpaca(record: Record) -> Conversation:
     context = text_field(record, "input", required=False)
     answer = _answer(record, "output")
     question = "\n".join(part for part in (instruction, context) if part.strip())
-    _filled(question, record, "instruction")
-    return Conversation((*_before(record), Message("user", question), answer), record.where, tools=tools_of(record))
+    _require_text(question, record, "instruction")
+    return Conversation(
+        (*_earlier_turns(record), Message("user", question), answer), record.where, tools=tools_of(record)
+    )
 
 
 def _prompt_completion(record: Record) -> Conversation:
@@ -119,16 +120,16 @@ def _prompt_completion(record: Record) -> Conversation:
         return Conversation(
             (*context, *_with_reasoning(record, answers)), record.where, tools=tools_of(record, _items(prompt))
         )
-    asked = Message("user", _filled(text_field(record, "prompt"), record, "prompt"))
+    asked = Message("user", _require_text(text_field(record, "prompt"), record, "prompt"))
     answer = _answer(record, "completion")
-    before, tools = _before(record), tools_of(record)
+    before, tools = _earlier_turns(record), tools_of(record)
     # Only a bare question and answer can also be written without a chat template, one after the other.
     bare = not before and not tools and not answer.reasoning
     return Conversation((*before, asked, answer), record.where, kind="completion" if bare else "chat", tools=tools)
 
 
 def _are_messages(prompt: object, completion: object) -> bool:
-    """Whether both, or one of them that is no text, are lists of messages; text that holds such a list is one too."""
+    """Return whether prompt and completion are lists of messages, perhaps as JSON text."""
     both = [parsed(value) for value in (prompt, completion)]
     if all(_is_chat(value) for value in both):
         return True
@@ -149,24 +150,24 @@ def _items(value: object) -> list[object]:
 
 
 def _answer(record: Record, name: str) -> Message:
-    """The one answer of a record, with what was thought before it."""
-    content = said_field(record, name)
-    thought = reasoning_in(_without_modes(record), record.where)
+    """Return the only answer of a record, with its reasoning."""
+    content = field_text(record, name)
+    thought = reasoning_in(_without_reasoning_modes(record), record.where)
     if thought and content.reasoning:
         raise DataError(
             f"{record.where}: the record holds reasoning in a field and in the parts of `{name}` too.",
             "Keep one of them.",
         )
-    _filled(content.text, record, name)
+    _require_text(content.text, record, name)
     return Message("assistant", content.text, reasoning=thought or content.reasoning)
 
 
-def _before(record: Record) -> tuple[Message, ...]:
-    """What stands before the question: a system prompt and earlier turns."""
+def _earlier_turns(record: Record) -> tuple[Message, ...]:
+    """Return the messages before the question: the system prompt and earlier turns."""
     system = system_of(record)
     messages = [Message("system", system)] if system.strip() else []
     for index, (asked, answered) in enumerate(_history(record)):
-        answered = _filled(answered, record, f"history[{index}][1]")
+        answered = _require_text(answered, record, f"history[{index}][1]")
         messages += [Message("user", asked), Message("assistant", answered)]
     return tuple(messages)
 
@@ -186,17 +187,11 @@ def _history(record: Record) -> list[tuple[str, str]]:
             raise DataError(
                 f"{record.where}: `history[{index}]` is not a pair.", "Write [question, answer] there, two strings."
             )
-        asked, answered = (said(part, record.where, f"history[{index}][{side}]").text for side, part in enumerate(pair))
+        asked, answered = (
+            read_text(part, record.where, f"history[{index}][{side}]").text for side, part in enumerate(pair)
+        )
         pairs.append((asked, answered))
     return pairs
-
-
-def _sharegpt(record: Record) -> Conversation:
-    return _chat(record, "conversations")
-
-
-def _messages(record: Record) -> Conversation:
-    return _chat(record, "messages")
 
 
 def _chat(record: Record, field: str) -> Conversation:
@@ -216,8 +211,8 @@ def _refuse_history(record: Record, field: str) -> None:
 
 
 def _with_reasoning(record: Record, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages with what the record, not a message, says of the reasoning; it must be clear whose it is."""
-    thought = reasoning_in(_without_modes(record), record.where)
+    """Return the messages with the reasoning that a field of the record holds; it must be clear whose it is."""
+    thought = reasoning_in(_without_reasoning_modes(record), record.where)
     if not thought:
         return messages
     answers = [message for message in messages if message.role == "assistant"]
@@ -230,8 +225,8 @@ def _with_reasoning(record: Record, messages: tuple[Message, ...]) -> tuple[Mess
     )
 
 
-def _without_modes(record: Record) -> dict[str, object]:
-    """The fields without those that only name a mode of thinking, such as ``reasoning: "off"``."""
+def _without_reasoning_modes(record: Record) -> dict[str, object]:
+    """Return the fields without those that only set a reasoning mode, such as ``reasoning: "off"``."""
     modes = ("on", "off", "true", "false", "none", "low", "medium", "high")
     return {
         name: value
@@ -241,19 +236,18 @@ def _without_modes(record: Record) -> dict[str, object]:
 
 
 def _text(record: Record) -> Conversation:
-    text = _filled(text_field(record, "text"), record, "text")
+    text = _require_text(text_field(record, "text"), record, "text")
     for name in (*SYSTEM, *TOOLS, *REASONING):
         value = record.fields.get(name)
-        if not absent(parsed(value)) and name in _without_modes(record):
+        if not absent(parsed(value)) and name in _without_reasoning_modes(record):
             raise DataError(
-                f"{record.where}: the field `{name}` stands beside raw text, which is learned as it is and has no "
-                "place for it.",
+                f"{record.where}: the field `{name}` can't be used with raw text, which is learned as it is.",
                 "Write it into `text`, or give the record as `messages`.",
             )
     return Conversation((), record.where, kind="text", text=text)
 
 
-def _filled(value: str, record: Record, name: str) -> str:
+def _require_text(value: str, record: Record, name: str) -> str:
     if not value.strip():
         raise DataError(
             f"{record.where}: the field `{name}` is empty.", "Fill it in or remove the record: it would teach nothing."
@@ -263,8 +257,8 @@ def _filled(value: str, record: Record, name: str) -> str:
 
 CONVERSIONS: dict[str, Callable[[Record], Conversation]] = {
     "alpaca": _alpaca,
-    "sharegpt": _sharegpt,
-    "messages": _messages,
+    "sharegpt": partial(_chat, field="conversations"),
+    "messages": partial(_chat, field="messages"),
     "prompt_completion": _prompt_completion,
     "text": _text,
 }

@@ -1,4 +1,4 @@
-"""From the names in the configuration to conversations: every file with its format, its records and its use."""
+"""Read all data sources of the configuration and convert their records to conversations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from sophia_galore.config.schema_data import DataConfig, DataSource
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
-from sophia_galore.data.fields import renamed, tidied
+from sophia_galore.data.fields import normalised, renamed
 from sophia_galore.data.folders import SPLITS, Split
 from sophia_galore.data.formats import detect_format, to_conversation
 from sophia_galore.data.read import Found, find, read_found
@@ -22,14 +22,14 @@ Use = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class FileRead:
-    """What was read, or left alone, of one file or hub dataset.
+    """How one file or hub dataset was used.
 
     Attributes:
         name: The file.
-        use: ``train``, ``eval`` or ``left alone``.
-        num_records: Records in it, with those that can't be used; 0 if it was left alone.
+        use: ``train``, ``eval`` or ``left alone`` (not used).
+        num_records: Number of its records, including bad ones; 0 if it was not used.
         format: Their format.
-        note: How the file was understood where that is not what its ending says; "" otherwise.
+        note: How the file was read if that differs from its extension; else "".
     """
 
     name: str
@@ -45,7 +45,7 @@ class Portion:
 
     Attributes:
         source: The entry.
-        conversations: Of all its files, in order.
+        conversations: The conversations of all its files, in order.
     """
 
     source: DataSource
@@ -54,12 +54,12 @@ class Portion:
 
 @dataclass(frozen=True)
 class Gathered:
-    """All that was read for a run.
+    """All conversations that were read for a run.
 
     Attributes:
-        train: What is trained on, an entry a portion.
-        eval: What is measured on; None: it is to be held out of the training data, if anything is.
-        files: File by file, what was read and what was left alone.
+        train: Training data, one portion per entry.
+        eval: Evaluation data; None: it is held out from the training data, if requested.
+        files: For each file, how it was used.
     """
 
     train: list[Portion]
@@ -68,44 +68,43 @@ class Gathered:
 
     @property
     def format(self) -> str:
-        """The format of the training records; several are named one after the other."""
+        """The format of the training records; several are separated by commas."""
         return ", ".join(dict.fromkeys(file.format for file in self.files if file.use == "train"))
 
     @property
     def num_records(self) -> int:
-        """Records that were read, with those that can't be used."""
+        """Number of records that were read, including bad ones."""
         return sum(file.num_records for file in self.files)
 
 
 def gather(config: DataConfig, bad: BadRecords) -> Gathered:
-    """Reads and converts everything that the data section names.
+    """Read and convert all data sources of the data section.
 
-    A folder's validation part is what is measured on, unless `data.eval` names something else or `data.eval_fraction`
-    was given: 0 asks for no evaluation, another share for one of the training part.
+    The validation split of a training folder is the evaluation data, unless `data.eval` or `data.eval_fraction` is
+    given. A fraction of 0 means no evaluation, another fraction holds out that share of the training split.
 
     Args:
         config: The data section of the configuration.
-        bad: Takes the records that can't be used.
+        bad: Collects the records that can't be used.
 
     Returns:
-        The conversations, and what they came from.
+        The conversations and the files that they came from.
 
     Raises:
-        DataError: A file as a whole can't be used, or there is none.
-        EnvironmentProblem: A file may not be read.
+        DataError: A file is missing or can't be used as a whole.
+        EnvironmentProblem: There is no permission to read a file.
     """
     reading = _Reading(config, bad)
     finds = [(source, find(source.path, "train")) for source in config.train_sources]
     held = [Portion(source, []) for source in config.train_sources]
-    takes_validation = config.eval is None and "eval_fraction" not in config.model_fields_set
     train = []
     for (source, found), beside in zip(finds, held, strict=True):
         train.append(Portion(source, reading.all_of(found.files, source, "train", beside.conversations)))
-        if takes_validation:
+        if reading.uses_validation:
             beside.conversations.extend(reading.all_of(found.validation, source, "eval"))
-        reading.leave((*(() if takes_validation else found.validation), *found.left))
+        reading.leave((*(() if reading.uses_validation else found.validation), *found.left))
     if config.eval is None:
-        # The shares of the training data say nothing of what is measured on.
+        # Weights of the training data do not apply to evaluation data.
         measured = [Portion(DataSource(path=portion.source.path), portion.conversations) for portion in held]
         measured = [portion for portion in measured if portion.conversations]
         return Gathered(train, measured or None, tuple(reading.files))
@@ -118,28 +117,28 @@ def gather(config: DataConfig, bad: BadRecords) -> Gathered:
 
 
 class _Reading:
-    """Reads files one after the other and remembers what came of each.
+    """Reads files one by one and records how each was used.
 
     Args:
         config: The data section of the configuration.
-        bad: Takes the records that can't be used.
+        bad: Collects the records that can't be used.
     """
 
     def __init__(self, config: DataConfig, bad: BadRecords) -> None:
         self._config, self._bad = config, bad
-        self._takes_validation = config.eval is None and "eval_fraction" not in config.model_fields_set
+        self.uses_validation = config.eval is None and "eval_fraction" not in config.model_fields_set
         self.files: list[FileRead] = []
 
     def all_of(
         self, files: Sequence[Path | str], source: DataSource, use: Use, validation: list[Conversation] | None = None
     ) -> list[Conversation]:
-        """The conversations of some files.
+        """Return the conversations of some files.
 
         Args:
             files: The files.
             source: The entry that they belong to.
-            use: What they are for.
-            validation: Takes those of records that say themselves that they are for validation.
+            use: ``train`` or ``eval``.
+            validation: Receives the records whose column `split` says validation.
         """
         return [
             conversation
@@ -148,7 +147,7 @@ class _Reading:
         ]
 
     def leave(self, files: Sequence[Path]) -> None:
-        """Remembers files that are left alone."""
+        """Record files that are not used."""
         known = {file.name for file in self.files}
         self.files += [FileRead(str(file), "left alone") for file in files if str(file) not in known]
 
@@ -158,7 +157,7 @@ class _Reading:
         before = self._bad.num_found
         content = read_found(file, self._bad.report)
         num_broken = self._bad.num_found - before
-        records = [tidied(record) for record in content.records]
+        records = [normalised(record) for record in content.records]
         found = format
         if format == "auto":
             found = detect_format(records) if records else ""
@@ -166,16 +165,15 @@ class _Reading:
         notes = [content.note] if content.note else []
         if names:
             notes.append(f"{', '.join(names)} read as {', '.join(names.values())}")
-        parts = _by_split(records) if validation is not None else None
-        if parts is not None:
-            takes = self._takes_validation
+        splits = _by_split(records) if validation is not None else None
+        if splits is not None:
             notes.append(
-                f"by its column `split`: {len(parts['train'])} to train on, {len(parts['validation'])} to measure on"
-                f"{'' if takes else ' (left alone)'}, {len(parts['test'])} for testing (left alone)"
+                f"by its column `split`: {len(splits['train'])} to train on, {len(splits['validation'])} to measure on"
+                f"{'' if self.uses_validation else ' (left alone)'}, {len(splits['test'])} for testing (left alone)"
             )
-            if takes and validation is not None:
-                validation.extend(self._converted(parts["validation"], found))
-            records = parts["train"]
+            if self.uses_validation and validation is not None:
+                validation.extend(self._converted(splits["validation"], found))
+            records = splits["train"]
         converted = self._converted(records, found)
         self.files.append(FileRead(str(file), use, len(content.records) + num_broken, found, "; ".join(notes)))
         return converted
@@ -191,17 +189,17 @@ class _Reading:
 
 
 def _by_split(records: Sequence[Record]) -> dict[Split, list[Record]] | None:
-    """The records by their column `split`, if each has one and some are to train on and some are not."""
+    """Return the records by their column `split`, if all have a known one and it is `train` for some only."""
     said = [str(record.fields.get("split")).strip().lower() for record in records]
     if not {"train"} < {SPLITS.get(word, "") for word in said} <= {"train", "validation", "test"}:
         return None
-    parts: dict[Split, list[Record]] = {"train": [], "validation": [], "test": []}
+    splits: dict[Split, list[Record]] = {"train": [], "validation": [], "test": []}
     for record, word in zip(records, said, strict=True):
-        parts[SPLITS[word]].append(record)
-    return parts
+        splits[SPLITS[word]].append(record)
+    return splits
 
 
 def _apart_from(found: Found, finds: Sequence[tuple[DataSource, Found]]) -> tuple[Path, ...]:
-    """What is left alone of a folder to measure on, without what is trained on."""
+    """Return the unused files of an evaluation folder that are not trained on either."""
     trained = {file for _, other in finds for file in other.files}
     return tuple(file for file in found.left if file not in trained)

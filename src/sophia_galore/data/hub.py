@@ -1,4 +1,4 @@
-"""Records of a dataset on the Hugging Face hub, or of its copy in the local cache."""
+"""Read datasets of the Hugging Face hub, or their copies in the local cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REACH_TIMEOUT_S = 3.0
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no file here could be a hub dataset.
+    """Return whether a name that is not a local file could be a hub dataset.
 
     Args:
         name: What the user wrote.
@@ -31,10 +31,10 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def read_hub(dataset_id: str) -> list[Record]:
-    """Loads a dataset of the hub.
+    """Load a dataset of the hub.
 
-    The endpoint is tried first, because the hub's client would retry a dead one for minutes.
-    With ``HF_HUB_OFFLINE=1`` only the local cache is looked at.
+    The connection is tested first, because the hub's client would retry for minutes. With ``HF_HUB_OFFLINE=1`` only
+    the local cache is used.
 
     Args:
         dataset_id: ``owner/name`` (its split ``train``) or ``owner/name:split``.
@@ -81,15 +81,15 @@ def _reachable(endpoint: str) -> bool:
     host, port = address.hostname or "", address.port or (443 if address.scheme == "https" else 80)
     answered = threading.Event()
 
-    def knock() -> None:
+    def connect() -> None:
         try:
             socket.create_connection((host, port), timeout=REACH_TIMEOUT_S).close()
         except OSError:
             return
         answered.set()
 
-    # In a thread of its own: the socket's timeout does not cover a name server that never answers.
-    thread = threading.Thread(target=knock, daemon=True)
+    # In a separate thread: the socket's timeout does not cover a name server that never answers.
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(REACH_TIMEOUT_S)
     return answered.is_set()

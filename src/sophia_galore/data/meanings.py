@@ -1,8 +1,8 @@
-"""The fields of records that bear meaning, in all formats: what each becomes, or why it is refused.
+"""The meaning of record fields, in all formats: how each is used, or why it is refused.
 
-`TABLE` is the list. A field that changes what should be learned is honoured or refused by name; what stands in no row
-(``id``, ``source``, ``metadata``, a score) changes nothing and is ignored. A field that says nothing (null, NaN, an
-empty text, an empty list) counts as absent everywhere, since tables fill their gaps so.
+A field that changes what should be learned is used or refused by name. Fields without a row in `TABLE` (``id``,
+``source``, ``metadata``, a score) are ignored. An empty field (null, NaN, empty text, empty list) counts as absent
+everywhere, since tables fill gaps in this way.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Meaning:
 
     Attributes:
         names: The field's names, the usual one first.
-        place: Where it stands: in a record, or in a turn of a list of messages.
-        what: What it says, in words that follow "the field `x`".
-        becomes: Where it goes; "refused" if nothing here can honour it.
-        remedy: What to do about a field that is refused.
+        place: ``record``, or ``turn`` for a message of a list.
+        what: What it says, as the continuation of "the field `x`".
+        becomes: How it is used; "refused" if it is not supported.
+        remedy: What to do about a refused field.
     """
 
     names: tuple[str, ...]
@@ -39,7 +39,7 @@ _TEXT_ONLY = "Remove the record, or the field if the text makes sense without it
 TABLE: tuple[Meaning, ...] = (
     Meaning(("weight", "sample_weight", "loss_weight"), "record", "says how much it counts", "1 trains, else refused"),
     Meaning(("train", "trainable"), "record", "says whether it is learned", "true trains, else refused"),
-    # As a number it is what somebody measured, and no wish.
+    # A number here is a measured loss, not a flag.
     Meaning(("loss",), "record", "says whether it is learned", "true trains, false is refused; a number is ignored"),
     Meaning(("train_on_input", "train_on_inputs", "train_on_prompt"), "record", "asks to learn the question", REFUSED),
     Meaning(("label", "kto_tag"), "record", "says whether the answer is a good one", "true trains, false is refused"),
@@ -111,10 +111,10 @@ TABLE: tuple[Meaning, ...] = (
 
 
 def names_of(becomes: str, place: str) -> tuple[str, ...]:
-    """The names of the fields that go to one end.
+    """Return the names of the fields with one use.
 
     Args:
-        becomes: As a row of the table says it.
+        becomes: The use, as in the table.
         place: ``record`` or ``turn``.
     """
     return tuple(name for row in TABLE if (row.becomes, row.place) == (becomes, place) for name in row.names)
@@ -135,8 +135,8 @@ REFUSALS = {
     for place in ("record", "turn")
 }
 OPTIONAL = frozenset(name for row in TABLE if row.place == "record" for name in row.names) | {"input"}
-"""Fields that no format requires: tables write their gaps in these."""
+"""Fields that no format requires, so a table may have gaps in them."""
 
 ANSWERS = ("messages", "conversations", "prompt", "completion", "instruction", "output", "text")
 KNOWN = OPTIONAL | frozenset(ANSWERS)
-"""Names of a record's fields that mean something here; all of them in small letters."""
+"""All field names of records with a meaning, in lower case."""

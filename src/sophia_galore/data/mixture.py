@@ -1,8 +1,8 @@
-"""The share of each data set: how many of its conversations are taken, and how often.
+"""Apply the weights of data sets: how many conversations of each are used, and how often.
 
-Up to 1, a weight is a part of the data set, chosen by the seed. Above 1 it repeats: each conversation so often as the
-whole part of the weight says, and the rest of it once more, chosen by the seed. Repeating comes after evaluation data
-were held out, so that what is measured on is neither trained on nor measured twice.
+A weight up to 1 is the fraction of the data set that is used, chosen by the seed. A weight above 1 repeats: each
+conversation is used as often as the integer part says, and a random part of them once more for the rest. Conversations
+are repeated after evaluation data were held out, so that the latter are neither trained on nor evaluated twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sophia_galore.errors import DataError
 
 
 def shares(portions: Sequence[Portion], seed: int, use: str) -> list[Conversation]:
-    """The conversations that are taken of each data set: its first ones by the seed, in the order of the files.
+    """Choose conversations of each data set by its weight and `max_examples`.
 
     Args:
         portions: The data sets.
@@ -25,10 +25,10 @@ def shares(portions: Sequence[Portion], seed: int, use: str) -> list[Conversatio
         use: What they are for; another use gives another choice.
 
     Returns:
-        The conversations, data set by data set.
+        The conversations by data set, in the order of the files.
 
     Raises:
-        DataError: The weight of a data set leaves nothing of it.
+        DataError: The weight of a data set leaves no conversation.
     """
     taken: list[Conversation] = []
     for place, portion in enumerate(portions):
@@ -46,16 +46,16 @@ def shares(portions: Sequence[Portion], seed: int, use: str) -> list[Conversatio
 
 
 def repeated(chosen: Sequence[Conversation], portions: Sequence[Portion], seed: int, use: str) -> list[Conversation]:
-    """The same conversations, those of data sets with a weight above 1 so often as it says.
+    """Repeat the conversations of data sets with a weight above 1.
 
     Args:
-        chosen: What was taken of the data sets, in any order.
+        chosen: The conversations chosen by `shares`, in any order.
         portions: The data sets.
         seed: The data's seed.
         use: What they are for.
 
     Returns:
-        The conversations in seeded order; as they were if no data set is repeated.
+        The conversations in seeded order; unchanged if no data set is repeated.
     """
     if all(portion.source.weight <= 1 for portion in portions):
         return list(chosen)
@@ -71,7 +71,7 @@ def repeated(chosen: Sequence[Conversation], portions: Sequence[Portion], seed: 
 
 
 def _times(source: DataSource, num: int) -> tuple[int, int]:
-    """How often all of them are taken, and how many of them once more."""
+    """Return how often all conversations are used, and how many of them once more."""
     if source.weight <= 1:
         return 1, 0
     total = _rounded(source.weight * num)
@@ -86,5 +86,5 @@ def _some(conversations: Sequence[Conversation], num: int, seed: int, purpose: s
 
 
 def _rounded(amount: float) -> int:
-    """To the nearest whole number, a half upwards."""
+    """Round to the nearest integer, halves up."""
     return int(amount + 0.5)

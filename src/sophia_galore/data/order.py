@@ -1,4 +1,4 @@
-"""The order of an epoch, as a function of seed and epoch: shuffled, or shuffled so that what is padded is alike."""
+"""Shuffle the rows of an epoch by seed and epoch, optionally with rows of similar length in each micro-batch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from sophia_galore.numerics.random import generator
 
-# Batches that are sorted together. With more of them fewer tokens are padding, and more often the same rows meet.
+# Number of batches that are sorted together. More of them mean less padding, but also less randomness.
 _SORTED_TOGETHER = 50
 _LEAST_PARTS = 4
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of the rows in one epoch.
+    """Return the order of the rows in one epoch.
 
     Args:
         n: Number of rows.
@@ -28,13 +28,13 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-@lru_cache(maxsize=2)  # a sort of all rows, which every step of an epoch asks for
+@lru_cache(maxsize=2)  # every step of an epoch needs this sort of all rows
 def grouped_order(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of the rows in one epoch, in which rows of similar length share a micro-batch.
+    """Return the order of the rows in one epoch, in which rows of similar length share a micro-batch.
 
-    The shuffled epoch is cut into parts of 50 micro-batches (less where it has fewer than 200), each part is sorted by
-    length and cut into micro-batches, and these are shuffled: which rows meet is drawn anew in each epoch, and a step
-    has short micro-batches beside long ones.
+    The shuffled epoch is cut into parts of 50 micro-batches (less if it has fewer than 200), each part is sorted by
+    length and cut into micro-batches, and these are shuffled. So each epoch combines other rows, and a step has short
+    and long micro-batches.
 
     Args:
         lengths: Tokens of each row.
@@ -43,7 +43,7 @@ def grouped_order(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: i
         epoch: The epoch, from 0.
 
     Returns:
-        A permutation of the rows' numbers, a pure function of the arguments. A micro-batch that is not full comes last.
+        A permutation of the row indices, a pure function of the arguments. A micro-batch that is not full comes last.
     """
     order = epoch_order(len(lengths), seed, epoch)
     together = batch_size * max(1, min(len(order) // (batch_size * _LEAST_PARTS), _SORTED_TOGETHER))

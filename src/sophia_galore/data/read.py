@@ -1,7 +1,7 @@
-"""Where records come from: files, a folder of those, a pattern of names, or a dataset of the hub.
+"""Find and read records: files, folders, glob patterns, or datasets of the Hugging Face hub.
 
-Reading is strict: a damaged line is an error that names file, line and column. Skipping it unasked would train on
-other data than the user believes.
+Reading is strict: a damaged line is an error that names file, line and column. Skipping it silently would train on
+other data than the user expects.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from sophia_galore.data.bad_records import Report, stop_at_once
-from sophia_galore.data.file_text import UNPACKED, ending
+from sophia_galore.data.file_text import DECOMPRESS, ending
 from sophia_galore.data.files import read_json, read_jsonl
-from sophia_galore.data.folders import look_into
+from sophia_galore.data.folders import find_splits
 from sophia_galore.data.hub import looks_like_hub_id, read_hub
 from sophia_galore.data.record import Content, Record
 from sophia_galore.data.tables import read_arrow, read_csv, read_parquet
@@ -39,45 +39,43 @@ KNOWN = ", ".join(READERS)
 
 @dataclass(frozen=True)
 class Found:
-    """What one name stands for.
+    """The files that one name stands for.
 
     Attributes:
-        files: What is to be read for the use that was asked for: files, or a hub id as it was written.
-        validation: Files of the same folder that are for measuring, if the others are for training.
-        left: Files of the same folder that are left alone.
-        name: The name as the user wrote it.
+        files: What to read: files, or a hub id as the user wrote it.
+        validation: Validation files of the same folder, if `files` are its training files.
+        left: Files of the same folder that are not used.
     """
 
     files: tuple[Path | str, ...]
-    validation: tuple[Path, ...]
-    left: tuple[Path, ...]
-    name: str
+    validation: tuple[Path, ...] = ()
+    left: tuple[Path, ...] = ()
 
 
 def find(name: str, use: Literal["train", "eval"]) -> Found:
-    """Finds what a name stands for; what exists on disk wins.
+    """Find the files that a name stands for; existing paths take precedence over hub datasets.
 
     Args:
         name: A file; a folder; a pattern with ``*`` or ``?``; or a hub dataset ``owner/name`` or ``owner/name:split``.
-        use: What it is for. Of a folder that has parts, the training part is trained on, and the validation part (the
-            test part, if there is no other) is measured on.
+        use: ``train`` or ``eval``. In a folder with splits, ``train`` takes the training split, and ``eval`` the
+            validation split (the test split if there is no other).
 
     Returns:
         What to read.
 
     Raises:
-        DataError: There is nothing of that name, or nothing for that use.
-        EnvironmentProblem: It is there, and may not be read.
+        DataError: Nothing has that name, or the folder has no split for that use.
+        EnvironmentProblem: There is no permission to read it.
     """
     path = Path(name)
     if path.is_dir():
-        return _in_folder(path, name, use)
+        return _in_folder(path, use)
     if path.is_file():
-        return Found((path,), (), (), name)
-    if any(sign in name for sign in "*?") and not looks_like_hub_id(name):
-        return Found(_matching(name), (), (), name)
+        return Found((path,))
     if looks_like_hub_id(name):
-        return Found((name,), (), (), name)
+        return Found((name,))
+    if any(sign in name for sign in "*?"):
+        return Found(_matching(name))
     several = f" Several files are a list: data.{use}='[A, B]'." if "," in name else ""
     raise DataError(
         f"The data file {name} does not exist.",
@@ -87,7 +85,7 @@ def find(name: str, use: Literal["train", "eval"]) -> Found:
 
 
 def is_here(name: str) -> bool:
-    """Whether a name stands for something on this machine, so that reading it asks no network.
+    """Return whether a name stands for files on this machine, so that no network is needed to read it.
 
     Args:
         name: As `find` takes it.
@@ -96,51 +94,51 @@ def is_here(name: str) -> bool:
 
 
 def read_found(path_or_id: Path | str, report: Report = stop_at_once) -> Content:
-    """Reads every record of one file or hub dataset.
+    """Read every record of one file or hub dataset.
 
     Args:
         path_or_id: One of `Found.files`.
-        report: Takes the records that can't be read; left out, the first of them is raised.
+        report: Called for each record that can't be read; by default the first one is raised.
 
     Returns:
-        The records in their order.
+        The records in file order.
 
     Raises:
-        DataError: It is empty, damaged as a whole, or of an unknown kind.
-        EnvironmentProblem: It may not be read.
+        DataError: It is empty, damaged as a whole, or of an unknown type.
+        EnvironmentProblem: There is no permission to read it.
     """
     return Content(read_hub(path_or_id)) if isinstance(path_or_id, str) else _read_file(path_or_id, report)
 
 
 def read_records(path_or_id: str) -> list[Record]:
-    """Reads every record that a name stands for, as training data.
+    """Read every training record that a name stands for.
 
     Args:
         path_or_id: As `find` takes it.
 
     Returns:
-        The records in their order in the files; at least one.
+        The records in file order; at least one.
 
     Raises:
-        DataError: Nothing is there, it is empty, damaged, or of an unknown kind.
-        EnvironmentProblem: It is there, and may not be read.
+        DataError: It is missing, empty, damaged, or of an unknown type.
+        EnvironmentProblem: There is no permission to read it.
     """
     return [record for file in find(path_or_id, "train").files for record in read_found(file).records]
 
 
-def _in_folder(folder: Path, name: str, use: Literal["train", "eval"]) -> Found:
-    parts = look_into(folder, READERS)
-    if use == "eval" and parts.has_parts:
-        chosen = parts.validation or parts.test
-        left = {*parts.train, *parts.validation, *parts.test, *parts.others} - {*chosen}
-        return Found(chosen, (), tuple(sorted(left)), name)
-    if not parts.train:
-        held = [file.name for file in (*parts.validation, *parts.test)]
+def _in_folder(folder: Path, use: Literal["train", "eval"]) -> Found:
+    splits = find_splits(folder, READERS)
+    chosen = splits.validation or splits.test
+    if use == "eval" and chosen:
+        left = {*splits.train, *splits.validation, *splits.test, *splits.others} - {*chosen}
+        return Found(chosen, left=tuple(sorted(left)))
+    if not splits.train:
+        names = [file.name for file in (*splits.validation, *splits.test)]
         raise DataError(
-            f"The folder {folder} has no training part, only data to measure on: {', '.join(held[:3])}.",
-            "Name the file itself if it is to be trained on.",
+            f"The folder {folder} has no training split, only evaluation data: {', '.join(names[:3])}.",
+            "To train on one of these files, name the file itself.",
         )
-    return Found(parts.train, parts.validation, (*parts.test, *parts.others), name)
+    return Found(splits.train, splits.validation, (*splits.test, *splits.others))
 
 
 def _matching(pattern: str) -> tuple[Path, ...]:
@@ -153,11 +151,11 @@ def _matching(pattern: str) -> tuple[Path, ...]:
 def _read_file(path: Path, report: Report) -> Content:
     kind = ending(path)
     reader = READERS.get(kind)
-    if reader is None or (kind in _BINARY and path.suffix.lower() in UNPACKED):
+    if reader is None or (kind in _BINARY and path.suffix.lower() in DECOMPRESS):
         raise DataError(
-            f"{path}: the ending {path.suffix!r} is not one that can be read.",
-            f"Convert the file; known endings are {KNOWN}, and all but the last three also with .gz, .bz2 or .xz "
-            "behind them.",
+            f"{path}: files with the extension {path.suffix!r} can't be read.",
+            f"Convert the file; supported extensions are {KNOWN}; all but the last three may also be compressed "
+            "(.gz, .bz2 or .xz).",
         )
     broken = 0
 

@@ -1,4 +1,4 @@
-"""One record of the data, and the place that an error message should name for it."""
+"""A record of the data, with its location for error messages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it was read, before anybody asked what it means.
+    """One record as it was read, before it is interpreted.
 
     Attributes:
         fields: The record's fields by name.
-        where: Where it stands, for messages: ``data/x.jsonl:17`` (file and line) or
-            ``data/x.json, record 17`` (formats without useful line numbers; the first is 1).
+        where: Its location, for error messages: ``data/x.jsonl:17`` (file and line) or ``data/x.json, record 17``
+            (formats without useful line numbers; counted from 1).
     """
 
     fields: dict[str, Any]
@@ -22,12 +22,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        records: Those that could be read, in their order.
-        note: How the file was understood where it is not what its ending says, such as "semicolons between the
-            columns"; "" otherwise.
+        records: The readable records, in file order.
+        note: How the file was read if that differs from its extension, such as "semicolons between the columns"; else
+            "".
     """
 
     records: list[Record]

@@ -1,7 +1,7 @@
-"""Conversations become examples: token ids with a mask of what counts, cut to a length.
+"""Convert conversations to examples: token ids with a loss mask, cut to a maximum length.
 
-Only what the assistant says counts (in a chat), or the completion, or everything (raw text). An
-example in which nothing counts is refused: training on it would change nothing and look like work.
+The counted tokens are the assistant's text in a chat, the completion after a prompt, or all of a raw text. An example
+without counted tokens is refused, since the model would learn nothing from it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Example", "Tokenised", "describe", "tokenise"]
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples, and what was lost on the way to them.
+    """Examples, and numbers of examples that were cut or left out.
 
     Attributes:
-        examples: In the order of the conversations.
-        num_cut: Of these examples, so many were cut at the end.
-        num_dropped: Conversations left out because they are too long.
-        num_cut_empty: Conversations left out because nothing that counts survived the cut.
+        examples: The examples, in the order of the conversations.
+        num_cut: Number of these examples that were cut at the end.
+        num_dropped: Number of conversations left out because they are too long.
+        num_cut_empty: Number of conversations left out because no counted token remained after the cut.
     """
 
     examples: list[Example]
@@ -49,22 +49,21 @@ def tokenise(
     date: str = "",
     report: Report = stop_at_once,
 ) -> Tokenised:
-    """Renders conversations with the tokenizer's chat template and masks what does not count.
+    """Render conversations with the tokenizer's chat template, tokenise them, and make the loss mask.
 
     Args:
-        conversations: What to render.
-        tokenizer: A fast tokenizer; one without a chat template serves raw text and string
-            completions only.
-        max_length: Longest example in tokens.
-        too_long: ``cut`` longer ones at the end, or ``drop`` them.
-        date: The day that the chat template sees, as `2026-11-28`; "": whatever day it is.
-        report: Takes the conversations that can't be rendered; left out, the first of them is raised.
+        conversations: The conversations.
+        tokenizer: A fast tokenizer. Without a chat template, only raw text and string completions are possible.
+        max_length: Maximum length of an example in tokens.
+        too_long: ``cut`` longer examples at the end, or ``drop`` them.
+        date: The date that the chat template sees, as `2026-11-28`; "": the current date.
+        report: Called for each conversation that can't be rendered; by default the first error is raised.
 
     Returns:
-        The examples and counts of what was cut and left out.
+        The examples, and the numbers of those cut and left out.
 
     Raises:
-        DataError: The tokenizer can't do it, or a conversation has no token that counts.
+        DataError: The tokenizer is not suitable, or a conversation has no counted token.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -79,7 +78,7 @@ def tokenise(
             example = _example(conversation, tokenizer, chats)
         except DataError as error:
             if conversation.kind == "chat" and chats is None:
-                raise  # not this record's fault: no chat at all can be rendered
+                raise  # not an error of this record: no chat can be rendered
             report(conversation.where, error)
             continue
         if example.num_tokens <= max_length:
@@ -110,21 +109,21 @@ def _example(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, cha
     example = Example.of(ids, counted, conversation.where)
     if not example.num_counted:
         raise DataError(
-            f"{conversation.where}: an example without a counted token: nothing in it would be learned.",
+            f"{conversation.where}: an example without a counted token: the model would learn nothing from it.",
             "Check that its answer is not empty and that the model's chat template writes out assistant turns.",
         )
     return example
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, text: str) -> Masked:
-    """Plain text between the tokens that the tokenizer puts around any text, ended by its end-of-text token."""
+    """Tokenise raw text with the tokenizer's special tokens, and end it with the end-of-text token."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     # Added tokens have the empty range (0, 0).
     return _ended(tokenizer, list(encoded["input_ids"]), [end > begin for begin, end in encoded["offset_mapping"]])
 
 
 def _completion(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Masked:
-    """A prompt and the completion behind it, as `_text`, of which the completion counts."""
+    """Tokenise a prompt and its completion like `_text`; the completion counts."""
     prompt, completion = (message.content for message in conversation.messages)
     text = prompt + completion
     around = list(tokenizer(text, verbose=False)["input_ids"])
@@ -148,5 +147,5 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], counted: list[boo
 
 
 def _cut(example: Example, max_length: int) -> Example:
-    # Cloned, since a view would keep the whole long example in memory.
+    # Cloned, because a view would keep the whole example in memory.
     return Example(example.input_ids[:max_length].clone(), example.counted[:max_length].clone(), example.where)

@@ -1,12 +1,12 @@
-"""What an evaluation loss is worth: how much of the evaluation text can be told from the training text by counting.
+"""Measure how much of the evaluation data repeats the training data, by an n-gram model.
 
-A model of word sequences that knows nothing but the training examples predicts each token from the ones before it, by
+The model counts token sequences of the training examples and predicts each token from the ones before it, by
 Witten and Bell's interpolation (IEEE Trans. Inf. Theory 37(4), 1991, their method C, as in Chen and Goodman, 1996):
 
     p_n(w | h) = (c(h w) + t(h) p_{n-1}(w | h')) / (c(h) + t(h))        p_{-1} = 1 / V
 
-with c the counts in the training examples, t(h) the number of different tokens seen after the n tokens h, and h' the
-last n - 1 of them. On texts that repeat each other its loss is near 0, and so will be any model's.
+where c are the counts in the training examples, t(h) is the number of different tokens seen after the n tokens h, and
+h' are the last n - 1 of them. If the evaluation text repeats the training text, its loss is near 0, as any model's is.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from sophia_galore.data.example import Example
 
 ORDER = 7
-"""Tokens before the predicted one that are looked at, at most."""
+"""Maximum number of preceding tokens that are used."""
 
 MOST_TRAIN_TOKENS = 500_000
-"""Examples beyond so many tokens are not read: it is for data of small runs, and takes a second."""
+"""Number of training tokens that are read, so that it takes about a second."""
 
 MOST_EVAL_TOKENS = 50_000
 
 _PREDICTED = 0.5
-"""A token with more than this probability is told from repetition alone."""
+"""A token with more than this probability counts as predicted by repetition."""
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
@@ -37,12 +37,11 @@ Keys = NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Repetition:
-    """How far the evaluation examples repeat the training examples.
+    """How much the evaluation examples repeat the training examples.
 
     Args:
-        loss: Of a model of token sequences that has read the training examples, on the counted tokens of the evaluation
-            examples, in nats a token.
-        share: Share of these tokens to which it gives more than half of the probability, from 0 to 1.
+        loss: Loss of the n-gram model on the counted tokens of the evaluation examples, in nats per token.
+        share: Fraction of these tokens that it predicts with a probability above 1/2, from 0 to 1.
     """
 
     loss: float
@@ -54,7 +53,7 @@ def repetition(train: Sequence[Example], eval: Sequence[Example]) -> Repetition 
 
     Args:
         train: Training examples; the first half a million tokens are read.
-        eval: Evaluation examples; of the first 50,000 tokens those that count are predicted.
+        eval: Evaluation examples; the counted ones of the first 50,000 tokens are predicted.
 
     Returns:
         Loss and share; None without an evaluation.
@@ -81,7 +80,7 @@ class _Text:
     places: NDArray[np.int64]
 
     def contexts(self, order: int) -> Keys:
-        """A key for the `order` tokens before each token, (T,); only where that many are in the example is it one."""
+        """Return a key for the `order` tokens before each token, (T,); valid if the example has that many."""
         keys = np.zeros(len(self.tokens), dtype=np.uint64)
         for distance in range(order, 0, -1):
             keys[distance:] = (keys[distance:] + self.tokens[:-distance] + np.uint64(1)) * _BASE
@@ -89,7 +88,7 @@ class _Text:
 
 
 def _joined(examples: Sequence[Example], most: int) -> tuple[_Text, NDArray[np.bool_]]:
-    """So many examples that they hold `most` tokens or a few more, and which of their tokens count."""
+    """Concatenate examples until they have at least `most` tokens, and return which of these count."""
     chosen, num_tokens = [], 0
     for example in examples:
         if num_tokens >= most:
@@ -104,7 +103,7 @@ def _joined(examples: Sequence[Example], most: int) -> tuple[_Text, NDArray[np.b
 
 
 def _interpolated(seen: _Text, asked: _Text, lower: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    """Probabilities by contexts of `order` tokens, (T,), from those by contexts of one token less."""
+    """Return probabilities given `order` preceding tokens, (T,), from those given one token less."""
     contexts = seen.contexts(order)[seen.places >= order]
     pairs = _mixed(contexts + seen.tokens[seen.places >= order] * _BASE)
     pair_keys, first, pair_counts = np.unique(pairs, return_index=True, return_counts=True)
@@ -120,7 +119,7 @@ def _interpolated(seen: _Text, asked: _Text, lower: NDArray[np.float64], order: 
 
 
 def _counts_of(keys: Keys, known: Keys, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The count of each key, 0 of those that are not known; `known` is sorted."""
+    """Return the count of each key, 0 for unknown ones; `known` is sorted."""
     if not len(known):
         return np.zeros(len(keys), dtype=np.int64)
     places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
@@ -128,7 +127,7 @@ def _counts_of(keys: Keys, known: Keys, counts: NDArray[np.int64]) -> NDArray[np
 
 
 def _mixed(keys: Keys) -> Keys:
-    """Keys whose bits depend on all bits of the given ones, so that 64 bits tell sequences apart (splitmix64)."""
+    """Mix the bits of keys, so that 64 bits distinguish sequences (splitmix64)."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return keys ^ (keys >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""From a text and the characters that count to tokens that count, checked by decoding them."""
+"""Convert counted ranges of characters to counted tokens, and check them by decoding."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Masked = tuple[list[int], list[bool]]
 
 Spans = Sequence[tuple[int, int]]
 Offsets = list[tuple[int, int]]
-# Tokenizers disagree on spaces; this one stands for a space in many of them.
+# Many tokenizers write a space as U+2581.
 _SPACE = re.compile(r"[\s▁]+")
 
 
 def span_tokens(text: str, turns: Sequence[Spans], tokenizer: PreTrainedTokenizerBase, *, where: str) -> Masked:
-    """Tokenises a text once and counts the tokens of given ranges of characters.
+    """Tokenise a text once and count the tokens of given ranges of characters.
 
-    A token that reaches out of a range counts if only spaces of it lie outside: where " Yes" is one token whose space
-    belongs to the prompt, the answer would otherwise be lost. If it holds more of others, the text is tokenised in
-    pieces that meet there, as the model meets them when it answers.
+    A token that crosses the end of a range counts if only its spaces are outside: if " Yes" is one token and its space
+    belongs to the prompt, the answer would otherwise be lost. If more of it is outside, the text is split there and
+    tokenised in pieces, as in generation.
 
     Args:
-        text: The complete text; special tokens stand in it as text.
-        turns: For each turn half-open ranges of characters, in order.
+        text: The complete text, with special tokens written as text.
+        turns: For each turn, half-open ranges of characters in order.
         tokenizer: A fast tokenizer.
-        where: The record's place, for messages.
+        where: Location of the record, for error messages.
 
     Returns:
-        Token ids and mask. The tokens of each range, decoded, are its text but for whitespace.
+        Token ids and mask. The decoded tokens of each range equal its text except for whitespace.
 
     Raises:
-        DataError: The tokenizer can't write what counts.
+        DataError: The tokenizer can't represent the counted text.
     """
     ids, offsets = _encode(tokenizer, text)
     cuts = sorted({cut for spans in turns for span in spans for cut in _cuts(text, offsets, span)})
@@ -61,7 +61,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], O
 
 
 def _inside(text: str, offsets: Offsets, span: tuple[int, int]) -> list[int]:
-    """The tokens that touch a range with more than spaces, or lie in it."""
+    """Return the tokens in a range, including those of which only spaces are outside."""
     first = bisect.bisect_right(offsets, span[0], key=lambda offset: offset[1])
     found = []
     for place in range(first, len(offsets)):
@@ -75,12 +75,12 @@ def _inside(text: str, offsets: Offsets, span: tuple[int, int]) -> list[int]:
 
 
 def _outside(text: str, token: tuple[int, int], span: tuple[int, int]) -> bool:
-    """Whether a token that touches a range holds something of others."""
+    """Return whether a token has text other than whitespace outside a range."""
     return bool((text[token[0] : max(span[0], token[0])] + text[min(span[1], token[1]) : token[1]]).strip())
 
 
 def _cuts(text: str, offsets: Offsets, span: tuple[int, int]) -> list[int]:
-    """The ends of a range at which a token holds what counts and what does not."""
+    """Return the ends of a range that fall inside a token with counted and other text."""
     cuts = []
     first = bisect.bisect_right(offsets, span[0], key=lambda offset: offset[1])
     for edge in span:
@@ -106,7 +106,7 @@ def _in_pieces(
         offsets += [(first + begin, last + begin) for first, last in places]
     if _decode(tokenizer, ids) != _decode(tokenizer, whole):
         raise DataError(
-            f"{where}: the tokenizer writes the beginning or the end of an answer and what stands beside it as one "
+            f"{where}: the tokenizer writes the beginning or the end of an answer and the text next to it as one "
             "token.",
             "Begin the answer with a space or a line break, or use a chat template that sets turns apart.",
         )
@@ -114,9 +114,9 @@ def _in_pieces(
 
 
 def _require_same(said: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuses tokens that do not say what counts."""
-    if _bare(said) != _bare(_decode(tokenizer, ids)):
-        # Some tokenizers lower the case or drop characters: then the same is lost without the rest of the text.
+    """Refuse tokens whose decoded text is not the counted text."""
+    if _without_spaces(said) != _without_spaces(_decode(tokenizer, ids)):
+        # Some tokenizers lower the case or drop characters: then tokenising this text alone gives the same.
         alone, _ = _encode(tokenizer, said)
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown in ids and str(tokenizer.unk_token) not in said:
@@ -125,10 +125,10 @@ def _require_same(said: str, ids: list[int], tokenizer: PreTrainedTokenizerBase,
                 f"{tokenizer.unk_token} in its place.",
                 "Remove these characters, or use a model whose tokenizer knows all bytes.",
             )
-        if not ids or _bare(_decode(tokenizer, alone)) != _bare(_decode(tokenizer, ids)):
+        if not ids or _without_spaces(_decode(tokenizer, alone)) != _without_spaces(_decode(tokenizer, ids)):
             raise DataError(
                 f"{where}: the tokens that would count, decoded, are not what the assistant says.",
-                "The model's tokenizer says wrongly where its tokens stand; use another model, or remove the record.",
+                "The tokenizer reports wrong character offsets; use another model, or remove the record.",
             )
 
 
@@ -136,6 +136,6 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _bare(text: str) -> str:
-    """A text without spaces, in its composed form."""
+def _without_spaces(text: str) -> str:
+    """Return a text without spaces, in Unicode normal form C."""
     return _SPACE.sub("", unicodedata.normalize("NFC", text))

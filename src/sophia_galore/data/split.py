@@ -1,8 +1,9 @@
-"""Holding out examples for evaluation, so that none of them is also trained on."""
+"""Hold out examples for evaluation, so that none of them is also trained on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
@@ -13,43 +14,42 @@ from sophia_galore.numerics.random import generator
 Split = tuple[list[Conversation], list[Conversation]]
 """Training part and evaluation part."""
 
+Item = TypeVar("Item")
 
-def in_seeded_order(conversations: Sequence[Conversation], seed: int, purpose: str) -> list[Conversation]:
-    """Shuffles by seed.
+
+def in_seeded_order(items: Sequence[Item], seed: int, purpose: str) -> list[Item]:
+    """Shuffle by seed.
 
     Args:
-        conversations: What to shuffle.
+        items: What to shuffle.
         seed: The run's seed.
         purpose: What the order is for; another purpose gives another order.
 
     Returns:
-        The same conversations in an order that is a function of the arguments.
+        The same items in an order that is a function of the arguments.
     """
-    order = torch.randperm(len(conversations), generator=generator(seed, purpose)).tolist()
-    return [conversations[i] for i in order]
+    return [items[i] for i in torch.randperm(len(items), generator=generator(seed, purpose)).tolist()]
 
 
 def split_off(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
-    """Holds out a share of the conversations; equal ones always land on the same side.
+    """Hold out a fraction of the conversations; equal ones always stay on the same side.
 
     Args:
         conversations: All conversations.
-        fraction: Share to hold out, in [0, 1).
+        fraction: Fraction to hold out, in [0, 1).
         seed: The run's seed.
 
     Returns:
-        Training and evaluation part, each in seeded order. With a fraction above 0 and two or
-        more conversations, at least one is held out and one is left. It may be fewer than asked
-        for where conversations repeat.
+        Training and evaluation part, each in seeded order. With a fraction above 0 and two or more conversations, each
+        part has at least one. Fewer than requested may be held out if conversations repeat.
 
     Raises:
-        DataError: Something is to be held out, and all conversations are the same.
+        DataError: The fraction is above 0 and all conversations are equal.
     """
     groups: dict[str, list[Conversation]] = {}
     for conversation in conversations:
         groups.setdefault(conversation.content_hash(), []).append(conversation)
-    together = list(groups.values())
-    shuffled = [together[i] for i in torch.randperm(len(together), generator=generator(seed, "eval split")).tolist()]
+    shuffled = in_seeded_order(list(groups.values()), seed, "eval split")
     if fraction == 0 or len(conversations) < 2:
         return _flat(shuffled), []
     if len(shuffled) == 1:
@@ -64,7 +64,7 @@ def split_off(conversations: Sequence[Conversation], fraction: float, seed: int)
         if size + len(group) <= wanted:
             held.add(index)
             size += len(group)
-    if not held:  # every group is larger than what is wanted: take the least that holds something out
+    if not held:  # every group is larger than wanted: hold out the smallest
         held = {min(range(len(shuffled)), key=lambda index: len(shuffled[index]))}
     return (
         _flat([group for index, group in enumerate(shuffled) if index not in held]),

@@ -1,6 +1,6 @@
-"""Sample data: instruction examples of real text, made from the standard library's documentation.
+"""Make sample data: instruction examples from the documentation of Python's standard library.
 
-The text comes with the Python that runs this, so nothing has to be downloaded or shipped.
+The documentation is part of the Python that runs this, so nothing has to be downloaded or shipped.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class SampleDataReport:
-    """What `prepare_sample_data` wrote.
+    """The file that `prepare_sample_data` wrote.
 
     Attributes:
         path: The file.
         num_examples: Examples in it.
-        num_found: Documented calls found, before the choice of `num_examples`.
+        num_found: Number of documented calls found, of which `num_examples` were chosen.
         num_bytes: Size of the file.
         fingerprint: SHA-256 of the file, 64 hex digits.
         python_version: The Python whose documentation it is, such as "3.11.7".
@@ -55,20 +55,19 @@ class SampleDataReport:
 
 
 def prepare_sample_data(path: Path) -> SampleDataReport:
-    """Writes alpaca examples made from the documentation of this Python's standard library.
+    """Write alpaca examples made from the documentation of this Python's standard library.
 
-    The same Python gives the same bytes. An earlier file of the same making is replaced, in one
-    move: a reader never sees half of it.
+    The same Python gives the same bytes. An earlier sample file is replaced atomically.
 
     Args:
-        path: The JSON file to write; its folder is made if need be.
+        path: The JSON file to write; its folder is created if necessary.
 
     Returns:
         What was written.
 
     Raises:
         EnvironmentProblem: The file can't be written, or this Python has no documentation.
-        DataError: There is a file that holds other records.
+        DataError: The file exists and holds other records.
     """
     _refuse_others_records(path)
     examples = sample_examples(_walk())
@@ -91,13 +90,13 @@ def prepare_sample_data(path: Path) -> SampleDataReport:
 
 
 def sample_examples(entries: Iterable[stdlib_walk.Entry]) -> list[dict[str, str]]:
-    """Turns documentation into questions and answers.
+    """Turn documentation into questions and answers.
 
     Args:
         entries: Name, kind, call and documentation, sorted by name.
 
     Returns:
-        Alpaca records in the same order, no question and no documentation twice.
+        Alpaca records in the same order, without duplicate questions or documentation.
     """
     examples, seen = [], set()
     for name, kind, call, doc in entries:
@@ -107,13 +106,13 @@ def sample_examples(entries: Iterable[stdlib_walk.Entry]) -> list[dict[str, str]
         if body is None or body in seen:
             continue
         seen.add(body)
-        question = QUESTIONS[_keyed(name) % len(QUESTIONS)].format(name=name, kind=kind)
+        question = QUESTIONS[_hash_number(name) % len(QUESTIONS)].format(name=name, kind=kind)
         examples.append({"instruction": question, "input": "", "output": f"{call}\n\n{body}"})
     return examples
 
 
 def shortened(doc: str) -> str | None:
-    """Cuts documentation at the end of a paragraph.
+    """Cut documentation at the end of a paragraph.
 
     Args:
         doc: The documentation.
@@ -132,7 +131,7 @@ def shortened(doc: str) -> str | None:
 
 
 def choose(examples: list[dict[str, str]], most: int) -> list[dict[str, str]]:
-    """Thins out examples evenly over the library.
+    """Choose examples evenly over the library.
 
     Args:
         examples: All examples.
@@ -141,12 +140,12 @@ def choose(examples: list[dict[str, str]], most: int) -> list[dict[str, str]]:
     Returns:
         Those with the smallest digest of their question, in their old order.
     """
-    smallest = sorted(examples, key=lambda example: _keyed(example["instruction"]))[:most]
+    smallest = sorted(examples, key=lambda example: _hash_number(example["instruction"]))[:most]
     kept = {example["instruction"] for example in smallest}
     return [example for example in examples if example["instruction"] in kept]
 
 
-def _keyed(text: str) -> int:
+def _hash_number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -166,7 +165,7 @@ def _walk() -> list[stdlib_walk.Entry]:
 
 
 def _refuse_others_records(path: Path) -> None:
-    """Whoever has put records of their own into the file, or named another one, keeps them."""
+    """Refuse to overwrite a file with other records than sample data."""
     if not path.is_file() or not path.stat().st_size:
         return
     shapes = [re.escape(question).replace(r"\{name\}", ".+").replace(r"\{kind\}", ".+") for question in QUESTIONS]

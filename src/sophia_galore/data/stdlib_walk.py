@@ -1,8 +1,7 @@
-"""The documented functions, classes and methods of Python's standard library.
+"""List the documented functions, classes and methods of Python's standard library.
 
-This file uses nothing but the standard library, because it is run as a script by a bare
-interpreter (`stdlib_docs` starts it): importing two hundred modules then leaves no trace in the
-caller, and what other packages patch into the standard library stays out of the result.
+This file only uses the standard library, because `stdlib_docs` runs it as a script in a separate interpreter: so the
+caller does not import two hundred modules, and patches of other packages do not change the result.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ Entry = tuple[str, str, str, str]
 
 
 def entries() -> list[Entry]:
-    """Everything documented that can be called, once each, sorted by name.
+    """List everything documented that can be called, once each, sorted by name.
 
     Returns:
         Entries, the same for every run of one Python installation.
@@ -60,11 +59,11 @@ def entries() -> list[Entry]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecated modules warn when imported
                 module = importlib.import_module(module_name)
-        except Exception:  # not built for this platform: its documentation just is not there
+        except Exception:  # the module does not exist on this platform
             continue
         for entry in _of_module(module, module_name):
             found.setdefault(entry[0], entry)
-    # What several places share (inherited and re-exported documentation) goes to the shortest name.
+    # Inherited and re-exported documentation is listed under the shortest name.
     owners: dict[str, str] = {}
     for name in sorted(found, key=lambda name: (name.count("."), name)):
         owners.setdefault(found[name][3], name)
@@ -72,7 +71,7 @@ def entries() -> list[Entry]:
 
 
 def module_names() -> list[str]:
-    """The public modules that are safe to import.
+    """Return the public modules that are safe to import.
 
     Returns:
         Names, sorted; some may not exist on this platform or in this version.
@@ -83,7 +82,7 @@ def module_names() -> list[str]:
 
 
 def call_of(name: str, thing: Any, *, bound: bool) -> str | None:
-    """How a thing is called, if that can be said without naming this machine.
+    """Return how a function or class is called, unless the signature depends on this machine.
 
     Args:
         name: Its dotted name.
@@ -112,7 +111,7 @@ def call_of(name: str, thing: Any, *, bound: bool) -> str | None:
 
 
 def documentation_of(thing: Any) -> str | None:
-    """A thing's own documentation, not one that it inherits.
+    """Return the documentation of a function or class, unless it is inherited.
 
     Args:
         thing: A function or a class.

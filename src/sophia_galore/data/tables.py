@@ -1,10 +1,11 @@
-"""Tables: CSV in its dialects, Parquet and Arrow; each row is a record that knows where it stands."""
+"""Read tables (CSV and its dialects, Parquet, Arrow); each row is a record that knows its location."""
 
 from __future__ import annotations
 
 import csv
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,23 @@ from sophia_galore.errors import DataError, short
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _GAPS = ("NaN", "nan", "null", "NULL", "None", "<NA>")
-"""What programs write into a cell that is empty."""
+"""Values that programs write into empty cells."""
 
 
 def read_csv(path: Path, report: Report) -> Content:
-    """Reads values whose first line names the columns, separated by commas, semicolons, tabs or vertical bars.
+    """Read a CSV file with a header line, separated by commas, semicolons, tabs or vertical bars.
 
     Args:
-        path: The file. In one that ends in ``.tsv`` tabs separate; else the separator is the one with which the first
-            line names columns that are known here, and commas before all others.
-        report: Takes the rows with more or fewer values than columns.
+        path: The file. A ``.tsv`` file is separated by tabs; otherwise the separator is the one that gives the most
+            known column names in the first line, preferring commas.
+        report: Called for each row with more or fewer values than columns.
 
     Returns:
-        The records, all values being strings; ``where`` names the line a record begins on. A word such as NaN in a
-        column that no format requires is null.
+        The records; all values are strings. ``where`` names the line where a record begins. A value such as NaN is
+        null in columns that no format requires.
 
     Raises:
-        DataError: Quoting that never ends, or a column that is named twice.
+        DataError: A quote is not closed, or two columns have the same name.
     """
     text = file_text(path)
     skipped = 0
@@ -74,11 +75,11 @@ def read_csv(path: Path, report: Report) -> Content:
 
 
 def read_parquet(path: Path, report: Report) -> Content:
-    """Reads a Parquet file.
+    """Read a Parquet file.
 
     Args:
         path: The file.
-        report: Takes nothing: a row of a table can always be read.
+        report: Not used: every row of a table can be read.
 
     Returns:
         The records; ``where`` counts them from 1.
@@ -86,25 +87,18 @@ def read_parquet(path: Path, report: Report) -> Content:
     Raises:
         DataError: The file is not Parquet, or damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        # ParquetFile, not read_table: the latter takes columns from folder names such as "a=1".
-        rows = pq.ParquetFile(path).read().to_pylist()
-    except PermissionError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, "Parquet", error) from error
-    return _table(rows, path)
+    # ParquetFile, not read_table: the latter takes columns from folder names such as "a=1".
+    return _read_table(path, "Parquet", lambda: pq.ParquetFile(path).read())
 
 
 def read_arrow(path: Path, report: Report) -> Content:
-    """Reads an Arrow file, as `datasets` keeps them, in the form of a stream or of a file (Feather).
+    """Read an Arrow file, as saved by `datasets`: an Arrow stream or an Arrow file (Feather).
 
     Args:
         path: The file.
-        report: Takes nothing: a row of a table can always be read.
+        report: Not used: every row of a table can be read.
 
     Returns:
         The records; ``where`` counts them from 1.
@@ -114,23 +108,19 @@ def read_arrow(path: Path, report: Report) -> Content:
     """
     import pyarrow as pa
 
-    try:
+    def load() -> Any:
         with pa.OSFile(str(path)) as source:
             try:
-                table = pa.ipc.open_stream(source).read_all()
+                return pa.ipc.open_stream(source).read_all()
             except pa.ArrowInvalid:
                 source.seek(0)
-                table = pa.ipc.open_file(source).read_all()
-        rows = table.to_pylist()
-    except PermissionError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, "Arrow", error) from error
-    return _table(rows, path)
+                return pa.ipc.open_file(source).read_all()
+
+    return _read_table(path, "Arrow", load)
 
 
 def _separator(text: str) -> str:
-    """What separates the columns: that with which the first line names some that are known."""
+    """Return the separator that gives the most known column names in the first line."""
     line = next((line for line in text.splitlines() if line.strip()), "")
 
     def score(separator: str) -> int:
@@ -158,7 +148,17 @@ def _without_gaps(fields: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]], path: Path) -> Content:
+def _read_table(path: Path, kind: str, load: Callable[[], Any]) -> Content:
+    import pyarrow as pa
+
+    try:
+        rows: list[dict[str, Any]] = load().to_pylist()
+    except PermissionError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is not a readable {kind} file: {short(error)}.", "Write or download it again."
+        ) from error
     records = [
         Record({name: _without_nulls(value) for name, value in row.items()}, f"{path}, record {number}")
         for number, row in enumerate(rows, start=1)
@@ -167,11 +167,7 @@ def _table(rows: list[dict[str, Any]], path: Path) -> Content:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the nulls that a table writes into an object for the keys that only other rows have."""
+    """Return a value without the nulls that a table adds to objects for keys that only other rows have."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
-    return DataError(f"{path} is not a readable {kind} file: {short(error)}.", "Write or download it again.")

@@ -1,4 +1,4 @@
-"""Tools: their definitions and their calls, in the one form that Hugging Face's chat templates take."""
+"""Read tool definitions and tool calls, in the form that Hugging Face's chat templates take."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _FORM = 'Write {"name": ..., "arguments": {...}} there, as JSON.'
 
 
 def tools_of(record: Record, items: Iterable[Any] = ()) -> tuple[Mapping[str, Any], ...]:
-    """The tools that a record defines, in a field of its own or in one of its messages.
+    """Return the tools that a field of the record or one of its messages defines.
 
     Args:
-        record: The record, tidied. Its field is a list of definitions, one definition, or JSON of either.
+        record: The normalised record. Its field is a list of definitions, one definition, or JSON of either.
         items: The messages, unread.
 
     Returns:
@@ -42,11 +42,11 @@ def tools_of(record: Record, items: Iterable[Any] = ()) -> tuple[Mapping[str, An
 
 
 def calls_of(item: Mapping[str, Any], where: str, name: str) -> tuple[Call, ...]:
-    """The calls in a message's ``tool_calls`` or ``function_call``.
+    """Return the calls in a message's ``tool_calls`` or ``function_call``.
 
     Args:
         item: The message.
-        where: The record's place.
+        where: Location of the record, for error messages.
         name: The message, such as ``messages[3]``.
 
     Returns:
@@ -61,12 +61,12 @@ def calls_of(item: Mapping[str, Any], where: str, name: str) -> tuple[Call, ...]
 
 
 def calls_in(value: Any, where: str, name: str) -> tuple[Call, ...]:
-    """The calls that a value holds: a list of them or a single one, or JSON of either.
+    """Return the calls that a value holds: a list of them or a single one, or JSON of either.
 
     Args:
         value: The value.
-        where: The record's place.
-        name: The field, for messages.
+        where: Location of the record, for error messages.
+        name: The field, for error messages.
 
     Raises:
         DataError: It holds something else.

@@ -1,7 +1,7 @@
-"""Versions of known chat templates that are made for training.
+"""Versions of common chat templates for training, from the library TRL.
 
-TRL has them for the templates of common models: they say where the assistant speaks, by `{% generation %}` markers,
-and keep what it thought in every turn, where the model's own template drops it from all but the last.
+They mark the assistant's text by `{% generation %}`, and keep the reasoning of every turn; the models' templates keep
+only that of the last turn.
 """
 
 from __future__ import annotations
@@ -22,14 +22,11 @@ _ENDING = "_training.jinja"
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase, *, for_tools: bool = False) -> str:
-    """The chat template that a tokenizer would use.
+    """Return the text of the chat template that a tokenizer uses.
 
     Args:
         tokenizer: A tokenizer with a chat template.
-        for_tools: Whether the conversation comes with tools; some models have a template of their own for that.
-
-    Returns:
-        Its text.
+        for_tools: Whether the conversation comes with tools; some models have a separate template for that.
 
     Raises:
         DataError: There are several templates and no default.
@@ -44,7 +41,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase, *, for_tools: bool = False)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase, *, for_tools: bool = False) -> str | None:
-    """Finds a version of the tokenizer's chat template that marks what the assistant says.
+    """Find a version of the tokenizer's chat template that marks the assistant's text.
 
     Args:
         tokenizer: A tokenizer with a chat template.
@@ -62,9 +59,9 @@ def training_template(tokenizer: PreTrainedTokenizerBase, *, for_tools: bool = F
 
 @cache
 def _versions() -> dict[str, str]:
-    """TRL's training versions by the template that they stand for.
+    """Return TRL's training versions by original template.
 
-    They are read from its files, since importing it takes seconds.
+    They are read from TRL's files, since importing it takes seconds.
     """
     found = importlib.util.find_spec("trl")
     if found is None or found.origin is None:

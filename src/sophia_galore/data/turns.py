@@ -1,4 +1,4 @@
-"""Lists of messages: their roles, their contents, and what makes them unusable."""
+"""Read and check lists of messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sophia_galore.data.content import Said, is_parts, message_list, reasoning_in, said, text_field
+from sophia_galore.data.content import FieldText, is_parts, message_list, read_text, reasoning_in, text_field
 from sophia_galore.data.conversation import Message, Role
 from sophia_galore.data.fields import absent, flag, one_of, parsed, refuse_fields, shown
 from sophia_galore.data.meanings import COUNTS, SYSTEM
@@ -40,15 +40,15 @@ _BARE = {"role", "content", "from", "value"}
 
 
 def turns(record: Record, field: str, *, learned: bool = True) -> tuple[Message, ...]:
-    """Reads a field that is a list of messages.
+    """Read a field that is a list of messages.
 
     Args:
-        record: The record, tidied.
+        record: The normalised record.
         field: The field; its items are {"role", "content"} or {"from", "value"}.
-        learned: Whether its assistant turns count, unless they say otherwise themselves.
+        learned: Whether its assistant turns count in the loss, unless a turn has a field that says so.
 
     Returns:
-        The messages, roles in their standard names. A system prompt of the record goes in front.
+        The messages, with standard names of roles. A system prompt of the record comes first.
 
     Raises:
         DataError: The field, a role or a content is missing, unknown or of a wrong type.
@@ -71,28 +71,28 @@ def turns(record: Record, field: str, *, learned: bool = True) -> tuple[Message,
 
 
 def system_of(record: Record) -> str:
-    """The system prompt that a record has in a field of its own; "" if there is none.
+    """Return the system prompt that a field of the record holds; "" if there is none.
 
     Args:
-        record: The record, tidied.
+        record: The normalised record.
 
     Raises:
-        DataError: It is no text, or there are two that differ.
+        DataError: It is not text, or there are two that differ.
     """
     name, _ = one_of(record.fields, SYSTEM, record.where)
     return text_field(record, name, required=False) if name else ""
 
 
 def require_answer(messages: Iterable[Message], where: str, field: str) -> None:
-    """Refuses a list of messages from which nothing can be learned.
+    """Refuse a list of messages from which nothing can be learned.
 
     Args:
         messages: The messages.
-        where: The record's place.
+        where: Location of the record, for error messages.
         field: The field that they came from.
 
     Raises:
-        DataError: There is no assistant turn that counts, or an empty one that does.
+        DataError: No assistant turn counts in the loss, or one that counts is empty.
     """
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
@@ -121,19 +121,19 @@ def _turn(item: Any, where: str, name: str, learned: bool) -> Message:
     written, role = _role(item, where, name)
     key = _content_key(item)
     if item.keys() <= _BARE and isinstance(item.get(key), str) and written not in CALLING:
-        return Message(role, said(item[key], where, f"{name}.{key}").text, counts=learned)  # as most turns are
+        return Message(role, read_text(item[key], where, f"{name}.{key}").text, counts=learned)  # as most turns are
     refuse_fields(item, "turn", where, name)
     _refuse_channel(item, where, name)
     calls = calls_of(item, where, name)
-    content = Said("")
+    content = FieldText("")
     if written in CALLING and not calls:
         calls = calls_in(item.get(key), where, f"{name}.{key}")
         if not calls:
             raise DataError(f"{where}: `{name}.{key}` holds no call of a tool.", "Write it there, as JSON.")
     elif role == "tool" and isinstance(item.get(key), Mapping) and not is_parts([item[key]]):
-        content = Said(json.dumps(item[key], ensure_ascii=False))  # a tool's result is often an object
+        content = FieldText(json.dumps(item[key], ensure_ascii=False))  # a tool's result is often an object
     elif not absent(item.get(key)) or isinstance(item.get(key), str | list):
-        content = said(item[key], where, f"{name}.{key}") if item[key] != [] else Said("")
+        content = read_text(item[key], where, f"{name}.{key}") if item[key] != [] else FieldText("")
     elif not calls:
         raise DataError(f"{where}: the field `{name}.{key}` is missing.", "Write the message's text there.")
     if calls and role != "assistant":
@@ -171,7 +171,7 @@ def _content_key(item: Mapping[str, Any]) -> str:
 
 
 def _refuse_channel(item: Mapping[str, Any], where: str, name: str) -> None:
-    """Thoughts and calls that stand as turns of their own, as in OpenAI's harmony, would be learned as answers."""
+    """Refuse reasoning and calls in separate turns (OpenAI's harmony): they would be learned as answers."""
     channel = item.get("channel")
     if not absent(channel) and channel != "final":
         raise DataError(
@@ -199,7 +199,7 @@ def _counts(item: Mapping[str, Any], role: Role, where: str, name: str, learned:
     return learned if value is None else value
 
 
-def _reasoning(item: Mapping[str, Any], role: Role, content: Said, where: str, name: str) -> str:
+def _reasoning(item: Mapping[str, Any], role: Role, content: FieldText, where: str, name: str) -> str:
     own = reasoning_in(item, where, name)
     if (own or content.reasoning) and role != "assistant":
         raise DataError(f"{where}: `{name}` holds reasoning, but is the turn of {role}.", "Remove it there.")
@@ -210,11 +210,11 @@ def _reasoning(item: Mapping[str, Any], role: Role, content: Said, where: str, n
 
 def _text(item: Mapping[str, Any], key: str, where: str, name: str) -> str:
     value = item.get(key)
-    return "" if absent(value) else said(value, where, f"{name}.{key}").text
+    return "" if absent(value) else read_text(value, where, f"{name}.{key}").text
 
 
 def _merged(messages: Iterable[Message]) -> list[Message]:
-    """An answer and the calls that follow it, or several calls in succession, are one turn of the assistant."""
+    """Merge an answer with the calls that follow it, and several calls in a row, into one assistant turn."""
     merged: list[Message] = []
     for message in messages:
         before = merged[-1] if merged else None
@@ -227,7 +227,7 @@ def _merged(messages: Iterable[Message]) -> list[Message]:
 
 
 def _with_names(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The same messages, in which a tool's answer that names only its call names the tool too."""
+    """Add the name of the tool to tool answers that only have the id of the call."""
     names: dict[str, str] = {}
     done: list[Message] = []
     for message in messages:

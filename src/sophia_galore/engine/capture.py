@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.segments import Segments, attending_within, own_attention
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -52,10 +52,10 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
-def _recorders(anatomy: Anatomy) -> Iterator[list[_Recorder]]:
+def _recorders(architecture: Architecture) -> Iterator[list[_Recorder]]:
     """The base model with recorders for layers and nothing for the final norm."""
-    recorders = [_Recorder(layer) for layer in anatomy.layers]
-    base: Any = anatomy.base
+    recorders = [_Recorder(layer) for layer in architecture.layers]
+    base: Any = architecture.base
     layers, norm = base.layers, base.norm
     base.layers, base.norm = nn.ModuleList(recorders), nn.Identity()
     try:
@@ -64,11 +64,11 @@ def _recorders(anatomy: Anatomy) -> Iterator[list[_Recorder]]:
         base.layers, base.norm = layers, norm
 
 
-def capture_calls(anatomy: Anatomy, embedded: Tensor, batch: MicroBatch) -> tuple[Tensor, list[LayerCall]]:
+def capture_calls(architecture: Architecture, embedded: Tensor, batch: MicroBatch) -> tuple[Tensor, list[LayerCall]]:
     """Record what the model hands to its layers for one micro-batch.
 
     Args:
-        anatomy: The model.
+        architecture: The model.
         embedded: (B, T, d) output of the embedding module.
         batch: The micro-batch, on the same device.
 
@@ -77,37 +77,37 @@ def capture_calls(anatomy: Anatomy, embedded: Tensor, batch: MicroBatch) -> tupl
         and one call a layer.
     """
     if batch.lengths is None:
-        return _record(anatomy, embedded, attention_mask=batch.attention_mask)
-    hidden, calls = _record_positions(anatomy, embedded, batch.lengths)
+        return _record(architecture, embedded, attention_mask=batch.attention_mask)
+    hidden, calls = _record_positions(architecture, embedded, batch.lengths)
     longest = max(length for row in batch.lengths for length in row)
-    _, alone = _record(anatomy, embedded[:1, :longest].detach())
-    found = [Segments(batch.lengths, call.kwargs["attention_mask"], own_attention(anatomy)) for call in alone]
+    _, alone = _record(architecture, embedded[:1, :longest].detach())
+    found = [Segments(batch.lengths, call.kwargs["attention_mask"], own_attention(architecture)) for call in alone]
     return hidden, [_with(call, attention_mask=segments) for call, segments in zip(calls, found, strict=True)]
 
 
-def _record(anatomy: Anatomy, embedded: Tensor, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
-    with _recorders(anatomy) as recorders:
-        anatomy.base(inputs_embeds=embedded, use_cache=False, **inputs)
+def _record(architecture: Architecture, embedded: Tensor, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
+    with _recorders(architecture) as recorders:
+        architecture.base(inputs_embeds=embedded, use_cache=False, **inputs)
     calls = [recorder.call for recorder in recorders if recorder.call is not None]
     hidden = recorders[0].hidden
     assert hidden is not None and len(calls) == len(recorders)  # every layer was called
     return hidden, calls
 
 
-def _record_positions(anatomy: Anatomy, embedded: Tensor, lengths: Lengths) -> tuple[Tensor, list[LayerCall]]:
+def _record_positions(architecture: Architecture, embedded: Tensor, lengths: Lengths) -> tuple[Tensor, list[LayerCall]]:
     """As if each token stood where it stands in its own example; no masks.
 
     Phi-3's longrope turns all positions of a micro-batch in another way as soon as one of them is beyond a threshold.
     An example's own length decides here, as if it were alone.
     """
     positions = _by_token(lengths, embedded, range)
-    with attending_within(anatomy):
-        hidden, calls = _record(anatomy, embedded, position_ids=positions)
-        most = anatomy.most_short_positions
+    with attending_within(architecture):
+        hidden, calls = _record(architecture, embedded, position_ids=positions)
+        most = architecture.most_short_positions
         if most is None or len({length > most for row in lengths for length in row}) == 1:
             return hidden, calls
         is_long = _by_token(lengths, embedded, lambda length: [int(length > most)] * length).bool()
-        _, others = _record(anatomy, embedded.detach(), position_ids=positions.masked_fill(is_long, 0))
+        _, others = _record(architecture, embedded.detach(), position_ids=positions.masked_fill(is_long, 0))
     long, short = (each[0].kwargs["position_embeddings"] for each in (calls, others))
     merged = tuple(torch.where(is_long[..., None], far, near) for far, near in zip(long, short, strict=True))
     return hidden, [_with(call, position_embeddings=merged) for call in calls]

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import LayerCall, capture_calls
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import generator
 from sophia_galore.weights.store import WeightStore
 
@@ -99,7 +99,7 @@ def _example_lengths(batch: MicroBatch) -> list[tuple[int, ...]]:
 
 
 def embed(
-    anatomy: Anatomy,
+    architecture: Architecture,
     store: WeightStore,
     batches: Sequence[MicroBatch],
     dtype: torch.dtype,
@@ -110,7 +110,7 @@ def embed(
     """Look up the tokens of an effective batch, and learn how the layers are called.
 
     Args:
-        anatomy: The model.
+        architecture: The model.
         store: The weights.
         batches: Micro-batches on the device of the weights.
         dtype: Compute precision.
@@ -123,17 +123,17 @@ def embed(
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True
     )
-    with store.borrow_rows(anatomy.embed_name, tokens, dtype) as (rows,):
+    with store.borrow_rows(architecture.embed_name, tokens, dtype) as (rows,):
         rows.requires_grad_(trains and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
     num_rows = 0
     for batch, places_flat in zip(batches, places.split([b.input_ids.numel() for b in batches]), strict=True):
-        embedded = functional_call(anatomy.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
+        embedded = functional_call(architecture.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
         if noise is not None:
             noise.add_to(embedded, batch, num_rows)
         num_rows += len(batch.input_ids)
-        first, layer_calls = capture_calls(anatomy, embedded, batch)
+        first, layer_calls = capture_calls(architecture, embedded, batch)
         hidden.append(first)
         calls.append(layer_calls)
     return Embedded(tokens, rows, hidden, calls)

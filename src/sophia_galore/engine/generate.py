@@ -11,7 +11,7 @@ import torch
 
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.weights.store import WeightStore
 
 Message = tuple[str, str]
@@ -103,7 +103,7 @@ class Stream:
 
 
 def answer(
-    anatomy: Anatomy,
+    architecture: Architecture,
     store: WeightStore,
     tokenizer: Any,
     questions: Sequence[str],
@@ -117,7 +117,7 @@ def answer(
     Weights in eight bits are decoded one at a time.
 
     Args:
-        anatomy: The model's parts; parameters on the meta device, before and after.
+        architecture: The model's modules; parameters on the meta device, before and after.
         store: The weights.
         tokenizer: The model's tokenizer.
         questions: What a user would ask; put into the chat template if there is one.
@@ -132,7 +132,7 @@ def answer(
     if not questions:
         return answers
     settings = Settings(max_new_tokens)
-    with whole_model(anatomy, store) as model:
+    with whole_model(architecture, store) as model:
         for question in questions:
             prompt = prompt_tokens(tokenizer, [("user", question)]).to(device)
             stream = Stream(tokenizer)

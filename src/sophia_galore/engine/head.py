@@ -19,7 +19,7 @@ from sophia_galore.engine.logits import LossOf, Tile, logits_of
 from sophia_galore.engine.objective import CountedTokens, Objective, sequence_numbers
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.projected_gradient import LazyTerms, ProjectedSum
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector
 from sophia_galore.optim.request import GradientRequest, Wants, whole_gradients
 from sophia_galore.weights.store import WeightStore
@@ -33,7 +33,7 @@ class Head:
     """The head over the counted positions of an effective batch.
 
     Args:
-        anatomy: The model's parts.
+        architecture: The model's modules.
         store: The weights.
         dtype: Compute precision.
         observer: Is told what tensors are.
@@ -53,7 +53,7 @@ class Head:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        architecture: Architecture,
         store: WeightStore,
         dtype: torch.dtype,
         observer: Observer,
@@ -66,7 +66,7 @@ class Head:
         chunk_bytes: int,
         frozen: Collection[str] = (),
     ) -> None:
-        self._anatomy, self._store, self._dtype, self._observer = anatomy, store, dtype, observer
+        self._architecture, self._store, self._dtype, self._observer = architecture, store, dtype, observer
         self._batches, self._objective = batches, objective
         self._shapes = [part.shape for part in hidden]
         self._counted = [batch.labels != IGNORED for batch in batches]
@@ -74,14 +74,14 @@ class Head:
         self._entering = torch.cat([part[mask] for part, mask in zip(hidden, self._counted, strict=True)]).detach()
         self._device = self._entering.device
         self._wants, self._frozen = wants, frozen
-        self._request = self._request_of(anatomy.head_name)
-        self._product = self._product_of(anatomy.head_name, self._request)
+        self._request = self._request_of(architecture.head_name)
+        self._product = self._product_of(architecture.head_name, self._request)
         self._normed: Tensor | None = None
         self._weight: TokenWeight = 0.0
         # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
         self._scale = float(len(self.labels)) if dtype == torch.float16 else 1.0
-        loss = LossOf(self.labels, anatomy.logit_softcap, sampler, chunk_bytes)
-        self._logits = logits_of(store, anatomy.head_name, dtype, loss, observer)
+        loss = LossOf(self.labels, architecture.logit_softcap, sampler, chunk_bytes)
+        self._logits = logits_of(store, architecture.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
         """Summed cross-entropy in nats, without gradients."""
@@ -95,9 +95,9 @@ class Head:
             precision is float16, else in compute precision); float32 gradients of the norm and, if it can be known
             now, of the untied head's weight.
         """
-        anatomy = self._anatomy
-        now, trains = self._product, anatomy.head_name not in self._frozen
-        later = trains and now is None and (anatomy.tied or self._request is not None)
+        architecture = self._architecture
+        now, trains = self._product, architecture.head_name not in self._frozen
+        later = trains and now is None and (architecture.tied or self._request is not None)
         with torch.no_grad():
             normed = self._norm(self._entering, self._norm_weights())
             if later:
@@ -107,16 +107,16 @@ class Head:
             loss_sum, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
-                if anatomy.tied and self._dtype != torch.float32:
+                if architecture.tied and self._dtype != torch.float32:
                     now.narrow()  # the layers' turn is before the embedding's
                     self._observer.tag(now.sum, "gradients")
             del normed
         in_grads, norm_grads = self._through_norm(normed_grad)
         gradients: Gradients = {**norm_grads}
         if weight_grad is not None:
-            gradients[anatomy.head_name] = weight_grad
-        elif not anatomy.tied and now is not None:
-            gradients[anatomy.head_name] = ProjectedGradient(now.sum)
+            gradients[architecture.head_name] = weight_grad
+        elif not architecture.tied and now is not None:
+            gradients[architecture.head_name] = ProjectedGradient(now.sum)
             self._product = None
         return loss_sum / len(self.labels) if loss is None else loss, in_grads, gradients
 
@@ -126,12 +126,12 @@ class Head:
 
         After `backward`, before that weight changes, and only if the loss was finite.
         """
-        anatomy = self._anatomy
-        if anatomy.tied or self._normed is None:
+        architecture = self._architecture
+        if architecture.tied or self._normed is None:
             return {}
-        product = self._with_basis_from(self._request, anatomy.head_name, self._add_terms)
+        product = self._with_basis_from(self._request, architecture.head_name, self._add_terms)
         self._normed = None
-        return {} if product is None else {anatomy.head_name: product}
+        return {} if product is None else {architecture.head_name: product}
 
     @torch.no_grad()
     def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Gradient:
@@ -144,9 +144,9 @@ class Head:
         Returns:
             (V, d) float32, or its product.
         """
-        anatomy = self._anatomy
-        request = self._request if anatomy.tied else self._request_of(anatomy.embed_name)
-        product = self._product if anatomy.tied else self._product_of(anatomy.embed_name, request)
+        architecture = self._architecture
+        request = self._request if architecture.tied else self._request_of(architecture.embed_name)
+        product = self._product if architecture.tied else self._product_of(architecture.embed_name, request)
         self._product = None
         if product is not None:
             product.widen()
@@ -154,14 +154,14 @@ class Head:
             return ProjectedGradient(product.sum)
 
         def add_to(product: ProjectedSum) -> None:
-            if anatomy.tied:
+            if architecture.tied:
                 self._add_terms(product)
             product.add_rows(tokens, rows_grad)
 
-        chosen = self._with_basis_from(request, anatomy.embed_name, add_to)
+        chosen = self._with_basis_from(request, architecture.embed_name, add_to)
         if chosen is not None:
             return chosen
-        grad = self._tied_weight_grad() if anatomy.tied else self._zero_grad()
+        grad = self._tied_weight_grad() if architecture.tied else self._zero_grad()
         return grad.index_add_(0, tokens, rows_grad)
 
     def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
@@ -193,7 +193,7 @@ class Head:
         """Gradients with respect to the hidden states and the norm's weights; a part of its graph exists at a time."""
         entering, sums = self._entering, Tensors()
         del self._entering
-        norm = self._anatomy.norm_name
+        norm = self._architecture.norm_name
         leaves = {
             key: weight.detach().requires_grad_(f"{norm}.{key}" not in self._frozen)
             for key, weight in self._norm_weights().items()
@@ -268,7 +268,7 @@ class Head:
 
     def _zero_grad(self) -> Tensor:
         """Zeros for the gradient of the head or the embedding, (V, d) float32."""
-        shape = self._store[self._anatomy.embed_name].shape
+        shape = self._store[self._architecture.embed_name].shape
         grad = torch.zeros(shape, dtype=torch.float32, device=self._device)
         self._observer.tag(grad, "gradients")
         return grad
@@ -288,10 +288,10 @@ class Head:
         return out
 
     def _norm(self, hidden: Tensor, weights: Tensors) -> Tensor:
-        normed: Tensor = functional_call(self._anatomy.norm, weights, (hidden,))
+        normed: Tensor = functional_call(self._architecture.norm, weights, (hidden,))
         return normed
 
     def _norm_weights(self) -> Tensors:
-        name = self._anatomy.norm_name
+        name = self._architecture.norm_name
         with self._store.borrow(name) as borrowed:
             return borrowed.values_of(name, self._dtype)

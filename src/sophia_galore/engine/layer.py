@@ -27,7 +27,7 @@ from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.segments import attending_within
 from sophia_galore.errors import RunError
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.request import Wants
@@ -67,7 +67,7 @@ class Layers:
     """The layers of a model, run one at a time.
 
     Args:
-        anatomy: The model's parts; parameters on the meta device.
+        architecture: The model's modules; parameters on the meta device.
         store: The weights.
         dtype: Compute precision.
         device: Where the arithmetic runs.
@@ -78,7 +78,7 @@ class Layers:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        architecture: Architecture,
         store: WeightStore,
         dtype: torch.dtype,
         device: torch.device,
@@ -86,7 +86,7 @@ class Layers:
         observer: Observer,
         frozen: Collection[str] = (),
     ) -> None:
-        self._anatomy, self._store, self._dtype, self._device = anatomy, store, dtype, device
+        self._architecture, self._store, self._dtype, self._device = architecture, store, dtype, device
         self._seed, self._observer, self._frozen = seed, observer, frozen
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
@@ -196,7 +196,7 @@ class Layers:
         graph: LayerGraph | None,
     ) -> tuple[Gradients, list[Tensor]]:
         """`backward`, which uses up what it is given: of a micro-batch that is done nothing stays."""
-        name = self._anatomy.layer_names[index]
+        name = self._architecture.layer_names[index]
         is_kept = graph is not None
         graph = graph or self._begin(index, wants)
         leaves, products = graph.leaves, graph.products
@@ -230,7 +230,7 @@ class Layers:
         return gradients, in_grads
 
     def _begin(self, index: int, wants: Wants) -> LayerGraph:
-        layer = self._anatomy.layer_names[index]
+        layer = self._architecture.layer_names[index]
         leaves = {
             key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
             for key, weight in self._weights(index).items()
@@ -280,7 +280,7 @@ class Layers:
         return products
 
     def _weights(self, index: int) -> dict[str, Tensor]:
-        name = self._anatomy.layer_names[index]
+        name = self._architecture.layer_names[index]
         with self._store.borrow(name) as borrowed:
             weights = borrowed.values_of(name, self._dtype)
         for weight in weights.values():
@@ -288,15 +288,15 @@ class Layers:
         return weights
 
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        with attending_within(self._anatomy) if call.is_packed else nullcontext():
-            out = functional_call(self._anatomy.layers[index], weights, (hidden, *call.args), call.kwargs)
+        with attending_within(self._architecture) if call.is_packed else nullcontext():
+            out = functional_call(self._architecture.layers[index], weights, (hidden, *call.args), call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
     @contextmanager
     def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
         """Dropout draws the same numbers in forward and recomputation, and after a resume."""
-        if not self._anatomy.has_dropout:
+        if not self._architecture.has_dropout:
             yield
             return
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):

@@ -65,7 +65,7 @@ from sophia_galore.engine.retry import (
     smaller_logits,
 )
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.model.anatomy import Anatomy, count_idle_layers
+from sophia_galore.model.architecture import Architecture, count_idle_layers
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
@@ -125,7 +125,7 @@ class LayerwiseEngine:
     """Runs a model layer by layer over an effective batch.
 
     Args:
-        anatomy: The model's parts; parameters on the meta device.
+        architecture: The model's modules; parameters on the meta device.
         store: The weights.
         compute_dtype: float32, bfloat16 or float16.
         device: Where the arithmetic runs.
@@ -142,7 +142,7 @@ class LayerwiseEngine:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        architecture: Architecture,
         store: WeightStore,
         *,
         compute_dtype: torch.dtype,
@@ -156,20 +156,20 @@ class LayerwiseEngine:
         frozen: Collection[str] = (),
         neftune_alpha: float = 0.0,
     ) -> None:
-        self._anatomy = anatomy
+        self._architecture = architecture
         self._store = store
         self._dtype = compute_dtype
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
-        self._trains_embedding = anatomy.embed_name not in self._frozen
-        trained = [name for name in anatomy.parameter_shapes() if name not in self._frozen]
-        self._num_idle = count_idle_layers(anatomy.layer_names, anatomy.embed_name, trained)
-        most_kept = len(anatomy.layers) - self._num_idle
+        self._trains_embedding = architecture.embed_name not in self._frozen
+        trained = [name for name in architecture.parameter_shapes() if name not in self._frozen]
+        self._num_idle = count_idle_layers(architecture.layer_names, architecture.embed_name, trained)
+        most_kept = len(architecture.layers) - self._num_idle
         sizes = ChunkSizes(min(keep_layers, most_kept), logits_chunk_bytes or default_chunk_bytes(device))
         self._retry = Retry(sizes, on_oom, say, device)
-        self._layers = Layers(anatomy, store, compute_dtype, device, seed, self._observer, self._frozen)
+        self._layers = Layers(architecture, store, compute_dtype, device, seed, self._observer, self._frozen)
 
     @property
     def chunk_sizes(self) -> ChunkSizes:
@@ -207,7 +207,7 @@ class LayerwiseEngine:
         self._run(
             partial(self._enter, acts), acts, lambda: f"the embedding at step {step}", partial(self._fewer_rows, acts)
         )
-        while len(acts.inputs) <= len(self._anatomy.layers):
+        while len(acts.inputs) <= len(self._architecture.layers):
             self._run(
                 partial(self._forward_layer, acts, request),
                 acts,
@@ -239,11 +239,11 @@ class LayerwiseEngine:
             embedding; where all of these are frozen, none. Their weights may be changed until the next ones are asked
             for. Close the generator if you do not exhaust it.
         """
-        anatomy, store, acts, step = self._anatomy, self._store, done.activations, done.request.step
-        with store.borrow(anatomy.norm_name, anatomy.head_name) as weights:
+        architecture, store, acts, step = self._architecture, self._store, done.activations, done.request.step
+        with store.borrow(architecture.norm_name, architecture.head_name) as weights:
             yield FinishedGradients(weights, done.gradients)
-        for index in reversed(range(len(anatomy.layers))):
-            with store.borrow(anatomy.layer_names[index]) as weights:
+        for index in reversed(range(len(architecture.layers))):
+            with store.borrow(architecture.layer_names[index]) as weights:
                 gradients = self._run(
                     partial(self._backward_layer, acts, index, done.request),
                     acts,
@@ -252,7 +252,7 @@ class LayerwiseEngine:
                 )
                 yield FinishedGradients(weights, gradients)
                 del gradients
-        with store.borrow(anatomy.embed_name) as weights:
+        with store.borrow(architecture.embed_name) as weights:
             yield FinishedGradients(weights, self._through_embedding(acts, done.head))
 
     @contextmanager
@@ -275,8 +275,8 @@ class LayerwiseEngine:
             Summed cross-entropy in nats and the number of counted tokens.
         """
         acts = self._start(batches, None)
-        was_training = self._anatomy.model.training
-        self._anatomy.model.eval()
+        was_training = self._architecture.model.training
+        self._architecture.model.eval()
         try:
             with self._observer.phase("eval"):
                 hidden = self._run(
@@ -290,13 +290,15 @@ class LayerwiseEngine:
                 )
                 return loss, _num_counted(batches)
         finally:
-            self._anatomy.model.train(was_training)
+            self._architecture.model.train(was_training)
 
     # The parts of a step. Each may be repeated.
 
     def _start(self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
-        how = partial(embed, self._anatomy, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise)
+        how = partial(
+            embed, self._architecture, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise
+        )
         return StepActivations(on_device, how, self.chunk_sizes.max_rows)
 
     def _enter(self, acts: StepActivations) -> None:
@@ -331,7 +333,7 @@ class LayerwiseEngine:
 
     def _take_output(self, acts: StepActivations, step: int) -> list[Tensor]:
         """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
-        last = len(self._anatomy.layers) - 1
+        last = len(self._architecture.layers) - 1
         if len(acts.inputs) > last + 1:
             return acts.inputs.pop()
         if last in acts.graphs:
@@ -346,7 +348,7 @@ class LayerwiseEngine:
         sampler: torch.Generator | None = None,
     ) -> Head:
         return Head(
-            self._anatomy,
+            self._architecture,
             self._store,
             self._dtype,
             self._observer,
@@ -374,21 +376,21 @@ class LayerwiseEngine:
         return gradients
 
     def _through_embedding(self, acts: StepActivations, head: Head) -> Gradients:
-        anatomy, rows_grad = self._anatomy, None
+        architecture, rows_grad = self._architecture, None
         with self._observer.phase("backward"):
             if self._trains_embedding:
-                rows_grad = acts.embedded.rows_grad(acts.out_grads, anatomy.padding_idx)
-        with self._observer.phase("head" if anatomy.tied else "backward"):
+                rows_grad = acts.embedded.rows_grad(acts.out_grads, architecture.padding_idx)
+        with self._observer.phase("head" if architecture.tied else "backward"):
             if rows_grad is None:
                 return {}
-            gradients: Gradients = {anatomy.embed_name: head.embedding_grad(acts.embedded.tokens, rows_grad)}
+            gradients: Gradients = {architecture.embed_name: head.embedding_grad(acts.embedded.tokens, rows_grad)}
             del rows_grad  # within the phase, so that its end is seen there
             return gradients
 
     def _evaluate_layers(self, acts: StepActivations) -> list[Tensor]:
         embedded = acts.embed(acts.batches)
         hidden = list(embedded.hidden)
-        for index in range(len(self._anatomy.layers)):
+        for index in range(len(self._architecture.layers)):
             self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
         return hidden
 
@@ -407,10 +409,10 @@ class LayerwiseEngine:
         acts.drop_graphs(self._first_kept())
         if sizes.max_rows is not None:
             # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
-            acts.split(sizes.max_rows, anew=self._anatomy.has_dropout)
+            acts.split(sizes.max_rows, anew=self._architecture.has_dropout)
 
     def _first_kept(self) -> int:
-        return len(self._anatomy.layers) - self.chunk_sizes.keep_layers
+        return len(self._architecture.layers) - self.chunk_sizes.keep_layers
 
     def _smaller_forward(self, acts: StepActivations) -> Smaller | None:
         is_kept = len(acts.inputs) - 1 >= self._first_kept()
@@ -426,10 +428,10 @@ class LayerwiseEngine:
         if acts.graphs or index >= self._first_kept():
             return fewer_kept_layers(self.chunk_sizes)
         # In forward, dropout drew for the micro-batches as they are.
-        return None if self._anatomy.has_dropout else self._fewer_rows(acts)
+        return None if self._architecture.has_dropout else self._fewer_rows(acts)
 
     def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
-        weight, sizes = self._store[self._anatomy.head_name], self.chunk_sizes
+        weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
         words, width = weight.shape
         if not weight.is_ready(self._dtype):
             words = block_words(words, width * self._dtype.itemsize, sizes.logits_bytes)

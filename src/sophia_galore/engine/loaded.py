@@ -107,20 +107,20 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
     tokenizer, generation_config = load_tokenizer(folder), read_generation_config(folder)
     headers = read_folder_headers(folder)
     _refuse_frozen(folder, headers, held)
-    anatomy = build_skeleton(config, device)
-    shapes = anatomy.parameter_shapes()
+    architecture = build_skeleton(config, device)
+    shapes = architecture.parameter_shapes()
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     store = load_store(
         folder,
         shapes,
-        tied_head=HEAD if anatomy.tied else None,
+        tied_head=HEAD if architecture.tied else None,
         dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, shapes),
         device=device,
         int8=matrices if held == "int8" else (),
         as_packed=held in ("auto", "int8"),
     )
     positions = getattr(config, "max_position_embeddings", None)
-    with whole_model(anatomy, store) as model:
+    with whole_model(architecture, store) as model:
         yield Loaded(
             title or str(folder),
             model,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.engine.cross_entropy import TokenWeight
-from sophia_galore.numerics.random import draw_clocks
+from sophia_galore.numerics.random import draw_exponential
 
 
 class OnlineLoss:
@@ -93,7 +93,7 @@ class OnlineLoss:
         """Whether one of the words is the label as far as is known, and the place of the one that would be."""
         # The first of all clocks to ring, clock j at rate exp(z_j), has the label. The largest z_j - log(clock at
         # rate 1) is the earliest.
-        rings = draw_clocks(capped, sampler).log_().neg_().add_(capped)
+        rings = draw_exponential(capped, sampler).log_().neg_().add_(capped)
         earliest, places = rings.max(1)
         ahead = earliest > self._earliest[tokens]
         self._earliest[tokens] = torch.where(ahead, earliest, self._earliest[tokens])

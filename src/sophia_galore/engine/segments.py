@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 
 _NAME = "within_examples"
 
@@ -44,23 +44,23 @@ class Segments:
         return None if self.mask is None else self.mask[..., :length, :length]
 
 
-def own_attention(anatomy: Anatomy) -> str:
+def own_attention(architecture: Architecture) -> str:
     """What a model calls its attention, such as sdpa or eager."""
-    name: str = anatomy.base.config._attn_implementation  # type: ignore[union-attr, assignment]
+    name: str = architecture.base.config._attn_implementation  # type: ignore[union-attr, assignment]
     return name
 
 
 @contextmanager
-def attending_within(anatomy: Anatomy) -> Iterator[None]:
+def attending_within(architecture: Architecture) -> Iterator[None]:
     """While it is entered, the model's layers take `Segments` for a mask.
 
     Args:
-        anatomy: The model.
+        architecture: The model.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attend)
-    config: Any = anatomy.base.config
+    config: Any = architecture.base.config
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.weight import Weight
 
 
 @contextmanager
-def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
+def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]:
     """The model with the stored weights in their places; those that must be decoded are there while they work only.
 
     Args:
-        anatomy: The model's parts; parameters on the meta device, before and after.
+        architecture: The model's modules; parameters on the meta device, before and after.
         store: The weights; no second copy of them is made.
 
     Yields:
@@ -28,12 +28,12 @@ def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
     """
     names = {
         id(parameter): name
-        for name, parameter in anatomy.model.named_parameters()
+        for name, parameter in architecture.model.named_parameters()
         if not store[name].held_by_module  # which its module holds and decodes itself
     }
     places = [
         (module, key, parameter)
-        for module in anatomy.model.modules()
+        for module in architecture.model.modules()
         for key, parameter in module.named_parameters(recurse=False)
         if id(parameter) in names
     ]
@@ -49,18 +49,18 @@ def whole_model(anatomy: Anatomy, store: WeightStore) -> Iterator[Any]:
         empty = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
         placeholder = whole.setdefault(id(meta), nn.Parameter(empty, requires_grad=False))
         hooks += _decode_while_working(module, key, stored, placeholder)
-    was_training = anatomy.model.training
+    was_training = architecture.model.training
     try:
         for module, key, meta in places:
             setattr(module, key, whole[id(meta)])
-        anatomy.model.eval()
-        yield anatomy.model
+        architecture.model.eval()
+        yield architecture.model
     finally:
         for hook in hooks:
             hook.remove()
         for module, key, meta in places:
             setattr(module, key, meta)
-        anatomy.model.train(was_training)
+        architecture.model.train(was_training)
 
 
 def _decode_while_working(

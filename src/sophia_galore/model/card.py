@@ -1,7 +1,7 @@
-"""A model card: the README.md of a model's folder, in the form that hubs read.
+"""Write a model card: the README.md of a model's folder, with metadata for hubs.
 
-It begins with keys for the hub (https://huggingface.co/docs/hub/model-cards#model-card-metadata). A card that this
-package wrote has a line that says so; one without that line is somebody's own, and stays.
+The metadata are described at https://huggingface.co/docs/hub/model-cards#model-card-metadata. A card that this package
+wrote has a line that says so; a card without that line is never overwritten.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sophia_galore.model.origin import CARD, WRITTEN_HERE, Origin
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """The content of a model card.
 
     Args:
         title: Its heading.
-        base_model: Hub id of the model that was trained or converted; "": not known, or on no hub.
-        origin: What is known of that model; its licence is this one's.
-        paragraphs: What was done, in sentences.
-        table: Settings or results, name and value.
+        base_model: Hub id of the model that was trained or converted; "": unknown, or not on a hub.
+        origin: Origin of that model; the card states its licence.
+        paragraphs: Text about what was done.
+        table: Settings or results, as names and values.
     """
 
     title: str
@@ -33,7 +33,7 @@ class Card:
     table: Sequence[tuple[str, str]] = ()
 
     def text(self) -> str:
-        """The card as a Markdown document."""
+        """Return the card as a Markdown document."""
         keys: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
         if self.base_model:
             keys["base_model"] = self.base_model
@@ -57,7 +57,7 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write a folder's model card, unless somebody else wrote the one that is there.
+    """Write a folder's model card, unless there is one that this package did not write.
 
     Args:
         folder: The folder.

@@ -1,4 +1,4 @@
-"""Why something could not be written, in words: a full disk, a quota, a limit on files, a disk that is read-only."""
+"""Explain why a file could not be written: a full disk, a quota, a limit on file size, a read-only disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem, SophiaGaloreError, short
 
-# No room, for whatever reason: what helps is room.
+# In both cases, the remedy is to free space.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 
 
 def errno_of(error: BaseException | None) -> int | None:
-    """The system's number of a failure to write; None: it was something else.
+    """Return the errno of a failure to write; None: it had another cause.
 
-    Libraries in Rust wrap the system's errors in their own, and leave its number in the text alone.
+    Libraries in Rust wrap the system's errors and keep the number only in the text.
 
     Args:
         error: What was raised.
@@ -38,17 +38,17 @@ def errno_of(error: BaseException | None) -> int | None:
 
 
 def lacks_room(error: BaseException) -> bool:
-    """Whether there was no room left."""
+    """Return whether the disk or the quota was full."""
     return errno_of(error) in _NO_ROOM
 
 
 def reason(error: BaseException, place: Path, needed_bytes: int = 0) -> str:
-    """Why something could not be written, in a clause.
+    """Explain in a clause why something could not be written.
 
     Args:
         error: What was raised.
-        place: Where it was to be written; it need not exist.
-        needed_bytes: About how much was to be written; 0: that is not known.
+        place: The path that was to be written; it need not exist.
+        needed_bytes: About how many bytes were to be written; 0: unknown.
     """
     number, needed = errno_of(error), f"about {bytes_in_words(needed_bytes)}"
     if number in _NO_ROOM:
@@ -74,13 +74,13 @@ def reason(error: BaseException, place: Path, needed_bytes: int = 0) -> str:
 
 @contextmanager
 def writing(what: str, place: Path, way_on: Callable[[], str], *, needed_bytes: int = 0) -> Iterator[None]:
-    """Inside the context, a failure to write becomes an error with its cause, what is missing, and a way to go on.
+    """Convert a failure to write inside the context to an error with its cause and a remedy.
 
     Args:
         what: What is written, such as "checkpoint-20".
-        place: Where.
-        way_on: Says what is untouched and how to go on, in a sentence or two.
-        needed_bytes: About how much is written; 0: that is not known.
+        place: The path that is written.
+        way_on: Returns one or two sentences that say what is unchanged and how to continue.
+        needed_bytes: About how many bytes are written; 0: unknown.
 
     Raises:
         EnvironmentProblem: It failed.
@@ -94,7 +94,7 @@ def writing(what: str, place: Path, way_on: Callable[[], str], *, needed_bytes: 
 
 
 def not_saved(what: str, place: Path, error: BaseException, way_on: str, needed_bytes: int = 0) -> EnvironmentProblem:
-    """The error for something that could not be written; arguments as in `writing`."""
+    """Return the error for something that could not be written; arguments as in `writing`."""
     why = reason(error, place, needed_bytes)
     if lacks_room(error):
         return EnvironmentProblem(
@@ -113,7 +113,7 @@ def _free_bytes(place: Path) -> int | None:
 
 
 def _largest_file_bytes() -> int | None:
-    """The limit on the size of a file that the process has; None: none."""
+    """Return the process's limit on the size of a file; None: no limit."""
     try:
         import resource
     except ImportError:  # Windows

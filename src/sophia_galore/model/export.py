@@ -1,16 +1,16 @@
-"""Writing a model as an ordinary Hugging Face folder, which programs of other makers and years open as well."""
+"""Write a model as an ordinary Hugging Face folder, which other programs and versions of transformers can open."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model import both_forms
+from sophia_galore.model import compatible_json
 from sophia_galore.model.skeleton import load_model_config
 from sophia_galore.model.source_files import (
     CONFIG,
@@ -32,7 +32,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def read_generation_config(folder: Path) -> Any:
-    """A model folder's generation settings; None if it has none.
+    """Return a model folder's generation settings; None if it has none.
 
     Raises:
         ModelError: They can't be read.
@@ -59,20 +59,20 @@ def write_model(
     chat_template: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
 ) -> None:
-    """Write the weights, and beside them the source's own files, changed only where training changed something.
+    """Write the weights and the other files of the source model, changed only where training changed something.
 
     Args:
         folder: An existing folder.
         store: The weights.
-        dtype: Precision of the file, an ordinary one then; None: exactly as stored, in eight bits too.
+        dtype: Precision of the weights in the file; None: exactly as stored, also in eight bits.
         source: Files of the model that was trained.
-        chat_template: The text of another chat template than the source's; None: the source's.
-        eos_token_ids: Ids of other tokens at which an answer ends; None: the source's.
+        chat_template: Text of a new chat template; None: the source's.
+        eos_token_ids: Ids of new tokens that end an answer; None: the source's.
 
     Raises:
         ModelError: A weight is not finite in that precision, or the source's settings can't be read.
     """
-    # One after the other onto the CPU: a second copy of the model would not fit beside the first on a small card.
+    # Moved to the CPU one by one: a second copy of the model would not fit on a small card.
     weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
     save_weights(folder, weights)
     dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if not weight.is_packed)]
@@ -87,29 +87,29 @@ def write_model(
 def _settings(
     source: SourceFiles, dtype: str, *, untied: bool, chat_template: str | None, stops: Sequence[int] | None
 ) -> dict[str, bytes]:
-    """The files that differ from the source's."""
+    """Return the settings files that differ from the source's."""
     config = source.json(CONFIG)
     if config is None:
         raise ModelError("The model has no config.json.", "Give a folder of a Hugging Face causal language model.")
     keeps_code = source.has_code
-    written = {CONFIG: both_forms.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
+    written = {CONFIG: compatible_json.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
     tokenizer = source.json(TOKENIZER)
     if tokenizer is not None or chat_template is not None:
         whole = WHOLE_TOKENIZER in source.files
-        written[TOKENIZER] = both_forms.tokenizer_config(
+        written[TOKENIZER] = compatible_json.tokenizer_config(
             tokenizer or {}, chat_template=chat_template, whole=whole, keeps_code=keeps_code
         )
     if stops is not None:
-        written[GENERATION] = both_forms.generation_config(source.json(GENERATION), config, stops)
-    changed = {name: _json_bytes(content) for name, content in written.items() if content != source.json(name)}
+        written[GENERATION] = compatible_json.generation_config(source.json(GENERATION), config, stops)
+    changed = {
+        name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, content in written.items()
+        if content != source.json(name)
+    }
     if chat_template is not None:
         # Newer programs read this file, older ones the key in tokenizer_config.json.
         changed[TEMPLATE] = chat_template.encode()
     return changed
-
-
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:
@@ -122,22 +122,22 @@ def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:
 
 
 def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format | None) -> SourceFiles:
-    """Write a model folder's weights in another format, with everything else that makes it a model.
+    """Write a model folder with its weights in another format.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.
         folder: An existing, empty folder.
-        target: What weights become; matrices only, if it is eight bits: other weights stay as they are. None: all
-            stay, but what is in eight bits becomes float32.
+        target: The new format. Eight bits apply to matrices only. None: the format stays, but eight bits become
+            float32.
 
     Returns:
-        What lies beside the source's weights.
+        The source's files other than weights.
 
     Raises:
         ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
     """
     cpu = torch.device("cpu")
-    # The check of the architecture; and whether a second copy of the embedding is one.
+    # This also checks the architecture, and whether the head is really tied.
     tied = bool(load_model_config(source).tie_word_embeddings)
     weights: dict[str, Weight] = {}
     for _, name, weight in read_weights(source):

@@ -1,7 +1,7 @@
-"""From a GGUF file to an ordinary model folder.
+"""Convert a GGUF file to an ordinary model folder.
 
-GGUF files are quantised; transformers turns them back into floating point. The result is saved as
-float32, which holds every dequantised value exactly.
+GGUF files are quantised; transformers dequantises them. The result is saved as float32, which represents every
+dequantised value exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAGIC = b"GGUF"
 
 
 def convert(gguf_file: Path, target: Path) -> None:
-    """Writes the model and the tokenizer of a GGUF file as config.json, safetensors and tokenizer files.
+    """Write the model and the tokenizer of a GGUF file as config.json, safetensors and tokenizer files.
 
     Args:
         gguf_file: The file.
@@ -36,7 +36,7 @@ def convert(gguf_file: Path, target: Path) -> None:
 
 
 def read_config(gguf_file: Path) -> Any:
-    """Reads the model's configuration from the metadata of a GGUF file; no weight is converted.
+    """Read the model's configuration from the metadata of a GGUF file; no weight is converted.
 
     Args:
         gguf_file: The file.
@@ -93,14 +93,14 @@ def _load_and_save(gguf_file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hides progress bars and warnings that say nothing to somebody who asked for a model."""
+    """Hide progress bars and warnings of transformers that do not help the user."""
     from transformers.utils import logging
 
     had_bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        # The dequantisation draws its bar past that switch, straight on stderr.
+        # The dequantisation ignores that switch and writes its progress bar directly to stderr.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

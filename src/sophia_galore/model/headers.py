@@ -1,4 +1,4 @@
-"""What the headers of a model's weights say of it, before the first byte of a weight is read."""
+"""Read the headers of a model's weight files, which tell dtypes and shapes without reading weights."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _DTYPES = {
 
 
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Reads the headers of all weights of a model's folder.
+    """Read the headers of all weights of a model's folder.
 
     Args:
-        folder: A whole model's folder.
+        folder: The folder of a complete model.
 
     Raises:
         ModelError: It has no weights.
@@ -43,7 +43,7 @@ def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
-    """The type that most of the numbers are stored in; None if torch has no such type.
+    """Return the dtype of most of the numbers; None if torch does not have it.
 
     Args:
         headers: The tensors.
@@ -55,11 +55,11 @@ def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
 
 
 def count_numbers(headers: Mapping[str, TensorHeader], *, tied: bool) -> int:
-    """The number of parameters in files, counted as the model counts them.
+    """Return the number of parameters in files, as the model counts them.
 
     Args:
         headers: The tensors by name.
-        tied: Whether the head is the embedding; some files hold it a second time.
+        tied: Whether the head is tied to the embedding; a second copy in the files is not counted.
     """
     return sum(
         math.prod(header.shape)

@@ -1,10 +1,9 @@
-"""Hugging Face: list, fetch with resume, verify.
+"""Download models from Hugging Face: list the files, fetch them with resume, and verify them.
 
-One request tells every file's size and digest; then each file is fetched with the library's own
-`http_get` into `<file>.<digest>.incomplete`, verified and renamed. `snapshot_download` is not used
-for two reasons, both seen in huggingface_hub 2.4: it deletes a partial file when the connection
-breaks, so that a large file starts again from zero, and if the hub fails while the folder is not
-empty it returns the incomplete folder as if all were well.
+One request returns the size and digest of every file; then each file is fetched with the library's `http_get` into
+`<file>.<digest>.incomplete`, verified and renamed. `snapshot_download` is not used for two reasons, both seen in
+huggingface_hub 2.4: it deletes a partial file when the connection breaks, so that a large file starts from zero, and if
+the hub fails while the folder is not empty, it returns the incomplete folder without an error.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
-from sophia_galore.model.cache import Say, disk_problem, in_words, require_space
+from sophia_galore.model.cache import Say, disk_problem, format_bytes, require_space
 from sophia_galore.model.reach import Unreachable, probe_hugging_face
 from sophia_galore.weights.manifest import ADAPTER, adapter_error, sha256_of
 
 LIST_TIMEOUT_S = 15.0
-"""Time that the hub has for each answer that is not a whole file."""
+"""Timeout of requests other than downloads of whole files."""
 
-# Only what transformers reads for a decoder-only model: no *.bin, no GGUF, no copies for other runtimes in subfolders.
+# Only files that transformers reads for a decoder-only model: no *.bin, no GGUF, no subfolders for other runtimes.
 _WANTED = re.compile(
     r"(generation_)?config\.json|model[^/]*\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json"
@@ -38,7 +37,7 @@ _RESUME = "Run the same command again: it goes on where it stopped."
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub: what it must look like when it is here."""
+    """A file on the hub, with its size and digest."""
 
     name: str
     size_bytes: int
@@ -47,7 +46,7 @@ class RemoteFile:
 
     @property
     def partial_name(self) -> str:
-        # The digest in the name keeps bytes of two revisions apart.
+        # The digest in the name distinguishes two revisions.
         return f"{self.name}.{(self.sha256 or self.git_sha1 or 'unknown')[:12]}.incomplete"
 
     def matches(self, path: Path) -> bool:
@@ -63,7 +62,7 @@ class RemoteFile:
 
 
 def require_reachable() -> None:
-    """Checks within seconds that Hugging Face, or the mirror named by HF_ENDPOINT, answers.
+    """Check within seconds that Hugging Face, or the mirror named by HF_ENDPOINT, answers.
 
     Raises:
         Unreachable: It does not.
@@ -83,31 +82,31 @@ def require_reachable() -> None:
 def download(
     model_id: str, staging: Path, say: Say, *, with_code: bool, refuse: Callable[[Path], None] = lambda _: None
 ) -> str:
-    """Downloads what a model needs into a folder; call `require_reachable` first.
+    """Download the files of a model into a folder; call `require_reachable` first.
 
     Args:
         model_id: "owner/name".
-        staging: Folder to fill; what an earlier attempt left there is used.
-        say: Takes lines for the user.
-        with_code: Take the repository's Python files too.
-        refuse: Sees the folder as soon as config.json is in it, before any weight is asked for; raises if the model
-            is of no use.
+        staging: Folder to fill; files of an earlier attempt are used.
+        say: Called with each line for the user.
+        with_code: Whether to download the repository's Python files too.
+        refuse: Called with the folder as soon as config.json is there, before weights are downloaded; raises an error
+            if the model can't be used.
 
     Returns:
         The commit that was downloaded.
 
     Raises:
-        ModelError: No such model, no access, no safetensors weights, or bytes that differ from the hub's digest.
+        ModelError: No such model, no access, no safetensors weights, or a file that differs from the hub's digest.
         EnvironmentProblem: The disk is full, or the connection broke; the next call resumes.
-        Unreachable: The hub did not answer as a hub does.
+        Unreachable: The hub's answer is not valid.
     """
     with hub_problems(model_id, staging, listing=True):
         commit, files = list_files(model_id, with_code=with_code)
     missing = [file for file in files if not _is_here(file, staging)]
     to_fetch_bytes = sum(file.size_bytes for file in missing) - sum(_partial_bytes(file, staging) for file in missing)
-    say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {in_words(to_fetch_bytes)}.")
+    say(f"Downloading {model_id} from Hugging Face: {len(missing)} files, {format_bytes(to_fetch_bytes)}.")
     require_space(staging, to_fetch_bytes)
-    # config.json first, which may refuse the model.
+    # config.json first, so that `refuse` is called before weights are downloaded.
     missing.sort(key=lambda file: file.name != "config.json")
     for done, file in enumerate(missing):
         left = [later.size_bytes - _partial_bytes(later, staging) for later in missing[done:]]
@@ -119,7 +118,7 @@ def download(
 
 
 def list_files(model_id: str, *, with_code: bool) -> tuple[str, list[RemoteFile]]:
-    """The commit of a model's newest revision, and those of its files that are wanted; call in `hub_problems`."""
+    """Return the commit of a model's newest revision, and the needed files; call it inside `hub_problems`."""
     from huggingface_hub import HfApi, constants
 
     info = HfApi(endpoint=constants.ENDPOINT).model_info(model_id, files_metadata=True, timeout=LIST_TIMEOUT_S)
@@ -163,7 +162,7 @@ def _fetch(model_id: str, commit: str, file: RemoteFile, staging: Path) -> None:
     if _partial_bytes(file, staging) > file.size_bytes:
         partial.unlink()
     headers = build_hf_headers()
-    # Compressed transfer would make the byte counts of the resume meaningless.
+    # With compressed transfer, the byte counts for resuming would be wrong.
     headers["Accept-Encoding"] = "identity"
     with partial.open("ab") as target:
         http_get(
@@ -185,20 +184,20 @@ def _fetch(model_id: str, commit: str, file: RemoteFile, staging: Path) -> None:
 
 @contextmanager
 def hub_problems(model_id: str, staging: Path, *, listing: bool, needed_bytes: int = 0) -> Iterator[None]:
-    """Turns what the library raises into what a user can act on.
+    """Convert the library's errors to errors with cause and remedy.
 
     Args:
         model_id: "owner/name".
         staging: Folder that is written.
-        listing: Nothing is downloaded yet, so that another source may be asked instead.
-        needed_bytes: About how much is still to be written; 0: that is not known.
+        listing: Whether nothing is downloaded yet, so that another source can be tried.
+        needed_bytes: About how many bytes remain to be written; 0: unknown.
     """
     try:
         yield
     except (ModelError, EnvironmentProblem):
         raise
     except Exception as error:
-        # What was downloaded is on the disk already, so the disk's free bytes do not count it a second time.
+        # The bytes downloaded so far already reduce the disk's free space, so `needed_bytes` must not include them.
         problem = disk_problem(error, staging, needed_bytes) if isinstance(error, OSError) else None
         raise problem or _explain(error, model_id, listing=listing) from error
 
@@ -230,7 +229,7 @@ def _explain_status(status: int, error: Exception, model_id: str, *, listing: bo
     from huggingface_hub.errors import HfHubHTTPError
 
     assert isinstance(error, HfHubHTTPError)
-    # The hub explains its refusals in a header; a firewall's block page does not know about it.
+    # The hub explains its refusals in a header; the block page of a firewall does not have it.
     from_hub = any(name in error.response.headers for name in ("X-Error-Code", "X-Error-Message"))
     if status == 404:
         return ModelError(f"Hugging Face has no model {model_id}.", "Check the spelling (owner/name).")

@@ -1,7 +1,7 @@
-"""What Hugging Face publishes of a model, without its weights: config.json and the safetensors headers.
+"""Read config.json and the safetensors headers of a model on Hugging Face, without its weights.
 
-`get_safetensors_metadata` of the library is not used: it takes the first 100 kB of every file in any
-case, takes all of a file if a mirror does not know about ranges, and leaves the index in the library's cache.
+`get_safetensors_metadata` of the library is not used: it always downloads the first 100 kB of every file, downloads
+whole files from a mirror that does not support ranges, and writes the index to the library's cache.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sophia_galore.weights.safetensors_header import TensorHeader, read_header
 
 @dataclass(frozen=True)
 class Published:
-    """A model as the hub describes it.
+    """Configuration and headers of a model on the hub.
 
     Attributes:
-        config: What its config.json says.
-        headers: The tensors of its weights by name.
+        config: The content of its config.json.
+        headers: The headers of its tensors by name.
     """
 
     config: dict[str, Any]
@@ -31,17 +31,17 @@ class Published:
 
 
 def read_published(model_id: str) -> Published:
-    """Reads what is published of a model; call `hub.require_reachable` first.
+    """Read the configuration and the headers of a model; call `hub.require_reachable` first.
 
     Args:
         model_id: "owner/name".
 
     Returns:
-        Its configuration and the headers of its weights; no byte of a weight is asked for.
+        Its configuration and the headers of its weights; no weights are downloaded.
 
     Raises:
         ModelError: No such model, no access, no safetensors weights, or files that can't be read.
-        Unreachable: The hub did not answer as a hub does.
+        Unreachable: The hub's answer is not valid.
     """
     with hub.hub_problems(model_id, Path(), listing=True):
         commit, files = hub.list_files(model_id, with_code=False)
@@ -89,17 +89,17 @@ def _damaged(model_id: str, name: str, reason: str) -> ModelError:
 
 
 def _fetch(model_id: str, commit: str, name: str, start: int, stop: int) -> bytes:
-    """The bytes of a file from `start` up to, not including, `stop`; never more are taken."""
+    """Return the bytes of a file from `start` up to, not including, `stop`; no more are downloaded."""
     from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     url = hf_hub_url(model_id, name, revision=commit, endpoint=constants.ENDPOINT)
-    # Compressed transfer would make the byte counts meaningless.
+    # With compressed transfer, the byte counts would be wrong.
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     content = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=hub.LIST_TIMEOUT_S, follow_redirects=True) as answer:
         hf_raise_for_status(answer)
-        # A server that does not know about ranges sends the file from its beginning.
+        # A server that does not support ranges sends the file from its beginning.
         before = 0 if answer.status_code == 206 else start
         for chunk in answer.iter_bytes():
             content += chunk

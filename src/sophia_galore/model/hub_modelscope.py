@@ -1,4 +1,4 @@
-"""ModelScope, through its own library, which is an optional package."""
+"""Download models from ModelScope with its library, which is an optional package."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ _PATTERNS = [
 
 
 def endpoint() -> str:
-    """Address of ModelScope: MODELSCOPE_ENDPOINT, or MODELSCOPE_DOMAIN, or the public one."""
+    """Return the URL of ModelScope: MODELSCOPE_ENDPOINT, MODELSCOPE_DOMAIN, or the public one."""
     chosen = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     return (chosen if "://" in chosen else f"https://{chosen}").rstrip("/")
 
 
 def require_reachable() -> None:
-    """Checks within seconds that the library is installed and ModelScope answers.
+    """Check within seconds that the library is installed and ModelScope answers.
 
     Raises:
-        Unreachable: One of both is not so.
+        Unreachable: The library is missing, or ModelScope does not answer.
     """
     if importlib.util.find_spec("modelscope") is None:
         raise Unreachable("the package modelscope is not installed", _INSTALL)
@@ -55,18 +55,18 @@ def require_reachable() -> None:
 
 
 def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
-    """Downloads what a model needs into a folder; call `require_reachable` first.
+    """Download the files of a model into a folder; call `require_reachable` first.
 
-    The library verifies each file's SHA-256 and goes on with partial files by itself.
+    The library verifies each file's SHA-256 and resumes partial files.
 
     Args:
-        model_id: "owner/name" as ModelScope knows it.
-        staging: Folder to fill; what an earlier attempt left there is used.
-        say: Takes lines for the user.
-        with_code: Take the repository's Python files too.
+        model_id: "owner/name" on ModelScope.
+        staging: Folder to fill; files of an earlier attempt are used.
+        say: Called with each line for the user.
+        with_code: Whether to download the repository's Python files too.
 
     Returns:
-        The revision that was asked for.
+        The requested revision.
 
     Raises:
         ModelError: No such model, or no access.
@@ -78,11 +78,11 @@ def download(model_id: str, staging: Path, say: Say, *, with_code: bool) -> str:
 
 
 def download_config(model_id: str, folder: Path) -> None:
-    """Downloads a model's config.json and nothing else; call `require_reachable` first.
+    """Download only a model's config.json; call `require_reachable` first.
 
     Args:
-        model_id: "owner/name" as ModelScope knows it.
-        folder: Folder to put it into.
+        model_id: "owner/name" on ModelScope.
+        folder: Folder to write it to.
 
     Raises:
         ModelError: No such model, no access, or no config.json.
@@ -96,7 +96,7 @@ def download_config(model_id: str, folder: Path) -> None:
 
 
 def _snapshot(model_id: str, folder: Path, patterns: list[str]) -> None:
-    # By name, because type checkers run where the optional package is missing.
+    # Imported by name, because type checkers run without the optional package.
     snapshot_download = importlib.import_module("modelscope").snapshot_download
     try:
         snapshot_download(model_id, local_dir=str(folder), allow_patterns=patterns)
@@ -107,7 +107,7 @@ def _snapshot(model_id: str, folder: Path, patterns: list[str]) -> None:
 def _explain(error: Exception, model_id: str, staging: Path) -> Exception:
     if isinstance(error, OSError) and (problem := disk_problem(error, staging)) is not None:
         return problem
-    # The class of "not found" changed between versions of the library; its status code and its name did not.
+    # The class of the "not found" error changed between versions of the library; its status code and name did not.
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind = type(error).__name__
     if status == 404 or kind in ("NotExistError", "InvalidParameter"):

@@ -1,4 +1,4 @@
-"""A model folder onto the Hugging Face hub: its model files, and nothing else that lies beside them."""
+"""Upload a model folder to the Hugging Face hub: only the files of the model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _OLLAMA = "Modelfile"
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """The files of a folder that make up its model; records of the run that made it are not among them.
+    """Return the files of a folder that belong to its model, without the records of a run.
 
     Args:
         folder: A model's folder, or one with GGUF files.
 
     Raises:
-        ModelError: It is no whole model that other programs can open.
+        ModelError: It is not a complete model that other programs can open.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder.", "Give the folder of a model, such as a finished run's.")
@@ -51,16 +51,16 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def push(folder: Path, files: list[Path], hub_id: str, *, private: bool) -> str:
-    """Create a repository, if it is not there, and upload files in one commit.
+    """Create a repository if it does not exist, and upload files in one commit.
 
     Args:
-        folder: The folder that the files lie in.
-        files: What is uploaded.
+        folder: The folder of the files.
+        files: The files to upload.
         hub_id: "owner/name".
-        private: Whether nobody else may see it.
+        private: Whether the repository must be private.
 
     Returns:
-        The address of its page.
+        The URL of its page.
 
     Raises:
         ModelError: The hub refuses it.

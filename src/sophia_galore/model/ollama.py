@@ -1,10 +1,9 @@
-"""A Modelfile for Ollama, so that it asks as the model was trained to be asked, and stops where answers end.
+"""Write a Modelfile for Ollama, with the model's chat template and stop texts.
 
-Ollama knows a few chat templates and takes the model's own only if it is one of them; else it hands over the bare
-question. So the chat template is written as Ollama's (https://docs.ollama.com/modelfile#template), of the kind that is
-applied turn by turn: what stands around a question and an answer is found by rendering conversations of marks. A
-template that does more than to put text around turns can't be written so; what was found is compared with the original
-on a longer conversation, and left out if it differs.
+Ollama supports a few chat templates; with any other, it passes the bare question to the model. So the chat template is
+translated to Ollama's notation (https://docs.ollama.com/modelfile#template), which is applied turn by turn: the text
+around questions and answers is found by rendering conversations of markers. The result is compared with the original on
+a longer conversation and left out if it differs, since a template may do more than put text around turns.
 """
 
 from __future__ import annotations
@@ -13,24 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Render = Callable[[Sequence[tuple[str, str]]], str]
-"""(role, content) pairs to the text of a conversation up to where the next answer begins; raises where it can't."""
+"""Renders (role, content) pairs up to where the next answer begins; raises an error if that is not possible."""
 
 _SYSTEM, _FIRST, _ANSWER, _SECOND = "SYSTEMMARK", "FIRSTMARK", "ANSWERMARK", "SECONDMARK"
 
 
 @dataclass(frozen=True)
 class TurnFormat:
-    """What a chat template puts around the parts of a conversation.
+    """The text that a chat template puts around turns.
 
     Args:
-        before_system: Before the system text.
-        after_system: Behind it.
-        inside: The system text stands inside the first question's turn.
-        before_question: Before a question.
-        before_answer: Between a question and its answer.
-        after_answer: Behind an answer, where another question follows.
-        default_system: The system text where none is given; "": there is none.
-        knows_system: Whether there can be a system text at all.
+        before_system: Text before the system prompt.
+        after_system: Text after the system prompt.
+        inside: Whether the system prompt is inside the turn of the first question.
+        before_question: Text before a question.
+        before_answer: Text between a question and its answer.
+        after_answer: Text between an answer and the next question.
+        default_system: The system prompt if none is given; "": there is none.
+        knows_system: Whether the template accepts a system prompt.
     """
 
     before_system: str
@@ -43,7 +42,7 @@ class TurnFormat:
     knows_system: bool
 
     def render(self, turns: Sequence[tuple[str, str]]) -> str:
-        """The text that Ollama makes of a conversation, for comparison with the chat template's own."""
+        """Render a conversation as Ollama does, to compare it with the chat template."""
         system = next((content for role, content in turns if role == "system"), self.default_system)
         questions = [content for role, content in turns if role == "user"]
         answers = [content for role, content in turns if role == "assistant"]
@@ -56,7 +55,7 @@ class TurnFormat:
         return text
 
     def template(self) -> str:
-        """The same in Ollama's notation, applied once a turn."""
+        """Return the format in Ollama's notation, which is applied once per turn."""
         system = f"{{{{ if .System }}}}{self.before_system}{{{{ .System }}}}{self.after_system}{{{{ end }}}}"
         if not self.knows_system:
             system = ""
@@ -65,15 +64,15 @@ class TurnFormat:
 
 
 def find_format(render: Render, *, begin: str, ends: Sequence[str]) -> TurnFormat | None:
-    """What a chat template puts around turns.
+    """Find the text that a chat template puts around turns.
 
     Args:
         render: The chat template.
-        begin: Text of the token that every text begins with, which the program that runs the model adds itself.
+        begin: Text of the beginning-of-text token, which Ollama adds itself.
         ends: Texts of the tokens that end an answer.
 
     Returns:
-        The format; None: this template can't be put into one.
+        The format; None: this template can't be expressed in this form.
     """
     try:
         long = render([("user", _FIRST), ("assistant", _ANSWER), ("user", _SECOND)]).removeprefix(begin)
@@ -117,7 +116,7 @@ def find_format(render: Render, *, begin: str, ends: Sequence[str]) -> TurnForma
 
 
 def modelfile(gguf: str, found: TurnFormat | None, *, has_template: bool, stops: Sequence[str]) -> str:
-    """The Modelfile.
+    """Return the Modelfile.
 
     Args:
         gguf: Name of the model's file, which lies beside it.
@@ -141,7 +140,7 @@ def modelfile(gguf: str, found: TurnFormat | None, *, has_template: bool, stops:
 
 
 def _cut(text: str, *marks: str) -> list[str]:
-    """What stands before, between and behind marks that each occur once, in this order."""
+    """Return the text before, between and after markers that each occur once, in this order."""
     parts: list[str] = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -159,7 +158,7 @@ def _common_ending(first: str, second: str) -> str:
 
 
 def _behind_end(text: str, ends: Sequence[str]) -> str:
-    """A text without what belongs to the turn before: the token that ends it, and the line."""
+    """Return a text without the token and the line breaks that end the turn before."""
     for end in ends:
         if end and text.startswith(end):
             return text[len(end) :].lstrip("\n")

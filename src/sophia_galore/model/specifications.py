@@ -1,12 +1,11 @@
-"""The shapes of well-known models, as data: what their published config.json files say about sizes and architecture.
+"""Configurations of well-known models, for planning without weights and without a network.
 
-For planning without weights and without a network. A specification holds the keys of a Hugging Face
-configuration that decide about shapes and memory, and no others: a model can be sized by it, not run
-(rotary frequencies, say, are left out). The numbers of parameters are those of the published weights, a
-tied head counted once; a test builds each model and counts.
+A specification has only those keys of the published config.json that determine shapes and memory; it is not enough to
+run the model (rotary frequencies, for example, are left out). The numbers of parameters are those of the published
+weights, with a tied head counted once; a test builds each model and counts.
 
-Variants of a model (base, instruct) have one specification, since all their shapes are equal. Some differ
-in the positions that they know, or in the padding token; then those of the variant that `aliases.py` names are given.
+Variants of a model (base, instruct) share a specification, since their shapes are equal. If they differ in the maximum
+length or the padding token, the values are those of the variant in `aliases.py`.
 """
 
 from __future__ import annotations
@@ -276,7 +275,7 @@ SPECIFICATIONS: tuple[Specification, ...] = (
 
 
 def find_specification(name: str) -> Specification | None:
-    """Finds the specification of a model.
+    """Find the specification of a model.
 
     Args:
         name: Its short name, one of its ids on a hub, or such an id without the owner; case does not matter.

@@ -1,8 +1,8 @@
-"""Whether the second copy of an embedding in a model's files is one.
+"""Check whether the head in a model's files equals the embedding that it should be tied to.
 
-`tie_word_embeddings: true` says that the head is the embedding. Some files hold it twice, under the head's name. Where
-the two differ, as after a fine-tuning that trained them apart, the head of the file is what the model was: to throw it
-away would change the logits. transformers 5 leaves such a head untied; 4.x throws it away.
+`tie_word_embeddings: true` says that the head is the embedding, but some files contain both. If they differ, as after a
+fine-tuning with untied weights, ignoring the head would change the logits. transformers 5 leaves such a head untied;
+4.x ignores it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROWS = 8192
 
 
 def head_differs(folder: Path) -> bool:
-    """Whether a folder holds a head that is not its embedding; some rows of both are in memory at a time.
+    """Return whether a folder has a head that differs from its embedding; only some rows are loaded at a time.
 
     Args:
         folder: A model's folder.
@@ -45,4 +45,4 @@ def head_differs(folder: Path) -> bool:
                 for start in range(0, rows, _ROWS)
             )
     except (SafetensorError, OSError):
-        return False  # whoever loads the weights says what is wrong with them
+        return False  # the loading of the weights reports the error

@@ -1,1 +1,1 @@
-"""Tensors only: no modules, files or device names."""
+"""Pure functions of tensors: no modules, files or device names."""

@@ -1,11 +1,11 @@
-"""Ways to choose the basis P of a subspace: r orthonormal columns on the shorter side of a gradient.
+"""Compute the basis P of a subspace: r orthonormal columns on the shorter side of a gradient.
 
 svd         the leading singular vectors: GaLore's choice, and the reference
 randomized  nearly the same from a random sketch, without a decomposition of the shorter side
 tracked     one power iteration that starts from the last basis: three products and two QRs
-random      no gradient needed, so nothing need be stored: a function of the seed
+random      a function of the seed: it needs no gradient and no storage
 
-randomized and tracked see the gradient in products only, so theirs need not have been formed.
+randomized and tracked only use products with the gradient, which need not be formed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sophia_galore.numerics.subspace import Grad, Projector, Side, projection_si
 
 BasisKind = Literal["svd", "randomized", "tracked", "random", "gaussian"]
 
-# Rows that are turned to float64 at once: bounds the temporary of `_gram` to 32 MiB at 1024 columns.
+# Number of rows converted to float64 at once: limits the temporary of `_gram` to 32 MiB at 1024 columns.
 _GRAM_ROWS = 4096
 
 # Sketch columns beyond the rank: Halko, Martinsson & Tropp (arXiv 0909.4061, section 4.2) find 5 to 10 enough.
@@ -27,12 +27,12 @@ _OVERSAMPLING = 8
 
 
 def svd_basis(grad: Tensor, rank: int) -> Tensor:
-    """The `rank` leading singular vectors of the shorter side of `grad`.
+    """Return the `rank` leading singular vectors of the shorter side of `grad`.
 
-    They are the leading eigenvectors of G^T G (or G G^T), formed and decomposed in float64: that
-    squares the condition number, so float64 keeps what a float32 SVD would give, at a fraction of its time
-    and without the long side's singular vectors. The sign of each vector is fixed (its largest
-    entry is positive), so that the same gradient gives the same basis.
+    They are the leading eigenvectors of G^T G (or G G^T), computed in float64: the product squares the condition
+    number, and float64 keeps the precision of a float32 SVD. This takes a fraction of the time of an SVD, without the
+    singular vectors of the long side. The largest entry of each vector is positive, so that the same gradient gives the
+    same basis.
 
     Args:
         grad: (m, n), any float dtype, finite.
@@ -49,13 +49,13 @@ def svd_basis(grad: Tensor, rank: int) -> Tensor:
 
 
 def randomized_basis(grad: Grad, rank: int, generator: torch.Generator) -> Tensor:
-    """Nearly the leading singular vectors, from a random sketch (Halko et al., arXiv 0909.4061, algorithms 4.1, 5.1).
+    """Approximate the leading singular vectors by a random sketch (Halko et al., arXiv 0909.4061, algorithms 4.1, 5.1).
 
-    Of what the leading singular vectors hold of |G|^2 it holds at least 99.5% where singular values fall like 1 / k,
-    and 89% where they hardly fall (like k^-0.5, rank 4).
+    It captures at least 99.5% of the part of |G|^2 that the leading singular vectors capture if singular values fall
+    like 1 / k, and 89% if they fall slowly (like k^-0.5, rank 4).
 
     Args:
-        grad: (m, n), float32, finite; two products of it are taken.
+        grad: (m, n), float32, finite; two products with it are computed.
         rank: Number of vectors, at most min(m, n).
         generator: Draws the sketch; on the device of `grad`.
 
@@ -65,19 +65,19 @@ def randomized_basis(grad: Grad, rank: int, generator: torch.Generator) -> Tenso
     short = min(grad.shape)
     sketch = torch.randn(short, min(short, rank + _OVERSAMPLING), generator=generator, device=grad.device)
     small = _short_product(grad, _left_factor(grad, sketch))  # (rank + p, short)
-    # In float64 for the range: squares of float32 overflow from 1e19 on.
+    # In float64, since squares overflow float32 from 1e19 on.
     vectors = torch.linalg.eigh(_gram(small.T)).eigenvectors[:, -rank:].flip(1)
     return orthonormal(small.T @ vectors.to(torch.float32))
 
 
 def tracked_basis(grad: Grad, basis: Tensor) -> Tensor:
-    """The basis after one step of subspace iteration from where it was (Golub & Van Loan, section 8.2.4).
+    """Update the basis by one step of subspace iteration (Golub & Van Loan, section 8.2.4).
 
     U = orth(G P), new P = orth(G^T U); for a wide G the same with G^T.
 
     Args:
-        grad: (m, n), float32, finite; two products of it are taken.
-        basis: (min(m, n), r), the basis so far.
+        grad: (m, n), float32, finite; two products with it are computed.
+        basis: (min(m, n), r), the current basis.
 
     Returns:
         (min(m, n), r), float32, orthonormal columns.
@@ -89,7 +89,7 @@ def tracked_basis(grad: Grad, basis: Tensor) -> Tensor:
 
 
 def random_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random subspace.
+    """Draw a uniformly random subspace.
 
     Args:
         short: Rows.
@@ -103,7 +103,7 @@ def random_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def gaussian_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
-    """APOLLO's random projection (arXiv 2412.05270, section 4.1): entries of variance 1 / rank, not orthonormal.
+    """Draw APOLLO's random projection (arXiv 2412.05270, section 4.1): entries of variance 1 / rank, not orthonormal.
 
     Args:
         short: Rows.
@@ -117,7 +117,7 @@ def gaussian_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns that span those given (and, where these are dependent, something beside).
+    """Return orthonormal columns that span the given ones (and more, if these are linearly dependent).
 
     Args:
         columns: (k, r), k >= r, float32.
@@ -130,7 +130,7 @@ def orthonormal(columns: Tensor) -> Tensor:
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """How much of one subspace lies in another: the mean squared cosine of their principal angles.
+    """Return the overlap of two subspaces: the mean squared cosine of their principal angles.
 
     Args:
         one: (k, r), orthonormal columns.
@@ -165,7 +165,7 @@ def _tall(grad: Tensor) -> Tensor:
 
 
 def _gram(tall: Tensor) -> Tensor:
-    """A^T A of a tall matrix in float64, by blocks of rows, so that no full-size float64 copy exists."""
+    """Return a^T A of a tall matrix in float64, by blocks of rows, so that no full-size float64 copy exists."""
     columns = tall.shape[1]
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=tall.device)
     for block in tall.split(_GRAM_ROWS):

@@ -1,7 +1,7 @@
-"""Eight-bit formats for optimizer state: one byte an element, one float32 scale a block of 128.
+"""Eight-bit formats for optimizer state: one byte per element, one float32 scale per block of 128.
 
-A code is a tiny floating-point number relative to its block's absolute maximum, so that what is
-small beside the maximum keeps its relative precision over sixteen octaves:
+A code is a small floating-point number relative to its block's absolute maximum, so that values down to 2^-16 of the
+maximum keep their relative precision:
 
     unsigned, for second moments: 4 exponent bits, 4 mantissa bits; steps of 3% to 6%
     signed, for first moments: a sign, 4 exponent bits, 3 mantissa bits; steps of 6% to 13%
@@ -11,10 +11,10 @@ value ((1 + 15/16)/2 or (1 + 7/8)/2), so that a block's maximum decodes to itsel
 2^-16 / top of the maximum become the smallest code where unsigned, because a second moment that
 is zero where the first one isn't makes the step explode, and zero where signed.
 
-Rounding is stochastic and, above that bound, unbiased. An exponential mean with beta 0.999 changes
-by some 0.1% a step. Rounding to nearest would lose every change smaller than half of the 3% to 6%
-between two codes: a second moment would freeze where it first came to rest. The price is a spread of
-the mean about its float32 form: 12% at beta 0.999 and normal gradients, 6% in its root.
+Rounding is stochastic and, above that bound, unbiased. An exponential mean with beta 0.999 changes by about 0.1% per
+step. Rounding to nearest would lose every change smaller than half of the 3% to 6% between two codes, so a second
+moment would stop changing. The cost is a random deviation of the mean from its float32 value: 12% with beta 0.999 and
+normal gradients, 6% in its square root.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT
 
 BLOCK = ROW_ALIGNMENT
 """Elements that share a scale."""
-# Blocks with a smaller maximum are stored as zeros: above it no decoded value is subnormal, below it
-# (gradients of 3e-17) an optimizer's epsilon is all that counts.
+# Blocks with a smaller maximum are stored as zeros. Above it no decoded value is subnormal; below it (gradients of
+# 3e-17) only the optimizer's epsilon matters.
 SMALLEST_SCALE = 2.0**-110
 
 _FIRST_EXPONENT = 111 << 23  # the bits of 2^-16, which is code 0
@@ -39,7 +39,7 @@ _NOISE_BITS = 16
 
 @dataclass(frozen=True)
 class _Format:
-    """How a float32 in [2^-16, top] becomes a code: what lies below bit `cut` is rounded away."""
+    """The conversion of a float32 in [2^-16, top] to a code: bits below `cut` are rounded."""
 
     cut: int
     top_code: int
@@ -51,7 +51,7 @@ _SIGNED = _Format(cut=20, top_code=127, top=(1 + 7 / 8) / 2)
 
 
 def num_blocks(num_elements: int) -> int:
-    """How many scales a tensor of so many elements has.
+    """Return the number of scales of a tensor.
 
     Args:
         num_elements: Elements of the tensor, all dimensions together.
@@ -65,8 +65,8 @@ def num_blocks(num_elements: int) -> int:
 def encode(values: Tensor, *, signed: bool, noise: Noise) -> tuple[Tensor, Tensor]:
     """Round to eight bits, up or down at random, so that the expectation is the value itself.
 
-    What `decode` returned is encoded to the same codes and scales, whatever the noise says.
-    Temporaries take 8 bytes an element.
+    Results of `decode` are encoded to the same codes and scales, whatever the noise is. Temporaries take 8 bytes per
+    element.
 
     Args:
         values: float32, any shape, finite: an infinity or a NaN spoils its block. Not negative
@@ -100,12 +100,12 @@ def encode(values: Tensor, *, signed: bool, noise: Noise) -> tuple[Tensor, Tenso
 
 
 def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
-    """The values that the codes stand for.
+    """Decode the values from codes and scales.
 
     Args:
         codes: uint8, any shape, from `encode`.
         scales: float32 (num_blocks,), from the same call.
-        signed: As it was encoded.
+        signed: As in the call of `encode`.
 
     Returns:
         float32 in the shape of `codes`. Where a block's scale is not 0, its maximum is exactly the
@@ -114,7 +114,7 @@ def decode(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     blocks = _in_blocks(codes.reshape(-1))  # (num_blocks, BLOCK)
     if signed:
         form = _SIGNED
-        # From int8 the sign comes along up to bit 31, with copies of it in bits 27 to 30, which have to go.
+        # The shift of an int8 moves the sign to bit 31, with copies in bits 27 to 30, which are masked.
         bits = blocks.view(torch.int8).to(torch.int32).bitwise_left_shift_(form.cut)
         bits.bitwise_and_(-(1 << 31) | form.top_code << form.cut)
     else:

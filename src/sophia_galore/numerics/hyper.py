@@ -1,4 +1,4 @@
-"""Hyper-parameters of the rules, with their usual values; needs no torch."""
+"""Hyper-parameters of the rules, with their usual values; torch is not imported."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hyper:
-    """Hyper-parameters; a rule reads those that its formula has.
+    """Hyper-parameters; each rule reads only those of its formula.
 
     Args:
         beta1: Decay of the first moment, in [0, 1).
         beta2: Decay of the second moment (Sophia: of the curvature), in [0, 1).
-        eps: Smallest denominator, or what is added to it.
-        rho: Sophia's factor on the curvature (gamma in the paper); smaller: more entries are clipped.
+        eps: Minimum of the denominator, or added to it.
+        rho: Sophia's factor on the curvature (gamma in the paper); a smaller value clips more entries.
     """
 
     beta1: float = 0.9

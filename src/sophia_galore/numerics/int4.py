@@ -1,11 +1,10 @@
-"""Four-bit integers for projection matrices: two values a byte, one bfloat16 scale a block of 64.
+"""Four-bit integers for projection matrices: two values per byte, one bfloat16 scale per block of 64.
 
-A basis changes seldom and is only multiplied with, so it is rounded to nearest, once, with codes
-from -7 to 7 (Q-GaLore, arXiv 2407.08296, keeps it in four bits too, in blocks of 256).
+A basis changes rarely, so it is rounded to nearest, with codes from -7 to 7 (Q-GaLore, arXiv 2407.08296, also uses four
+bits, in blocks of 256).
 
-What that does to a random orthonormal P of (896, 128), worst of 20: P4 is 10.9% away from P,
-||P4^T P4 - I|| is 0.14 in the spectral norm, and of a gradient that lies in the span of P the span
-of P4 holds 99.0% of the energy.
+Error for a random orthonormal P of (896, 128), worst of 20: P4 differs from P by 10.9%, ||P4^T P4 - I|| is 0.14 in the
+spectral norm, and the span of P4 holds 99.0% of the energy of a gradient in the span of P.
 """
 
 from __future__ import annotations
@@ -51,16 +50,15 @@ def pack(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, scales: Tensor, shape: Sequence[int]) -> Tensor:
-    """The values that the bytes stand for.
+    """Decode the values from bytes and scales.
 
     Args:
         packed: uint8 (ceil(n / 2),), from `pack`.
         scales: bfloat16 (ceil(n / BLOCK),), from the same call.
-        shape: The shape of what was packed, of n elements.
+        shape: Shape of the packed tensor, of n elements.
 
     Returns:
-        float32 of that shape; each is within half its block's scale of what was packed, a block's
-        maximum within 1/256 of itself.
+        float32 of that shape. The error is at most half the scale of the block; for the maximum of a block, 1/256.
     """
     num_elements = torch.Size(shape).numel()
     values = torch.zeros(scales.numel() * BLOCK, device=packed.device)

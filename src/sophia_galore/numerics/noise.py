@@ -1,13 +1,12 @@
-"""Noise for rounding: a function of seed, purpose and an element's place, and of nothing else.
+"""Noise for stochastic rounding: a pure function of seed, purpose and the index of an element.
 
-It is made by counting: the number of an element is hashed together with a key. So it is the same however a tensor is
-cut into blocks of rows, wherever these lie and in whatever order they are worked on, and the same on every device: only
-integer operations are used, which all devices carry out alike. Stateful generators give none of that, and on a CPU
-they take longer (`bench/noise.py`).
+It is counter-based: the index of an element is hashed with a key. So it does not depend on how a tensor is divided into
+blocks of rows, or on their order, and it is the same on every device, since it only uses integer operations. Stateful
+generators have none of these properties, and are slower on a CPU (`bench/noise.py`).
 
-A hash is two rounds of a bijection of 32-bit words in which each bit of the input changes each bit of the output with
-a probability of 1/2 (its constants: C. Wellons, "Prospecting for Hash Functions", 2018, `lowbias32`). One word serves
-two elements.
+The hash is two rounds of a bijection of 32-bit words, in which each bit of the input changes each bit of the output
+with a probability of 1/2 (constants: C. Wellons, "Prospecting for Hash Functions", 2018, `lowbias32`). One word gives
+the noise of two elements.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT, first_few
 
 NOISE = "counted"
-"""What a plan calls this way of drawing noise; versions up to 0.5 used generators and wrote nothing."""
+"""Name of this noise in a plan; versions up to 0.5 used generators and wrote no name."""
 
-# The two elements that share a word are half a block apart: strides of two elements take several times as long.
+# The two elements that share a word are half a block apart: a stride of two elements is several times slower.
 _BLOCK = ROW_ALIGNMENT
 _HALF = _BLOCK // 2
-# Blocks that are hashed at once, so that all rounds find them in the processor's cache.
+# Number of blocks that are hashed at once, so that they stay in the processor's cache for all rounds.
 _BLOCKS_AT_ONCE = 2048
 _LOW = (1 << 16) - 1
 
@@ -38,7 +37,7 @@ class Noise:
     Args:
         seed: The run's seed.
         purpose: What it is for, such as a parameter's name, the step and "rounding".
-        first: Number of the first element, counted through the tensor's rows; a multiple of `ROW_ALIGNMENT`.
+        first: Index of the first element in the flattened tensor; a multiple of `ROW_ALIGNMENT`.
     """
 
     seed: int
@@ -47,27 +46,27 @@ class Noise:
 
     @classmethod
     def of(cls, seed: int, *purpose: str | int) -> Noise:
-        """The noise for a purpose."""
+        """Return the noise for a purpose."""
         return cls(seed, purpose)
 
     def part(self, name: str) -> Noise:
-        """The noise of one of several tensors that serve the purpose together."""
+        """Return the noise for one of several tensors with the same purpose."""
         return replace(self, purpose=(*self.purpose, name))
 
     def rows(self, rows: slice, columns: int) -> Noise:
-        """The noise of some rows.
+        """Return the noise of some rows.
 
         Args:
-            rows: Which ones; they begin at a multiple of `ROW_ALIGNMENT`.
-            columns: Elements of a row.
+            rows: The rows; they begin at a multiple of `ROW_ALIGNMENT`.
+            columns: Number of elements in a row.
         """
         return replace(self, first=self.first + (rows.start or 0) * columns)
 
     def integers(self, like: Tensor) -> Tensor:
-        """Whole numbers that are uniform in [0, 2^16).
+        """Return integers that are uniform in [0, 2^16).
 
         Args:
-            like: Any shape; the noise is for its elements, and lies on its device.
+            like: Tensor whose shape and device are used.
 
         Returns:
             int32 tensor of that shape.
@@ -75,13 +74,13 @@ class Noise:
         return self._fill(like, torch.int32)
 
     def uniform(self, like: Tensor) -> Tensor:
-        """Numbers that are uniform in (0, 1): the middles of 2^16 equal parts, so that the mean is exactly 1/2.
+        """Return numbers that are uniform in (0, 1): the midpoints of 2^16 equal parts, so the mean is exactly 1/2.
 
         Args:
             like: As for `integers`.
 
         Returns:
-            float32 tensor of that shape; no number is nearer to 0 or 1 than 2^-17.
+            float32 tensor of that shape; no number is closer to 0 or 1 than 2^-17.
         """
         return self._fill(like, torch.float32).add_(0.5).mul_(2.0**-16)
 
@@ -108,7 +107,7 @@ class Noise:
 
 
 def _mix(words: Tensor, scratch: Tensor) -> None:
-    """The bijection, in place; int32 shifts keep the sign, so what they bring in is masked away."""
+    """Apply the bijection in place; int32 shifts copy the sign bit, so these copies are masked."""
     for shift, factor in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
         torch.bitwise_right_shift(words, shift, out=scratch)
         words.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
@@ -117,6 +116,6 @@ def _mix(words: Tensor, scratch: Tensor) -> None:
 
 
 def _signed(number: int) -> int:
-    """The lower 32 bits of a number, as an int32."""
+    """Return the lower 32 bits of a number, as an int32."""
     low = number & 0xFFFFFFFF
     return low - (1 << 32) if low >= 1 << 31 else low

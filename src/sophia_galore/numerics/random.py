@@ -1,7 +1,6 @@
-"""Randomness as a function, never a stream.
+"""Random numbers as a pure function of seed and purpose.
 
-A draw depends on (seed, purpose) alone: who asks first, how often something else was drawn and
-whether the run was resumed can't change it.
+So a draw does not depend on earlier draws, their order, or whether the run was resumed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import Tensor
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """A 63-bit number that is a pure function of its arguments.
+    """Return a 63-bit number that is a pure function of its arguments.
 
     Args:
         seed: The run's seed.
@@ -27,12 +26,12 @@ def key(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A fresh `torch.Generator` whose draws are a pure function of `seed` and `purpose`.
+    """Return a fresh `torch.Generator` whose draws are a pure function of `seed` and `purpose`.
 
     Args:
         seed: The run's seed.
         purpose: What the randomness is for.
-        device: Where the generator draws. CPU and CUDA give different numbers for the same key.
+        device: Device of the generator. CPU and CUDA give different numbers for the same key.
 
     Returns:
         The seeded generator.
@@ -43,29 +42,29 @@ def generator(seed: int, *purpose: str | int, device: str | torch.device = "cpu"
 
 
 def draw_classes(logits: Tensor, draw: torch.Generator) -> Tensor:
-    """One class a row from softmax(logits).
+    """Sample one class per row from softmax(logits).
 
     Args:
         logits: (N, V) float32.
-        draw: Where the randomness comes from; on the device of `logits`.
+        draw: The generator; on the device of `logits`.
 
     Returns:
         (N,) int64.
     """
-    # The first of V clocks to ring, clock j at rate p_j, is j with probability p_j. Not torch.multinomial: on
-    # logits that are not finite it raises (on CUDA it ends the process's context); here the loss tells of them.
-    return (logits.softmax(-1) / draw_clocks(logits, draw)).argmax(-1)
+    # Of exponential variables with rates p_j, the smallest is number j with probability p_j. Not torch.multinomial:
+    # it raises if logits are not finite (on CUDA it breaks the process's context); here the loss shows them.
+    return (logits.softmax(-1) / draw_exponential(logits, draw)).argmax(-1)
 
 
-def draw_clocks(like: Tensor, draw: torch.Generator) -> Tensor:
-    """When clocks ring that do so at rate 1: independent draws from the exponential distribution.
+def draw_exponential(like: Tensor, draw: torch.Generator) -> Tensor:
+    """Draw independent samples from the exponential distribution with rate 1.
 
     Args:
-        like: Its shape, device and dtype are those of the draws.
-        draw: Where the randomness comes from; on the same device.
+        like: Tensor whose shape, device and dtype are used.
+        draw: The generator; on the same device.
 
     Returns:
         Positive numbers.
     """
-    # A clock at exactly 0, once in 2^24 draws in float32, would be first however slow its rate is.
+    # A sample of exactly 0 (once in 2^24 draws in float32) would always be the smallest, whatever its rate.
     return torch.empty_like(like).exponential_(generator=draw).clamp_min_(2.0**-25)

@@ -1,8 +1,7 @@
-"""What a low-rank step leaves out, and how the full gradient is scaled where it is used directly.
+"""Scale the part of a gradient outside the subspace, or the full gradient, by the rule's effect inside it.
 
-The rule turns the projected gradient R into a direction N. Where one channel (a row of a tall
-matrix, a column of a wide one) of R grew or shrank by a factor s on the way, the full gradient's
-channel is taken to need the same factor:
+The rule turns the projected gradient R into a direction N. If it scales a channel of R (a row of a tall matrix, a
+column of a wide one) by a factor s, the same factor is applied to that channel of the full gradient:
 
     Fira (arXiv 2410.01623, equations 6 to 9)      N P^T + s * (G - R P^T), growth of the second term limited
     APOLLO (arXiv 2412.05270, equation 5)          s * G, growth limited
@@ -22,7 +21,7 @@ Residual = Literal["none", "fira", "channel", "tensor"]
 
 
 def channel_scales(direction: Tensor, projected: Tensor, side: Side) -> Tensor:
-    """By how much the rule scaled each channel: |N_i| / |R_i|, 0 where R_i is 0.
+    """Return the factor by which the rule scaled each channel: |N_i| / |R_i|, 0 where R_i is 0.
 
     Args:
         direction: N, (m, r) for side right, (r, n) for side left.
@@ -39,7 +38,7 @@ def channel_scales(direction: Tensor, projected: Tensor, side: Side) -> Tensor:
 
 
 def residual_norm(grad: Tensor, projected: Tensor, gram: Tensor, scales: Tensor, side: Side) -> Tensor:
-    """The norm of s * (G - R P^T) (side right) or (G - P R) * s (side left), without forming it.
+    """Return the norm of s * (G - R P^T) (side right) or (G - P R) * s (side left), without forming it.
 
     Channel by channel, |g - R P^T|^2 = |g|^2 - 2 |R|^2 + R P^T P R^T, since g P = R.
 
@@ -62,7 +61,7 @@ def residual_norm(grad: Tensor, projected: Tensor, gram: Tensor, scales: Tensor,
 
 
 def scaled_norm(grad: Tensor, scales: Tensor, side: Side) -> Tensor:
-    """The norm of s * G (side right: by rows; left: by columns), without forming it.
+    """Return the norm of s * G (side right: by rows; left: by columns), without forming it.
 
     Args:
         grad: G, (m, n).
@@ -78,7 +77,7 @@ def scaled_norm(grad: Tensor, scales: Tensor, side: Side) -> Tensor:
 
 
 def growth_factor(norm: Tensor, previous: Tensor, limit: float) -> Tensor:
-    """The factor that keeps a norm at most `limit` times the previous one (Fira, equation 9).
+    """Return the factor that keeps a norm at most `limit` times the previous one (Fira, equation 9).
 
     Args:
         norm: Scalar, the norm now.

@@ -1,9 +1,9 @@
 """Stochastic rounding of float32 to bfloat16.
 
-A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the float32's bits
-and cutting the lower half rounds up with exactly the probability that makes the result unbiased:
-E[round(x)] = x. Rounding to nearest would lose every update smaller than half a bfloat16 step
-(2^-9 relative), which at fine-tuning rates is most of them.
+A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the bits of the float32 and dropping the
+lower half rounds up with exactly the probability that makes the result unbiased: E[round(x)] = x. Rounding to nearest
+would lose every update smaller than half a bfloat16 step (2^-9 relative), which at learning rates of fine-tuning are
+most updates.
 """
 
 from __future__ import annotations
@@ -18,28 +18,26 @@ def stochastic_round_bf16(values: Tensor, noise: Noise) -> Tensor:
     """Round to bfloat16, up or down at random, so that the expectation is the value itself.
 
     Args:
-        values: float32, any shape; infinities and NaNs pass as they are.
+        values: float32, any shape; infinities and NaNs stay unchanged.
         noise: Decides between up and down.
 
     Returns:
-        bfloat16 tensor of the same shape. What bfloat16 can hold exactly is returned unchanged.
+        bfloat16 tensor of the same shape. Values that bfloat16 represents exactly are unchanged.
     """
     bits = values.view(torch.int32)
     rounded = noise.integers(bits).add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
-    # A finite value in the last half step below infinity must not become infinite or NaN by the noise.
+    # The noise must not make a finite value in the last half step below infinity infinite or NaN.
     largest = torch.finfo(torch.bfloat16).max
-    plain = values.to(torch.bfloat16)
-    rounded = torch.where(values.isfinite(), rounded.clamp(-largest, largest), plain)
-    return rounded
+    return torch.where(values.isfinite(), rounded.clamp(-largest, largest), values.to(torch.bfloat16))
 
 
 def write_rounded(stored: Tensor, values: Tensor, noise: Noise | None) -> None:
-    """Write float32 values (float64 for float64) into a stored weight in the weight's own format.
+    """Write values into a stored weight, rounded to its dtype.
 
     Args:
         stored: float32, float64 (plain copy) or bfloat16 (stochastic rounding), changed in place.
-        values: float32, of float64 float64, the shape of `stored`.
-        noise: For rounding without bias; None: to nearest.
+        values: float32 (float64 for a float64 weight), of the shape of `stored`.
+        noise: For stochastic rounding; None: round to nearest.
 
     Raises:
         TypeError: The stored dtype has no rounding rule.

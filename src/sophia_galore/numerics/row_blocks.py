@@ -1,4 +1,4 @@
-"""Large tensors are worked on a block of rows at a time, so that no temporary is as large as they are."""
+"""Process large tensors one block of rows at a time, so that temporaries stay small."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 ROW_ALIGNMENT = 128
-"""Blocks of rows begin at multiples of this, so that they hold whole blocks of an eight-bit state and of noise."""
+"""Blocks of rows begin at multiples of this, so that they contain whole blocks of eight-bit state and of noise."""
 
-# Elements of a tensor that are worked on at once: 16 MiB of float32.
+# Number of elements that are processed at once: 16 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 22
 _most_blocks: ContextVar[int | None] = ContextVar("most_blocks", default=None)
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices over the first dimension of a shape, each of about `_BLOCK_ELEMENTS` elements at most.
+    """Yield slices over the first dimension of a shape, each of about `_BLOCK_ELEMENTS` elements at most.
 
     They begin at multiples of `ROW_ALIGNMENT`, so the smallest one has that many rows.
     """
@@ -28,16 +28,16 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 
 def first_few(starts: range) -> range:
-    """All of the starts of equal pieces of work, but inside of `two_blocks_of_each` the first two."""
+    """Return all start indices of equal blocks; inside `two_blocks_of_each` only the first two."""
     return starts[: _most_blocks.get()]
 
 
 @contextmanager
 def two_blocks_of_each() -> Iterator[None]:
-    """Inside the context the third block of rows and all later ones are left out, and what is done alike.
+    """Process only the first two blocks inside the context, to measure memory faster; results are wrong.
 
-    For who watches memory alone: each block leaves it as it found it, and what is left over from one may still be
-    there while the next begins. Numbers are wrong.
+    Two blocks are enough: each frees its memory at the end, but tensors of one block may still exist when the next
+    begins.
     """
     token = _most_blocks.set(2)
     try:

@@ -1,9 +1,9 @@
-"""Rules: pure functions from a gradient and its state to a direction.
+"""Update rules of optimizers: pure functions from a gradient and its state to a direction.
 
     (grad, state, hyper, step) -> (direction, new state)
 
-A weight then moves by `-lr * direction`. A rule knows neither names nor weights, so the same one
-works on a full gradient and on one in a subspace. What state it needs is declared beside it as data.
+The weight then changes by `-lr * direction`. A rule has no access to names or weights, so it works on full and on
+projected gradients. The state that it needs is declared in `RULES`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Slot:
 
     Args:
         extent: "full": of the gradient's shape (a, b); "rows": (a, 1); "columns": (1, b).
-        moment: 1: made of gradients; 2: made of their squares, so never negative.
+        moment: 1: a mean of gradients; 2: a mean of their squares, never negative.
     """
 
     extent: Literal["full", "rows", "columns"]
@@ -35,15 +35,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule and what it needs.
+    """An update rule and its properties.
 
     Args:
         update: The pure function.
         slots: Its state, by name.
-        betas: First and second decay where the user gives none.
-        elementwise: Whether blocks of rows can be worked on one after the other.
-        column_norm: Whether the direction is divided by the norms of its columns afterwards; it is then the
-            first moment, or the gradient itself.
+        betas: Default decay of the first and the second moment.
+        elementwise: Whether blocks of rows can be processed independently.
+        column_norm: Whether the direction is divided by the norms of its columns afterwards; the direction is then the
+            first moment or the gradient.
     """
 
     update: Callable[[Tensor, State, Hyper, int], tuple[Tensor, State]]
@@ -54,7 +54,7 @@ class Rule:
 
 
 def adamw(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The direction of Adam with bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1).
+    """Return the direction of Adam with bias correction (Kingma & Ba, arXiv 1412.6980, algorithm 1).
 
     The decoupled decay of AdamW (arXiv 1711.05101) is not part of the direction: it acts on the weight.
 
@@ -75,7 +75,7 @@ def adamw(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, 
 
 
 def sophia(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The direction of Sophia (Liu et al., arXiv 2305.14342, algorithm 3): clip(m / max(rho h, eps), -1, 1).
+    """Return the direction of Sophia (Liu et al., arXiv 2305.14342, algorithm 3): clip(m / max(rho h, eps), -1, 1).
 
     Args:
         grad: Any shape, float.
@@ -93,17 +93,17 @@ def sophia(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor,
 
 
 def sophia_curvature(grad: Tensor, curvature: Tensor | None, hyper: Hyper, num_samples: int) -> Tensor:
-    """The Gauss-Newton-Bartlett estimate of the Hessian's diagonal, averaged (arXiv 2305.14342, algorithm 2).
+    """Return the Gauss-Newton-Bartlett estimate of the Hessian's diagonal, averaged (arXiv 2305.14342, algorithm 2).
 
     h_hat = B g * g for the gradient g of the mean loss over B labels that were sampled from the model.
-    The first estimate is taken as it is: from h = 0, as in the paper, the average would stay far too low
-    for the first 1 / (1 - beta2) estimates, which is longer than many a fine-tuning run.
+    The first estimate is used without averaging: starting from h = 0, as in the paper, the average would be far too low
+    for the first 1 / (1 - beta2) estimates, which is longer than many fine-tuning runs.
 
     Args:
         grad: Any shape, float: the gradient with sampled labels.
-        curvature: h so far, of the shape of `grad`; None: this is the first estimate.
+        curvature: The current h, of the shape of `grad`; None: this is the first estimate.
         hyper: beta2.
-        num_samples: B, the number of labels that the loss was a mean over.
+        num_samples: B, the number of labels over which the loss is a mean.
 
     Returns:
         The new h, of the shape of `grad`.
@@ -113,10 +113,10 @@ def sophia_curvature(grad: Tensor, curvature: Tensor | None, hyper: Hyper, num_s
 
 
 def adafactor(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """Adafactor's factored second moment (Shazeer & Stern, arXiv 1804.04235, algorithm 4) with a first moment.
+    """Return the direction of Adafactor (Shazeer & Stern, arXiv 1804.04235, algorithm 4) with a first moment.
 
-    Row and column means r, c of the squared gradient stand for V = r c / mean(r); beta2_t = 1 - t^-0.8;
-    the update is divided by its root mean square where that is above 1 (d = 1). Step sizes are not relative.
+    Row and column means r, c of the squared gradient give V = r c / mean(r); beta2_t = 1 - t^-0.8; the update is
+    divided by its root mean square if that is above 1 (d = 1). Step sizes are not relative.
 
     Args:
         grad: (a, b), float.
@@ -131,7 +131,7 @@ def adafactor(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tens
     squares = grad.square().add_(hyper.eps**2)
     row_sq = torch.lerp(squares.mean(1, keepdim=True), state["row_sq"], decay)
     column_sq = torch.lerp(squares.mean(0, keepdim=True), state["column_sq"], decay)
-    # Where eps^2 is too small for float32, a row or column of zeros would be 0 / 0.
+    # If eps^2 is too small for float32, a row or column of zeros would give 0 / 0.
     tiny = torch.finfo(row_sq.dtype).tiny
     relative = (row_sq / row_sq.mean().clamp_min(tiny)).clamp_min_(tiny)
     update = grad * relative.rsqrt() * column_sq.clamp_min(tiny).rsqrt()
@@ -142,7 +142,7 @@ def adafactor(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tens
 
 
 def sgd(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """SGD with heavy-ball momentum (Polyak 1964, as in `torch.optim.SGD`): b <- beta1 b + g.
+    """Return the direction of SGD with heavy-ball momentum (Polyak 1964, as `torch.optim.SGD`): b <- beta1 b + g.
 
     Args:
         grad: Any shape, float.
@@ -157,16 +157,16 @@ def sgd(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, St
     return momentum.clone(), {"exp_avg": momentum}
 
 
-# Newton-Schulz coefficients of Jordan et al.: singular values from (0, 1] end in about [0.7, 1.2] after five rounds.
+# Newton-Schulz coefficients of Jordan et al.: five rounds map singular values in (0, 1] to about [0.7, 1.2].
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_ROUNDS = 5
 
 
 def muon(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """Orthogonalised momentum (Jordan et al., "Muon", kellerjordan.github.io/posts/muon; Nesterov form).
+    """Return the orthogonalised momentum (Jordan et al., "Muon", kellerjordan.github.io/posts/muon; Nesterov form).
 
-    The orthogonal factor of the momentum, by a Newton-Schulz iteration, scaled so that its root mean square
-    is about 0.2, as AdamW's is (Liu et al., arXiv 2502.16982, equation 4): learning rates carry over.
+    It is computed by a Newton-Schulz iteration and scaled to a root mean square of about 0.2, as AdamW's (Liu et al.,
+    arXiv 2502.16982, equation 4), so that the same learning rates can be used.
 
     Args:
         grad: (a, b), float.
@@ -194,7 +194,7 @@ def _orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The gradient itself.
+    """Return the gradient itself.
 
     Args:
         grad: Any shape.
@@ -209,7 +209,7 @@ def gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tenso
 
 
 def mean_gradient(grad: Tensor, state: State, hyper: Hyper, step: int) -> tuple[Tensor, State]:
-    """The running mean of gradients, m <- beta1 m + (1 - beta1) g.
+    """Return the running mean of gradients, m <- beta1 m + (1 - beta1) g.
 
     Args:
         grad: Any shape.

@@ -1,4 +1,4 @@
-"""The subspace that a gradient is projected on.
+"""The subspace on which a gradient is projected.
 
 For a gradient G of shape (m, n) the basis P holds the r leading singular vectors of the shorter
 side as orthonormal columns (GaLore, arXiv 2403.03507, section 3 and algorithm 1):
@@ -19,22 +19,22 @@ Side = Literal["left", "right"]
 
 
 def projection_side(shape: tuple[int, int] | torch.Size) -> Side:
-    """The side on which a matrix of this shape is projected: the shorter one."""
+    """Return the side on which a matrix of this shape is projected: the shorter one."""
     return "right" if shape[0] >= shape[1] else "left"
 
 
 def basis_shape(shape: tuple[int, int] | torch.Size, rank: int) -> tuple[int, int]:
-    """Shape of the basis for a gradient of `shape`: (shorter side, rank)."""
+    """Return the shape of the basis for a gradient: (shorter side, rank)."""
     return (min(shape), rank)
 
 
 def projected_shape(shape: tuple[int, int] | torch.Size, rank: int) -> tuple[int, int]:
-    """Shape of the projected gradient for a gradient of `shape`."""
+    """Return the shape of the projected gradient."""
     return (shape[0], rank) if projection_side(shape) == "right" else (rank, shape[1])
 
 
 class LazyGradient(Protocol):
-    """A gradient G of shape (m, n) that exists only as what it does to other matrices."""
+    """A gradient G of shape (m, n) that is not formed; only products with it can be computed."""
 
     @property
     def shape(self) -> torch.Size:
@@ -42,10 +42,10 @@ class LazyGradient(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where products with it are."""
+        """Device of the products."""
 
     def of(self, projector: Projector) -> Tensor:
-        """The product with a known matrix, float32.
+        """Return the product with a known matrix, float32.
 
         Args:
             projector: A and its side.
@@ -56,12 +56,12 @@ class LazyGradient(Protocol):
 
 
 Grad = Tensor | LazyGradient
-"""A gradient of which products are wanted: formed or not."""
+"""A gradient with which products are computed: formed or not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Projector:
-    """What a gradient G of shape (m, n) is wanted times, where G itself is not wanted.
+    """A matrix whose product with a gradient G of shape (m, n) is needed instead of G.
 
     Args:
         matrix: A. Side right: (n, k), the product is G A, (m, k). Side left: (m, k), the product is A^T G, (k, n).
@@ -72,7 +72,7 @@ class Projector:
     side: Side
 
     def of(self, grad: Grad) -> Tensor:
-        """The product for a gradient: G A or A^T G."""
+        """Return the product for a gradient: G A or A^T G."""
         if not isinstance(grad, Tensor):
             return grad.of(self)
         return grad @ self.matrix if self.side == "right" else self.matrix.T @ grad
@@ -80,26 +80,26 @@ class Projector:
 
 @dataclass(frozen=True, eq=False)
 class ProjectedGradient:
-    """A gradient that was formed as a product only.
+    """A gradient of which only a product was formed.
 
     Args:
-        product: G A or A^T G, float32, where the first columns of A are the basis; scaling it scales the gradient.
+        product: G A or A^T G, float32, where the first columns of A are the basis.
     """
 
     product: Tensor
 
 
 Gradient = Tensor | ProjectedGradient
-"""A finished gradient: the whole one, or its product with the projector that was asked for."""
+"""A finished gradient: the whole one, or its product with the requested projector."""
 
 
 def tensor_of(gradient: Gradient) -> Tensor:
-    """The one tensor that a gradient consists of."""
+    """Return the tensor of a gradient."""
     return gradient.product if isinstance(gradient, ProjectedGradient) else gradient
 
 
 def project(grad: Tensor, basis: Tensor) -> Tensor:
-    """R = G P (side right) or P^T G (side left).
+    """Project a gradient: R = G P (side right) or P^T G (side left).
 
     Args:
         grad: (m, n), float32.

@@ -1,8 +1,8 @@
-"""Moving moments into a new basis.
+"""Transform moments to a new basis.
 
-A moment in the subspace is a statement about the gradient's coordinates by the old basis P. Kept as
-it is while the basis becomes Q, it would be read as a statement about other directions. With the
-change of basis C = P^T Q, coordinates r become r C (side right) or C^T r (side left).
+Moments in the subspace belong to the gradient's coordinates with respect to the old basis P. Without a transformation
+to the new basis Q, they would be applied to other directions. With the change of basis C = P^T Q, coordinates r become
+r C (side right) or C^T r (side left).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from sophia_galore.numerics.subspace import Side
 
 
 def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
-    """C with P C = Q, as nearly as can be: P^T Q for an orthonormal P.
+    """Return the least-squares solution C of P C = Q, which is P^T Q for an orthonormal P.
 
-    A basis that was rounded for storage is only nearly orthonormal. With four bits, diag(P^T P) is about 1.01 to
-    1.03, and P^T Q would make moments grow at every refresh, though the subspace held still; (P^T P)^-1 P^T Q does not.
+    A basis that was rounded for storage is only nearly orthonormal. With four bits, diag(P^T P) is about 1.01 to 1.03,
+    and P^T Q would make moments grow at every refresh, even if the subspace did not change; (P^T P)^-1 P^T Q does not.
 
     Args:
         old: P, (k, r), float32, columns independent, or all zero: there was no basis.
@@ -31,9 +31,9 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
 
 
 def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
-    """A mean of gradients by the new basis (LDAdam, arXiv 2410.16103, section 3.2): M C, or C^T M.
+    """Transform a mean of gradients to the new basis (LDAdam, arXiv 2410.16103, section 3.2): M C, or C^T M.
 
-    What the new subspace has beyond the old one starts at 0.
+    Components outside the old subspace start at 0.
 
     Args:
         moment: (m, r) for side right, (r, n) for side left.
@@ -47,10 +47,10 @@ def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
 
 
 def move_second_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
-    """A mean of squared gradients by the new basis: coordinates taken as uncorrelated, V (C * C), never below 0.
+    """Transform a mean of squared gradients to the new basis, V (C * C), assuming uncorrelated coordinates.
 
-    To a new direction that the old subspace covers only in part, the rest comes from the mean over the old
-    directions: were it 0, the first steps along that direction would be far too long.
+    If the old subspace contains a new direction only in part, the rest is the mean over the old directions: with 0, the
+    first steps in that direction would be far too long.
 
     Args:
         moment: (m, r) or (1, r) for side right, (r, n) or (r, 1) for side left; not negative.

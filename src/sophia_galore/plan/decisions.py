@@ -10,7 +10,7 @@ import torch
 
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
-from sophia_galore.model.anatomy import count_idle_layers
+from sophia_galore.model.architecture import count_idle_layers
 from sophia_galore.plan.facts import Facts, RouteFacts
 from sophia_galore.plan.route import Route
 from sophia_galore.plan.routes import route_all

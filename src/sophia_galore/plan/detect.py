@@ -12,7 +12,7 @@ import torch
 
 from sophia_galore.config.fields import TrackerName
 from sophia_galore.errors import short
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import MIN_BITSANDBYTES, BitsandbytesFacts, DeviceFacts, ModelFacts, Param
 
@@ -115,24 +115,24 @@ def model_facts(model_config: Any, *, name: str = "", instead_of: str = "") -> M
     )
 
 
-def parameter_facts(anatomy: Anatomy) -> tuple[Param, ...]:
+def parameter_facts(architecture: Architecture) -> tuple[Param, ...]:
     """Every parameter of a model, in its order.
 
     Args:
-        anatomy: The model's parts.
+        architecture: The model's modules.
     """
-    linears = frozenset(anatomy.linear_names())
+    linears = frozenset(architecture.linear_names())
     return tuple(
         Param(
             name,
             tuple(parameter.shape),
-            part=_part_of(name, anatomy),
-            is_head=name == anatomy.head_name,
+            part=_part_of(name, architecture),
+            is_head=name == architecture.head_name,
             is_linear=name in linears,
-            padding_row=anatomy.padding_idx if name == anatomy.embed_name else None,
+            padding_row=architecture.padding_idx if name == architecture.embed_name else None,
             requires_grad=parameter.requires_grad,
         )
-        for name, parameter in anatomy.model.named_parameters()
+        for name, parameter in architecture.model.named_parameters()
     )
 
 
@@ -158,12 +158,12 @@ def _experts(model_config: Any) -> tuple[str, int] | None:
     return None
 
 
-def _part_of(name: str, anatomy: Anatomy) -> str:
+def _part_of(name: str, architecture: Architecture) -> str:
     # The embedding first: a tied head is it.
-    if name == anatomy.embed_name:
+    if name == architecture.embed_name:
         return "embed"
-    if name == anatomy.head_name:
+    if name == architecture.head_name:
         return "head"
-    if name.startswith(f"{anatomy.norm_name}."):
+    if name.startswith(f"{architecture.norm_name}."):
         return "norm"
-    return "layer" if name.startswith(tuple(f"{layer}." for layer in anatomy.layer_names)) else "other"
+    return "layer" if name.startswith(tuple(f"{layer}." for layer in architecture.layer_names)) else "other"

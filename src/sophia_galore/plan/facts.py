@@ -16,7 +16,7 @@ from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.config.fields import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.model.architecture import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
 """The first version whose eight-bit products run on every device."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from sophia_galore.errors import EnvironmentProblem, ModelError
-from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.optim.recipes import PROJECTING, OptimizerName
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.verdicts import FallBack, Refuse, Rule, Use, settled

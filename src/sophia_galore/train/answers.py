@@ -29,7 +29,7 @@ def ask(prepared: Prepared, store: WeightStore, folder: Path, when: When) -> lis
     """
     training = prepared.config.training
     answers = answer(
-        prepared.anatomy,
+        prepared.architecture,
         store,
         prepared.tokenizer,
         training.sample_questions,

@@ -51,7 +51,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         callback.say(change)
 
     engine = LayerwiseEngine(
-        prepared.anatomy,
+        prepared.architecture,
         store,
         compute_dtype=prepared.compute_dtype,
         device=prepared.device,
@@ -78,16 +78,16 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
 
 
 def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
-    anatomy = prepared.anatomy
+    architecture = prepared.architecture
     frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
     return load_store(
         prepared.folder,
-        prepared.anatomy.parameter_shapes(),
-        tied_head=HEAD if prepared.anatomy.tied else None,
+        prepared.architecture.parameter_shapes(),
+        tied_head=HEAD if prepared.architecture.tied else None,
         dtype=DTYPES[prepared.config.model.store],
         device=prepared.device,
         int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
         form=int8_format(prepared.config.quantization),
         without_updates=going_on,
-        frozen=Freezer(anatomy.model, anatomy.linear_names(), frozen, prepared.device) if frozen else None,
+        frozen=Freezer(architecture.model, architecture.linear_names(), frozen, prepared.device) if frozen else None,
     )

@@ -22,7 +22,7 @@ from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.space import refuse_full_disk, space_needed
 from sophia_galore.train.special_tokens import end_of_turn_note, stop_warning
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.weight import Weight
 
 
@@ -61,7 +61,7 @@ def _weights_are_sound(run: Loaded) -> None:
                 f"{route.name} {problem}.",
                 "Go on from an earlier checkpoint (--resume=PATH)."
                 if run.prepared.checkpoint
-                else way_to_repair(Path(run.prepared.plan.model_folder)),
+                else repair_hint(Path(run.prepared.plan.model_folder)),
             )
 
 

@@ -86,8 +86,8 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
     generation_config = stopping_at(chat_format.end_ids, generation_config, model_config)
     refuse_special_tokens(model_config, tokenizer, generation_config)
-    anatomy = build_skeleton(model_config, device, trust_remote_code=trust)
-    facts = replace(facts, parameters=parameter_facts(anatomy))
+    architecture = build_skeleton(model_config, device, trust_remote_code=trust)
+    facts = replace(facts, parameters=parameter_facts(architecture))
     decide(RULES, facts)
     facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
     dataset = load_data(
@@ -102,7 +102,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     planner = Planner(
         facts,
         model_config,
-        anatomy.layer_names,
+        architecture.layer_names,
         lambda asked: workload_of_data(asked, dataset, num_steps, pad_token(tokenizer)),
         lambda asked: num_steps,
         model.source,
@@ -119,7 +119,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         model.folder,
         model_config,
         tokenizer,
-        anatomy,
+        architecture,
         generation_config,
         source,
         dataset,

@@ -15,7 +15,7 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.memory.planner import MemoryEstimate, Planner
-from sophia_galore.model.anatomy import Anatomy
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.source_files import SourceFiles
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.plan import RunPlan
@@ -35,7 +35,7 @@ class Prepared:
         folder: The folder that weights and tokenizer are read from: the model's, or a checkpoint.
         model_config: The model's Hugging Face configuration.
         tokenizer: Its tokenizer.
-        anatomy: Its parts, on the meta device.
+        architecture: Its parts, on the meta device.
         generation_config: Its generation settings, or None.
         source: Its files beside the weights.
         dataset: The tokenised data.
@@ -51,7 +51,7 @@ class Prepared:
     folder: Path
     model_config: Any
     tokenizer: Any
-    anatomy: Anatomy
+    architecture: Architecture
     generation_config: Any
     source: SourceFiles
     dataset: Dataset

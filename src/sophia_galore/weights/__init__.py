@@ -1,1 +1,1 @@
-"""Where weights live between uses: their formats, where they are, and the files that hold them."""
+"""Storage of weights between uses: their formats, the store, and the files."""

@@ -1,12 +1,12 @@
-"""Linear layers whose weights bitsandbytes holds in eight bits, frozen; their biases are trained like any other.
+"""Linear layers with frozen eight-bit weights of bitsandbytes; their biases are trained.
 
-A `Linear8bitLt` takes the place of a linear layer inside the decoder layers, and computes with its own weight: the
-engine passes in the rest of a layer (norms, biases) and the gradient by the layer's input flows through. What it
-computes depends on the device, and that is bitsandbytes' choice: on CUDA the input is rounded to float16 and, row by
-row, to eight bits; on a CPU so in evaluation only, while in training the weight is decoded and the product is exact.
+A `Linear8bitLt` replaces a linear module inside the decoder layers and holds its weight: the engine passes only the
+other weights of a layer (norms, biases), and the gradient with respect to the layer's input flows through. Its result
+depends on the device: on CUDA, bitsandbytes rounds the input to float16 and, row by row, to eight bits; on a CPU it
+does so in evaluation only, while in training the weight is decoded and the product is exact.
 
-The package is an optional extra, which is imported where it is used and nowhere else; whether it works on the
-device is asked when a run is planned (`plan.detect`).
+The package is optional and only imported here; whether it works on the device is checked when a run is planned
+(`plan.detect`).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from sophia_galore.weights.row_int8 import RowInt8Weight
 from sophia_galore.weights.weight import Rows, Weight
 
 QUANTISED_FROM = torch.float16
-"""bitsandbytes rounds a weight to this first, so that is what it has to be finite in."""
+"""bitsandbytes rounds a weight to this first, so the weight must be finite in it."""
 
-# Columns of the input with an entry above this are multiplied in floating point, as published (LLM.int8()) and as
-# load_in_8bit means elsewhere. With one entry of 100 among those of size 1, the product is 0.05 % off; without, 1.7 %.
+# Columns of the input with an entry above this are multiplied in floating point, as published (LLM.int8()) and as with
+# load_in_8bit. With one entry of 100 among entries of size 1, the product is 0.05 % off; without the threshold, 1.7 %.
 _OUTLIER_THRESHOLD = 6.0
 
 
@@ -36,7 +36,7 @@ class Frozen8bit(Weight):
     """The weight of one `Linear8bitLt`.
 
     Args:
-        module: The module, which stays the owner of codes and scales.
+        module: The module, which owns codes and scales.
     """
 
     def __init__(self, module: Any) -> None:
@@ -49,7 +49,7 @@ class Frozen8bit(Weight):
 
     @property
     def shape(self) -> torch.Size:
-        """As `Weight` says, even where codes or scales were lost."""
+        """See `Weight`; known even if codes or scales were lost."""
         return torch.Size((self._module.out_features, self._module.in_features))
 
     @property
@@ -58,15 +58,15 @@ class Frozen8bit(Weight):
         return True
 
     def __getitem__(self, rows: Rows) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.held()[rows]
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says: the values with which the module computes."""
+        """See `Weight`; these are the values that the module uses."""
         return self.held().values(dtype)
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """Refuse: the weight is frozen.
+        """Raise an error: the weight is frozen.
 
         Raises:
             RunError: Always.
@@ -74,17 +74,17 @@ class Frozen8bit(Weight):
         self.held().write(values, noise)
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
-        """As `Weight` says, outside of the module."""
+        """See `Weight`; the copy is not part of a module."""
         return self.held().copied_to(device)
 
     def copy_(self, other: Weight) -> None:
-        """Nothing: it never changes, so that of the same run is what it is."""
+        """Do nothing: the weight is frozen, so a copy from the same run is equal."""
 
     def held(self) -> RowInt8Weight:
-        """The module's codes and scales themselves, not a copy.
+        """Return the module's codes and scales, not a copy.
 
         Raises:
-            RunError: They are not there.
+            RunError: They are missing.
         """
         codes, absmax = self._pair()
         if codes is None or absmax is None:
@@ -92,11 +92,11 @@ class Frozen8bit(Weight):
         return RowInt8Weight(codes, absmax)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.held().tensors()
 
     def problem(self) -> str | None:
-        """As `Weight` says, of the module."""
+        """See `Weight`; the module is checked too."""
         codes, absmax = self._pair()
         if codes is None or absmax is None:
             return f"has lost its {'codes (CB)' if codes is None else 'scales (SCB)'}"
@@ -107,9 +107,9 @@ class Frozen8bit(Weight):
         return RowInt8Weight(codes, absmax).problem()
 
     def _pair(self) -> tuple[Tensor | None, Tensor | None]:
-        """Codes and scales from where the next forward takes them.
+        """Return codes and scales from where the next forward reads them.
 
-        They are made on the parameter; the first forward moves both to the module's state.
+        They are created on the parameter; the first forward moves both to the module's state.
         """
         module = self._module
         place = module.state if getattr(module.weight, "CB", None) is None else module.weight
@@ -117,23 +117,23 @@ class Frozen8bit(Weight):
 
 
 class Freezer:
-    """Puts a `Linear8bitLt` in place of one linear layer after the other, as their weights are read.
+    """Replaces linear modules by `Linear8bitLt`, one by one, as their weights are read.
 
     Args:
-        model: The model, parameters on the meta device; changed in place.
-        linears: Names of the weights of the linear layers inside its decoder layers.
+        model: The model, with parameters on the meta device; changed in place.
+        linears: Names of the weights of linear modules inside its decoder layers.
         names: Names of the weights to freeze.
-        device: Where the frozen weights live.
+        device: Device of the frozen weights.
 
     Raises:
         EnvironmentProblem: bitsandbytes is missing or broken.
-        ModelError: A name is not that of a plain linear layer's weight inside a decoder layer.
+        ModelError: A name is not the weight of a plain linear module inside a decoder layer.
     """
 
     def __init__(
         self, model: nn.Module, linears: Collection[str], names: Collection[str], device: torch.device
     ) -> None:
-        _silence()
+        _hide_known_warnings()
         try:
             self._nn: Any = importlib.import_module("bitsandbytes.nn")
         except Exception as error:  # a broken installation fails in whatever way its native library does
@@ -142,7 +142,7 @@ class Freezer:
                 'Install it: pip install "sophia-galore[bitsandbytes]".',
             ) from error
         for name in names:
-            # What a model's own kind of linear layer does beside the product is not known, and would be lost.
+            # A subclass of nn.Linear may do more than the product, which would be lost.
             if name in linears and type(model.get_submodule(name.removesuffix(".weight"))) is nn.Linear:
                 continue
             raise ModelError(
@@ -153,18 +153,18 @@ class Freezer:
         self._model, self._device = model, device
 
     def freeze(self, name: str, weight: Weight) -> Frozen8bit:
-        """Put a `Linear8bitLt` in a linear layer's place. Its bias stays the same parameter, and stays trained.
+        """Replace a linear module by a `Linear8bitLt`. Its bias stays the same parameter and trainable.
 
         Args:
             name: The weight's name, one of `names`.
-            weight: (m, n), finite in `QUANTISED_FROM`. Codes and scales are copied as they are; anything else is
-                quantised by bitsandbytes, on the device.
+            weight: (m, n), finite in `QUANTISED_FROM`. Codes and scales are copied; other formats are quantised by
+                bitsandbytes on the device.
 
         Returns:
             The module's weight.
 
         Raises:
-            RunError: The module is not as it should be, so this version of bitsandbytes works in another way.
+            RunError: The module is not as expected, so this version of bitsandbytes works differently.
         """
         place = name.removesuffix(".weight")
         parent_name, _, key = place.rpartition(".")
@@ -194,17 +194,17 @@ class Freezer:
         if isinstance(weight, RowInt8Weight):
             own = weight.copied_to(self._device)
             return self._nn.Int8Params(own.codes, CB=own.codes, SCB=own.absmax, **settings)
-        # It quantises what comes from a CPU only; a tensor that is on the device already it would leave as it is.
+        # Moving a tensor from the CPU quantises it; a tensor that is already on the device would stay as it is.
         return self._nn.Int8Params(weight.values(QUANTISED_FROM).to("cpu"), **settings).to(self._device)
 
 
-class _Known(logging.Filter):
-    """Drops what bitsandbytes says at each import or each call, and what is meant to be so here."""
+class _KnownWarnings(logging.Filter):
+    """Drops warnings of bitsandbytes that are expected here."""
 
     _BEGINNINGS = (
-        # At each product, hundreds of times a step. What it says is how the format works; the docstring above says it.
+        # Logged at each product, hundreds of times per step. It describes the format, as the docstring above does.
         "MatMul8bitLt: inputs will be cast",
-        # A kernel for four bits, which nothing here uses.
+        # About a kernel for four bits, which is not used here.
         "Failed to load CPU gemm_4bit_forward",
     )
 
@@ -212,10 +212,10 @@ class _Known(logging.Filter):
         return not str(record.msg).startswith(self._BEGINNINGS)
 
 
-_KNOWN = _Known()
+_KNOWN_WARNINGS = _KnownWarnings()
 
 
-def _silence() -> None:
-    # A logger ignores a filter that it has already.
+def _hide_known_warnings() -> None:
+    # A logger ignores a filter that it already has.
     for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).addFilter(_KNOWN)
+        logging.getLogger(name).addFilter(_KNOWN_WARNINGS)

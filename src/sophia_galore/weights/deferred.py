@@ -1,10 +1,10 @@
-"""An int8 matrix whose last updates are not in its codes yet, but beside them as a product of two thin factors.
+"""An int8 matrix with updates that are not in its codes yet, stored as a low-rank product.
 
     W = decay * (code * scale) + left right        left (m, r), right (r, n), one of them the basis
 
-Between two refreshes of a basis GaLore's updates all lie in one subspace, so their sum is as small as a moment.
-Kept in bfloat16 there, it is rounded into eight bits once per refresh instead of once per step. Weight decay in the
-meantime is the factor `decay`.
+Between two refreshes of the basis, all updates of GaLore are in one subspace, so their sum is as small as a moment. It
+is kept in bfloat16 and rounded into the codes once per refresh instead of once per step. The factor `decay` is the
+weight decay since then.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Factors = Callable[[], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class DeferredWeight(Weight):
-    """A matrix in eight bits with an update of low rank that is still to be rounded into its codes.
+    """A matrix in eight bits with a low-rank update that is not rounded into its codes yet.
 
     Args:
         base: The codes and scales.
-        decay: (1,) float32, a factor on them.
-        factors: Gives (m, r) and (r, n), whose product is added; asked each time, since they change.
+        decay: (1,) float32, a factor on `base`.
+        factors: Returns (m, r) and (r, n), whose product is added; called each time, since they change.
     """
 
     base: Int8Weight
@@ -38,7 +38,7 @@ class DeferredWeight(Weight):
 
     @property
     def format(self) -> str:
-        """That of its codes."""
+        """Format of its codes."""
         return self.base.format
 
     @property
@@ -48,11 +48,11 @@ class DeferredWeight(Weight):
 
     @property
     def settled(self) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.base
 
     def __getitem__(self, rows: Rows) -> DeferredWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
 
         def factors() -> tuple[Tensor, Tensor]:
             left, right = self.factors()
@@ -61,37 +61,35 @@ class DeferredWeight(Weight):
         return DeferredWeight(self.base[rows], self.decay, factors)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says; the update included."""
+        """See `Weight`; the update is included."""
         left, right = self.factors()
         values = self.base.values(dtype).mul_(self.decay.to(dtype))
         return values.addmm_(left.to(dtype), right.to(dtype))
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """Not possible: what the codes hold and what the factors hold can't be told apart in a value."""
-        raise TypeError("a weight with a deferred update is changed by its factors, and by rounding them in")
+        """Raise an error: new values can't be divided between the codes and the factors."""
+        raise TypeError("a weight with a deferred update can't be written; change its factors")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes, scales and the update, the factors in bfloat16."""
+        """Return codes, scales and the update, with factors in bfloat16."""
         left, right = (factor.to(torch.bfloat16).contiguous() for factor in self.factors())
         return {**self.base.tensors(), ".left": left, ".right": right, ".shrink": self.decay}
 
     def copied_to(self, device: torch.device) -> DeferredWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         left, right = (factor.to(device, copy=True) for factor in self.factors())
         return DeferredWeight(self.base.copied_to(device), self.decay.to(device, copy=True), lambda: (left, right))
 
     def copy_(self, other: Weight) -> None:
-        """Not possible: the factors belong to an optimizer's state, and what `factors` gives may be a copy of them."""
-        raise TypeError(
-            "of a weight with a deferred update the codes are taken over, by `settled`; its state has the rest"
-        )
+        """Raise an error: the factors belong to the optimizer's state."""
+        raise TypeError("a weight with a deferred update can't be copied into; copy the codes of `settled`")
 
     def rounded_in(self, form: Int8Format, device: torch.device) -> Int8Weight:
-        """A copy in codes alone. They are rounded without bias, since most of an update is smaller than a code.
+        """Return a copy with the update in its codes. It is rounded stochastically: most of it is smaller than a code.
 
         Args:
-            form: The format of the copy, in blocks as these.
-            device: Where it lives.
+            form: The format of the copy, with the same blocks.
+            device: Device of the copy.
         """
         made = Int8Weight.copy_of(self.base, form, device)
         noise = Noise.of(0, "remainder", *self.shape)
@@ -99,7 +97,7 @@ class DeferredWeight(Weight):
         return made
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if problem := self.base.problem():
             return problem
         left, right = self.factors()
@@ -112,17 +110,17 @@ class DeferredWeight(Weight):
 
 
 def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
-    """A weight with an update of low rank that is not written yet; in other formats than int8 each is, at once.
+    """Add a deferred low-rank update to an int8 weight; other formats are returned without one.
 
     Args:
-        weight: The stored weight; of one that has a deferred update already, the codes alone are taken over.
-        decay: (1,) float32, a factor on what is stored.
-        factors: Gives (m, r) and (r, n), whose product is added.
+        weight: The stored weight; a deferred update that it has already is replaced.
+        decay: (1,) float32, a factor on the stored weight.
+        factors: Returns (m, r) and (r, n), whose product is added.
     """
     base = weight.settled
     return DeferredWeight(base, decay, factors) if isinstance(base, Int8Weight) else base
 
 
 def deferred_of(weight: Weight) -> DeferredWeight | None:
-    """The weight with its deferred update, where it has one."""
+    """Return the weight if it has a deferred update, else None."""
     return weight if isinstance(weight, DeferredWeight) else None

@@ -1,4 +1,4 @@
-"""The files that hold weights: reading them into a store, converting them, writing them."""
+"""Read weight files into a store, convert weights, and write them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sophia_galore.weights.bitsandbytes import QUANTISED_FROM, Freezer
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES, weight_files
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.row_int8 import ABSMAX, RowInt8Weight
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.weight import Weight
 
 _SCALES = ".scales"
-# What else may stand behind a name: the update of a weight that is not in its codes yet.
+# Suffixes for the tensors of a deferred update.
 _UPDATE = (".left", ".right", ".shrink")
 _ENDINGS = (_SCALES, *_UPDATE)
 _BLOCK_SIZE = "block_size"
@@ -43,21 +43,20 @@ def load_store(
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
-    Each tensor is converted as it is read, so that the model never exists twice. What is in eight bits already, in
-    the same format, is taken as it is.
+    Each tensor is converted as it is read, so that the model is never in memory twice. Weights that are already in
+    the same eight-bit format are copied.
 
     Args:
         folder: The model's folder.
-        shapes: Name and shape of each parameter that the model has.
-        tied_head: Name under which a file may hold a second copy of the tied embedding; it is left out.
+        shapes: Name and shape of each parameter of the model.
+        tied_head: Name of a second copy of the tied embedding in files; it is ignored.
         dtype: The store's dtype.
-        device: Where the store lives.
-        int8: Names of the weights that are held in eight bits instead.
-        form: In which format these are.
-        without_updates: Leave out updates that are not in the codes yet: a run that goes on has them among its
-            optimizer's state.
-        frozen: What puts weights into bitsandbytes' modules, and which; those are neither in `dtype` nor in `form`.
-        as_packed: Leave what is in eight bits already as it is, in whichever format.
+        device: Device of the store.
+        int8: Names of the weights that are stored in eight bits instead.
+        form: The format of these.
+        without_updates: Whether to ignore deferred updates, since a resumed run has them in its optimizer's state.
+        frozen: Puts weights into modules of bitsandbytes; these have neither the format `dtype` nor `form`.
+        as_packed: Whether weights that are already in eight bits keep their format.
 
     Returns:
         The store.
@@ -91,38 +90,25 @@ def load_store(
                 f"{path}: {name} holds values that are not finite in "
                 f"{'int8' if isinstance(target, Int8Format) else target}.",
                 f"Take a format of a wider range. If it is float32 already, the weights are broken: "
-                f"{way_to_repair(folder)}",
+                f"{repair_hint(folder)}",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
     missing = [name for name in shapes if name not in weights]
     if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", way_to_repair(folder))
+        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", repair_hint(folder))
     return WeightStore({name: weights[name] for name in shapes})
 
 
-def open_store(folder: Path, device: torch.device) -> WeightStore:
-    """Read a model folder into a store, each weight in its own format; for frozen ones no bitsandbytes is needed.
-
-    Args:
-        folder: The model's folder.
-        device: Where the store lives.
-
-    Raises:
-        ModelError: As for `read_weights`.
-    """
-    return WeightStore({name: convert(weight, None, device) for _, name, weight in read_weights(folder)})
-
-
 def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: torch.device) -> Weight:
-    """A weight in another format, or a copy in the same one; eight bits are rounded to nearest.
+    """Return a weight in another format, or a copy in the same one; eight bits are rounded to nearest.
 
-    But a deferred update goes into codes of the same format without bias, as it would at the next refresh: it is
-    smaller than a code nearly everywhere, and would be lost to nearest.
+    But a deferred update is rounded stochastically into codes of the same format, as at the next refresh: almost all
+    of it is smaller than a code, so rounding to nearest would lose it.
 
     Args:
-        weight: As it was read.
-        target: The format; None: the weight's own.
-        device: Where the result lives.
+        weight: The weight as it was read.
+        target: The format; None: the weight's format.
+        device: Device of the result.
     """
     if target is None:
         return weight.copied_to(device)
@@ -133,15 +119,15 @@ def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: tor
         return weight.rounded_in(target, device)
     if isinstance(weight, Int8Weight) and weight.form.block == target.block:
         return Int8Weight.copy_of(weight, target, device)
-    # A plain tensor is widened by parts in there: the vocabulary's, in float32, would be larger than the store.
+    # `quantise` converts a plain tensor to float32 in parts: the whole embedding would be larger than the store.
     return quantise(weight.values(weight.dtype), target, device)
 
 
 def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:
-    """The weights of a model folder one by one: file, name, and the weight, which may be a view of the mapped file.
+    """Yield file, name and weight for each weight of a model folder; a weight may be a view of the mapped file.
 
     Raises:
-        ModelError: A file is missing or damaged, or codes and scales do not belong together.
+        ModelError: A file is missing or damaged, or codes and scales do not match.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -153,16 +139,16 @@ def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:
             for name in names:
                 if (form and name.endswith(_ENDINGS)) or (name.endswith(ABSMAX) and name.removesuffix(ABSMAX) in names):
                     continue
-                # Opened anew each time: pages of a mapped file stay resident until it is closed. No mode counts them.
+                # Opened again for each weight: pages of a mapped file stay resident until it is closed.
                 with safe_open(path, framework="pt") as file, _disable_current_modes():
                     parts = {end: file.get_tensor(name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
                 yield path, name, _joined(path, name, parts, form)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}", way_to_repair(folder)) from error
+            raise ModelError(f"{path} is damaged: {error}", repair_hint(folder)) from error
 
 
 def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Weight:
-    """A weight from its tensors in a file, by what stands behind its name there."""
+    """Return a weight from its tensors in a file, given by suffix."""
     if parts[""].dtype != torch.int8 and len(parts) == 1:
         return PlainWeight(parts[""])
     base: Int8Weight | RowInt8Weight
@@ -171,7 +157,7 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
     elif form is not None and _SCALES in parts:
         base = Int8Weight(parts[""], parts[_SCALES], form)
     else:
-        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", way_to_repair(path.parent))
+        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", repair_hint(path.parent))
     joined: Weight = base
     found = sum(end in parts for end in _UPDATE)
     if isinstance(base, Int8Weight) and found == len(_UPDATE):
@@ -186,15 +172,14 @@ def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | 
 def save_weights(folder: Path, weights: Mapping[str, Weight | Tensor]) -> None:
     """Write weights into a folder, as `read_weights` reads them.
 
-    Where one is in eight bits, the file has another name, so that programs that know nothing of codes and scales
-    find no weights rather than wrong ones.
+    If one is in eight bits, the file has another name, so that other programs find no weights instead of wrong ones.
 
     Args:
         folder: An existing folder.
-        weights: Name to weight; each is brought to the CPU, one copy if it is elsewhere.
+        weights: Name to weight; weights on other devices are copied to the CPU.
 
     Raises:
-        RunError: A weight that a module of bitsandbytes holds is not as it was made; nothing is written.
+        RunError: A weight in a module of bitsandbytes was changed; nothing is written.
     """
     from safetensors.torch import save_file
 
@@ -204,7 +189,7 @@ def save_weights(folder: Path, weights: Mapping[str, Weight | Tensor]) -> None:
             raise RunError(f"{name} {problem}, so it is not saved.")
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in store.tensors().items()}
     forms = [weight.settled.form for _, weight in store.items() if isinstance(weight.settled, Int8Weight)]
-    # One entry at most: safetensors writes several in an order that changes from file to file.
+    # At most one entry: safetensors writes several in random order.
     metadata = {_BLOCK_SIZE: str(forms[0].block)} if forms else {"format": "pt"}
     is_packed = any(weight.is_packed for _, weight in store.items())
     save_file(tensors, folder / (INT8_FILE if is_packed else "model.safetensors"), metadata=metadata)

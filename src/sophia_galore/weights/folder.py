@@ -1,4 +1,4 @@
-"""Which files of a folder hold a model's weights, and what they are called."""
+"""Names of the files in a model's folder that hold its weights."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from pathlib import Path
 
 from sophia_galore.errors import ModelError
 from sophia_galore.records.files import MODEL, MODEL_INDEX
-from sophia_galore.weights.manifest import way_to_repair
+from sophia_galore.weights.manifest import repair_hint
 
 HEAD = "lm_head.weight"
-"""What files call the head, where it is not the embedding."""
+"""Name of the head's weight in files, if it is not tied to the embedding."""
 
 INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
-"""How the names of what older files hold besides weights end; it follows from the configuration."""
+"""End of the names of buffers in older files; they follow from the configuration, so they are ignored."""
 
 INT8_FILE = "model.int8.safetensors"
-"""Where a folder's weights are if some of them are in eight bits."""
+"""File of the weights if some of them are in eight bits."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model by Hugging Face's convention; others beside them are not the model's."""
+    """Return the files that hold the weights by Hugging Face's convention; other files are ignored."""
     for name in (MODEL, INT8_FILE):
         if (folder / name).is_file():
             return [folder / name]
     index = folder / MODEL_INDEX
     if not index.is_file():
-        raise ModelError(f"{folder} holds neither {MODEL} nor an index of shards.", way_to_repair(folder))
+        raise ModelError(f"{folder} holds neither {MODEL} nor an index of shards.", repair_hint(folder))
     try:
         return [
             folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is damaged: {error!r}", way_to_repair(folder)) from error
+        raise ModelError(f"{index} is damaged: {error!r}", repair_hint(folder)) from error

@@ -1,16 +1,14 @@
-"""Weights in eight bits that can be trained: symmetric codes, and a scale for each block of a row.
+"""Trainable weights in eight bits: symmetric codes, and a scale for each block of a row.
 
     w = code * scale        code an integer in [-127, 127], scale a bfloat16 >= 0
 
-A code has 7 bits and a scale 8, so the product is exact in float32: a weight that did not move is written
-back as the code that it was, and nothing else about a value is lost but by the rounding to codes. That
-rounding is stochastic, E[code] = w / scale: at fine-tuning rates a step moves most weights by a fraction of a
-code, which rounding to nearest would lose each time.
+A code has 7 bits and a scale 8, so the product is exact in float32. So a weight that did not change is written back as
+the same code, and only the rounding to codes loses precision. It is stochastic, E[code] = w / scale: at learning rates
+of fine-tuning, a step changes most weights by a fraction of a code, which rounding to nearest would always lose.
 
-A write keeps a block's scale as long as the block fits it and fills more than half of it. A new scale at every
-write would be of no use to what lies between the codes of the old one: in a random walk of 200 steps of 0.002
-standard deviations of the weights, rounding the whole block each time ends 1.9 times as far off. For the same
-reason a new scale leaves some room above the largest weight.
+A write keeps a block's scale as long as the block fits and fills more than half of it, since a new scale rounds all
+weights of the block again: in a random walk of 200 steps of 0.002 standard deviations of the weights, a new scale at
+every write gives 1.9 times the error. For the same reason a new scale leaves some room above the largest weight.
 """
 
 from __future__ import annotations
@@ -25,30 +23,30 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.weights.weight import Rows, Weight
 
 LARGEST_CODE = 127
-# Room above the largest weight of a block whose scale is made anew: its code is 124 or 125.
+# Room above the largest weight of a block with a new scale: its code is 124 or 125.
 _ROOM = 1 + 1 / 64
-# Blocks of weights below this (some 1e-34) count as zero: their quotients would leave float32.
+# Blocks with smaller scales (about 1e-33) count as zero: their quotients would overflow float32.
 _SMALLEST_SCALE = 2.0**-110
 
 
 @dataclass(frozen=True)
 class Int8Format:
-    """How a weight matrix is held in eight bits.
+    """The eight-bit format of a weight matrix.
 
     Args:
-        block: Neighbouring elements of a row that share a scale; 0: all of the row.
-        stochastic: Whether a write rounds at random with the right mean; else to nearest, which loses small steps.
+        block: Number of neighbouring elements of a row that share a scale; 0: the whole row.
+        stochastic: Whether a write rounds stochastically; else to nearest, which loses small steps.
     """
 
     block: int = 128
     stochastic: bool = True
 
     def num_scales(self, num_columns: int) -> int:
-        """Scales of a row of so many elements; the last block may be shorter."""
+        """Return the number of scales of a row; its last block may be shorter."""
         return -(-num_columns // self.block) if self.block else 1
 
     def num_bytes(self, shape: tuple[int, int] | torch.Size) -> int:
-        """Bytes of a matrix (m, n), its scales included."""
+        """Return the bytes of a matrix (m, n), its scales included."""
         return shape[0] * (shape[1] + 2 * self.num_scales(shape[1]))
 
 
@@ -59,7 +57,7 @@ class Int8Weight(Weight):
     Args:
         codes: (m, n) int8, from -127 to 127.
         scales: (m, `form.num_scales(n)`) bfloat16, not negative.
-        form: How they belong together.
+        form: The format.
     """
 
     codes: Tensor
@@ -72,20 +70,20 @@ class Int8Weight(Weight):
         return "int8"
 
     def __getitem__(self, rows: Rows) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return Int8Weight(self.codes[rows], self.scales[rows], self.form)
 
     @classmethod
     def copy_of(cls, other: Int8Weight, form: Int8Format, device: torch.device) -> Int8Weight:
-        """A copy on a device, which may be written in another way; its blocks are the same."""
+        """Return a copy on a device, in a format with the same blocks."""
         return cls(other.codes.to(device, copy=True), other.scales.to(device, copy=True), form)
 
     def copied_to(self, device: torch.device) -> Int8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return Int8Weight.copy_of(self, self.form, device)
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """code * scale: exact in float32, one rounding elsewhere; no temporary but in float16.
+        """Return code * scale: exact in float32, rounded once in other dtypes; only float16 needs a temporary.
 
         Args:
             dtype: float32, bfloat16 or float16.
@@ -102,11 +100,11 @@ class Int8Weight(Weight):
 
     @torch.no_grad()
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """Store new values; a block's scale changes if the block outgrew it, or shrank below half of it.
+        """Store new values; a block gets a new scale if its values exceed the old one or shrink below half of it.
 
         Args:
-            values: (m, n) float32; used up.
-            noise: For rounding without bias; None: to nearest.
+            values: (m, n) float32; they are overwritten.
+            noise: For stochastic rounding; None: round to nearest.
         """
         is_stochastic = noise is not None and self.form.stochastic
         drawn = noise.uniform(values) if noise is not None and is_stochastic else values
@@ -118,21 +116,21 @@ class Int8Weight(Weight):
             fits = (extent <= LARGEST_CODE * old) & ((2 * extent >= LARGEST_CODE * old) | (extent >= before))
             scales = torch.where(fits, old, _scales(extent))
             self.scales[:, which] = scales.to(torch.bfloat16)
-            # Where the scale is zero all codes are: any divisor does that leaves no NaN.
+            # If the scale is zero, all codes are: any divisor is fine that does not give NaN.
             block.div_(scales.masked_fill(scales == 0, torch.inf)[..., None])
             if is_stochastic:
-                # The noise is never so near to 1 that a sum with the largest code rounds up: what is a code stays it.
+                # The noise is never so close to 1 that its sum with a code rounds up: exact codes do not change.
                 block.add_(draw).floor_()
             else:
                 block.round_()
             codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes and scales."""
+        """Return codes and scales."""
         return {"": self.codes, ".scales": self.scales}
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if self.codes.dtype != torch.int8 or self.scales.dtype != torch.bfloat16:
             return f"holds {self.codes.dtype} codes and {self.scales.dtype} scales instead of int8 and bfloat16"
         if self.codes.ndim != 2 or not self.codes.numel():
@@ -148,12 +146,12 @@ class Int8Weight(Weight):
 
 
 def quantise(values: Tensor, form: Int8Format, device: torch.device | None = None) -> Int8Weight:
-    """A matrix in eight bits, rounded to nearest.
+    """Return a matrix in eight bits, rounded to nearest.
 
     Args:
         values: (m, n), any float dtype, finite.
         form: The format.
-        device: Where the result lives; None: where the values are.
+        device: Device of the result; None: that of the values.
 
     Returns:
         The matrix; the largest code of a block is 124 or 125.
@@ -165,7 +163,7 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
         torch.zeros(rows, form.num_scales(columns), dtype=torch.bfloat16, device=place),
         form,
     )
-    # By parts, so that no float32 copy of the whole exists.
+    # In parts, to avoid a float32 copy of the whole matrix.
     size = max(1, (1 << 22) // columns)
     for start in range(0, rows, size):
         part = slice(start, start + size)
@@ -174,19 +172,19 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
 
 
 def _scales(extent: Tensor) -> Tensor:
-    """Scales for blocks of some largest magnitude: float32 numbers that bfloat16 holds exactly, rounded up."""
+    """Return scales for blocks by their largest magnitude: rounded up to bfloat16, as float32."""
     wanted = extent * (_ROOM / LARGEST_CODE)
     low = (1 << 16) - 1
     rounded = wanted.view(torch.int32).add(low).bitwise_and_(~low).view(torch.float32)
-    # Rounding up must not reach infinity; there the room above the largest weight is given up.
+    # Rounding up must not give infinity; then there is no room above the largest weight.
     rounded = rounded.clamp_(max=torch.finfo(torch.bfloat16).max)
     rounded = rounded.masked_fill_(rounded < _SMALLEST_SCALE, 0)
-    # What is not finite shows in the scale, since codes can't tell of it (and adding to a NaN's bits may leave 0).
+    # Values that are not finite give a NaN scale, since codes can't show them (adding to a NaN's bits may give 0).
     return rounded.masked_fill_(~extent.isfinite(), torch.nan)
 
 
 def _blocks(matrix: Tensor, form: Int8Format) -> Iterator[tuple[Tensor, slice]]:
-    """Views (m, k, block) of a matrix's whole blocks and (m, 1, rest) of its last ones, each with its scales' place."""
+    """Yield views of the full blocks (m, k, block) and of the last ones (m, 1, rest), each with the slice of scales."""
     columns = matrix.shape[-1]
     size = form.block or columns
     whole = columns // size

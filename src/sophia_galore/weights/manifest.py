@@ -1,8 +1,8 @@
-"""What makes a folder a whole model.
+"""Check that a folder holds a complete model.
 
-Two kinds of proof. A folder that this package filled carries a manifest, written last: names,
-sizes and SHA-256 of all files. Any other folder is checked by its own words: config.json is
-there, the index names no missing shard, and every safetensors file is as long as its header says.
+A folder that this package filled has a manifest, written last, with names, sizes and SHA-256 of all files. In any other
+folder, config.json and all shards of the index must exist, and every safetensors file must have the size that follows
+from its header.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from sophia_galore.weights.safetensors_header import read_file_header
 MANIFEST_NAME = "sophia_galore_model.json"
 ADAPTER = "adapter_config.json"
 
-# Configuration and tokenizer files are hashed at every use, weights only when asked: 8 MiB take milliseconds.
+# Configuration and tokenizer files are hashed at every use, weights only on request: 8 MiB take milliseconds.
 _ALWAYS_HASHED_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The record of a folder that this package filled.
+    """The manifest of a folder that this package filled.
 
     Attributes:
-        name: Hub id or file the model came from.
+        name: Hub id or file that the model came from.
         source: "hf", "modelscope", "pypi" or "gguf".
         revision: Commit, package version or digest of the origin; may be empty.
-        has_code: Whether the repository's Python files were taken along.
+        has_code: Whether the repository's Python files are included.
         files: Name -> (size in bytes, SHA-256).
     """
 
@@ -44,7 +44,7 @@ class Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal text."""
+    """Return the SHA-256 of a file as hexadecimal text."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -53,9 +53,9 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(folder: Path, *, name: str, source: str, revision: str, has_code: bool) -> None:
-    """Records all files of a folder; called once, as the last act of filling it.
+    """Write the manifest of a folder, as the last step of filling it.
 
-    The record holds no date: the same files give the same manifest.
+    It has no date: the same files give the same manifest.
     """
     files = {
         path.name: {"size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -74,7 +74,7 @@ def write_manifest(folder: Path, *, name: str, source: str, revision: str, has_c
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Reads the manifest of a folder; None if it has none.
+    """Read the manifest of a folder; None if it has none.
 
     Raises:
         ModelError: The manifest can't be read.
@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
-    """Compares a folder with its manifest.
+    """Compare a folder with its manifest.
 
     Args:
         folder: The folder.
@@ -121,10 +121,10 @@ def verify(folder: Path, manifest: Manifest, *, deep: bool) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Checks that a folder holds a whole model, by what its own files say.
+    """Check that a folder holds a complete model, without a manifest.
 
     Raises:
-        ModelError: A file is missing, unreadable or cut short; it is named.
+        ModelError: A file is missing, unreadable or truncated; it is named.
     """
     if (folder / ADAPTER).is_file():
         raise adapter_error(str(folder), _adapted_model(folder))
@@ -135,7 +135,7 @@ def check_model_folder(folder: Path) -> None:
         )
     _read_json(folder / "config.json")
     index = folder / MODEL_INDEX
-    # An index beside the whole file was left behind when shards were joined; transformers does not look at it either.
+    # If there is a single file as well, the index is left over from shards; transformers ignores it too.
     if index.is_file() and not (folder / MODEL).is_file():
         _check_shards(folder, _read_json(index))
     weights = sorted(folder.glob("*.safetensors"))
@@ -144,7 +144,7 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds no *.safetensors file.",
             "Weights in *.bin files are not read; load them with transformers and write them with save_pretrained."
             if any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-            else way_to_repair(folder),
+            else repair_hint(folder),
         )
     for path in weights:
         _check_safetensors(path)
@@ -177,11 +177,11 @@ def _read_json(path: Path) -> Any:
 
 
 def adapter_error(name: str, base: str = "") -> ModelError:
-    """The refusal of a LoRA adapter that is given as a model.
+    """Return the error for a LoRA adapter that is given as a model.
 
     Args:
-        name: What the user knows it as.
-        base: The model that it adapts, if that is known.
+        name: The name to show.
+        base: The model that it adapts; "": unknown.
     """
     onto = f" of {base}" if base else ""
     return ModelError(
@@ -199,11 +199,11 @@ def _adapted_model(folder: Path) -> str:
     return base if isinstance(base, str) else ""
 
 
-def way_to_repair(folder: Path) -> str:
-    """What helps where files of a model's folder are missing or damaged: who wrote it decides.
+def repair_hint(folder: Path) -> str:
+    """Return how to repair a model's folder with missing or damaged files, which depends on who wrote it.
 
     Args:
-        folder: The model's folder, a run's or a checkpoint.
+        folder: A model's folder, a run's folder or a checkpoint.
 
     Returns:
         A sentence.
@@ -221,4 +221,4 @@ def way_to_repair(folder: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> ModelError:
-    return ModelError(f"{path} {what}.", way_to_repair(path.parent))
+    return ModelError(f"{path} {what}.", repair_hint(path.parent))

@@ -1,4 +1,4 @@
-"""A weight that is an ordinary tensor."""
+"""Weights stored as ordinary tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sophia_galore.numerics.rounding import write_rounded
 from sophia_galore.weights.weight import Rows, Weight
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of the formats that are tensors of one dtype."""
+"""Names of the plain formats and their dtypes."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class PlainWeight(Weight):
-    """A weight in its own precision.
+    """A weight stored as a tensor.
 
     Args:
         tensor: The values, any shape; float64 for the `torch.optim` classes only.
@@ -29,12 +29,12 @@ class PlainWeight(Weight):
 
     @property
     def format(self) -> str:
-        """fp32, bf16 or fp16; of another dtype its own name."""
+        """fp32, bf16 or fp16; the name of the dtype for others."""
         return _NAMES.get(self.dtype, str(self.dtype).removeprefix("torch."))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The tensor's."""
+        """Dtype of the tensor."""
         return self.tensor.dtype
 
     @property
@@ -43,31 +43,31 @@ class PlainWeight(Weight):
         return False
 
     def __getitem__(self, rows: Rows) -> PlainWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return PlainWeight(self.tensor[rows])
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """As `Weight` says."""
+        """See `Weight`."""
         return self.tensor.to(dtype)
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """As `Weight` says; bfloat16 is the only format that rounds."""
+        """See `Weight`; only bfloat16 needs rounding."""
         if values is not self.tensor:
             write_rounded(self.tensor, values, noise)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As `Weight` says."""
+        """See `Weight`."""
         return {"": self.tensor}
 
     def copied_to(self, device: torch.device) -> PlainWeight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return PlainWeight(self.tensor.to(device, copy=True))
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         return None if self.is_finite() else "holds values that are not finite"
 
 
 def as_weight(weight: Weight | Tensor) -> Weight:
-    """A tensor as a weight; what is one already stays it."""
+    """Wrap a tensor as a weight; return a weight unchanged."""
     return PlainWeight(weight) if isinstance(weight, Tensor) else weight

@@ -1,4 +1,4 @@
-"""Weights in eight bits that do not train: codes, and the largest magnitude of each row, as bitsandbytes keeps them.
+"""Frozen weights in eight bits: codes and the largest magnitude of each row, as in bitsandbytes.
 
 w = code * absmax / 127        code an integer in [-127, 127], absmax a float32 >= 0
 """
@@ -16,12 +16,12 @@ from sophia_galore.weights.int8 import LARGEST_CODE
 from sophia_galore.weights.weight import Rows, Weight
 
 ABSMAX = ".scb"
-"""What a file puts behind a weight's name for its scales."""
+"""Suffix of a weight's name for its scales in a file."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowInt8Weight(Weight):
-    """A matrix in eight bits with one scale a row.
+    """A matrix in eight bits with one scale per row.
 
     Args:
         codes: (m, n) int8, from -127 to 127.
@@ -37,15 +37,15 @@ class RowInt8Weight(Weight):
         return "bnb8"
 
     def __getitem__(self, rows: Rows) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return RowInt8Weight(self.codes[rows], self.absmax[rows])
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
-        """As `Weight` says."""
+        """See `Weight`."""
         return RowInt8Weight(self.codes.to(device, copy=True), self.absmax.to(device, copy=True))
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """code * (absmax / 127): the same operations as in bitsandbytes, so the values are those that it computes with.
+        """Return code * (absmax / 127), by the same operations as in bitsandbytes, so the values are equal.
 
         Args:
             dtype: A float dtype.
@@ -53,11 +53,11 @@ class RowInt8Weight(Weight):
         Returns:
             (m, n), a new tensor.
         """
-        # The product of a half-precision and a float32 tensor is formed in float32 and rounded once.
+        # The product of a half-precision and a float32 tensor is computed in float32 and rounded once.
         return self.codes.to(dtype).mul_(self.absmax.unsqueeze(1).mul(1.0 / LARGEST_CODE))
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
-        """Refuse: this format is for weights that are frozen.
+        """Raise an error: weights of this format are frozen.
 
         Raises:
             RunError: Always.
@@ -65,11 +65,11 @@ class RowInt8Weight(Weight):
         raise RunError("A weight that bitsandbytes holds in eight bits is frozen and can't be written.")
 
     def tensors(self) -> dict[str, Tensor]:
-        """Codes and scales."""
+        """Return codes and scales."""
         return {"": self.codes, ABSMAX: self.absmax}
 
     def problem(self) -> str | None:
-        """As `Weight` says."""
+        """See `Weight`."""
         if self.codes.dtype != torch.int8 or self.absmax.dtype != torch.float32:
             return f"holds {self.codes.dtype} codes and {self.absmax.dtype} scales instead of int8 and float32"
         if self.codes.ndim != 2 or self.absmax.shape != self.codes.shape[:1]:

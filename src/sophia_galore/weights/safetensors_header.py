@@ -1,6 +1,6 @@
-"""The header of a safetensors file: names, types, shapes and places of its tensors.
+"""Read the header of a safetensors file: names, dtypes, shapes and offsets of its tensors.
 
-A file is 8 bytes of header length, a JSON header, then the tensors' bytes
+A file has 8 bytes for the length of the header, a JSON header, and the data of the tensors
 (https://huggingface.co/docs/safetensors/index#format).
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 PREFIX_BYTES = 8
 
-# The format's own limit; more is no header but somebody's mistake.
+# The limit of the format.
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -23,7 +23,7 @@ class TensorHeader:
     """One tensor of a file.
 
     Attributes:
-        dtype: Its type as the format writes it, such as "BF16".
+        dtype: Its dtype as the format writes it, such as "BF16".
         shape: Its shape.
     """
 
@@ -33,11 +33,11 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its tensors.
+    """The header of a file.
 
     Attributes:
-        tensors: By name.
-        file_bytes: The size that the file has if it is whole.
+        tensors: The tensors by name.
+        file_bytes: Size of the complete file in bytes.
     """
 
     tensors: dict[str, TensorHeader]
@@ -45,13 +45,13 @@ class Header:
 
 
 def read_header(read: Callable[[int, int], bytes]) -> Header:
-    """Read the header of a file, and nothing behind it.
+    """Read only the header of a file.
 
     Args:
-        read: Gives the bytes of the file from the first number up to, not including, the second.
+        read: Returns the bytes of the file from the first offset up to, not including, the second.
 
     Raises:
-        ValueError: It is no safetensors file.
+        ValueError: It is not a safetensors file.
     """
     try:
         (length,) = struct.unpack("<Q", read(0, PREFIX_BYTES))
@@ -70,10 +70,10 @@ def read_header(read: Callable[[int, int], bytes]) -> Header:
 
 
 def read_file_header(path: Path) -> Header:
-    """Read the header of a file of this machine.
+    """Read the header of a local file.
 
     Raises:
-        ValueError: It is no safetensors file.
+        ValueError: It is not a safetensors file.
     """
     with path.open("rb") as file:
 

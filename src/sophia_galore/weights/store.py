@@ -1,4 +1,4 @@
-"""The weight store: where a model's weights live between uses, and how they are borrowed for one."""
+"""The weight store: it keeps a model's weights between uses, and lends them for one use."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from sophia_galore.weights.weight import Rows, Weight
 
 
 class Borrowed:
-    """Weights that are on the device where they are computed with, for as long as a context of `borrow` lasts.
+    """Weights that can be used inside a context of `borrow`.
 
     Args:
-        weights: By full name.
+        weights: The weights by full name.
     """
 
     def __init__(self, weights: dict[str, Weight]) -> None:
         self._weights = weights
 
     def __getitem__(self, name: str) -> Weight:
-        """A stored weight by its full name: whoever writes it changes the model."""
+        """Return a stored weight by its full name; writing to it changes the model."""
         return self._weights[name]
 
     def values_of(self, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights that a module has to be given, by their names inside of it; not those that it holds itself.
+        """Return the weights of a module by their names inside it, except those that the module holds itself.
 
         Args:
-            module: Its name without the final dot.
+            module: Name of the module, without the final dot.
             dtype: Compute precision.
 
         Returns:
-            Read only: what is stored in that precision is not copied. Dropping it frees what was decoded.
+            The values, to be read only: weights stored in that precision are not copied. Deleting the dictionary frees
+            the decoded ones.
         """
         return {
             name.removeprefix(f"{module}."): weight.values(dtype)
@@ -47,28 +48,28 @@ class WeightStore:
     """Named weights, each in its own format.
 
     Args:
-        weights: Name to weight, in the model's order; a tensor is one in its own precision. Taken over, not copied.
+        weights: Name to weight, in the model's order; a tensor is stored in its precision. They are not copied.
     """
 
     def __init__(self, weights: Mapping[str, Weight | Tensor]) -> None:
         self._weights = {name: as_weight(weight) for name, weight in weights.items()}
 
     def __getitem__(self, name: str) -> Weight:
-        """What is stored under a name, wherever it is: for its shape, its format, its files. To compute, borrow it."""
+        """Return a stored weight, for its shape, format or files. To compute with it, borrow it."""
         return self._weights[name]
 
     def __setitem__(self, name: str, weight: Weight) -> None:
-        """Put another weight in a known one's place."""
+        """Replace an existing weight."""
         if name not in self._weights:
             raise KeyError(name)
         self._weights[name] = weight
 
     def items(self) -> Iterable[tuple[str, Weight]]:
-        """Names and weights, in the model's order."""
+        """Return the names and weights, in the model's order."""
         return self._weights.items()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that the store consists of, as a file keeps them: `name`, and beside codes their scales."""
+        """Return the tensors of all weights by their names in a file: `name`, and with a suffix its scales."""
         return {
             name + ending: tensor
             for name, weight in self._weights.items()
@@ -76,18 +77,18 @@ class WeightStore:
         }
 
     def first_non_finite(self) -> str | None:
-        """The first weight that holds a NaN or an infinity; None: there is none."""
+        """Return the first weight that holds a NaN or an infinity; None: there is none."""
         return next((name for name, weight in self._weights.items() if not weight.is_finite()), None)
 
     def plain_dtype(self) -> torch.dtype:
-        """Precision of the weights that need no decoding."""
+        """Return the precision of the weights that need no decoding."""
         return next(weight.dtype for weight in self._weights.values() if not weight.is_packed)
 
     @contextmanager
     def borrow(self, *names: str) -> Iterator[Borrowed]:
-        """Weights, or all weights of modules such as a layer, for as long as they are used.
+        """Lend weights, or all weights of modules such as a layer.
 
-        Inside of the context they may be read and written; what is written stays.
+        Inside the context they can be read and written; changes are permanent.
 
         Args:
             names: Names of weights, or of modules without the final dot.
@@ -101,15 +102,15 @@ class WeightStore:
 
     @contextmanager
     def borrow_rows(self, name: str, rows: Rows, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-        """Some rows of a weight in compute precision, such as those of a batch's tokens, or a tile of the vocabulary.
+        """Lend some rows of a weight in compute precision, such as those of a batch's tokens.
 
         Args:
-            name: Which weight.
-            rows: Which rows.
+            name: Name of the weight.
+            rows: The rows.
             dtype: Compute precision.
 
         Yields:
-            One tensor (k, n), in a list so that its memory can be freed inside of the context; read only.
+            One tensor (k, n), to be read only, in a list so that its memory can be freed inside the context.
         """
         lent = [self._weights[name][rows].values(dtype)]
         try:

@@ -1,4 +1,4 @@
-"""What every format of a stored weight can do. A new format is one class."""
+"""The interface of a stored weight. Each format is a class that implements it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Rows = slice | Tensor
 
 
 class Weight(ABC):
-    """A weight as it is between uses. Arithmetic sees `values`, an optimizer changes it by `write`."""
+    """A stored weight. Computations read `values`; an optimizer changes the weight by `write`."""
 
     @property
     @abstractmethod
@@ -24,17 +24,17 @@ class Weight(ABC):
 
     @abstractmethod
     def __getitem__(self, rows: Rows) -> Weight:
-        """Some rows: by a slice, a view of them; by row numbers, a copy."""
+        """Return some rows: a view for a slice, a copy for row numbers."""
 
     @abstractmethod
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The values in some precision.
+        """Return the values in a given precision.
 
         Args:
             dtype: A float dtype.
 
         Returns:
-            Read only where the weight is stored in that precision: then it is the stored tensor itself.
+            The values, to be read only: if the weight is stored in that precision, it is the stored tensor itself.
         """
 
     @abstractmethod
@@ -42,21 +42,21 @@ class Weight(ABC):
         """Store new values, rounded into the format.
 
         Args:
-            values: float32 (float64 for a float64 weight), of the weight's shape; used up.
-            noise: For rounding without bias; None: to nearest.
+            values: float32 (float64 for a float64 weight), of the weight's shape; they may be overwritten.
+            noise: For stochastic rounding; None: round to nearest.
         """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What it consists of, by what a file puts behind its name; the first has the name itself."""
+        """Return its tensors by the suffix of their name in a file; the first has the suffix ""."""
 
     @abstractmethod
     def copied_to(self, device: torch.device) -> Weight:
-        """A copy in the same format, which shares nothing with this one."""
+        """Return a copy in the same format, which shares no memory with this one."""
 
     @abstractmethod
     def problem(self) -> str | None:
-        """What is wrong with it, in words that follow a name; None: nothing."""
+        """Return what is wrong with it, as a predicate for its name; None: nothing."""
 
     @property
     def first(self) -> Tensor:
@@ -65,27 +65,27 @@ class Weight(ABC):
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape, as the model has it."""
+        """Its shape in the model."""
         return self.first.shape
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Its device."""
         return self.first.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest precision in which its values lose nothing."""
+        """The smallest dtype that represents its values exactly."""
         return torch.float32
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Size of all its tensors in bytes."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors().values())
 
     @property
     def is_packed(self) -> bool:
-        """Whether it must be decoded before it is computed with."""
+        """Whether it must be decoded before use in computations."""
         return True
 
     @property
@@ -95,20 +95,20 @@ class Weight(ABC):
 
     @property
     def held_by_module(self) -> bool:
-        """Whether a module holds it and computes with it by itself."""
+        """Whether a module holds it and uses it directly."""
         return False
 
     def numel(self) -> int:
-        """Number of its elements."""
+        """Return the number of its elements."""
         return self.shape.numel()
 
     def is_ready(self, dtype: torch.dtype) -> bool:
-        """Whether it is stored as it is computed with, so that `values` costs nothing."""
+        """Return whether it is stored in this precision, so that `values` returns the stored tensor."""
         return not self.is_packed and self.dtype == dtype
 
     def is_finite(self) -> bool:
-        """Whether all that it stands for is finite."""
-        # The extremes are NaN if any entry is. Codes always are finite; their scales may not be.
+        """Return whether all values are finite."""
+        # The minimum and maximum are NaN if any entry is. Codes are always finite; their scales may not be.
         floats = [tensor for tensor in self.tensors().values() if tensor.is_floating_point()]
         return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 

@@ -69,8 +69,8 @@ def test_a_file(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
     ("name", "text", "says"),
     [
         ("missing.jinja", None, "can't be read"),
-        ("empty.jinja", "", "never mentions"),
-        ("words.jinja", "no template", "never mentions"),
+        ("empty.jinja", "", "does not contain"),
+        ("words.jinja", "no template", "does not contain"),
         ("other.jinja", "{{ messages }}<|turn|>", "marks turns with <|turn|>"),
         ("llama3", None, "<|start_header_id|>"),
         ("gemma", None, "<start_of_turn>"),

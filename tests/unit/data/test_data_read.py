@@ -116,7 +116,7 @@ def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[d
         ("x.csv", b"a,a\n1,2\n", ["x.csv:1", "'a'", "twice"]),
         ("x.parquet", b"PAR0 no", ["x.parquet", "Parquet"]),
         ("x.txt", b"hello", ["x.txt", "'.txt'", ".jsonl"]),
-        ("x", b"hello", ["x", "ending"]),
+        ("x", b"hello", ["x", "extension"]),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, says: list[str]) -> None:

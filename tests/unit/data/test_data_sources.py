@@ -111,7 +111,7 @@ def test_lines_of_other_separators_keep_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.json.xz"])
 def test_a_packed_file_that_is_damaged(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"no such thing")
-    with pytest.raises(DataError, match=rf"{name} can't be unpacked"):
+    with pytest.raises(DataError, match=rf"{name} can't be decompressed"):
         read_records(str(tmp_path / name))
 
 
@@ -221,7 +221,7 @@ def test_what_is_measured_on_can_be_said_otherwise(tmp_path: Path, tokenizer: Pr
     write(tmp_path / "validation.jsonl", "x").unlink()
     assert uses(eval=folder) == ({"train"}, {"test"})
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no training part.*test\.jsonl"):
+    with pytest.raises(DataError, match=r"no training split.*test\.jsonl"):
         load(tokenizer, train=folder)
 
 

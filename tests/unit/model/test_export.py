@@ -65,8 +65,8 @@ def test_the_precision_is_the_stores_or_what_is_asked(
 
 def test_the_cache_is_on_again_and_the_skeletons_config_untouched(tmp_path: Path) -> None:
     source = write_tiny_model(tmp_path / "source")
-    anatomy, store = load_parts(source)
-    assert anatomy.model.config.use_cache is False
+    architecture, store = load_parts(source)
+    assert architecture.model.config.use_cache is False
     (tmp_path / "target").mkdir()
     write_model(
         tmp_path / "target",
@@ -75,7 +75,7 @@ def test_the_cache_is_on_again_and_the_skeletons_config_untouched(tmp_path: Path
         source=read_source_files(source),
     )
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").config.use_cache is True
-    assert anatomy.model.config.use_cache is False
+    assert architecture.model.config.use_cache is False
 
 
 def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engines import load_parts
 from opens_elsewhere import compare
 from sophia_galore.errors import ModelError
-from sophia_galore.model import both_forms
+from sophia_galore.model import compatible_json
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import read_model_config
 from sophia_galore.model.source_files import read_source_files
@@ -101,22 +101,22 @@ CONFIGS: dict[str, tuple[Json, Json, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_config_keys(case: str) -> None:
     source, expected, absent = CONFIGS[case]
-    written = both_forms.model_config(source, dtype="bfloat16", untied=False, keeps_code=False)
+    written = compatible_json.model_config(source, dtype="bfloat16", untied=False, keeps_code=False)
     assert {key: written[key] for key in expected} == expected
     assert not set(absent) & set(written)
     kept = [key for key in source if key in written]
     assert [key for key in written if key in kept] == kept, "in the source's order"
-    again = both_forms.model_config(written, dtype="bfloat16", untied=False, keeps_code=False)
+    again = compatible_json.model_config(written, dtype="bfloat16", untied=False, keeps_code=False)
     assert again == written, "an export of an export is the same"
 
 
 @pytest.mark.parametrize(("said", "written"), [(True, False), (None, False), (False, False)])
 def test_an_untied_head_is_said(said: bool | None, written: bool) -> None:
     source = {} if said is None else {"tie_word_embeddings": said}
-    made = both_forms.model_config(source, dtype="float32", untied=True, keeps_code=True)
+    made = compatible_json.model_config(source, dtype="float32", untied=True, keeps_code=True)
     assert made["tie_word_embeddings"] is written
     assert (
-        both_forms.model_config(source, dtype="float32", untied=False, keeps_code=True).get("tie_word_embeddings")
+        compatible_json.model_config(source, dtype="float32", untied=False, keeps_code=True).get("tie_word_embeddings")
         is said
     )
 
@@ -153,7 +153,7 @@ TOKENIZERS: dict[str, tuple[Json, Json, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", TOKENIZERS)
 def test_tokenizer_keys(case: str) -> None:
     source, expected, absent = TOKENIZERS[case]
-    written = both_forms.tokenizer_config(source, chat_template=None, whole=True, keeps_code=False)
+    written = compatible_json.tokenizer_config(source, chat_template=None, whole=True, keeps_code=False)
     assert {key: written[key] for key in expected} == expected
     assert not set(absent) & set(written)
 

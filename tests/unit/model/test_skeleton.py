@@ -19,16 +19,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_on_meta_and_buffers_are_real(family: str, tied: bool) -> None:
     model = tiny_model(family, tied=tied)
-    anatomy = build_skeleton(model.config, CPU)
-    assert {parameter.device.type for parameter in anatomy.model.parameters()} == {"meta"}
-    assert anatomy.tied is tied
-    assert {name: each.shape for name, each in model.named_parameters()} == anatomy.parameter_shapes()
-    buffers = dict(anatomy.model.named_buffers())
+    architecture = build_skeleton(model.config, CPU)
+    assert {parameter.device.type for parameter in architecture.model.parameters()} == {"meta"}
+    assert architecture.tied is tied
+    assert {name: each.shape for name, each in model.named_parameters()} == architecture.parameter_shapes()
+    buffers = dict(architecture.model.named_buffers())
     assert buffers.keys() == dict(model.named_buffers()).keys()
     for name, buffer in model.named_buffers():
         assert torch.equal(buffers[name], buffer), name
-    assert anatomy.model.training
-    assert anatomy.model.config.use_cache is False
+    assert architecture.model.training
+    assert architecture.model.config.use_cache is False
 
 
 def test_the_config_of_a_folder(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from fake_hub import MODEL, WEIGHTS, FakeHub, fresh_probes, serving
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
-from sophia_galore.model.packed import packed_error
+from sophia_galore.model.quantised import quantised_error
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.source import resolve_model
 
@@ -89,5 +89,5 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_plain_model_is_guessed_from_the_name(name: str) -> None:
-    assert f"(such as {PUBLISHED[name]} of its authors)" in packed_error(name, "4 bits").remedy
-    assert "such as" not in packed_error("someone/plain-name", "4 bits").remedy
+    assert f"(such as {PUBLISHED[name]} of its authors)" in quantised_error(name, "4 bits").remedy
+    assert "such as" not in quantised_error("someone/plain-name", "4 bits").remedy

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sophia_galore.model.aliases import ALIASES, Alias
-from sophia_galore.model.anatomy import SUPPORTED
+from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.model.skeleton import build_skeleton, count_parameters, make_model_config
 from sophia_galore.model.specifications import SPECIFICATIONS, Specification, find_specification
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
-from sophia_galore.model.anatomy import find_anatomy
+from sophia_galore.model.architecture import find_architecture
 from sophia_galore.optim.spec import state_bytes
 from sophia_galore.plan.detect import parameter_facts
 from sophia_galore.plan.facts import Facts, Param
@@ -192,9 +192,9 @@ def test_the_rows_say_what_trains_the_parameter() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_every_family_is_in_a_part_and_may_have_a_gradient(family: str, tied: bool) -> None:
-    anatomy = find_anatomy(tiny_model(family, tied=tied))
-    params = parameter_facts(anatomy)
-    assert [param.name for param in params] == list(anatomy.parameter_shapes())
+    architecture = find_architecture(tiny_model(family, tied=tied))
+    params = parameter_facts(architecture)
+    assert [param.name for param in params] == list(architecture.parameter_shapes())
     assert all(param.requires_grad and param.part != "other" for param in params)
     assert [param.part for param in params if param.is_head] == ["embed" if tied else "head"]
     assert {param.part for param in params} == {"embed", "layer", "norm"} | (set() if tied else {"head"})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.model.anatomy import find_anatomy
+from sophia_galore.model.architecture import find_architecture
 from sophia_galore.numerics.subspace import basis_shape
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
@@ -44,7 +44,7 @@ def routes_by_name(config: RunConfig, shapes: dict[str, tuple[int, ...]] = SHAPE
 @pytest.mark.parametrize("optimizer", ["galore", "adamw"])
 def test_every_parameter_of_every_family_is_routed_once(family: str, optimizer: str, tied: bool) -> None:
     model = tiny_model(family, tied=tied)
-    shapes = {name: tuple(shape) for name, shape in find_anatomy(model).parameter_shapes().items()}
+    shapes = {name: tuple(shape) for name, shape in find_architecture(model).parameter_shapes().items()}
     routes = routes_by_name(make_config(optimizer), shapes)
     assert routes.keys() == {name for name, _ in model.named_parameters()}
     assert ("lm_head.weight" in routes) == (not tied), "a tied head is the embedding"
@@ -220,10 +220,10 @@ FROZEN_LAYERS = {"quantization": {"load_in_8bit": True, "backend": "bitsandbytes
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("optimizer", ["galore", "adamw", "sophia", "apollo", "scale"])
 def test_bitsandbytes_freezes_the_layers_matrices_and_adamw_trains_the_rest(optimizer: str, tied: bool) -> None:
-    anatomy = find_anatomy(tiny_model("qwen2", tied=tied))
-    shapes = {name: tuple(shape) for name, shape in anatomy.parameter_shapes().items()}
+    architecture = find_architecture(tiny_model("qwen2", tied=tied))
+    shapes = {name: tuple(shape) for name, shape in architecture.parameter_shapes().items()}
     config = RunConfig.model_validate({**FROZEN_LAYERS, "optimizer": {"type": optimizer, "state_bits": 8}})
-    for route in make_routes(config, shapes, anatomy.head_name, anatomy.linear_names()):
+    for route in make_routes(config, shapes, architecture.head_name, architecture.linear_names()):
         frozen = ".layers." in route.name and len(route.shape) == 2
         assert (route.name, route.shape) in shapes.items()
         assert route.trained is not frozen

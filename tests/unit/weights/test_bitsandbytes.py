@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
-from engines import CPU, load_frozen_parts, load_parts, make_engine, take_step
+from engines import CPU, load_frozen_parts, load_parts, make_engine, open_store, take_step
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.weights.bitsandbytes import Freezer, Frozen8bit
-from sophia_galore.weights.files import load_store, open_store, save_weights
+from sophia_galore.weights.files import load_store, save_weights
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import as_weight
@@ -37,20 +37,20 @@ def module_for(columns: int, rows: int, *, bias: bool = True, seed: int = 0) -> 
     layer = nn.Sequential(nn.Linear(columns, rows, bias=bias))
     values = layer[0].weight.detach().clone()
     model = nn.ModuleDict({"layer": layer})
-    anatomy: Any = SimpleNamespace(model=model, linear_names=lambda: ["layer.0.weight"])
-    freezer = Freezer(anatomy.model, anatomy.linear_names(), ["layer.0.weight"], CPU)
+    architecture: Any = SimpleNamespace(model=model, linear_names=lambda: ["layer.0.weight"])
+    freezer = Freezer(architecture.model, architecture.linear_names(), ["layer.0.weight"], CPU)
     made = freezer.freeze("layer.0.weight", as_weight(values))
     return layer[0], made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_of_the_layers_is_frozen_and_nothing_else(family: str, tmp_path: Path) -> None:
-    anatomy, store, names = load_frozen_parts(write_tiny_model(tmp_path, family, tied=False))
+    architecture, store, names = load_frozen_parts(write_tiny_model(tmp_path, family, tied=False))
     plain = dict(tiny_model(family, tied=False).named_parameters())
     assert set(names) == {name for name, weight in plain.items() if ".layers." in name and weight.ndim == 2}
     assert {name for name, weight in store.items() if isinstance(weight, Frozen8bit)} == set(names)
-    assert list(anatomy.parameter_shapes().items()) == [(name, weight.shape) for name, weight in plain.items()]
-    for layer in anatomy.layer_names:
+    assert list(architecture.parameter_shapes().items()) == [(name, weight.shape) for name, weight in plain.items()]
+    for layer in architecture.layer_names:
         with store.borrow(layer) as borrowed:
             given = [f"{layer}.{key}" for key in borrowed.values_of(layer, torch.float32)]
         assert given and not set(given) & set(names), "the engine passes in norms and biases only"
@@ -63,11 +63,11 @@ def test_every_linear_of_the_layers_is_frozen_and_nothing_else(family: str, tmp_
         else:
             assert torch.equal(weight.values(torch.float32), plain[name])
     with pytest.raises(ModelError, match="plain linear layer"):
-        Freezer(anatomy.model, anatomy.linear_names(), names, CPU)  # what is frozen is not frozen again
+        Freezer(architecture.model, architecture.linear_names(), names, CPU)  # what is frozen is not frozen again
 
 
 def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) -> None:
-    anatomy, store, names = load_frozen_parts(write_tiny_model(tmp_path / "model", "qwen2"))
+    architecture, store, names = load_frozen_parts(write_tiny_model(tmp_path / "model", "qwen2"))
     saved: list[bytes] = []
     for which in ("fresh", "after a step"):
         folder = write_tiny_model(tmp_path / which, "qwen2")
@@ -75,8 +75,8 @@ def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) ->
         save_weights(folder, dict(store.items()))
         saved.append((folder / INT8_FILE).read_bytes())
         if which == "fresh":
-            take_step(make_engine(anatomy, store), ragged_batches(), lambda grads: None, step=1)
-            make_engine(anatomy, store).evaluate(ragged_batches())
+            take_step(make_engine(architecture, store), ragged_batches(), lambda grads: None, step=1)
+            make_engine(architecture, store).evaluate(ragged_batches())
     assert saved[0] == saved[1], "working with a weight does not change it"
     written = load_file(tmp_path / "after a step" / INT8_FILE)
     assert written[Q].dtype == torch.int8 and written[f"{Q}.scb"].dtype == torch.float32
@@ -85,7 +85,7 @@ def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) ->
     for key, tensor in again.tensors().items():
         assert torch.equal(tensor, written[key]) and torch.equal(tensor, store.tensors()[key]), key
     # A module that was made of codes computes what the one does that was made of floats.
-    assert make_engine(other, again).evaluate(ragged_batches()) == make_engine(anatomy, store).evaluate(
+    assert make_engine(other, again).evaluate(ragged_batches()) == make_engine(architecture, store).evaluate(
         ragged_batches()
     )
 
@@ -114,25 +114,25 @@ def test_decoded_values_are_those_that_it_computes_with(dtype: torch.dtype) -> N
 
 
 def test_there_is_one_copy_of_the_codes(tmp_path: Path) -> None:
-    anatomy, store, names = load_frozen_parts(write_tiny_model(tmp_path))
+    architecture, store, names = load_frozen_parts(write_tiny_model(tmp_path))
     for _ in range(2):
         for name in names:
             weight: Any = store[name]
-            parameter = anatomy.model.get_parameter(name)
+            parameter = architecture.model.get_parameter(name)
             assert parameter.data_ptr() == weight.held().codes.data_ptr() and parameter.dtype == torch.int8
-        make_engine(anatomy, store).evaluate(ragged_batches())
+        make_engine(architecture, store).evaluate(ragged_batches())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
-    anatomy, store, names = load_frozen_parts(folder, dtype)
+    architecture, store, names = load_frozen_parts(folder, dtype)
     save_weights(folder, dict(store.items()))
     (folder / "model.safetensors").unlink()
     _, plain = load_parts(folder, dtype)
     for name, weight in plain.items():
         assert torch.equal(weight.values(dtype), store[name].values(dtype)), name
-    shapes, form = anatomy.parameter_shapes(), Int8Format(32)
+    shapes, form = architecture.parameter_shapes(), Int8Format(32)
     native = load_store(folder, shapes, tied_head=None, dtype=dtype, device=CPU, int8=names, form=form)
     for name in names:
         expected, got = quantise(store[name].values(torch.float32), form), native[name]
@@ -145,8 +145,8 @@ def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Pa
 
 def test_it_reads_a_checkpoint_of_native_int8(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
-    anatomy, _ = load_parts(folder)
-    names, shapes = anatomy.linear_names(), anatomy.parameter_shapes()
+    architecture, _ = load_parts(folder)
+    names, shapes = architecture.linear_names(), architecture.parameter_shapes()
     native = load_store(folder, shapes, tied_head=None, dtype=torch.float32, device=CPU, int8=names)
     save_weights(folder, dict(native.items()))
     (folder / "model.safetensors").unlink()
@@ -206,9 +206,9 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_it_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    anatomy, store, _ = load_frozen_parts(write_tiny_model(tmp_path))
+    architecture, store, _ = load_frozen_parts(write_tiny_model(tmp_path))
     with caplog.at_level(logging.DEBUG):
-        make_engine(anatomy, store).evaluate(ragged_batches())
+        make_engine(architecture, store).evaluate(ragged_batches())
         logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
     assert [record.message for record in caplog.records if "bitsandbytes" in record.name] == ["something else"]
 
@@ -286,9 +286,9 @@ def test_lost_codes_are_told() -> None:
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "x.weight"])
 def test_only_linears_of_layers_can_be_frozen(name: str, tmp_path: Path) -> None:
-    anatomy = build_skeleton(load_model_config(write_tiny_model(tmp_path, tied=False)), CPU)
+    architecture = build_skeleton(load_model_config(write_tiny_model(tmp_path, tied=False)), CPU)
     with pytest.raises(ModelError, match=f"can't hold {name}"):
-        Freezer(anatomy.model, anatomy.linear_names(), [Q, name], CPU)
+        Freezer(architecture.model, architecture.linear_names(), [Q, name], CPU)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e5])

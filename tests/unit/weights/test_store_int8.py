@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from engines import CPU
+from engines import CPU, open_store
 from sophia_galore.engine.generate import answer
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.source_files import read_source_files
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.files import convert, load_store, open_store, read_weights, save_weights
+from sophia_galore.weights.files import convert, load_store, read_weights, save_weights
 from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import PlainWeight
@@ -29,8 +29,8 @@ FORM = Int8Format(24)
 
 def load(folder: Path, *, form: Int8Format = FORM, skip: str = "", **more: bool) -> WeightStore:
     """A tiny model with its matrices in eight bits, but for those that begin with `skip`."""
-    anatomy = build_skeleton(load_model_config(folder), CPU)
-    shapes = anatomy.parameter_shapes()
+    architecture = build_skeleton(load_model_config(folder), CPU)
+    shapes = architecture.parameter_shapes()
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and not (skip and name.startswith(skip))]
     return load_store(folder, shapes, tied_head=None, dtype=torch.float32, device=CPU, int8=matrices, form=form, **more)
 
@@ -236,12 +236,14 @@ def test_codes_without_their_scales_are_refused(how: str, words: str, tmp_path: 
 def test_answers_are_those_of_the_dequantised_model(family: str, tied: bool, tmp_path: Path) -> None:
     """Token by token the same, decoded one weight at a time; and the skeleton is as it was."""
     folder = write_tiny_model(tmp_path / "model", family, tied=tied)
-    anatomy = build_skeleton(load_model_config(folder), CPU)
+    architecture = build_skeleton(load_model_config(folder), CPU)
     packed = load(folder)
     plain = WeightStore(dequantised(packed))
     tokenizer = load_tokenizer(folder)
     questions = ["what is the sum of one and two", "so"]
-    given = [answer(anatomy, store, tokenizer, questions, max_new_tokens=8, device=CPU) for store in (packed, plain)]
+    given = [
+        answer(architecture, store, tokenizer, questions, max_new_tokens=8, device=CPU) for store in (packed, plain)
+    ]
     assert given[0] == given[1]
-    assert all(parameter.is_meta for parameter in anatomy.model.parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in anatomy.model.modules())
+    assert all(parameter.is_meta for parameter in architecture.model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in architecture.model.modules())

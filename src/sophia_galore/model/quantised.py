@@ -1,8 +1,8 @@
-"""Models whose weights were packed by somebody's quantisation: named and refused before anything else is read.
+"""Detect and refuse models whose weights are quantised, before anything else is read.
 
-Packed weights can't be trained, and read as if they were numbers they are noise. What config.json declares is one
-witness, the types in the headers of the weights are the other: a `quantization_config` that was left behind beside
-full-precision weights says nothing, and weights may be packed without one.
+Quantised weights can't be trained. They are detected by config.json and by the dtypes in the headers of the weights,
+since a `quantization_config` may be left over although the weights have full precision, or be missing although they
+are quantised.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NAMES = {
 }
 _MLX = "MLX"
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
-# What quantisations put beside weights; their own type may be an ordinary one. Norms' weights end otherwise.
+# Tensors that quantisations store with weights; their dtype may be an ordinary one. Weights of norms end otherwise.
 _BESIDE = re.compile(r"\.(qweight|weight_packed|weight_scale(_inv)?|SCB|g_idx|codebooks|W_q)$")
 _ENDING = re.compile(
     r"[-_.](unsloth|bnb|gptq|awq|fp8|nvfp4|mxfp4|int[48]|w[48]a\d+|[48]-?bits?|mlx|quantized|dynamic|g\d+)$",
@@ -50,8 +50,8 @@ _ENDING = re.compile(
 )
 
 
-def declared_packing(config: Mapping[str, Any]) -> str | None:
-    """The quantisation that a config.json declares, by its name; None: none.
+def declared_quantisation(config: Mapping[str, Any]) -> str | None:
+    """Return the quantisation that a config.json declares, by its name; None: none.
 
     Args:
         config: Its keys and values.
@@ -71,8 +71,8 @@ def declared_packing(config: Mapping[str, Any]) -> str | None:
     return _NAMES.get(method, method or "a kind that it does not name")
 
 
-def found_packing(headers: Mapping[str, TensorHeader]) -> str | None:
-    """The quantisation that the headers of weights show; None: they are in full precision.
+def found_quantisation(headers: Mapping[str, TensorHeader]) -> str | None:
+    """Return the quantisation that the headers of weights show; None: they are in full precision.
 
     Args:
         headers: The tensors by name.
@@ -99,7 +99,7 @@ def found_packing(headers: Mapping[str, TensorHeader]) -> str | None:
     )
 
 
-def refuse_packed(folder: Path) -> str | None:
+def refuse_quantised(folder: Path) -> str | None:
     """Refuse a model folder whose weights are packed.
 
     Args:
@@ -114,27 +114,27 @@ def refuse_packed(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # whoever reads it for its own sake says so
-    declared = declared_packing(config) if isinstance(config, dict) else None
+        return None  # the reader of the configuration reports the error
+    declared = declared_quantisation(config) if isinstance(config, dict) else None
     if (folder / INT8_FILE).is_file() and not (folder / MODEL).is_file():
-        return declared  # codes of our own
+        return declared  # weights in our own eight-bit format
     has_weights = any(folder.glob("*.safetensors"))
     try:
-        found = found_packing(read_folder_headers(folder)) if has_weights else declared
+        found = found_quantisation(read_folder_headers(folder)) if has_weights else declared
     except (ModelError, OSError, ValueError):
         found = declared
     if found is not None:
-        raise packed_error(str(folder), declared or found, read_origin(folder).base_model)
+        raise quantised_error(str(folder), declared or found, read_origin(folder).base_model)
     return declared
 
 
-def packed_error(name: str, kind: str, base: str = "") -> ModelError:
-    """The refusal of a model whose weights are packed.
+def quantised_error(name: str, kind: str, base: str = "") -> ModelError:
+    """Return the error for a model whose weights are quantised.
 
     Args:
-        name: What the user knows it as.
+        name: The name to show.
         kind: The quantisation.
-        base: The model that it was made from, if that is known.
+        base: The model that it was derived from; "": unknown.
     """
     given = f"{base}, which it was made from" if base else "its full-precision version"
     if not base and is_hub_id(name) and (plain := _without_ending(name.partition("/")[2])):
@@ -146,7 +146,7 @@ def packed_error(name: str, kind: str, base: str = "") -> ModelError:
 
 
 def _without_ending(name: str) -> str:
-    """A model's name without what says how it was packed; "": nothing in it does."""
+    """Return a model's name without the suffixes for quantisations; "" if it has none."""
     plain = name
     while (shorter := _ENDING.sub("", plain)) != plain:
         plain = shorter

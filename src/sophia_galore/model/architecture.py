@@ -1,8 +1,7 @@
-"""Where the parts of a decoder-only model are: embedding, layers, norm, head.
+"""The modules of a decoder-only model: embedding, layers, norm, head.
 
-The engine runs these parts one at a time. What it needs to know of an architecture is in one table;
-an architecture that is not in it is refused by name, because running it on a guess could train
-something else than the model computes.
+The engine runs these modules one at a time. An architecture that is not in the table is refused, because its forward
+may do more than to apply these modules.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import nn
 
 from sophia_galore.errors import ModelError
 
-# model_type -> what it is called in words. All keep their parts under the same attribute names.
+# model_type -> names of the models. All of them have their modules under the same attribute names.
 SUPPORTED: dict[str, str] = {
     "llama": "Llama, SmolLM2",
     "qwen2": "Qwen2, Qwen2.5",
@@ -31,26 +30,26 @@ _DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropo
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """The parts of a model.
+class Architecture:
+    """The modules of a model.
 
     Args:
-        model: The whole model, parameters on the meta device but for weights that its modules hold frozen.
+        model: The whole model. Its parameters are on the meta device, except frozen weights that its modules hold.
         base: The model below the head.
         embed: The token embedding.
         layers: The decoder layers, first to last.
         norm: The norm between the last layer and the head.
-        head: The linear map to the vocabulary.
+        head: The linear layer to the vocabulary.
         embed_name: Parameter name of the embedding's weight.
-        layer_names: Name of each layer, the prefix of its parameters' names without the final dot.
+        layer_names: Name of each layer, which is the prefix of its parameter names without the final dot.
         norm_name: Name of the norm.
         head_name: Parameter name of the head's weight; equals `embed_name` if they are tied.
         tied: Whether the head's weight is the embedding's.
-        padding_idx: Token whose embedding gets no gradient from look-ups, as the module declares it.
+        padding_idx: Token whose embedding gets no gradient from look-ups, as declared by the module.
         logit_softcap: Cap c of logits c * tanh(z / c); None: uncapped.
-        has_dropout: Whether a layer draws random numbers in training.
-        most_short_positions: Most positions of a text that is not treated as a long one, by longrope (Phi-3); None:
-            positions mean the same in a text of any length.
+        has_dropout: Whether the layers use dropout in training.
+        most_short_positions: Maximum length up to which longrope (Phi-3) uses the factors for short texts; None: the
+            position embeddings do not depend on the length.
     """
 
     model: nn.Module
@@ -70,11 +69,11 @@ class Anatomy:
     most_short_positions: int | None
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
-        """Name and shape of each parameter once; a tied head is not listed beside the embedding."""
+        """Return the name and shape of each parameter; a tied head is not listed."""
         return {name: parameter.shape for name, parameter in self.model.named_parameters()}
 
     def linear_names(self) -> list[str]:
-        """Names of the weights of the layers' linear maps, in the model's order."""
+        """Return the names of the weights of linear modules in the layers, in the model's order."""
         return [
             f"{prefix}.{name}.weight"
             for prefix, layer in zip(self.layer_names, self.layers, strict=True)
@@ -84,11 +83,10 @@ class Anatomy:
 
 
 def count_idle_layers(layer_names: Sequence[str], embed_name: str, trained: Collection[str]) -> int:
-    """How many of the first layers no gradient has to go through: none of their weights is trained, nor is anything
-    before them.
+    """Return how many of the first layers need no backward: neither they nor the embedding have trained weights.
 
     Args:
-        layer_names: The layers, as prefixes of their parameters' names without the final dot.
+        layer_names: The layers, as prefixes of their parameter names without the final dot.
         embed_name: The embedding's weight.
         trained: Names of the weights that are trained.
     """
@@ -99,7 +97,7 @@ def count_idle_layers(layer_names: Sequence[str], embed_name: str, trained: Coll
 
 
 def check_supported(config: Any) -> None:
-    """Refuse a model whose anatomy is not known.
+    """Refuse a model whose architecture is not supported.
 
     Args:
         config: The model's Hugging Face configuration.
@@ -114,17 +112,17 @@ def check_supported(config: Any) -> None:
         )
 
 
-def find_anatomy(model: Any) -> Anatomy:
-    """Find the parts of a Hugging Face causal language model.
+def find_architecture(model: Any) -> Architecture:
+    """Find the modules of a Hugging Face causal language model.
 
     Args:
         model: An `AutoModelForCausalLM`, on any device.
 
     Returns:
-        Its parts.
+        Its modules.
 
     Raises:
-        ModelError: The architecture is not supported, or is built in an unexpected way.
+        ModelError: The architecture is not supported, or its head has a bias.
     """
     config = model.config
     check_supported(config)
@@ -135,10 +133,10 @@ def find_anatomy(model: Any) -> Anatomy:
     embed_name = f"{names[id(base.embed_tokens)]}.weight"
     tied = model.lm_head.weight is base.embed_tokens.weight
     padding_idx = base.embed_tokens.padding_idx
-    # The engine looks up a compacted embedding, in which this row number would mean another token;
-    # it applies the rule itself.
+    # The engine looks up rows in a smaller embedding of the batch's tokens only, in which this row number would mean
+    # another token. So the engine applies `padding_idx` itself.
     base.embed_tokens.padding_idx = None
-    return Anatomy(
+    return Architecture(
         model=model,
         base=base,
         embed=base.embed_tokens,

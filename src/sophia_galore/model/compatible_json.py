@@ -1,8 +1,8 @@
-"""JSON files of a model folder as every version of transformers reads them.
+"""JSON files of a model folder that both transformers 4.x and 5 read correctly.
 
-transformers 5 writes some settings under new names, which 4.x passes over without a word: a model then computes
-something else. What is in the new form only gets the old form beside it; what is in the old form is read by both
-and stays as it is. Each function takes a parsed file and returns a new one.
+transformers 5 writes some settings under new names, which 4.x silently ignores, so that the model computes something
+else. Settings in the new form are also written in the old form; settings in the old form are read by both versions and
+stay unchanged. Each function takes a parsed file and returns a new one.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from typing import Any
 
 Json = dict[str, Any]
 
-# Where a model was loaded from on somebody's machine; it says nothing of the model.
+# These describe from where the model was loaded on some machine, not the model.
 _TRACES = ("_name_or_path", "name_or_path", "local_files_only", "is_local", "_commit_hash")
-# Of a form in which our files never hold weights.
+# Quantisations, which our files never use.
 _PACKING = ("quantization_config", "quantization", "compression_config")
-# Where the old form has them: beside the scaling, not inside it.
+# In the old form, these are next to the scaling, not inside it.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
-# transformers 4.x accepts three fields in Phi-3's scaling, and reads this one beside it.
+# transformers 4.x accepts three fields in Phi-3's scaling, and reads this one outside of it.
 _BESIDE_PHI3_SCALING = "original_max_position_embeddings"
 
 
 def model_config(source: Mapping[str, Any], *, dtype: str, untied: bool, keeps_code: bool) -> Json:
-    """A `config.json` for weights that were trained.
+    """Return a `config.json` for trained weights.
 
     Args:
-        source: What the model's own says.
-        dtype: Precision of the file, such as "bfloat16".
-        untied: The head has weights of its own.
-        keeps_code: The Python files that `auto_map` names come along.
+        source: The `config.json` of the original model.
+        dtype: Precision of the weights, such as "bfloat16".
+        untied: Whether the head has separate weights.
+        keeps_code: Whether the Python files that `auto_map` names are kept.
 
     Returns:
-        The source's keys in their order; changed only where training changed something, or where other versions of
-        transformers would read something else.
+        The source's keys in their order. Only values that training changed, or that other versions of transformers
+        would read differently, are changed.
     """
     drop = {*_TRACES, *_PACKING, *(() if keeps_code else ("auto_map",))}
     written = {key: value for key, value in source.items() if key not in drop}
@@ -47,7 +47,7 @@ def model_config(source: Mapping[str, Any], *, dtype: str, untied: bool, keeps_c
 
 
 def _old_rope(config: Json) -> Json:
-    """The rope settings in the form of transformers 4.x, where they are in the new one."""
+    """Return the rope settings in the form of transformers 4.x, if they are in the new form."""
     new = config.get("rope_parameters")
     if not isinstance(new, Mapping) or not new:
         return {}
@@ -56,7 +56,7 @@ def _old_rope(config: Json) -> Json:
         full, local = by_layer.get("full_attention", {}), by_layer.get("sliding_attention", {})
         old = _old_rope_of(full, config)
         return old | ({"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {})
-    # Where both stand in a file already, transformers 5 reads the scaling and takes the rest from beside it.
+    # If a file has both forms, transformers 5 reads the scaling, and the rest from the new form.
     return _old_rope_of({**new, **(config.get("rope_scaling") or {})}, config)
 
 
@@ -75,13 +75,13 @@ def _old_rope_of(rope: Mapping[str, Any], config: Json) -> Json:
 
 
 def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, whole: bool, keeps_code: bool) -> Json:
-    """A `tokenizer_config.json`.
+    """Return a `tokenizer_config.json`.
 
     Args:
-        source: What the model's own says.
-        chat_template: Another chat template; None: as it is.
-        whole: A `tokenizer.json`, which describes the tokenizer completely, lies beside it.
-        keeps_code: The Python files that `auto_map` names come along.
+        source: The file of the original model.
+        chat_template: Another chat template; None: unchanged.
+        whole: Whether the folder has a `tokenizer.json`, which describes the tokenizer completely.
+        keeps_code: Whether the Python files that `auto_map` names are kept.
     """
     drop = {*_TRACES, *(() if keeps_code else ("auto_map",))}
     written = {key: value for key, value in source.items() if key not in drop}
@@ -92,7 +92,7 @@ def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, wh
         del written["extra_special_tokens"]
         written["additional_special_tokens"] = [*written.get("additional_special_tokens", []), *extra]
     if is_new and whole:
-        # 4.x does not know the class, or adds tokens that the class of the same name adds there.
+        # 4.x does not know the class, or its class of the same name adds more tokens.
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
     if chat_template is not None:
         written["chat_template"] = chat_template
@@ -100,11 +100,11 @@ def tokenizer_config(source: Mapping[str, Any], *, chat_template: str | None, wh
 
 
 def generation_config(source: Mapping[str, Any] | None, model: Mapping[str, Any], stops: Sequence[int]) -> Json:
-    """A `generation_config.json` with other tokens that end an answer.
+    """Return a `generation_config.json` with other tokens that end an answer.
 
     Args:
-        source: What the model's own says; None: it has none.
-        model: Its config.json, from which a missing one is derived as transformers does.
+        source: The file of the original model; None: it has none.
+        model: The model's config.json, from which a missing file is derived as in transformers.
         stops: Ids of the tokens that end an answer.
     """
     if source is None:
