@@ -15,7 +15,7 @@ from sophia_galore.engine.generate import Answer
 from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import OutOfMemory, lacks_memory, short
 from sophia_galore.plan.device import choose_device
-from sophia_galore.train.trained import Weights, find_start, find_weights
+from sophia_galore.train.trained import Weights, find_base, find_weights
 
 ModelArgument = Annotated[
     str,
@@ -52,7 +52,7 @@ def notice(text: str) -> None:
 def weights_of(model: str, *, compare_base: bool) -> list[Weights]:
     """The weights that answer under a name, before them those from before training, if asked for."""
     found = find_weights(model, notice)
-    return [find_start(found, notice), found] if compare_base else [found]
+    return [find_base(found, notice), found] if compare_base else [found]
 
 
 @contextmanager

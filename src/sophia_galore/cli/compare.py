@@ -15,7 +15,7 @@ from sophia_galore.cli.report import show_report
 from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError, UserError
 from sophia_galore.experiment.children import Stopped, carry_out
-from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
+from sophia_galore.experiment.design import Trial, design, differences, refuse_incomparable
 from sophia_galore.records.files import PLAN
 from sophia_galore.report.comparison import compared
 from sophia_galore.report.run import read_run
@@ -47,7 +47,7 @@ def compare(
     )
     console = Console(highlight=False, soft_wrap=True)
     _show_differences(console, trials)
-    fingerprint = refuse_what_cannot_be_compared(trials)
+    fingerprint = refuse_incomparable(trials)
     console.print(f"{len(trials)} runs on the same data ({fingerprint[:12]}), in {output}.", markup=False)
     failures: dict[str, str] = {}
     for number, trial in enumerate(trials, start=1):

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from sophia_galore.config.fields import Section
+from sophia_galore.config.field_types import Section
 from sophia_galore.config.keys import keys
-from sophia_galore.config.paths import PATH_KEYS, expand_all, written
+from sophia_galore.config.paths import PATH_KEYS, escape_path, expand_all
 from sophia_galore.config.problems import show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.yaml_core import dump
@@ -22,7 +22,7 @@ def dump_config(config: RunConfig) -> str:
     values = config.model_dump(mode="json")
     for key in PATH_KEYS:
         section, name = key.split(".")
-        values[section][name] = expand_all(values[section][name], written)
+        values[section][name] = expand_all(values[section][name], escape_path)
     if "eval_fraction" not in config.data.model_fields_set:
         # Written down, the default would count as given: it contradicts `eval`, and replaces a folder's own split.
         del values["data"]["eval_fraction"]

@@ -17,12 +17,12 @@ from pydantic_core import ErrorDetails
 from sophia_galore.config.aliases import ALIASES, Denied, translate
 from sophia_galore.config.check import contradictions
 from sophia_galore.config.keys import Key, children, keys, sections
+from sophia_galore.config.parse import read_file, read_overrides
 from sophia_galore.config.paths import PATH_KEYS, expand_all
 from sophia_galore.config.problems import Given, Problem, nearest, raise_problems, show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.schema_data import PROBLEM
 from sophia_galore.config.size import Size, SizeOrZero, parse_size
-from sophia_galore.config.sources import read_file, read_overrides
 from sophia_galore.errors import ArgumentError
 
 _NUMBER = re.compile(r"[-+]?[0-9.,_]+([eE][-+]?[0-9]+)?")
@@ -157,7 +157,7 @@ def _nested(given: dict[str, Given], problems: list[Problem]) -> dict[str, Any]:
     """The values as nested sections; paths are expanded, and what can't be expanded goes to `problems`."""
     nested: dict[str, Any] = {}
     for name, entry in given.items():
-        value = _natural(keys()[name], entry.value)
+        value = _to_python(keys()[name], entry.value)
         if name in PATH_KEYS:
             try:
                 value = expand_all(value)
@@ -180,7 +180,7 @@ def _wrong_values(error: ValidationError, given: dict[str, Given]) -> list[Probl
     return list(problems.values())
 
 
-def _natural(key: Key, value: object) -> object:
+def _to_python(key: Key, value: object) -> object:
     """YAML's types in Python's: lists are tuples, and `1e3` is a whole number where one is wanted."""
     if isinstance(value, list):
         return tuple(value)

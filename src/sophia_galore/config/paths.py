@@ -76,7 +76,7 @@ def expand(text: str) -> str:
     return whole
 
 
-def written(path: str) -> str:
+def escape_path(path: str) -> str:
     """The text that `expand` reads as this very path."""
     path = path.replace("$", "$$")
     return f"./{path}" if path.startswith("~") else path
@@ -113,7 +113,7 @@ def has_date(template: str) -> bool:
     return "date" in _words(template)
 
 
-def filled(template: str, *, optimizer: str, model: str) -> str:
+def fill_placeholders(template: str, *, optimizer: str, model: str) -> str:
     """A template with everything filled in but the date, which stays.
 
     Args:

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sophia_galore.config.fields import NotNegative, Positive, Section, TrackerNames
-from sophia_galore.config.paths import filled
+from sophia_galore.config.field_types import NotNegative, Positive, Section, TrackerNames
+from sophia_galore.config.paths import fill_placeholders
 from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.size import Size, SizeOrZero
@@ -268,5 +268,5 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> str:
-        """`training.output_dir` with its placeholders filled in, but for the date, which `settled` puts in."""
-        return filled(self.training.output_dir, optimizer=self.optimizer.type, model=self.model.name)
+        """`training.output_dir` with its placeholders filled in, but for the date, which `fill_date` puts in."""
+        return fill_placeholders(self.training.output_dir, optimizer=self.optimizer.type, model=self.model.name)

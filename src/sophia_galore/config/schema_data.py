@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer
 from pydantic_core import PydanticCustomError
 
-from sophia_galore.config.fields import Section
+from sophia_galore.config.field_types import Section
 from sophia_galore.optim.recipes import NUM_SEEDS
 
 FormatName = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text"]

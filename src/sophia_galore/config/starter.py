@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from sophia_galore.config.paths import written
+from sophia_galore.config.paths import escape_path
 from sophia_galore.config.size import bytes_in_words
 
 # Bytes a parameter takes with weights and GaLore's state of rank 128 beside them; the least that a run keeps besides.
@@ -120,7 +120,7 @@ memory:
 
 
 def _text(path: str) -> str:
-    return json.dumps(written(path), ensure_ascii=False)
+    return json.dumps(escape_path(path), ensure_ascii=False)
 
 
 def _size(num_bytes: int) -> str:

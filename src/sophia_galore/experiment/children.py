@@ -18,7 +18,7 @@ from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.experiment.design import Trial
 from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.folder import locked
-from sophia_galore.train.result import asked_of, finished_result
+from sophia_galore.train.result import find_config, finished_result
 from sophia_galore.train.signals import hangup_signals
 
 _LOOK_EVERY_S = 0.1
@@ -78,7 +78,7 @@ def carry_out(
     """
     if finished_result(trial.folder, trial.config):
         return ""
-    asked = asked_of(trial.folder)
+    asked = find_config(trial.folder)
     if asked is not None and asked != trial.config:
         raise CheckpointError(
             f"{trial.folder} holds a run of other settings than are asked for now.",

@@ -14,7 +14,7 @@ from sophia_galore.errors import ArgumentError, ConfigError
 from sophia_galore.records.files import RUNS
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
-from sophia_galore.train.result import asked_of
+from sophia_galore.train.result import find_config
 
 # What decides on which examples, in which order and on how many of them a run is trained and measured.
 _SAME: dict[str, Callable[[RunConfig], Any]] = {
@@ -113,7 +113,7 @@ def differences(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
     return {key: values for key, values in found.items() if any(value != values[first] for value in values.values())}
 
 
-def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
+def refuse_incomparable(trials: Sequence[Trial]) -> str:
     """Prepare one run of each name, without loading a weight: what would fail is found before hours of training.
 
     Args:
@@ -146,7 +146,7 @@ def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
 
 def _begun_on(output: Path) -> str | None:
     """The day on which a comparison that goes on was begun; None: there is none, or it is an older version's."""
-    known = (asked_of(folder) for folder in sorted((output / RUNS).glob("*-seed*")) if folder.is_dir())
+    known = (find_config(folder) for folder in sorted((output / RUNS).glob("*-seed*")) if folder.is_dir())
     return next((config.data.date for config in known if config is not None and config.data.date), None)
 
 

@@ -111,16 +111,16 @@ def save_checkpoint(
         manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
         _flush_folder(beside)
-        replaced = _out_of_the_way(final)
+        replaced = _make_room(final)
         os.replace(beside, final)
         _flush_folder(run_folder)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
         if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
             raise
-        raise not_saved(final.name, run_folder, error, _way_on(run_folder), needed_bytes) from error
+        raise not_saved(final.name, run_folder, error, _after_failed_save(run_folder), needed_bytes) from error
     if replaced is not None:
-        _keep_others_files(replaced, final)
+        _move_unlisted_files(replaced, final)
     others = [path for path in checkpoints(run_folder) if path != final]
     stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
     for old in others[: max(0, len(others) + 1 - keep_last)]:
@@ -142,7 +142,7 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / files.MANIFEST).is_file()
 
 
-def beside_manifest(folder: Path) -> list[Path]:
+def unlisted_files(folder: Path) -> list[Path]:
     """What lies in a checkpoint's folder and was not saved with it: somebody put it there. Sorted.
 
     Args:
@@ -172,7 +172,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
         if not is_checkpoint(asked):
             raise CheckpointError(
                 f"{asked} is not a complete checkpoint: it holds no {files.MANIFEST}.",
-                _offer(checkpoints(asked.parent) if asked.parent.is_dir() else []),
+                _other_checkpoint(checkpoints(asked.parent) if asked.parent.is_dir() else []),
             )
         return _verify(asked, [path for path in checkpoints(asked.parent) if path != asked])
     found = checkpoints(run_folder)
@@ -184,7 +184,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
     return _verify(found[-1], found[:-1])
 
 
-def _out_of_the_way(final: Path) -> Path | None:
+def _make_room(final: Path) -> Path | None:
     """Make room for a checkpoint; returns where the one of the same step is now, which is to be deleted."""
     if not os.path.lexists(final):
         return None
@@ -200,10 +200,10 @@ def _out_of_the_way(final: Path) -> Path | None:
     return None
 
 
-def _keep_others_files(replaced: Path, final: Path) -> None:
+def _move_unlisted_files(replaced: Path, final: Path) -> None:
     """What somebody put into a checkpoint that was written anew stays in it."""
     with contextlib.suppress(OSError):
-        for path in beside_manifest(replaced):
+        for path in unlisted_files(replaced):
             if not os.path.lexists(final / path.name):
                 os.replace(path, final / path.name)
 
@@ -213,7 +213,7 @@ def _delete(checkpoint: Path) -> None:
     if checkpoint.is_symlink():
         return  # somebody moved it elsewhere, to keep it
     with contextlib.suppress(OSError, UserError):
-        if not beside_manifest(checkpoint):
+        if not unlisted_files(checkpoint):
             # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
             renamed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
             checkpoint.rename(renamed)
@@ -230,18 +230,20 @@ def _verify(folder: Path, others: list[Path]) -> Checkpoint:
         manifest = CheckpointManifest.read(folder / files.MANIFEST)
         for name, digest in manifest.files.items():
             if not (folder / name).is_file():
-                raise CheckpointError(f"{folder} is damaged: {name} is missing.", _offer(others))
+                raise CheckpointError(f"{folder} is damaged: {name} is missing.", _other_checkpoint(others))
             if sha256_of(folder / name) != digest:
-                raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _offer(others))
+                raise CheckpointError(
+                    f"{folder} is damaged: {name} is not what was written.", _other_checkpoint(others)
+                )
         plan, config = (read_object(folder / name) for name in (files.PLAN, files.FLAT_CONFIG))
         return Checkpoint(folder, manifest.step, plan, config)
     except CheckpointError:
         raise
     except (OSError, UserError) as error:
-        raise CheckpointError(f"{folder} is damaged: {short(error)}.", _offer(others)) from error
+        raise CheckpointError(f"{folder} is damaged: {short(error)}.", _other_checkpoint(others)) from error
 
 
-def _offer(others: list[Path]) -> str:
+def _other_checkpoint(others: list[Path]) -> str:
     if not others:
         return "There is no other checkpoint: start without --resume."
     return f"Go on from another one: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
@@ -263,7 +265,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _way_on(run_folder: Path) -> str:
+def _after_failed_save(run_folder: Path) -> str:
     """What there still is after a checkpoint could not be saved, and what to do with it."""
     if not checkpoints(run_folder):
         return "There is no earlier checkpoint: start again, with checkpoint.save_every_steps to lose less."

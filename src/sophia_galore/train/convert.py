@@ -19,9 +19,9 @@ from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.records import files
 from sophia_galore.records.schema import read_object
+from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
-from sophia_galore.train.whole_folder import refuse_output, write_whole
 from sophia_galore.weights.folder import weight_files
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.plain import DTYPES
@@ -62,7 +62,7 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         _convert_model(source, beside, form if to == "int8" else DTYPES[to], to, output.name)
         return beside
 
-    write_whole(output, write, needed_bytes=_needed_bytes(source, to))
+    write_atomically(output, write, needed_bytes=_needed_bytes(source, to))
     if not resumable or checkpoint is None:
         return f"{output}: the model of {source} in {to}."
     settings = _settings(to, form, str(checkpoint.config["model.store"]))

@@ -15,31 +15,31 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 
 PROJECT = "sophia-galore"
 """What runs are gathered under, where the tracker's own environment variable does not say."""
 
 
 @dataclass(frozen=True)
-class Beginning:
+class RunStart:
     """What a tracker is told when a run begins.
 
     Args:
         folder: The run's folder; its name is the run's.
         settings: What was asked and what is planned, by dotted key, as plain data.
         after_step: The step that the run goes on after; 0: a new run.
-        known_as: What the tracker called this run when it began it; empty: it did not.
+        tracker_id: What the tracker called this run when it began it; empty: it did not.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     after_step: int
-    known_as: str = ""
+    tracker_id: str = ""
 
 
 @dataclass(frozen=True)
-class Tracked:
+class TrackedRun:
     """A run that a tracker follows.
 
     Args:
@@ -55,7 +55,7 @@ class Tracked:
     is_new: bool = True
 
 
-def begin_tensorboard(run: Beginning) -> Tracked:
+def begin_tensorboard(run: RunStart) -> TrackedRun:
     """Event files in the run's folder. When it goes on, what was written of steps that are taken again disappears."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
@@ -63,11 +63,11 @@ def begin_tensorboard(run: Beginning) -> Tracked:
     folder = run.folder / "tensorboard"
     goes_on = run.after_step > 0 and folder.exists()
     writer = SummaryWriter(str(folder), purge_step=run.after_step + 1 if goes_on else None)
-    trainer = _AsTrainer(TensorBoardCallback(writer), run, run.settings)
-    return Tracked(trainer.tell, lambda failed: trainer.end(), is_new=not goes_on)
+    trainer = _TrainerCallback(TensorBoardCallback(writer), run, run.settings)
+    return TrackedRun(trainer.tell, lambda failed: trainer.end(), is_new=not goes_on)
 
 
-def begin_wandb(run: Beginning) -> Tracked:
+def begin_wandb(run: RunStart) -> TrackedRun:
     """A run of Weights & Biases, with its local files in the run's folder. One that is open already is written to."""
     import wandb
     from transformers.integrations import WandbCallback
@@ -77,25 +77,25 @@ def begin_wandb(run: Beginning) -> Tracked:
         ours = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.folder.name,
-            id=run.known_as or None,
-            resume="allow" if run.known_as else None,
+            id=run.tracker_id or None,
+            resume="allow" if run.tracker_id else None,
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
             # Else what is printed is uploaded, and with it what the model says and was taught.
             settings=None if "WANDB_CONSOLE" in os.environ else wandb.Settings(console="off"),
         )
     # They ask for the model: for its files, and for hooks in it.
     with _unset("WANDB_LOG_MODEL", "WANDB_WATCH"):
-        trainer = _AsTrainer(WandbCallback(), run, run.settings)
+        trainer = _TrainerCallback(WandbCallback(), run, run.settings)
 
     def end(failed: bool) -> None:
         trainer.end()
         if ours is not None:
             ours.finish(exit_code=int(failed))
 
-    return Tracked(trainer.tell, end, name=ours.id if ours else "", is_new=not run.known_as)
+    return TrackedRun(trainer.tell, end, name=ours.id if ours else "", is_new=not run.tracker_id)
 
 
-def begin_mlflow(run: Beginning) -> Tracked:
+def begin_mlflow(run: RunStart) -> TrackedRun:
     """A run of MLflow, in a database in the run's folder or where MLFLOW_TRACKING_URI says."""
     import mlflow
     from transformers.integrations import MLflowCallback
@@ -119,11 +119,11 @@ def begin_mlflow(run: Beginning) -> Tracked:
             # Where nothing is said, artifacts have a place in the folder that the program runs in, made at once.
             place = folder.as_uri() if is_local else None
             experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment(name, place)
-            ours = mlflow.start_run(run.known_as or None, experiment_id=experiment_id, run_name=run.folder.name)
+            ours = mlflow.start_run(run.tracker_id or None, experiment_id=experiment_id, run_name=run.folder.name)
         # What a run was begun with can't be changed in it, such as the steps of one that goes on.
         fixed = mlflow.active_run().data.params
         settings = {key: value for key, value in run.settings.items() if key not in fixed}
-        trainer = _AsTrainer(MLflowCallback(), run, settings)
+        trainer = _TrainerCallback(MLflowCallback(), run, settings)
     except BaseException:
         away()
         raise
@@ -136,10 +136,10 @@ def begin_mlflow(run: Beginning) -> Tracked:
         finally:
             away()
 
-    return Tracked(trainer.tell, end, name=ours.info.run_id if ours else "", is_new=not run.known_as)
+    return TrackedRun(trainer.tell, end, name=ours.info.run_id if ours else "", is_new=not run.tracker_id)
 
 
-def begin_trackio(run: Beginning) -> Tracked:
+def begin_trackio(run: RunStart) -> TrackedRun:
     """A run of Trackio, in its folder on this machine (TRACKIO_DIR).
 
     By its own few calls: Trainer's callback finds a run by its name alone, so that a new one would go on with another
@@ -148,7 +148,7 @@ def begin_trackio(run: Beginning) -> Tracked:
     import trackio
     from transformers.integrations.integration_utils import rewrite_logs
 
-    name = run.known_as
+    name = run.tracker_id
     if not name:
         try:
             taken = {each.name for each in trackio.Api().runs(PROJECT)}
@@ -163,17 +163,17 @@ def begin_trackio(run: Beginning) -> Tracked:
             PROJECT,
             name=name,
             config=dict(run.settings),
-            resume="allow" if run.known_as else "never",
+            resume="allow" if run.tracker_id else "never",
             embed=False,
         )
 
     def tell(step: int, numbers: Mapping[str, float]) -> None:
         followed.log({**rewrite_logs(numbers), "train/global_step": step}, step=step)
 
-    return Tracked(tell, lambda failed: trackio.finish(), name=name, is_new=not run.known_as)
+    return TrackedRun(tell, lambda failed: trackio.finish(), name=name, is_new=not run.tracker_id)
 
 
-BEGIN: dict[TrackerName, Callable[[Beginning], Tracked]] = {
+BEGIN: dict[TrackerName, Callable[[RunStart], TrackedRun]] = {
     "tensorboard": begin_tensorboard,
     "trackio": begin_trackio,
     "wandb": begin_wandb,
@@ -182,7 +182,7 @@ BEGIN: dict[TrackerName, Callable[[Beginning], Tracked]] = {
 """How a run is begun in each tracker."""
 
 
-class _AsTrainer:
+class _TrainerCallback:
     """Calls one of Trainer's callbacks as Trainer does.
 
     Args:
@@ -191,7 +191,7 @@ class _AsTrainer:
         settings: What the tracker shows as the run's hyper-parameters.
     """
 
-    def __init__(self, callback: Any, run: Beginning, settings: Mapping[str, Any]) -> None:
+    def __init__(self, callback: Any, run: RunStart, settings: Mapping[str, Any]) -> None:
         from transformers import TrainerControl, TrainerState, TrainingArguments
 
         class Arguments(TrainingArguments):  # type: ignore[misc]

@@ -34,13 +34,13 @@ from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.verdicts import Decided, decide
-from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint
-from sophia_galore.train.dated import settled
+from sophia_galore.train.earlier_run import refuse_own_folders
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.preflight import before_loading
 from sophia_galore.train.prepared import Prepared
+from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
 
 _NUM_SHOWN_EXAMPLES = 2
@@ -61,8 +61,8 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         UserError: Something in what the user gave does not fit.
     """
     check(config)
-    config = settled(config)
-    refuse_surroundings(config)
+    config = fill_date(config)
+    refuse_own_folders(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
     facts = Facts(config, device=detect_device(device), missing_trackers=missing_trackers(config.training.report_to))
@@ -130,7 +130,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:
-        plan = _as_begun(plan, checkpoint.plan)
+        plan = _with_first_start(plan, checkpoint.plan)
     callback.planned(plan)
     if estimate is not None:
         callback.say(estimate.sentence())
@@ -164,7 +164,7 @@ def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
         )
 
 
-def _as_begun(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
+def _with_first_start(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
     """A plan with what only the run's first start could know: where the model came from, in place of which other."""
     verdicts = tuple(Decided(**verdict) for verdict in begun["verdicts"]) if "verdicts" in begun else plan.verdicts
     return replace(plan, model_folder=begun["model_folder"], notes=tuple(begun["notes"]), verdicts=verdicts)

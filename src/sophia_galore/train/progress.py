@@ -69,7 +69,7 @@ def num_without_improvement(evaluations: Iterable[Evaluation], threshold: float)
     return count
 
 
-def patience_is_used_up(evaluations: Sequence[Evaluation], patience: Patience | None) -> bool:
+def is_patience_used_up(evaluations: Sequence[Evaluation], patience: Patience | None) -> bool:
     """Whether a run ends now, whatever steps are left.
 
     Args:
@@ -92,7 +92,7 @@ def counted(evaluations: Sequence[Evaluation], patience: Patience | None) -> Eva
     return evaluations[-1].model_copy(update={"without_improvement": count})
 
 
-def why_it_ends(evaluations: Sequence[Evaluation], patience: Patience, num_steps: int) -> str:
+def early_stop_reason(evaluations: Sequence[Evaluation], patience: Patience, num_steps: int) -> str:
     """When and why a run ended early, in words.
 
     Args:

@@ -60,7 +60,7 @@ class RunResult:
         return f"it ended early, after step {self.step}" if self.early else f"all of its {self.step} steps are done"
 
 
-def asked_of(folder: Path) -> RunConfig | None:
+def find_config(folder: Path) -> RunConfig | None:
     """What was asked of the run in a folder; None if there is none, or it asks for what this version does not know.
 
     Args:
@@ -83,7 +83,7 @@ def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
     Returns:
         The result, or None if the run is not finished or was another one.
     """
-    if asked_of(folder) != config:
+    if find_config(folder) != config:
         return None
     state = TrainerState.find(folder / files.TRAINER_STATE)
     memory = MemoryReport.find(folder / files.MEMORY_REPORT)

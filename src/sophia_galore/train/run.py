@@ -29,12 +29,11 @@ from sophia_galore.records.run import TrainerState
 from sophia_galore.records.schema import write_json, write_jsonl, write_text
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
-from sophia_galore.train.aside import open_run_folder, refuse_moving
-from sophia_galore.train.best import open_best
+from sophia_galore.train.best_checkpoint import open_best
 from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
-from sophia_galore.train.dated import settled
+from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files
 from sophia_galore.train.load import load
@@ -44,6 +43,7 @@ from sophia_galore.train.prepare import prepare
 from sophia_galore.train.prepared import Loaded
 from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.resume import changed_noise, refuse_difference
+from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
@@ -75,7 +75,7 @@ def train(
         UserError: Something in what the user gave does not fit.
         RunError: The run failed.
     """
-    config = settled(config, resume=resume, resume_from=resume_from)
+    config = fill_date(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
         callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
@@ -84,7 +84,7 @@ def train(
         callback = Callbacks(callback, Trackers(config, callback.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
     # Before anything is downloaded or read; and once more, right before it is moved.
-    keep = refuse_moving(config, config_file, checkpoint)
+    keep = refuse_unsafe_folder(config, config_file, checkpoint)
     prepared = prepare(config, callback, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
@@ -107,7 +107,7 @@ def train(
             write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
-            with monitor.explaining(run.way_back), writing("What a run records", folder, run.way_back):
+            with monitor.explaining(run.resume_hint), writing("What a run records", folder, run.resume_hint):
                 result = run.carry_out()
             failed = False
             return result
@@ -151,7 +151,7 @@ class _Run:
             self._evaluate(0)
         started_s, first = time.monotonic(), self._last_step
         for step in range(self._last_step + 1, self._plan.num_steps + 1):
-            if progress.patience_is_used_up(self._evaluations, self._patience):
+            if progress.is_patience_used_up(self._evaluations, self._patience):
                 break
             record = self._step(step)
             self._record(record)
@@ -164,9 +164,9 @@ class _Run:
             if self._stop.requested and step < self._plan.num_steps:
                 return self._result(finished=False)
         if self._patience and self._last_step < self._plan.num_steps:
-            why = progress.why_it_ends(self._evaluations, self._patience, self._plan.num_steps)
+            why = progress.early_stop_reason(self._evaluations, self._patience, self._plan.num_steps)
             self._callback.say(f"Ended early: {why}.")
-        self._go_back_to_best()
+        self._restore_best()
         self._write_final_model()
         self._ask("after")
         return self._result(finished=True)
@@ -193,7 +193,7 @@ class _Run:
         try:
             result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
-            raise self._with_way_back(error) from error
+            raise self._with_resume_hint(error) from error
         self._last_step = step
         memory = self._monitor.end_step(step)
         return TrainStep(
@@ -219,7 +219,7 @@ class _Run:
         eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
-            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
+            raise self._with_resume_hint(NonFiniteError(cause, "Lower training.learning_rate."))
         self._evaluations.append(Evaluation(**self._at(step), loss=eval_loss))
         self._record(progress.counted(self._evaluations, self._patience).to_json())
         self._callback.evaluated(step, eval_loss)
@@ -301,11 +301,11 @@ class _Run:
         self._refuse_broken_weights()
         dtype = final_dtype(self._config)
         size = model_bytes(self._config, self._plan)
-        with writing("The final model", self._folder, self.way_back, needed_bytes=size):
+        with writing("The final model", self._folder, self.resume_hint, needed_bytes=size):
             write_card(self._folder, self._card())
             replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=files.MODEL)
 
-    def _go_back_to_best(self) -> None:
+    def _restore_best(self) -> None:
         """Let the weights be those of the lowest eval loss, if that was asked for."""
         with self._monitor.apart():
             best = self._best.go_back(
@@ -335,12 +335,12 @@ class _Run:
         broken = self._loaded.store.first_non_finite()
         if broken is not None:
             cause = f"{broken} holds values that are not finite after step {self._last_step}."
-            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
+            raise self._with_resume_hint(NonFiniteError(cause, "Lower training.learning_rate."))
 
-    def way_back(self) -> str:
+    def resume_hint(self) -> str:
         """Where a run that failed can go on from, in a sentence."""
         saved = checkpoints(self._folder)
         return f"The last checkpoint is {saved[-1]}. Go on with --resume." if saved else "There is no checkpoint yet."
 
-    def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
-        return NonFiniteError(error.cause, f"{error.remedy} {self.way_back()}")
+    def _with_resume_hint(self, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(error.cause, f"{error.remedy} {self.resume_hint()}")

@@ -15,8 +15,8 @@ from sophia_galore.model.export import convert_model, read_generation_config
 from sophia_galore.model.llama_cpp import GgufType, convert_to_gguf, find_converter
 from sophia_galore.model.ollama import find_format, modelfile
 from sophia_galore.model.skeleton import load_tokenizer
+from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
-from sophia_galore.train.whole_folder import refuse_output, write_whole
 from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.plain import PlainWeight
 
@@ -60,7 +60,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
         write_card(made, folder_card(title, source, files.origin, done))
         return made
 
-    write_whole(output, write)
+    write_atomically(output, write)
     return (
         f"{output / file}\n"
         f"llama.cpp: llama-cli -m {output / file}\n"

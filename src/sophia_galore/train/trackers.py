@@ -10,13 +10,13 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.records import files
 from sophia_galore.records.schema import write_json
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.integrations import BEGIN, Beginning, Tracked
+from sophia_galore.train.integrations import BEGIN, RunStart, TrackedRun
 
 # What a plan settles that was left open, or that the data say.
 _PLANNED = (
@@ -49,7 +49,7 @@ class Trackers(Callback):
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
         self._plan: RunPlan | None = None
-        self._open: dict[TrackerName, Tracked] = {}
+        self._open: dict[TrackerName, TrackedRun] = {}
 
     def planned(self, plan: RunPlan) -> None:
         """Keep the plan: trackers show it."""
@@ -64,7 +64,7 @@ class Trackers(Callback):
             settings = self._settings()
             for name in self._config.training.report_to:
                 with self._surviving(name):
-                    begin = Beginning(folder, settings, after_step, known_as=known.get(name, ""))
+                    begin = RunStart(folder, settings, after_step, tracker_id=known.get(name, ""))
                     self._open[name] = BEGIN[name](begin)
             called = {name: tracked.name for name, tracked in self._open.items() if tracked.name}
             if known | called != known:

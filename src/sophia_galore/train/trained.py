@@ -64,7 +64,7 @@ def find_weights(name: str, say: Say) -> Weights:
     )
 
 
-def find_start(trained: Weights, say: Say) -> Weights:
+def find_base(trained: Weights, say: Say) -> Weights:
     """Find the model that a run started from.
 
     Args:

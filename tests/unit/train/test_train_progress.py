@@ -13,10 +13,10 @@ from sophia_galore.records.run import TrainerState as OurState
 from sophia_galore.train.progress import (
     Patience,
     best_of,
+    early_stop_reason,
+    is_patience_used_up,
     num_without_improvement,
-    patience_is_used_up,
     trainer_state,
-    why_it_ends,
 )
 
 
@@ -73,11 +73,11 @@ def test_the_best_one(losses: list[float], best: Evaluation | None) -> None:
 
 def test_patience() -> None:
     losses = measured(3.0, 2.0, 2.1, 2.2)
-    assert not patience_is_used_up(losses, None)
-    assert not patience_is_used_up(losses, Patience(3))
-    assert patience_is_used_up(losses, Patience(2))
-    assert patience_is_used_up(losses, Patience(1))
-    said = why_it_ends(losses, Patience(2, 0.01), 90)
+    assert not is_patience_used_up(losses, None)
+    assert not is_patience_used_up(losses, Patience(3))
+    assert is_patience_used_up(losses, Patience(2))
+    assert is_patience_used_up(losses, Patience(1))
+    said = early_stop_reason(losses, Patience(2, 0.01), 90)
     for part in ("after step 30 of 90", "2 evaluations", "by more than 0.01", "2.0000 after step 10", "patience: 2"):
         assert part in said
 

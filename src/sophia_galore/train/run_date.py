@@ -11,7 +11,7 @@ from sophia_galore.config.paths import dated, dates_of, has_date
 from sophia_galore.errors import CheckpointError
 
 
-def settled(
+def fill_date(
     config: RunConfig, *, resume: bool = False, resume_from: Path | None = None, now: datetime | None = None
 ) -> RunConfig:
     """A configuration whose `training.output_dir` has a date in place of `{date}`.

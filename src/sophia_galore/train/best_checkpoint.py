@@ -22,7 +22,7 @@ from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.store import WeightStore
 
 
-class BestKept:
+class BestCheckpoint:
     """The best model of a run so far, among those whose checkpoint is there.
 
     Args:
@@ -107,7 +107,7 @@ class BestKept:
         return None
 
 
-class LastKept(BestKept):
+class LastKept(BestCheckpoint):
     """What stands in its place where the last model is the final one."""
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,7 @@ def open_best(
     evaluations: Sequence[Evaluation],
     folder: Path,
     say: Callable[[str], None],
-) -> BestKept:
+) -> BestCheckpoint:
     """What a run that begins or goes on knows of its best model.
 
     Args:
@@ -143,8 +143,8 @@ def open_best(
     if not config.training.load_best_model:
         return LastKept(folder)
     if checkpoint and checkpoint.folder.parent.resolve() != folder.resolve():
-        bring_best(evaluations, checkpoint.folder.parent, folder)
-    kept, lowest = BestKept(folder, evaluations, say), best_of(evaluations)
+        copy_best(evaluations, checkpoint.folder.parent, folder)
+    kept, lowest = BestCheckpoint(folder, evaluations, say), best_of(evaluations)
     if lowest is not None and kept.best != lowest:
         say(
             f"The lowest eval loss so far, {lowest.loss:.4f} after step {lowest.step}, has no checkpoint: the final "
@@ -153,7 +153,7 @@ def open_best(
     return kept
 
 
-def bring_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) -> None:
+def copy_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) -> None:
     """Copy the best checkpoint of a run that goes on in another folder into that one.
 
     Args:
@@ -161,7 +161,7 @@ def bring_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) ->
         source: The folder that it was in.
         folder: The folder that it is in now.
     """
-    best = BestKept(source, evaluations, lambda sentence: None).path
+    best = BestCheckpoint(source, evaluations, lambda sentence: None).path
     if best is None or is_checkpoint(folder / best.name):
         return
     beside = folder / f".{best.name}.tmp"

@@ -18,7 +18,7 @@ from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.errors import ConfigError, EnvironmentProblem
 from sophia_galore.records import files
 from sophia_galore.records.schema import find_json, find_object
-from sophia_galore.train.checkpoint import Checkpoint, beside_manifest
+from sophia_galore.train.checkpoint import Checkpoint, unlisted_files
 from sophia_galore.train.folder import not_writable
 
 _NUM_SHOWN = 3
@@ -44,7 +44,7 @@ def holds_run(folder: Path) -> bool:
     return "routes" in find_object(folder / files.PLAN)
 
 
-def foreign(folder: Path) -> list[str]:
+def foreign_files(folder: Path) -> list[str]:
     """What lies in a folder, or in a checkpoint in it, and was not written by a run: names, sorted."""
     listed = _listed(folder)
     found = []
@@ -54,11 +54,11 @@ def foreign(folder: Path) -> list[str]:
         if not _is_runs(path, listed):
             found.append(path.name)
         elif _CHECKPOINT.fullmatch(path.name) and path.is_dir():
-            found += [f"{path.name}/{more.name}" for more in beside_manifest(path) if more.name not in _JUNK]
+            found += [f"{path.name}/{more.name}" for more in unlisted_files(path) if more.name not in _JUNK]
     return sorted(found)
 
 
-def refuse_surroundings(config: RunConfig) -> None:
+def refuse_own_folders(config: RunConfig) -> None:
     """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
     run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
     for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
@@ -69,7 +69,7 @@ def refuse_surroundings(config: RunConfig) -> None:
             )
 
 
-def refuse_moving(config: RunConfig, config_file: Path | None, checkpoint: Checkpoint | None) -> list[Path]:
+def refuse_unsafe_folder(config: RunConfig, config_file: Path | None, checkpoint: Checkpoint | None) -> list[Path]:
     """Refuse a run that would move or replace what is not a run's, as far as that is known before its model is.
 
     Args:
@@ -84,8 +84,8 @@ def refuse_moving(config: RunConfig, config_file: Path | None, checkpoint: Check
         ConfigError: The run's folder is one in which no run belongs.
         EnvironmentProblem: The run would move or replace what is not a run's.
     """
-    refuse_surroundings(config)
-    keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
+    refuse_own_folders(config)
+    keep = protected_paths(config, config_file, checkpoint.folder if checkpoint else None)
     refuse_foreign(Path(config.run_folder), going_on=checkpoint, keep=keep)
     return keep
 
@@ -114,7 +114,7 @@ def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[
                 f"{folder} holds an earlier run, which would be moved aside, and {path} with it.",
                 "Choose another training.output_dir, or go on with that run: --resume.",
             )
-    if found := foreign(here):
+    if found := foreign_files(here):
         raise EnvironmentProblem(
             f"{folder} holds an earlier run, which would be moved aside, and with it what no run wrote: {_few(found)}.",
             "Choose another training.output_dir, or move these files elsewhere.",
@@ -158,7 +158,7 @@ def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable
         raise not_writable(folder, error) from error
 
 
-def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
+def protected_paths(config: RunConfig, *more: Path | None) -> list[Path]:
     """What a run must not move: the paths that its configuration names, and the folder that the command runs in.
 
     Args:

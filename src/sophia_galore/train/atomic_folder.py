@@ -29,7 +29,7 @@ def refuse_output(output: Path) -> None:
         raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
 
 
-def write_whole(output: Path, write: Callable[[Path], Path], *, needed_bytes: int = 0) -> None:
+def write_atomically(output: Path, write: Callable[[Path], Path], *, needed_bytes: int = 0) -> None:
     """Write a folder beside its place and move it there when it is whole.
 
     Args:
