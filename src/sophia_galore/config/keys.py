@@ -53,14 +53,8 @@ def keys() -> dict[str, Key]:
 @cache
 def sections() -> tuple[str, ...]:
     """Every section by its dotted name, in the schema's order; the top level is not among them."""
-    names: list[str] = []
-    for name in keys():
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            section = ".".join(parts[:depth])
-            if section not in names:
-                names.append(section)
-    return tuple(names)
+    parts = [name.split(".") for name in keys()]
+    return tuple(dict.fromkeys(".".join(words[:depth]) for words in parts for depth in range(1, len(words))))
 
 
 def children(section: str) -> list[str]:

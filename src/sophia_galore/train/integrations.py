@@ -1,8 +1,7 @@
-"""The trackers: how a run is begun, told about and ended in each of them.
+"""The trackers: start a run in each of them, send numbers, end it.
 
-Three are driven by the callbacks of Hugging Face's Trainer, as Trainer drives them, so that curves have the names that
-its users know: `train/loss`, `eval/loss`, `train/learning_rate`. A callback is never given the model: nothing of it can
-be uploaded, and nothing can be hooked into it.
+Three use the callbacks of Hugging Face's Trainer, so that curves have its names: `train/loss`, `eval/loss`,
+`train/learning_rate`. A callback never gets the model, so it can neither upload it nor hook into it.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from typing import Any
 from sophia_galore.config.field_types import TrackerName
 
 PROJECT = "sophia-galore"
-"""What runs are gathered under, where the tracker's own environment variable does not say."""
+"""The project of all runs, unless the tracker's environment variable names another."""
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a tracker is told when a run begins.
+    """What a tracker needs to start a run.
 
     Args:
-        folder: The run's folder; its name is the run's.
-        settings: What was asked and what is planned, by dotted key, as plain data.
-        after_step: The step that the run goes on after; 0: a new run.
-        tracker_id: What the tracker called this run when it began it; empty: it did not.
+        folder: The run's folder; its name is the run's name.
+        settings: Configuration and plan, by dotted key, as plain data.
+        after_step: The step of the checkpoint that the run resumes from; 0: a new run.
+        tracker_id: The tracker's id of this run if the run resumes; empty: the run is new to the tracker.
     """
 
     folder: Path
@@ -40,13 +39,13 @@ class RunStart:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run that a tracker follows.
+    """A run in a tracker.
 
     Args:
         tell: Takes a step and its numbers.
-        end: Ends it; takes whether the run failed.
-        name: What the tracker calls the run, to find it again; empty: it is found without.
-        is_new: Whether the tracker knows nothing of earlier steps.
+        end: Ends the run; takes whether it failed.
+        name: The tracker's id of the run, to continue it later; empty: none is needed.
+        is_new: Whether the tracker lacks the earlier steps.
     """
 
     tell: Callable[[int, Mapping[str, float]], None]
@@ -179,11 +178,11 @@ BEGIN: dict[TrackerName, Callable[[RunStart], TrackedRun]] = {
     "wandb": begin_wandb,
     "mlflow": begin_mlflow,
 }
-"""How a run is begun in each tracker."""
+"""The function that starts a run in each tracker."""
 
 
 class _TrainerCallback:
-    """Calls one of Trainer's callbacks as Trainer does.
+    """One of Trainer's callbacks, called as Trainer calls it.
 
     Args:
         callback: The callback.
@@ -209,18 +208,18 @@ class _TrainerCallback:
         self._callback.on_train_begin(self._arguments, self._state, self._control)
 
     def tell(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Hand over what a step brought."""
+        """Send the numbers of a step."""
         self._state.global_step = step
         self._callback.on_log(self._arguments, self._state, self._control, logs=dict(numbers))
 
     def end(self) -> None:
-        """The run is over."""
+        """End the run."""
         self._callback.on_train_end(self._arguments, self._state, self._control)
 
 
 @contextmanager
 def _unset(*names: str) -> Iterator[None]:
-    """Inside the context the environment has no such variables."""
+    """Unset environment variables inside a context."""
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

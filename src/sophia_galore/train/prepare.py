@@ -1,4 +1,4 @@
-"""From what was asked to what will be done; `check` stops here."""
+"""Prepare a run: model, data and plan, without loading a weight. `check` stops here."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ _NUM_SHOWN_EXAMPLES = 2
 
 
 def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None = None) -> Prepared:
-    """Find the model, read the data, make the plan; nothing is written but downloads.
+    """Find the model, read the data and make the plan; only downloads are written.
 
     Args:
-        config: What was asked.
-        callback: Called when something happens.
-        checkpoint: Where the run goes on from; it brings its own model and tokenizer.
+        config: The run's configuration.
+        callback: Called at each event of the run.
+        checkpoint: The checkpoint to resume from; model and tokenizer are read from it.
 
     Returns:
         The run before any weight is loaded.
 
     Raises:
-        UserError: Something in what the user gave does not fit.
+        UserError: The configuration, the data or the model can't be used.
     """
     check(config)
     config = fill_date(config)
@@ -68,7 +68,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     facts = Facts(config, device=detect_device(device), missing_trackers=missing_trackers(config.training.report_to))
     if facts.freezes_layers:
         facts = replace(facts, bitsandbytes=detect_bitsandbytes(device))
-    # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.
+    # Rules are checked before each slow step, so that nothing is downloaded, built or tokenised in vain.
     decide(RULES, facts)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, callback.say)
@@ -80,7 +80,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     if not facts.is_buildable:
         decide(RULES, facts)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
-    # Kept: the checkpoint that they come from may be deleted by a later one.
+    # Kept in memory: a later checkpoint may delete the one they come from.
     source = read_source_files(model.folder, with_code=trust)
     generation_config = read_generation_config(model.folder)
     chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
@@ -141,7 +141,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
 def _chat_format(
     config: RunConfig, tokenizer: Any, model_config: Any, generation_config: Any, checkpoint: Checkpoint | None
 ) -> ChatFormat:
-    """How conversations are written: as the run began, if it goes on."""
+    """Choose the chat format; a resumed run keeps its own."""
     begun = checkpoint.plan.get("chat_format") if checkpoint else None
     if begun is None:
         stop_ids = stop_tokens(tokenizer, generation_config if stop_tokens(generation_config) else model_config)
@@ -155,7 +155,7 @@ def _chat_format(
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
-    """Refuse to train where moving an earlier run aside would move the model away."""
+    """Refuse a run's folder that contains the model: moving an earlier run would move the model."""
     run_folder = Path(config.run_folder).resolve()
     if run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
         raise ConfigError(
@@ -165,7 +165,7 @@ def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
 
 
 def _with_first_start(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
-    """A plan with what only the run's first start could know: where the model came from, in place of which other."""
+    """Return the plan with the model's folder, notes and verdicts of the run's first start."""
     verdicts = tuple(Decided(**verdict) for verdict in begun["verdicts"]) if "verdicts" in begun else plan.verdicts
     return replace(plan, model_folder=begun["model_folder"], notes=tuple(begun["notes"]), verdicts=verdicts)
 

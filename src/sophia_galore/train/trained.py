@@ -1,4 +1,4 @@
-"""What a name means to somebody who wants answers: which weights, and what they were before training.
+"""Find the weights that a name stands for, and the base model of a trained one.
 
     run's folder, finished      its final model
     run's folder, unfinished    its newest complete checkpoint
@@ -26,11 +26,11 @@ _HUBS = ("hf", "modelscope", "pypi")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that can answer.
+    """A model that can generate answers.
 
     Args:
-        folder: A whole model folder.
-        title: What the user knows it as.
+        folder: A complete model folder.
+        title: The name that the user gave.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Weights:
 
 
 def find_weights(name: str, say: Say) -> Weights:
-    """Find what answers under a name; what is on a hub only is downloaded.
+    """Find the model of a name; download it if it is only on a hub.
 
     Args:
         name: A run's folder, a checkpoint, a model folder, a GGUF file, a hub id or an alias.
@@ -65,7 +65,7 @@ def find_weights(name: str, say: Say) -> Weights:
 
 
 def find_base(trained: Weights, say: Say) -> Weights:
-    """Find the model that a run started from.
+    """Find the base model of a run.
 
     Args:
         trained: The run's model, or a checkpoint of it.
@@ -116,7 +116,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def _newest(saved: list[Path], say: Say) -> Weights:
-    """The last of a run's checkpoints."""
+    """Return the newest of a run's checkpoints."""
     try:
         return Weights(resolve_model(ModelConfig(name=str(saved[-1])), say).folder, str(saved[-1]))
     except ModelError as error:
@@ -125,7 +125,7 @@ def _newest(saved: list[Path], say: Say) -> Weights:
 
 
 def _is_finished(run: Path) -> bool:
-    """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
+    """Return whether a run's folder holds its final model, according to its records."""
     state, planned = TrainerState.find(run / files.TRAINER_STATE), find_object(run / files.PLAN).get("num_steps")
     # Versions that did not write the state as a run begins again tell of the steps that were added in the plan alone.
     more = state is not None and isinstance(planned, int) and state.global_step < planned
