@@ -56,10 +56,11 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
         checkpoint is not None and to in _STORES and all(route.get("format") != "bnb8" for route in _routes(checkpoint))
     )
     form = Int8Format(block_size)
+    origin = checkpoint.folder if checkpoint is not None and resumable else source
 
     def write_model(folder: Path) -> None:
-        converted = convert_model(source, folder, form if to == "int8" else DTYPES[to])
-        write_card(folder, folder_card(output.name, source, converted.origin, f"The weights are in {to}."))
+        converted = convert_model(origin, folder, form if to == "int8" else DTYPES[to])
+        write_card(folder, folder_card(output.name, origin, converted.origin, f"The weights are in {to}."))
 
     def write(beside: Path) -> Path:
         if checkpoint is not None and resumable:
