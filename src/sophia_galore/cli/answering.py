@@ -14,7 +14,6 @@ from sophia_galore.cli.arguments import expanded_text
 from sophia_galore.engine.generate import Answer
 from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import OutOfMemory, lacks_memory, short
-from sophia_galore.plan.device import choose_device
 from sophia_galore.train.trained import Weights, find_base, find_weights
 
 ModelArgument = Annotated[
@@ -80,11 +79,6 @@ def opened(weights: Weights, held: Held, device: torch.device, *, is_said: bool 
 def show_text(text: str) -> None:
     """Print a part of an answer at once, unchanged."""
     print(text, end="", flush=True)
-
-
-def device_of(name: str) -> torch.device:
-    """Return the device of `--device`."""
-    return choose_device(name, "--device ")
 
 
 def say_cut(given: Sequence[Answer], max_new_tokens: int) -> None:

@@ -73,15 +73,12 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
             f"Start anew from its weights: model.name={checkpoint.folder}.",
         )
     # Without int8 weights now, the other keys of the section have no effect; the routes show whether there were any.
-    free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
+    free = (*_FREE, *(_INT8_KEYS if config.quantization.int8 else ["quantization."]))
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
     # Two keys with one combined meaning.
     now["quantization.int8"] = config.quantization.int8
     saved["quantization.int8"] = holds_int8(*(checkpoint.config.get(key) for key in _INT8_KEYS))
-    for key in _INT8_KEYS:
-        now.pop(key, None)
-        saved.pop(key, None)
     for side in (now, saved):
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Sentences, and values that follow from the routes, which are compared.

@@ -136,7 +136,10 @@ class _Run:
         moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
         if moved:
             callback.say(f"The earlier run in {folder} was moved to {moved}.")
-        self._write_documents()
+        write_json(folder / files.PLAN, plan.to_json())
+        write_text(folder / files.CONFIG, dump_config(config))
+        if bad := prepared.dataset.bad:
+            write_jsonl(folder / files.BAD_RECORDS, (each.to_json() for each in bad))
         self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, callback.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._limits = progress.stopping_limits(config)
@@ -262,12 +265,6 @@ class _Run:
             with self._monitor.phase("eval"):
                 given = ask(self._prepared, self._loaded.store, self._folder, when)
             self._callback.answered(when, given)
-
-    def _write_documents(self) -> None:
-        write_json(self._folder / files.PLAN, self._plan.to_json())
-        write_text(self._folder / files.CONFIG, dump_config(self._config))
-        if bad := self._prepared.dataset.bad:
-            write_jsonl(self._folder / files.BAD_RECORDS, (each.to_json() for each in bad))
 
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():

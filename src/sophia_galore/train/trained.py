@@ -49,19 +49,17 @@ def find_weights(name: str, say: Say) -> Weights:
         CheckpointError: It is a run's folder that has neither a final model nor a complete checkpoint.
     """
     path = find_local(ModelConfig(name=name))
-    if path is None or is_checkpoint(path) or not (path / files.PLAN).is_file() or _is_finished(path):
-        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
-    saved = checkpoints(path)
-    if saved:
-        say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
-        return _newest(saved, say)
-    if (path / files.MODEL).is_file():
+    if path is not None and not is_checkpoint(path) and _is_unfinished_run(path):
+        if saved := checkpoints(path):
+            say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
+            return _newest(saved, say)
+        if not (path / files.MODEL).is_file():
+            raise CheckpointError(
+                f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
+                "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
+            )
         say(f"The run in {name} goes on and has no checkpoint yet: the model that it ended with before answers.")
-        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
-    raise CheckpointError(
-        f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
-        "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
-    )
+    return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
 
 
 def find_base(trained: Weights, say: Say) -> Weights:
@@ -106,7 +104,7 @@ def refuse_unfinished(folder: Path) -> None:
     if is_checkpoint(folder):
         find_checkpoint(folder.parent, folder)
         return
-    if not (folder / files.PLAN).is_file() or _is_finished(folder):
+    if not _is_unfinished_run(folder):
         return
     saved = checkpoints(folder)
     raise CheckpointError(
@@ -124,10 +122,12 @@ def _newest(saved: list[Path], say: Say) -> Weights:
         raise CheckpointError(error.cause, remedy) from error
 
 
-def _is_finished(run: Path) -> bool:
-    """Return whether a run's folder holds its final model, according to its records."""
+def _is_unfinished_run(run: Path) -> bool:
+    """Return whether a folder is that of a run without its final model, according to its records."""
+    if not (run / files.PLAN).is_file():
+        return False
     state, planned = TrainerState.find(run / files.TRAINER_STATE), find_object(run / files.PLAN).get("num_steps")
-    # Versions that did not write the state as a run begins again tell of the steps that were added in the plan alone.
+    # Older versions did not write the state at the start of a resumed run: only the plan shows its added steps.
     more = state is not None and isinstance(planned, int) and state.global_step < planned
     goes_on = state is not None and (state.has_steps_left or more) and not state.ended_early
-    return (run / files.MODEL).is_file() and not goes_on
+    return goes_on or not (run / files.MODEL).is_file()
