@@ -93,15 +93,15 @@ def carry_out(
         process = begin([*trial.words, *resume], written)
         said: list[str] = []
         with _forwarded(process) as stopped:
-            code: int | None = None
-            running = True
-            while running:
+            while True:
                 code = process.poll()
-                running = code is None
+                # Read after polling, so that the last lines of a process that ended are not lost.
                 while line := lines.readline():
                     said.append(line.rstrip("\n"))
                     say(said[-1])
-                time.sleep(_LOOK_EVERY_S if running else 0)
+                if code is not None:
+                    break
+                time.sleep(_LOOK_EVERY_S)
     if stopped or (code == 0 and not finished_result(trial.folder, trial.config)):
         raise Stopped
     return "" if not code else _reason(said, code)

@@ -122,7 +122,8 @@ def _converted_plan(checkpoint: Checkpoint, to: Target, form: Int8Format) -> dic
         size = form.num_bytes((shape[0], shape[1])) if held == "int8" else math.prod(shape) * DTYPES[held].itemsize
         subspace = route["subspace"] and route["subspace"] | {"folds_late": False}
         late = bool(route["subspace"] and route["subspace"].get("folds_late"))
-        kept = route["state_bytes"] - (_remainder_bytes(route) if late else 0)
+        # The updates kept for later: their sum in bfloat16 (2 bytes each) and its float32 factor (4 bytes).
+        kept = route["state_bytes"] - (2 * max(shape) * route["rank"] + 4 if late else 0)
         routes.append(route | {"format": held, "weight_bytes": size, "subspace": subspace, "state_bytes": kept})
     sizes = {"weights": "weight_bytes", "optimizer state": "state_bytes", "projections": "projection_bytes"}
     totals = {category: sum(route[key] for route in routes) for category, key in sizes.items()}
@@ -152,9 +153,3 @@ def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             f"{checkpoint.folder} was made by an earlier version.", "Copy its model files into a folder of their own."
         )
     return routes
-
-
-def _remainder_bytes(route: dict[str, Any]) -> int:
-    """Return the bytes of the summed updates in bfloat16 and of their float32 factor."""
-    long, rank = max(map(int, route["shape"])), int(route["rank"])
-    return 2 * long * rank + 4
