@@ -26,7 +26,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "at a refresh": (optimizer, "refresh"),
     "at a curvature": (optimizer.ParamOptimizer, "observe_curvature"),
     "while saving": (checkpoint, "_hash_and_flush"),
-    "before the rename": (checkpoint, "_out_of_the_way"),
+    "before the rename": (checkpoint, "_make_room"),
     "after the rename": (checkpoint, "checkpoints"),
 }
 

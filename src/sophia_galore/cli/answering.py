@@ -1,4 +1,4 @@
-"""What `generate` and `chat` have in common: options, loading, and where notices go."""
+"""Options, loading and notices that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from sophia_galore.cli.arguments import expanded_text
 from sophia_galore.engine.generate import Answer
 from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import OutOfMemory, lacks_memory, short
-from sophia_galore.plan.device import choose_device
-from sophia_galore.train.trained import Weights, find_start, find_weights
+from sophia_galore.train.trained import Weights, find_base, find_weights
 
 ModelArgument = Annotated[
     str,
@@ -40,30 +39,30 @@ CompareOption = Annotated[
 
 
 def notices() -> Console:
-    """Where everything goes that is not an answer: answers alone can be piped."""
+    """Return the console for everything but answers: standard error, so that answers alone can be piped."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def notice(text: str) -> None:
-    """A line that is not an answer."""
+    """Print a line that is not an answer."""
     notices().print(text, style="dim", markup=False)
 
 
 def weights_of(model: str, *, compare_base: bool) -> list[Weights]:
-    """The weights that answer under a name, before them those from before training, if asked for."""
+    """Find the weights of a name; with `compare_base`, the base model's come first."""
     found = find_weights(model, notice)
-    return [find_start(found, notice), found] if compare_base else [found]
+    return [find_base(found, notice), found] if compare_base else [found]
 
 
 @contextmanager
 def opened(weights: Weights, held: Held, device: torch.device, *, is_said: bool = True) -> Iterator[Loaded]:
-    """Load weights for the time of a context, and say what helps if memory is short.
+    """Load weights inside a context; if memory runs out, say what helps.
 
     Args:
-        weights: Which.
-        held: The format that they are held in.
-        device: Where they answer.
-        is_said: Whether a line on the terminal says so while they are loaded.
+        weights: The weights.
+        held: Their format in memory.
+        device: The device.
+        is_said: Whether a status line is shown while they are loaded.
     """
     with ExitStack() as stack:
         try:
@@ -78,17 +77,12 @@ def opened(weights: Weights, held: Held, device: torch.device, *, is_said: bool 
 
 
 def show_text(text: str) -> None:
-    """A part of an answer, at once and as it is."""
+    """Print a part of an answer at once, unchanged."""
     print(text, end="", flush=True)
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `--device` asks for."""
-    return choose_device(name, "--device ")
-
-
 def say_cut(given: Sequence[Answer], max_new_tokens: int) -> None:
-    """Say so if an answer was not ended by the model."""
+    """Print a notice if an answer was cut off."""
     lengths = [len(answer.tokens) for answer in given if answer.end == "cut"]
     if lengths:
         why = "--max-new-tokens allows more" if max(lengths) >= max_new_tokens else "the model has no more positions"

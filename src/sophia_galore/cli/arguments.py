@@ -18,17 +18,17 @@ STARTER = Path("config.yaml")
 
 
 def expanded(path: Path | None) -> Path | None:
-    """A path argument with `~` and variables filled in, as in a configuration. Shells do not in `--option=~/x`."""
+    """Expand `~` and variables in a path argument; shells do not in `--option=~/x`."""
     return None if path is None else Path(expand(str(path)))
 
 
 def expanded_text(text: str | None) -> str | None:
-    """The same for an argument that is a path or something else, such as a hub id."""
+    """Expand `~` and variables in an argument that may be a path or, for example, a hub id."""
     return None if text is None else expand(text)
 
 
 def expanded_paths(paths: list[Path]) -> list[Path]:
-    """The same for several."""
+    """Expand `~` and variables in several paths."""
     return [Path(expand(str(path))) for path in paths]
 
 
@@ -42,15 +42,15 @@ Overrides = Annotated[
 
 
 def read_config(path: Path, optimizer: str | None, overrides: list[str] | None) -> RunConfig:
-    """The configuration that a command line asks for."""
+    """Load the configuration of a command line."""
     return load_config(there(path), given_overrides({"optimizer.type": optimizer}, overrides))
 
 
 def there(path: Path) -> Path:
-    """The configuration's file; what to do outside of a clone, where the default one is not, is said.
+    """Return the configuration's file.
 
     Raises:
-        ConfigError: It is the default one, and not there.
+        ConfigError: It is the default file, and does not exist, as outside of a clone.
     """
     if path != DEFAULT_CONFIG or path.exists():
         return path
@@ -60,14 +60,14 @@ def there(path: Path) -> Path:
 
 
 def given_overrides(short: Mapping[str, str | None], overrides: list[str] | None) -> list[str]:
-    """The overrides of a command line, those that have an option of their own among them.
+    """Return the overrides of a command line, with those given by options such as --model.
 
     Args:
-        short: Values of such options by the key that they are short for; None: not given.
+        short: Values of these options by key; None: not given.
         overrides: KEY.PATH=VALUE words.
 
     Raises:
-        ArgumentError: An option and a word say different things about the same key.
+        ArgumentError: An option and an override give different values for one key.
     """
     words = list(overrides or [])
     for key, value in short.items():

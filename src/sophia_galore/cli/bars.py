@@ -1,4 +1,4 @@
-"""What memory consists of, as one bar on the terminal with its legend below."""
+"""Memory by category, as one bar on the terminal with a legend, and wide tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
 from rich.text import Text
 
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.report.style import colour_of, in_order
 
 LEGEND_WIDTH = 80
-"""Columns that the legend never exceeds."""
+"""The largest width of the legend, in columns."""
 
 _BLOCK, _FREE_BLOCK = "\u2588", "\u2591"
 _FREE_MARK, _OVER_MARK = ".", "!"
@@ -22,22 +23,28 @@ _LETTERS = {"optimizer state": "S"}
 _FREE, _OVER = "free", "over the limit"
 
 
-def memory_bar(categories: Mapping[str, int], *, limit_bytes: int | None, width: int) -> RenderableType:
-    """One stacked bar of the categories, and below it a legend with size and per cent.
+def memory_bar(categories: Mapping[str, int], *, limit_bytes: int | None, width: int = LEGEND_WIDTH) -> RenderableType:
+    """Return a stacked bar of the categories with a legend of sizes and per cent.
 
-    The bar stands for the limit, or for the total where there is no limit or it is exceeded. On a terminal of at
-    least 256 colours that can show blocks it is of coloured blocks, elsewhere of letters. What has no size is left out.
+    The whole bar is the limit, or the total if there is no limit or it is exceeded. A terminal with at least 256
+    colours shows coloured blocks, any other shows letters. Empty categories are left out.
 
     Args:
-        categories: What is allocated, in bytes.
-        limit_bytes: What may be allocated; None without a limit. Per cent are of the limit, else of the total.
-        width: Columns of the bar.
+        categories: Allocated bytes by category.
+        limit_bytes: The limit in bytes, or None. Per cent are of the limit, else of the total.
+        width: The largest width of the bar, in columns.
 
     Returns:
-        Something for a console to print.
+        A renderable for a console.
     """
     positive = {name: categories[name] for name in in_order(categories) if categories[name] > 0}
     return _MemoryBar(positive, limit_bytes if limit_bytes and limit_bytes > 0 else None, max(width, 1))
+
+
+def print_wide(console: Console, table: Table) -> None:
+    """Print a table in its full width: a terminal that is narrower breaks its rows, and nothing is cut off."""
+    width = console.measure(table, options=console.options.update(width=10_000)).maximum
+    Console(highlight=False, soft_wrap=True, width=max(width, console.width)).print(table)
 
 
 def segments(sizes: Mapping[str, int], whole_bytes: int, width: int) -> dict[str, int]:

@@ -19,7 +19,6 @@ from sophia_galore.cli.answering import (
     SystemOption,
     TemperatureOption,
     TopPOption,
-    device_of,
     notice,
     opened,
     weights_of,
@@ -28,6 +27,7 @@ from sophia_galore.cli.chat_session import ChatSession
 from sophia_galore.cli.display import need_reader
 from sophia_galore.engine.dialogue import Dialogue
 from sophia_galore.engine.generate import Settings
+from sophia_galore.plan.device import choose_device
 
 _PROMPT, _GOES_ON, _BLOCK = "> ", ". ", '"""'
 
@@ -45,7 +45,7 @@ def chat(
 ) -> None:
     """Talk with a model, turn by turn; /help shows the commands, Ctrl-D ends."""
     need_reader()
-    place = device_of(device)
+    place = choose_device(device, "--device ")
     with ExitStack() as stack:
         found = weights_of(model, compare_base=compare_base)
         models = [stack.enter_context(opened(weights, held, place)) for weights in found]
@@ -63,7 +63,7 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, to the end of the input; what stands between triple quotes is one line."""
+    """Yield the lines that the user types; text between triple quotes is one line."""
     is_terminal = sys.stdin.isatty()
     if is_terminal and sys.stdout.isatty():
         with suppress(ImportError):  # which Windows lacks; with it, `input` has a history and lines can be edited
@@ -89,7 +89,7 @@ def _lines() -> Iterator[str]:
 
 
 def _read(prompt: str, *, is_terminal: bool) -> str:
-    """A line without its end; the prompt is shown to who types, and is no answer."""
+    """Read a line without its end; the prompt is no part of standard output."""
     try:
         if is_terminal and sys.stdout.isatty():
             return input(prompt)

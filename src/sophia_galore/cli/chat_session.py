@@ -1,4 +1,4 @@
-"""A chat on the terminal: questions, and the commands among them."""
+"""A chat on the terminal: questions and commands."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _LINES = ".jsonl"
 
 
 class ChatSession:
-    """Takes what the user types and shows what comes of it.
+    """Answers questions and runs commands, line by line.
 
     Args:
-        dialogues: With the model; or first with the one from before training, then with the model.
-        settings: How answers are drawn; each question draws anew.
+        dialogues: The model's dialogue; with --compare-base, the base model's comes first.
+        settings: Sampling of answers; each question has its own seed.
     """
 
     def __init__(self, dialogues: Sequence[Dialogue], settings: Settings) -> None:
         self._dialogues, self._settings = dialogues, settings
         self._num_asked = 0
-        # Name: what it takes, what it does, in words and as a function that says whether the chat goes on.
+        # Name: argument, help text, and a function that returns whether the chat goes on.
         self._commands: dict[str, tuple[str, str, Callable[[str], bool]]] = {
             "/reset": ("", "forget the conversation", self._reset),
             "/system": ("TEXT", "what the model is told before everything; without TEXT: nothing", self._system),
@@ -38,7 +38,7 @@ class ChatSession:
         }
 
     def greet(self) -> None:
-        """Say who answers, and what to know about it."""
+        """Print the models and the commands."""
         titles = " and ".join(dialogue.loaded.title for dialogue in self._dialogues)
         notice(f"{titles}: /help shows the commands, Ctrl-C ends an answer, Ctrl-D the chat.")
         for loaded in (dialogue.loaded for dialogue in self._dialogues):
@@ -49,7 +49,7 @@ class ChatSession:
                 )
 
     def take(self, line: str) -> bool:
-        """Carry out a command or answer a question; what the user got wrong is said, and the chat goes on.
+        """Run a command or answer a question; an error of the user is shown, and the chat goes on.
 
         Args:
             line: What was typed. A question that begins with a slash has a space before it.
@@ -77,7 +77,8 @@ class ChatSession:
         for dialogue, each in zip(self._dialogues, asked, strict=True):
             if each.num_forgotten:
                 turns = "oldest turn" if each.num_forgotten == 1 else f"{each.num_forgotten} oldest turns"
-                notice(f"({dialogue.loaded.title} no longer sees the {turns}: it reads {_positions(dialogue)} tokens.)")
+                model = dialogue.loaded
+                notice(f"({model.title} no longer sees the {turns}: it reads {model.num_positions} tokens.)")
         settings = replace(self._settings, seed=self._settings.seed + self._num_asked)
         self._num_asked += 1
         given = self._answers(asked, settings)
@@ -142,13 +143,9 @@ class ChatSession:
 
 
 def _answer(dialogue: Dialogue, asked: Asked, settings: Settings, show: Callable[[str], None]) -> Answer:
-    """The answer of one model; Ctrl-C ends it, and what was said until then stays."""
+    """Return the answer of one model; Ctrl-C ends it, and the text so far is kept."""
     stream = Stream(dialogue.loaded.tokenizer, show)
     try:
         return dialogue.answer(asked, settings, stream)
     except KeyboardInterrupt:
         return stream.given("interrupted")
-
-
-def _positions(dialogue: Dialogue) -> int:
-    return dialogue.loaded.num_positions

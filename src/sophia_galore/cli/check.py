@@ -9,10 +9,10 @@ import typer
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, ConfigOption, OptimizerOption, Overrides, read_config
 from sophia_galore.cli.show import Terminal
-from sophia_galore.train.aside import refuse_moving
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.dated import settled
+from sophia_galore.train.earlier_run import refuse_unsafe_folder
 from sophia_galore.train.prepare import prepare
+from sophia_galore.train.run_date import fill_date
 
 
 def check(
@@ -23,8 +23,8 @@ def check(
     parameters: Annotated[bool, typer.Option("--parameters", help="Print a row for each parameter as well.")] = False,
 ) -> None:
     """Show what `train` would do, without loading a weight; only a model that is not here yet is downloaded."""
-    asked = settled(read_config(config, optimizer, overrides))
-    refuse_moving(asked, config, None)
+    asked = fill_date(read_config(config, optimizer, overrides))
+    refuse_unsafe_folder(asked, config, None)
     if as_json:
         print(json.dumps(prepare(asked, Callback()).plan.to_json(), indent=2))
         return

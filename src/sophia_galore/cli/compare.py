@@ -15,7 +15,7 @@ from sophia_galore.cli.report import show_report
 from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError, UserError
 from sophia_galore.experiment.children import Stopped, carry_out
-from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
+from sophia_galore.experiment.design import Trial, design, differences, refuse_incomparable
 from sophia_galore.records.files import PLAN
 from sophia_galore.report.comparison import compared
 from sophia_galore.report.run import read_run
@@ -23,7 +23,7 @@ from sophia_galore.report.write import write_report
 
 DEFAULT_OUTPUT = Path("outputs/compare")
 
-# Of what a run prints, what a reader of several runs wants to see stay.
+# Beginnings of a run's lines that stay on the terminal; other lines are only shown while they are the latest.
 _STAYS = ("eval loss", "Ended early", "The final model", "Waiting for", "Going on after", "Error: ")
 
 
@@ -47,7 +47,7 @@ def compare(
     )
     console = Console(highlight=False, soft_wrap=True)
     _show_differences(console, trials)
-    fingerprint = refuse_what_cannot_be_compared(trials)
+    fingerprint = refuse_incomparable(trials)
     console.print(f"{len(trials)} runs on the same data ({fingerprint[:12]}), in {output}.", markup=False)
     failures: dict[str, str] = {}
     for number, trial in enumerate(trials, start=1):
@@ -63,7 +63,7 @@ def compare(
             failures[trial.label] = reason
             console.print(f"{trial.label} failed: {reason}", style="bold red", markup=False)
             console.print(f"What it printed: {trial.log}", markup=False)
-        # After each run, so that what is there can be read while the others are under way.
+        # After each run, so that the report can be read while the others are running.
         _report(trials[:number], failures, command, output)
     files = _report(trials, failures, command, output, console)
     console.print("Report: " + ", ".join(map(str, files)), markup=False)
@@ -73,7 +73,7 @@ def compare(
 def _report(
     trials: list[Trial], failures: dict[str, str], command: str, output: Path, console: Console | None = None
 ) -> list[Path]:
-    """Write what is known of the runs so far, and show it."""
+    """Write the report on the runs so far; print it if a console is given."""
     began = [trial for trial in trials if (trial.folder / PLAN).exists()]
     if not began:
         if console is None:
@@ -88,7 +88,7 @@ def _report(
 
 
 def _sorted(words: list[str]) -> tuple[list[Path], list[str]]:
-    """Files, and overrides: what has "=" in it before any "/" is one."""
+    """Split words into files and overrides; an override has "=" before any "/"."""
     overrides = [word for word in words if "=" in word and not set(word.partition("=")[0]) & set("/\\")]
     paths = expanded_paths([Path(word) for word in words if word not in overrides])
     if not paths:
@@ -110,7 +110,7 @@ def _show_differences(console: Console, trials: list[Trial]) -> None:
 
 
 def _show_line(console: Console, status: Status, line: str) -> None:
-    """What a run prints: some of it stays, the rest is seen while it is the latest."""
+    """Show a line that a run printed."""
     if line.startswith(_STAYS):
         console.print(f"  {line}", markup=False)
     elif line.startswith(("step ", "Probe step", "Loading")):

@@ -1,7 +1,7 @@
-"""Standard output and error, which may end before the program does: a closed pipe, a terminal that is gone.
+"""Standard output and error that survive a closed pipe or terminal.
 
-Whoever reads them is not needed for the work. So a command goes on without, and its output goes nowhere; only a
-command whose output *is* the work, an answer that is written out token by token, ends with its reader.
+Training does not need a reader: a command goes on and its output is discarded. Only a command whose output is its
+purpose, such as `generate`, ends when nobody reads it any more.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-# Nobody will ever read what is written there.
+# Errors that mean that nobody reads the stream any more.
 _GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESHUTDOWN, errno.ECONNRESET, errno.EINVAL}
 
 
 class ReaderGone(Exception):
-    """Nobody reads standard output any more, and the command is of no use without a reader."""
+    """Nobody reads standard output any more, and the command needs a reader."""
 
 
 class Display:
-    """A text stream that does not fail where nobody listens any more.
+    """A text stream that does not fail if nobody reads it any more.
 
     Args:
-        stream: What is written to.
+        stream: The stream to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -39,7 +39,7 @@ class Display:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, if there is still somebody to read it."""
+        """Write text; without a reader it is discarded."""
         with self._surviving():
             self._stream.write(text)
         return len(text)
@@ -50,7 +50,7 @@ class Display:
             self.write(line)
 
     def flush(self) -> None:
-        """Hand over what was written."""
+        """Flush the stream."""
         with self._surviving():
             self._stream.flush()
 
@@ -72,7 +72,7 @@ class Display:
             raise ReaderGone
 
     def silence(self) -> None:
-        """From now on everything goes nowhere, also what lies in buffers, and what other code writes there."""
+        """Discard all further output, including buffers and output of other code."""
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -81,7 +81,7 @@ class Display:
 
 @contextmanager
 def displays() -> Iterator[Display]:
-    """Inside the context standard output and error are displays; gives the first of them."""
+    """Replace standard output and error by displays inside a context; yield that of standard output."""
     before = sys.stdout, sys.stderr
     out, err = (Display(stream) for stream in before)
     for stream in before:
@@ -101,13 +101,13 @@ def displays() -> Iterator[Display]:
 
 
 def need_reader() -> None:
-    """Say that this command ends when nobody reads its output any more."""
+    """End this command when nobody reads its output any more."""
     if isinstance(sys.stdout, Display):
         sys.stdout.needs_reader = True
 
 
 def open_standard_streams() -> None:
-    """Make sure that the numbers 0, 1 and 2 are taken: else the next file would get one, and what is printed."""
+    """Open file descriptors 0, 1 and 2 if they are closed: else the next file would get one, and printed text."""
     for number in range(3):
         try:
             os.fstat(number)

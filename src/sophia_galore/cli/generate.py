@@ -18,7 +18,6 @@ from sophia_galore.cli.answering import (
     SystemOption,
     TemperatureOption,
     TopPOption,
-    device_of,
     opened,
     say_cut,
     show_text,
@@ -29,6 +28,7 @@ from sophia_galore.cli.side_by_side import SideBySide
 from sophia_galore.engine.dialogue import Dialogue
 from sophia_galore.engine.generate import Answer, Settings, Stream
 from sophia_galore.errors import ArgumentError
+from sophia_galore.plan.device import choose_device
 from sophia_galore.train.trained import Weights
 
 
@@ -47,7 +47,7 @@ def generate(
     """Answer a question with a model, token by token; only the answer goes to standard output."""
     need_reader()
     question = _read_question(prompt)
-    place = device_of(device)
+    place = choose_device(device, "--device ")
     weights = weights_of(model, compare_base=compare_base)
     settings = Settings(max_new_tokens, temperature, top_p, seed)
 

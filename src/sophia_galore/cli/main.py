@@ -1,8 +1,8 @@
-"""`sophia-galore`: arguments in, an exit code out.
+"""The command `sophia-galore`. Its exit codes:
 
 0  done (also: stopped by the user after saving)
 1  the run failed
-2  something in what the user gave is wrong: one message, cause and remedy
+2  an error in the user's input: one message with cause and remedy
 130  interrupted (Ctrl-C) where there was nothing to save
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ from sophia_galore.cli.train import train
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, short
 from sophia_galore.model.disk import errno_of
 
-# What typer makes of Ctrl-C.
+# Typer's exit code for Ctrl-C.
 _INTERRUPTED = 130
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -44,17 +44,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("init")(init)
-app.command("train")(train)
-app.command("check")(check)
-app.command("plan")(plan)
-app.command("prepare-data")(prepare_data)
-app.command("download")(download)
-app.command("compare")(compare)
-app.command("report")(report)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("export")(export)
+_command: Callable[..., object]
+for _command in (init, train, check, plan, prepare_data, download, compare, report, generate, chat, export):
+    app.command()(_command)
 app.command("push")(push_model)
 
 
@@ -83,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _carry_out(arguments)
         if isinstance(out.failure, OSError):
             _complain(f"The output could not be written: {out.failure.strerror}.", "Free some space.")
-            # Of a run, what it printed is the least part.
+            # A run's result does not depend on its printed output.
             code = code or (0 if arguments[:1] in (["train"], ["compare"]) else 2)
     return code
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
+from sophia_galore.cli.bars import memory_bar, print_wide
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
@@ -18,7 +18,7 @@ from sophia_galore.memory.fitting import Fit, in_words
 from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.plan.decisions import standing_bytes
 
-# What decides about memory; the rest of a configuration is in its file.
+# The keys that memory depends on.
 _SETTINGS = (
     "model.name",
     "model.store",
@@ -42,13 +42,13 @@ _SETTINGS = (
 
 
 def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found: Fit | None = None) -> dict[str, Any]:
-    """The plan as plain data.
+    """Return the plan as plain data.
 
     Args:
-        planner: What it is of.
-        config: The settings that it is for.
-        estimate: What they need, and what there is.
-        found: How they were found, if they were looked for.
+        planner: The planner of this model and data.
+        config: The settings.
+        estimate: The memory that they need, and the budget.
+        found: The search that found them, with --fit.
     """
     decided, forecast, budget = planner.decide(config), estimate.forecast, estimate.budget
     values = flatten(config)
@@ -87,7 +87,7 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
 
 
 def show_estimate(console: Console, planner: Planner, config: RunConfig, estimate: MemoryEstimate) -> None:
-    """What a configuration needs, by phase and category, and whether it fits."""
+    """Print the memory that a configuration needs, by phase and category, and whether it fits."""
     plan, forecast, budget = plan_of(planner, config, estimate), estimate.forecast, estimate.budget
     console.print(
         f"{plan['model']} ({plan['source']}): {plan['num_parameters'] / 1e6:.1f} M parameters, "
@@ -106,8 +106,7 @@ def show_estimate(console: Console, planner: Planner, config: RunConfig, estimat
     stays = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan["standing_bytes"].items() if size)
     console.print(f"Stays all the time, exactly: {stays}. What comes and goes is simulated. At the peak:", markup=False)
     limit = budget.tensor_bytes if budget else None
-    width = min(console.width, LEGEND_WIDTH)
-    console.print(memory_bar(plan["categories"], limit_bytes=limit, width=width))
+    console.print(memory_bar(plan["categories"], limit_bytes=limit))
     console.print(verdict(estimate))
     if config.training.device == "auto" and planner.facts.device.is_cpu:
         console.print("That is for this machine, which has no GPU; for a CUDA card: --device cuda.")
@@ -116,7 +115,7 @@ def show_estimate(console: Console, planner: Planner, config: RunConfig, estimat
 
 
 def verdict(estimate: MemoryEstimate) -> Text:
-    """Whether it fits, and by how much."""
+    """Say whether the run fits into memory, and by how much."""
     budget, needed = estimate.budget, estimate.forecast.peak_bytes
     words = f"Tensors need {bytes_in_words(needed)} at most"
     if budget is None:
@@ -129,7 +128,7 @@ def verdict(estimate: MemoryEstimate) -> Text:
 
 
 def show_fit(console: Console, found: Fit, budget: Budget) -> None:
-    """The ladder: what was tried, and what it brought."""
+    """Print the settings that were tried, with memory and time of each."""
     console.print(f"Fitting into {_limit(budget)}:", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("changed", "to", "need", "fits", "time"):
@@ -142,9 +141,7 @@ def show_fit(console: Console, found: Fit, budget: Budget) -> None:
             Text("yes", "green") if tried.fits else Text("no", "red"),
             f"x {tried.slowdown:.2f}",
         )
-    # A setting that is cut off at the screen's edge is of no use.
-    width = console.measure(table, options=console.options.update(width=10_000)).maximum
-    Console(highlight=False, soft_wrap=True, width=max(width, console.width)).print(table)
+    print_wide(console, table)
     console.print("need: most bytes of tensors; time: of a token, as expected, against that of what was asked.")
 
 

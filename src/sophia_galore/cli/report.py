@@ -46,22 +46,17 @@ def report(
 
 
 def show_report(console: Console, comparison: Comparison) -> None:
-    """Print the finding, warnings and first tables of a report; everything else is in its files.
+    """Print the finding, the warnings and the main tables of a report.
 
     Args:
-        console: Where to.
+        console: The console.
         comparison: The runs.
     """
     page = document_of(comparison)
-    tables = [
-        part
-        for section in page.sections
-        if section.heading in _SHOWN
-        for part in section.parts
-        if isinstance(part, document.Table)
-    ]
-    for table in tables:
-        console.print(_table(table))
+    for section in page.sections:
+        for part in section.parts:
+            if section.heading in _SHOWN and isinstance(part, document.Table):
+                console.print(_table(part))
     for part in page.opening:
         if isinstance(part, document.Points):
             for item in part.items:

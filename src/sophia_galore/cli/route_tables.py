@@ -16,7 +16,7 @@ from sophia_galore.plan.verdicts import Decided
 
 
 def plan_table(plan: RunPlan) -> Table:
-    """The routes, summed up by what trains them and why."""
+    """Return a table of the routes, grouped by rule and reason."""
     table = _table(
         f"{plan.model_name} ({plan.model_source}): what is trained by what",
         left=("rule", "because", "weights"),
@@ -37,7 +37,7 @@ def plan_table(plan: RunPlan) -> Table:
 
 
 def parameter_table(plan: RunPlan) -> Table:
-    """Every route, in the model's order."""
+    """Return a table of every route, in the model's order."""
     table = _table(
         f"{plan.model_name}: every parameter",
         left=("parameter", "shape", "weights", "rule", "projection", "trained", "because"),
@@ -60,13 +60,13 @@ def parameter_table(plan: RunPlan) -> Table:
 
 
 def remarks(plan: RunPlan) -> str:
-    """What else there is to say about parameters, each with the number of those that it is about; may be empty."""
+    """Return the remarks on parameters with the number of tensors of each; may be empty."""
     counts = Counter(remark for route in plan.routes for remark in route.remarks)
     return "; ".join(f"{remark} ({count} tensor{'s' * (count > 1)})" for remark, count in counts.items())
 
 
 def trained_share(plan: RunPlan) -> Text:
-    """How much of the model is trained; red where that is not all of it."""
+    """Return which share of the model is trained; red if it is not all."""
     # Rounded down: what is not trained must not be rounded away.
     percent = math.floor(1000 * plan.trained_fraction) / 10
     share = f"{percent:g}%" if percent or not plan.num_trained_parameters else "less than 0.1%"
@@ -74,7 +74,7 @@ def trained_share(plan: RunPlan) -> Text:
 
 
 def arranged(plan: RunPlan) -> str:
-    """How much padding is saved by the arrangement of the examples; nothing where they are only shuffled."""
+    """Say how much padding packing or grouping saves; "" if examples are only shuffled."""
     if plan.arrangement == "packed":
         return (
             f"Packed {plan.num_train_examples} examples into {plan.num_rows} rows: micro-batches are {plan.fill:.0%} "
@@ -90,7 +90,7 @@ def arranged(plan: RunPlan) -> str:
 
 
 def verdict_line(verdict: Decided) -> Text:
-    """A verdict and its reason; what falls back to something else than was asked for stands out."""
+    """Return a verdict and its reason; a fallback is bold."""
     style = "yellow" if verdict.verdict == "use" else "bold yellow"
     return Text(f"{verdict.verdict}: {verdict.sentence()}", style=style)
 

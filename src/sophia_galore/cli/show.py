@@ -1,4 +1,4 @@
-"""What a run shows on the terminal."""
+"""The output of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from sophia_galore.cli.bars import print_wide
 from sophia_galore.cli.route_tables import arranged, parameter_table, plan_table, remarks, trained_share, verdict_line
 from sophia_galore.config.schema_data import DataConfig, sources_in_words
 from sophia_galore.config.size import bytes_in_words
@@ -21,14 +22,14 @@ from sophia_galore.train.callback import Callback
 
 _LONGEST_EXAMPLE = 900
 _MOST_FILES = 20
-"""So many files are named one by one; a data set in more pieces is summed up after them."""
+"""The number of files that are named one by one; further ones are summed up."""
 
 
 def file_lines(files: Sequence[FileRead]) -> list[str]:
-    """What was read, file by file; nothing for a single file that is what its ending says.
+    """Return a line for each data file; none for a single file without a note.
 
     Args:
-        files: What was read and what was left alone.
+        files: The files that were read or left alone.
     """
     if len(files) == 1 and not files[0].note:
         return []
@@ -43,17 +44,17 @@ def file_lines(files: Sequence[FileRead]) -> list[str]:
 
 
 def time_in_words(seconds: float) -> str:
-    """Seconds as "1:02:03" or "2:03"."""
+    """Format seconds as "1:02:03" or "2:03"."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 class Terminal(Callback):
-    """Shows a run: on a terminal with a line that stays alive during a step, elsewhere a line a step.
+    """Shows a run: a line for each step, and on a terminal a status line while a step is running.
 
     Args:
-        logging_steps: Every how many steps a line stays.
+        logging_steps: Keep the line of every so many steps.
     """
 
     def __init__(self, logging_steps: int = 1) -> None:
@@ -63,11 +64,11 @@ class Terminal(Callback):
         self._on_cpu = True
 
     def say(self, text: str) -> None:
-        """A sentence for the user."""
+        """Print a sentence."""
         self.console.print(text, markup=False)
 
     def data_read(self, asked: DataConfig, dataset: Dataset) -> None:
-        """Show what became of the data."""
+        """Show what was read and what can't be used."""
         for line in file_lines(dataset.files):
             self.say(line)
         if asked.eval is None and any(file.use == "eval" for file in dataset.files):
@@ -87,32 +88,25 @@ class Terminal(Callback):
             )
         self.say(f"Format of the training records: {dataset.format}.")
         if dataset.bad:
-            self.console.print(
+            self._warn(
                 f"{len(dataset.bad)} records can't be used and are left out; {BAD_RECORDS} in the run's folder "
-                f"lists them. The first: {dataset.bad[0].where}: {dataset.bad[0].reason}",
-                style="bold yellow",
-                markup=False,
+                f"lists them. The first: {dataset.bad[0].where}: {dataset.bad[0].reason}"
             )
         if dataset.summary.num_shared:
-            self.console.print(
+            self._warn(
                 f"{dataset.summary.num_shared} training records are in the evaluation data too: "
-                "its loss will look better than it is.",
-                style="bold yellow",
-                markup=False,
+                "its loss will look better than it is."
             )
-
         repeated = dataset.repetition
         if repeated is not None and repeated.share > REPEATED:
-            self.console.print(
+            self._warn(
                 f"The evaluation data repeat the training data: {repeated.share:.0%} of what is counted can be told "
                 f"from word sequences of the training data alone (loss {repeated.loss:.2f}), so a low eval loss will "
-                "say little.",
-                style="bold yellow",
-                markup=False,
+                "say little."
             )
 
     def planned(self, plan: RunPlan) -> None:
-        """Show what will be trained by what."""
+        """Show which rule trains which parameters, and what the run needs."""
         self._on_cpu = plan.device == "cpu"
         self.console.print(plan_table(plan))
         if said := remarks(plan):
@@ -131,17 +125,14 @@ class Terminal(Callback):
         shown = {verdict.sentence() for verdict in plan.verdicts}
         for note in plan.notes:
             if note not in shown:
-                self.console.print(note, style="bold yellow", markup=False)
+                self._warn(note)
 
     def routed(self, plan: RunPlan) -> None:
         """Show every parameter."""
-        table = parameter_table(plan)
-        # A row that is too long for the screen goes on in the next line: nothing of it is left out.
-        width = self.console.measure(table, options=self.console.options.update(width=10_000)).maximum
-        Console(highlight=False, soft_wrap=True, width=max(width, self.console.width)).print(table)
+        print_wide(self.console, parameter_table(plan))
 
     def examples(self, rendered: list[list[tuple[str, bool]]]) -> None:
-        """Show training examples; what the loss counts stands out."""
+        """Show training examples; the counted tokens are marked."""
         for number, segments in enumerate(rendered, 1):
             text = Text()
             for part, counted in segments:
@@ -159,7 +150,7 @@ class Terminal(Callback):
             f"{bytes_in_words(record['process_bytes'] if self._on_cpu else record['reserved_bytes'])}  "
             f"{time_in_words(seconds_left)} left"
         )
-        self._clear()
+        self.clear_status()
         stays = record["step"] % self._logging_steps == 0 or record["step"] == num_steps
         if stays:
             self.say(line)
@@ -170,23 +161,23 @@ class Terminal(Callback):
 
     def evaluated(self, step: int, eval_loss: float) -> None:
         """Show one evaluation."""
-        self._clear()
+        self.clear_status()
         self.console.print(f"eval loss {eval_loss:.4f} after step {step}", style="bold", markup=False)
 
     def answered(self, when: str, answers: list[tuple[str, str]]) -> None:
-        """Show the first sample answers; those after training are shown beside them at the end."""
-        self._clear()
+        """Show the answers before training; those after training are compared with them at the end."""
+        self.clear_status()
         if when == "after":
             return
         for question, given in answers:
             self.console.print(question, style="bold cyan", markup=False)
             self.console.print(f"  before: {given}", markup=False)
 
-    def close(self) -> None:
-        """Take the live line away."""
-        self._clear()
+    def _warn(self, text: str) -> None:
+        self.console.print(text, style="bold yellow", markup=False)
 
-    def _clear(self) -> None:
+    def clear_status(self) -> None:
+        """Remove the line of the step that is running."""
         if self._status is not None:
             self._status.stop()
             self._status = None

@@ -1,4 +1,4 @@
-"""Two answers to one question: in columns on a terminal that is wide enough, else one below the other."""
+"""Two answers to one question: in columns on a wide terminal, else one below the other."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 _NARROWEST = 80
-"""Below so many characters, columns hold too few words."""
+"""Narrower terminals, in characters, show no columns."""
 
 _LABELS = ("base", "fine-tuned")
 
 
 class SideBySide(AbstractContextManager["SideBySide"]):
-    """Shows the answers to one question as they come: first all of the first one, then the second.
+    """Shows two answers to one question as they are generated, one after the other.
 
     Args:
-        console: Where to.
-        titles: The names of the models, from before and after training.
+        console: The console.
+        titles: The names of the base model and the trained model.
     """
 
     def __init__(self, console: Console, titles: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ class SideBySide(AbstractContextManager["SideBySide"]):
         self._live = Live(self._table(), console=console, auto_refresh=False) if columns else None
 
     def __enter__(self) -> Self:
-        """Take the screen."""
+        """Start the live table."""
         if self._live is not None:
             self._live.start()
         return self
@@ -44,7 +44,7 @@ class SideBySide(AbstractContextManager["SideBySide"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Leave what is there."""
+        """Print the final table."""
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
@@ -52,7 +52,7 @@ class SideBySide(AbstractContextManager["SideBySide"]):
             self._console.print()
 
     def begin(self) -> None:
-        """The next model's turn: it is loaded, and then reads the question."""
+        """Begin the next model's answer."""
         self._place += 1
         if self._live is None:
             above = "\n\n" if self._place else ""
@@ -63,7 +63,7 @@ class SideBySide(AbstractContextManager["SideBySide"]):
             self._live.update(self._table(), refresh=True)
 
     def add(self, text: str) -> None:
-        """A new part of this model's answer."""
+        """Add a part of this model's answer."""
         self._texts[self._place].append(text)
         if self._live is not None:
             self._live.update(self._table(), refresh=True)

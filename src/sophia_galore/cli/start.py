@@ -1,6 +1,6 @@
-"""The way into the command line, which says so where its packages are not installed.
+"""The entry point of the command line; it says which packages are missing.
 
-`pip install sophia-galore` brings the optimizers alone; the command is installed with them all the same.
+`pip install sophia-galore` installs only the optimizers, but the command as well.
 """
 
 from __future__ import annotations

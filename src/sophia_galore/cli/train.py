@@ -17,7 +17,7 @@ from sophia_galore.cli.arguments import (
     expanded_text,
     read_config,
 )
-from sophia_galore.cli.bars import LEGEND_WIDTH, memory_bar
+from sophia_galore.cli.bars import memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.paths import has_date
 from sophia_galore.config.size import bytes_in_words
@@ -30,7 +30,7 @@ from sophia_galore.train import run
 from sophia_galore.train.checkpoint import checkpoints
 
 _FAR_OFF = 0.05
-"""A prediction that is off by more than this is not one to rely on."""
+"""A warning is shown if the prediction is off by more than this share."""
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     """Fine-tune all weights of a model."""
     asked = read_config(config, optimizer, overrides)
     terminal = Terminal(asked.training.logging_steps)
-    words = ["train", "--config", str(config), *_words(optimizer, overrides)]
+    words = ["train", "--config", str(config), *(["--optimizer", optimizer] if optimizer else []), *(overrides or [])]
     try:
         result = run.train(
             asked,
@@ -60,7 +60,7 @@ def train(
             config_file=config,
         )
     finally:
-        terminal.close()
+        terminal.clear_status()
     if not result.finished:
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
         # After going back to an older checkpoint, the newest one is not the one that was just made.
@@ -79,10 +79,9 @@ def train(
             style="bold green" if after < first.loss else "bold red",
         )
     memory = result.memory
-    # Where no storage was followed, nothing is known about what the peak consists of.
+    # Without tracked steps the categories of the peak are unknown.
     if any(memory.categories.values()):
-        width = min(terminal.console.width, LEGEND_WIDTH)
-        terminal.console.print(memory_bar(memory.categories, limit_bytes=memory.limit_bytes, width=width))
+        terminal.console.print(memory_bar(memory.categories, limit_bytes=memory.limit_bytes))
     limit = f" (memory.limit: {bytes_in_words(memory.limit_bytes)})" if memory.limit_bytes else ""
     terminal.say(
         f"Peak memory: {bytes_in_words(memory.peak_allocated_bytes or 0)} allocated{limit}, "
@@ -96,13 +95,13 @@ def train(
 
 
 def prediction_line(memory: MemoryReport) -> Text | None:
-    """What was predicted, beside what came; a warning where the two are far apart.
+    """Compare the predicted peak memory with the measured one; warn if they are far apart.
 
     Args:
         memory: The run's memory report.
 
     Returns:
-        A sentence; None where nothing was predicted.
+        A sentence; None if nothing was predicted.
     """
     predicted_bytes, ratio = memory.predicted_peak_bytes, memory.predicted_ratio
     if predicted_bytes is None:
@@ -120,7 +119,7 @@ def prediction_line(memory: MemoryReport) -> Text | None:
 
 
 def _draw(terminal: Terminal, folder: Path) -> str:
-    """Draw what can be drawn: a package that is missing, or a full disk, is no reason for a finished run to fail."""
+    """Draw the pictures; a missing package or a full disk does not fail a finished run."""
     try:
         return f"{plot_loss(folder)}, {plot_memory(folder)}"
     except (EnvironmentProblem, OSError) as error:
@@ -130,10 +129,6 @@ def _draw(terminal: Terminal, folder: Path) -> str:
         if problem is None:
             raise
         return f"none. {problem.cause} {problem.remedy}"
-
-
-def _words(optimizer: str | None, overrides: list[str] | None) -> list[str]:
-    return [*(["--optimizer", optimizer] if optimizer else []), *(overrides or [])]
 
 
 def _compare_answers(terminal: Terminal, folder: Path) -> None:

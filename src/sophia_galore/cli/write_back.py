@@ -1,4 +1,4 @@
-"""Files that a command writes beside what a user wrote: never over it. A link stays a link."""
+"""Write files without overwriting those of the user. A link stays a link."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_config(config: RunConfig, path: Path) -> Path:
 
     Args:
         config: The configuration.
-        path: Where to; an older file of the same making is replaced.
+        path: The file; an older one that this function wrote is replaced.
 
     Returns:
         `path`.
@@ -40,15 +40,15 @@ def write_config(config: RunConfig, path: Path) -> Path:
 
 
 def replace_between_marks(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the two marks of a name in a text file.
+    """Replace the text between the two marks of a name in a text file.
 
     Args:
         path: The file.
-        name: Of the marks `<!-- NAME -->` and `<!-- /NAME -->`, each on a line of its own.
-        text: What is to stand between them.
+        name: The name in the marks `<!-- NAME -->` and `<!-- /NAME -->`, each on a separate line.
+        text: The new text.
 
     Raises:
-        UserError: The marks are not there.
+        UserError: The file has no such marks.
     """
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
@@ -66,11 +66,11 @@ def replace_between_marks(path: Path, name: str, text: str) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a text file, and make its folder if need be.
+    """Write a text file and make its folder.
 
     Args:
-        path: The file; who calls has asked whether it may be replaced.
-        text: Its content.
+        path: The file; it is replaced.
+        text: The content.
 
     Raises:
         EnvironmentProblem: It can't be written.
@@ -86,7 +86,7 @@ def refuse_other_than_png(path: Path) -> None:
     """Refuse to draw over a file that is no picture.
 
     Args:
-        path: Where the picture is to be.
+        path: The path of the new picture.
 
     Raises:
         UserError: Something else is there.

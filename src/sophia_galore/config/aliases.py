@@ -1,7 +1,7 @@
-"""Argument names of Hugging Face's trainer, understood as names for our own keys.
+"""Argument names of Hugging Face's Trainer as aliases of our keys.
 
-They may stand at the top level, or inside `training:` where people expect them. What has no
-counterpart here is not in the table, and so is refused as unknown instead of being ignored.
+They may stand at the top level or inside `training:`. A name without a counterpart here is refused as unknown, never
+ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Alias:
 
     Args:
         target: Our dotted key.
-        values: Their values in our words; a value that is not in it passes unchanged.
+        values: Our value for each of theirs; other values pass unchanged.
         closed: Refuse a value that is not in `values`.
     """
 
@@ -30,7 +30,7 @@ class Alias:
 
 @dataclass(frozen=True)
 class Denied:
-    """The value of a flag such as `bf16: false`: it asks for nothing, but rules one value out."""
+    """The value of a flag such as `bf16: false`: it only rules one value out."""
 
     value: object
 
@@ -97,7 +97,7 @@ ALIASES: dict[str, Alias] = {
     "unfrozen_parameters": Alias("training.trainable"),
 }
 
-# What can be asked for in one way only, which is how it is: it needs no key, and other wishes are refused.
+# Arguments of which only one value is supported, which is what a run does anyway; others are refused.
 _FIXED: dict[str, tuple[tuple[object, ...], str]] = {
     "metric_for_best_model": (("eval_loss", "loss"), "Evaluations measure the loss, and nothing else."),
     "greater_is_better": ((False,), "The best eval loss is the lowest one."),
@@ -105,21 +105,21 @@ _FIXED: dict[str, tuple[tuple[object, ...], str]] = {
 
 
 def alias_of(name: str) -> Alias | None:
-    """The alias that a written name stands for; None for our own keys and for unknown names."""
+    """Return the alias of a written name; None for our own keys and for unknown names."""
     if name in keys():
         return None
     return ALIASES.get(name.removeprefix("training."))
 
 
 def translate(given: Given) -> Given | Problem | None:
-    """One given value under our own key and in our own words.
+    """Translate a given value to our own key and value.
 
     Args:
         given: As written; our own keys and unknown names come back unchanged.
 
     Returns:
-        The value for the target key (`Denied` for a flag that is false), or the problem with it; None: it asks for what
-        is always so.
+        The value for the target key (`Denied` for a flag that is false), or the problem with it; None: a run always
+        does that.
     """
     if (word := given.key.removeprefix("training.")) in _FIXED:
         values, why = _FIXED[word]
@@ -141,5 +141,5 @@ def translate(given: Given) -> Given | Problem | None:
 
 
 def _is(given: object, value: object) -> bool:
-    """Equality in which, as in a configuration, `1` is not `true`."""
+    """Return whether two values are equal; as in a configuration, `1` is not `true`."""
     return type(given) is type(value) and given == value

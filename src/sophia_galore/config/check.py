@@ -1,7 +1,7 @@
-"""Options that are valid one by one but not together.
+"""Options that are valid alone but contradict each other.
 
-An option that is accepted and then ignored is worse than one that is refused. So each such case is a row of this
-table: the condition, what is wrong, and what to do. Text in braces is filled in from the configuration.
+An option that has no effect is refused, never ignored. Each case is a row of this table: condition, cause and remedy.
+Text in braces is filled in from the configuration.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Rule:
     """One combination that is refused.
 
     Args:
-        applies: Whether a configuration has it.
-        keys: The dotted keys that take part; the first one given is the place that is named.
+        applies: Returns whether a configuration has this combination.
+        keys: Its dotted keys; the message names the place of the first one that was given.
         cause: What is wrong.
         remedy: What to do.
     """
@@ -34,12 +34,12 @@ class Rule:
 
 
 _KNOWN_PLACEHOLDERS = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-# Options of native eight-bit weights alone.
+# Options that only native int8 weights have.
 _NATIVE_KEYS = ("block_size", "skip", "rounding", "fold")
 
 
 def _both_eval_sources(config: RunConfig) -> bool:
-    # A share that the user did not write contradicts nothing.
+    # Only a fraction that the user wrote contradicts data.eval.
     given = config.data.model_fields_set
     return config.data.eval is not None and "eval_fraction" in given and config.data.eval_fraction > 0
 
@@ -49,7 +49,7 @@ def _measures_nothing(config: RunConfig) -> bool:
 
 
 def _is_galore(config: RunConfig) -> bool:
-    # With another type the galore section has no effect, so that `--optimizer adamw` works on the same file.
+    # Other types ignore the galore section, so that `--optimizer adamw` works on the same file.
     return config.optimizer.type == "galore"
 
 
@@ -63,14 +63,14 @@ def _stores_bases(config: RunConfig) -> bool:
 
 
 def _native_options(config: RunConfig) -> str:
-    """Those options of native eight-bit weights that are not at their defaults, in words."""
+    """Return the options of native int8 weights that differ from their defaults, as text."""
     given = {key: getattr(config.quantization, key) for key in _NATIVE_KEYS}
     default = QuantizationConfig()
     return ", ".join(f"quantization.{key}" for key, value in given.items() if value != getattr(default, key))
 
 
 def keeps_projected_gradients(config: RunConfig) -> bool:
-    """Whether a step needs no more of a matrix's gradient than its projection, so that all can be kept for a while."""
+    """Return whether a step needs only the projected gradients, which are small enough to keep for all layers."""
     return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
 
 
@@ -82,7 +82,7 @@ RULES: dict[str, Rule] = {
         f"Known are {_KNOWN_PLACEHOLDERS}; a brace itself is written twice.",
     ),
     "all_layers_or_some": Rule(
-        # A default contradicts nothing; only what the user wrote does.
+        # Only a value that the user wrote contradicts.
         lambda c: not c.training.gradient_checkpointing and "keep_layers" in c.engine.model_fields_set,
         ("engine.keep_layers", "training.gradient_checkpointing"),
         "training.gradient_checkpointing: false keeps the graphs of all layers, but engine.keep_layers: "
@@ -90,7 +90,7 @@ RULES: dict[str, Rule] = {
         "Leave out training.gradient_checkpointing and let engine.keep_layers say it, or the other way round.",
     ),
     "int8_on_and_off": Rule(
-        # The other way round there is no contradiction: `enabled: false` is the switch, turned off.
+        # The reverse is no contradiction: `enabled: false` switches int8 off.
         lambda c: c.quantization.int8 and c.quantization.load_in_8bit is False,
         ("quantization.enabled", "quantization.load_in_8bit"),
         "quantization.enabled: true asks for eight-bit weights, but quantization.load_in_8bit: false rules out the "
@@ -220,11 +220,11 @@ RULES: dict[str, Rule] = {
 
 
 def contradictions(config: RunConfig, where: Mapping[str, str] | None = None) -> list[Problem]:
-    """Every rule that a configuration breaks.
+    """Return every rule that a configuration breaks.
 
     Args:
-        config: Values that are each valid by themselves.
-        where: Place in which each key was given, by dotted key.
+        config: A configuration whose single values are valid.
+        where: The place of each given key, by dotted key.
     """
     places = where or {}
     return [
@@ -235,7 +235,7 @@ def contradictions(config: RunConfig, where: Mapping[str, str] | None = None) ->
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a configuration that was built in Python, for the same reasons as one from a file.
+    """Refuse a configuration built in Python for the same reasons as one from a file.
 
     Raises:
         ConfigError: Naming every contradiction.

@@ -1,4 +1,4 @@
-"""A finished configuration: as YAML that loads back, as flat values, as a reference table, and with other values."""
+"""Convert a configuration: to YAML, to flat values, to a reference table; and change its values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from sophia_galore.config.fields import Section
+from sophia_galore.config.field_types import Section
 from sophia_galore.config.keys import keys
-from sophia_galore.config.paths import PATH_KEYS, expand_all, written
+from sophia_galore.config.paths import PATH_KEYS, escape_path, expand_all
 from sophia_galore.config.problems import show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.yaml_core import dump
@@ -18,11 +18,11 @@ S = TypeVar("S", bound=Section)
 
 
 def dump_config(config: RunConfig) -> str:
-    """The complete configuration as YAML, which `load_config` reads back to an equal one."""
+    """Return the complete configuration as YAML; `load_config` reads back an equal one."""
     values = config.model_dump(mode="json")
     for key in PATH_KEYS:
         section, name = key.split(".")
-        values[section][name] = expand_all(values[section][name], written)
+        values[section][name] = expand_all(values[section][name], escape_path)
     if "eval_fraction" not in config.data.model_fields_set:
         # Written down, the default would count as given: it contradicts `eval`, and replaces a folder's own split.
         del values["data"]["eval_fraction"]
@@ -33,12 +33,12 @@ def dump_config(config: RunConfig) -> str:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Every value by its dotted key, in the schema's order."""
+    """Return every value by its dotted key, in the schema's order."""
     return {name: _at(config, name) for name in keys()}
 
 
 def config_reference() -> str:
-    """A Markdown table of every key: what it accepts, its default, its meaning."""
+    """Return a Markdown table of every key: accepted values, default, meaning."""
     rows = ["| key | accepts | default | meaning |", "|---|---|---|---|"]
     for key in keys().values():
         cells = (f"`{key.name}`", key.accepts, f"`{show(key.default)}`", key.description)
@@ -47,11 +47,11 @@ def config_reference() -> str:
 
 
 def changed(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """The same configuration but for some keys, which count as given.
+    """Return a copy of a configuration with some keys changed; these count as given.
 
     Args:
         config: The configuration.
-        values: What the keys are to be, by dotted key; valid ones.
+        values: The new, valid values by dotted key.
     """
     for name, value in values.items():
         config = _with(config, name.split("."), value)

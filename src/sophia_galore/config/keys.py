@@ -1,7 +1,6 @@
-"""The keys of the schema, seen from outside: dotted names, defaults and what each accepts.
+"""The keys of the schema: dotted names, defaults and accepted values.
 
-Everything here is read off `RunConfig`, so that a new field appears in messages, in the
-reference and in suggestions without a second place to edit.
+Everything is derived from `RunConfig`, so a new field appears in messages, the reference and suggestions by itself.
 """
 
 from __future__ import annotations
@@ -40,31 +39,25 @@ class Key:
     description: str
 
     def takes(self, kind: Any) -> bool:
-        """Whether a value of this type, a plain one or a size, is among what the key accepts."""
+        """Return whether the key accepts values of this type."""
         return any(kind in (member, _bare(member)) for member in _members(self.annotation))
 
 
 @cache
 def keys() -> dict[str, Key]:
-    """Every option by its dotted name, in the schema's order."""
+    """Return every option by its dotted name, in the schema's order."""
     return {key.name: key for key in _walk(RunConfig, "")}
 
 
 @cache
 def sections() -> tuple[str, ...]:
-    """Every section by its dotted name, in the schema's order; the top level is not among them."""
-    names: list[str] = []
-    for name in keys():
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            section = ".".join(parts[:depth])
-            if section not in names:
-                names.append(section)
-    return tuple(names)
+    """Return the dotted names of all sections, in the schema's order, without the top level."""
+    parts = [name.split(".") for name in keys()]
+    return tuple(dict.fromkeys(".".join(words[:depth]) for words in parts for depth in range(1, len(words))))
 
 
 def children(section: str) -> list[str]:
-    """The words that may stand directly under a section; "" is the top level."""
+    """Return the names directly under a section; "" is the top level."""
     prefix = f"{section}." if section else ""
     words = (name[len(prefix) :].split(".")[0] for name in keys() if name.startswith(prefix))
     return list(dict.fromkeys(words))
@@ -81,14 +74,14 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union; a type that is no union is its only member."""
+    """Return the types of a union; any other type is its own only member."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
     return (annotation,)
 
 
 def _bare(annotation: Any) -> Any:
-    """A type without the limits that a `Field` sets within a union."""
+    """Return a type without the limits of a `Field` in a union."""
     if typing.get_origin(annotation) is not typing.Annotated:
         return annotation
     bare, *limits = typing.get_args(annotation)
@@ -122,7 +115,7 @@ def _words(annotation: Any) -> str:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    """The limits on a value, as " of at least 0 and below 1"."""
+    """Describe the limits of a value, as " of at least 0 and below 1"."""
     words = {"ge": "of at least {}", "gt": "above {}", "le": "of at most {}", "lt": "below {}"}
     limits = [
         text.format(f"{limit:g}" if isinstance(limit, float) else limit)

@@ -1,7 +1,7 @@
-"""From a file and override words to a `RunConfig`.
+"""Load a `RunConfig` from a YAML file and overrides.
 
-read -> settle (aliases, unknown keys, lines that contradict each other) -> validate (types and limits) -> check
-(options that contradict each other). Problems are collected, and one error names them all.
+parse -> merge (aliases, unknown keys, contradicting lines) -> validate (types and limits) -> check (contradicting
+options). Problems are collected, and one error names them all.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pydantic_core import ErrorDetails
 from sophia_galore.config.aliases import ALIASES, Denied, translate
 from sophia_galore.config.check import contradictions
 from sophia_galore.config.keys import Key, children, keys, sections
+from sophia_galore.config.parse import read_file, read_overrides
 from sophia_galore.config.paths import PATH_KEYS, expand_all
 from sophia_galore.config.problems import Given, Problem, nearest, raise_problems, show
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.config.schema_data import PROBLEM
 from sophia_galore.config.size import Size, SizeOrZero, parse_size
-from sophia_galore.config.sources import read_file, read_overrides
 from sophia_galore.errors import ArgumentError
 
 _NUMBER = re.compile(r"[-+]?[0-9.,_]+([eE][-+]?[0-9]+)?")
-"""Text that was surely meant as a number."""
+"""Text that was meant as a number."""
 
 SHORTHANDS = {
     "lr": "training.learning_rate",
@@ -36,14 +36,14 @@ SHORTHANDS = {
     "dataset": "data.train",
     "optimizer": "optimizer.type",
 }
-"""Names in wide use that look like none of ours; only for suggestions."""
+"""Common names of other tools; only for suggestions."""
 
 EXACT_FLOATS = 2**53
-"""Up to here every whole number is a float, so `1e3` for a whole number is no rounding."""
+"""Floats up to here represent every whole number, so `1e3` is exact."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read what was asked of a run.
+    """Load the configuration of a run.
 
     Args:
         path: YAML file; None: the defaults.
@@ -56,7 +56,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: Naming the file and line, or the override, of everything that is wrong.
     """
     file = read_file(Path(path)) if path is not None else []
-    given, problems = _settle(file, read_overrides(overrides))
+    given, problems = _merge(file, read_overrides(overrides))
     try:
         # Strict: otherwise true passes as 1, "3" as 3 and 1 as true.
         config = RunConfig.model_validate(_nested(given, problems), strict=True)
@@ -67,19 +67,19 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def _settle(
+def _merge(
     file: Iterable[Given | Problem], overrides: Iterable[Given | Problem]
 ) -> tuple[dict[str, Given], list[Problem]]:
-    """Decide which value each key has.
+    """Merge the values of the file and of the overrides.
 
-    A file may not contradict itself. Overrides replace what it says, and the last one wins.
+    A file may not contradict itself. Overrides replace its values, and the last override wins.
 
     Args:
-        file: What the file gives, in its order.
-        overrides: What the overrides give, in their order.
+        file: The file's values, in order.
+        overrides: The overrides, in order.
 
     Returns:
-        The value of each key that was given, and what is wrong.
+        The value of each given key, and the problems.
     """
     problems: list[Problem] = []
     chosen: dict[str, Given] = {}
@@ -106,7 +106,7 @@ def _settle(
 
 
 def _translated(entries: Iterable[Given | Problem], problems: list[Problem]) -> Iterable[Given]:
-    """The entries under known keys; everything else goes to `problems`."""
+    """Yield the entries with known keys; add everything else to `problems`."""
     for entry in entries:
         result = entry if isinstance(entry, Problem) else translate(entry)
         if result is None:
@@ -140,7 +140,7 @@ def _same(one: object, other: object) -> bool:
 
 
 def _nearest_key(name: str) -> str | None:
-    """The known key or section most like `name`, or None if nothing is.
+    """Return the known key or section most similar to `name`, or None.
 
     Args:
         name: Dotted, as the user wrote it.
@@ -154,10 +154,10 @@ def _nearest_key(name: str) -> str | None:
 
 
 def _nested(given: dict[str, Given], problems: list[Problem]) -> dict[str, Any]:
-    """The values as nested sections; paths are expanded, and what can't be expanded goes to `problems`."""
+    """Nest the values into sections and expand paths; add errors to `problems`."""
     nested: dict[str, Any] = {}
     for name, entry in given.items():
-        value = _natural(keys()[name], entry.value)
+        value = _to_python(keys()[name], entry.value)
         if name in PATH_KEYS:
             try:
                 value = expand_all(value)
@@ -172,7 +172,7 @@ def _nested(given: dict[str, Given], problems: list[Problem]) -> dict[str, Any]:
 
 
 def _wrong_values(error: ValidationError, given: dict[str, Given]) -> list[Problem]:
-    """One problem for each key whose value has the wrong type or is beyond its limits."""
+    """Return a problem for each key whose value has the wrong type or is out of range."""
     problems: dict[str, Problem] = {}
     for detail in error.errors(include_url=False):
         name = _key_at(detail["loc"])
@@ -180,8 +180,8 @@ def _wrong_values(error: ValidationError, given: dict[str, Given]) -> list[Probl
     return list(problems.values())
 
 
-def _natural(key: Key, value: object) -> object:
-    """YAML's types in Python's: lists are tuples, and `1e3` is a whole number where one is wanted."""
+def _to_python(key: Key, value: object) -> object:
+    """Convert a YAML value: a list becomes a tuple, and `1e3` an int if the key takes one."""
     if isinstance(value, list):
         return tuple(value)
     whole = key.takes(int) or _takes_size(key)
@@ -191,7 +191,7 @@ def _natural(key: Key, value: object) -> object:
 
 
 def _key_at(location: tuple[int | str, ...]) -> str:
-    """The key at or above a place in the nested values, such as ("optimizer", "betas", 0)."""
+    """Return the key at or above a location in the nested values, such as ("optimizer", "betas", 0)."""
     names = (".".join(map(str, location[:depth])) for depth in range(len(location), 0, -1))
     return next(name for name in names if name in keys())
 
@@ -213,7 +213,7 @@ def _wrong_value(key: Key, given: Given, detail: ErrorDetails) -> Problem:
 
 
 def _hint(key: Key, value: object) -> str:
-    """What was probably meant, if that can be told."""
+    """Return a hint on what was probably meant, or ""."""
     if isinstance(value, dict) and key.name in PATH_KEYS:
         return "Text that begins with { needs quotes. "
     if value is None and key.name in PATH_KEYS:

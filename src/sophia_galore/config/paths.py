@@ -1,4 +1,4 @@
-"""Paths as people write them, and the placeholders of `training.output_dir`.
+"""Paths with `~` and variables, and the placeholders of `training.output_dir`.
 
 `~` and `$VAR` mean what they mean in a shell, for every key and argument alike. `$$` stands for one `$`, and `./~x` for
 a file called `~x`. On Windows `%VAR%` is understood as well.
@@ -19,7 +19,7 @@ from typing import Any
 from sophia_galore.errors import ArgumentError
 
 PLACEHOLDERS = ("optimizer", "model", "date")
-"""The words that may stand in braces."""
+"""The known placeholders."""
 
 PATH_KEYS = (
     "model.name",
@@ -30,20 +30,20 @@ PATH_KEYS = (
     "data.eval",
     "training.output_dir",
 )
-"""The keys that take paths, some of them other things as well: hub ids, short names."""
+"""The keys that take paths; some take hub ids or short names too."""
 
 _VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|\{(?P<braced>[^{}]*)\}|(?P<plain>[A-Za-z_][A-Za-z0-9_]*))")
 _WINDOWS = re.compile(r"%(?P<plain>[A-Za-z_][A-Za-z0-9_()]*)%")
 _IN_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _DATE = "%Y-%m-%d_%H-%M-%S"
 _DATE_PATTERN = r"\d{4}-\d{2}-\d{2}_\d{2}-\d{2}-\d{2}"
-# In no file's name on Windows, and elsewhere a nuisance.
+# Not allowed in file names on Windows, and awkward elsewhere.
 _AWKWARD = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _WEIGHTS = ".gguf"
 
 
 def expand(text: str) -> str:
-    """A path with `~` and variables filled in.
+    """Expand `~` and variables in a path.
 
     Args:
         text: As written.
@@ -76,14 +76,14 @@ def expand(text: str) -> str:
     return whole
 
 
-def written(path: str) -> str:
-    """The text that `expand` reads as this very path."""
+def escape_path(path: str) -> str:
+    """Return the text that `expand` turns into this path."""
     path = path.replace("$", "$$")
     return f"./{path}" if path.startswith("~") else path
 
 
 def expand_all(value: Any, change: Any = expand) -> Any:
-    """Every path in the value of a key: one text, a list of texts, or of sections that have a `path`."""
+    """Change every path in a key's value: a text, a list of texts, or a list of sections with a `path`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -94,7 +94,7 @@ def expand_all(value: Any, change: Any = expand) -> Any:
 
 
 def named_paths(value: Any) -> list[Path]:
-    """The paths in the value of a key, as in `expand_all`; sections may be objects."""
+    """Return the paths in a key's value, as in `expand_all`; sections may be objects."""
     if isinstance(value, str):
         return [Path(value)]
     if isinstance(value, Sequence):
@@ -104,17 +104,17 @@ def named_paths(value: Any) -> list[Path]:
 
 
 def unknown_placeholders(template: str) -> list[str]:
-    """Those words in braces that stand for nothing."""
+    """Return the unknown placeholders of a template."""
     return [word for word in _words(template) if word not in PLACEHOLDERS]
 
 
 def has_date(template: str) -> bool:
-    """Whether a template has the date in it."""
+    """Return whether a template contains {date}."""
     return "date" in _words(template)
 
 
-def filled(template: str, *, optimizer: str, model: str) -> str:
-    """A template with everything filled in but the date, which stays.
+def fill_placeholders(template: str, *, optimizer: str, model: str) -> str:
+    """Fill in all placeholders but {date}.
 
     Args:
         template: `training.output_dir`.
@@ -126,13 +126,13 @@ def filled(template: str, *, optimizer: str, model: str) -> str:
 
 
 def dated(template: str, when: datetime) -> str:
-    """A template with its date filled in and nothing else."""
+    """Fill in {date} and nothing else."""
     text = when.strftime(_DATE)
     return re.sub(r"\{\{|\}\}|\{date\}", lambda found: text if found[0] == "{date}" else found[0], template)
 
 
 def dates_of(template: str, *, optimizer: str, model: str) -> dict[Path, datetime]:
-    """The folders that a template stood for at other times, with these times.
+    """Return the existing folders that fit a template, with their dates.
 
     Args:
         template: `training.output_dir` with a date in it.
@@ -175,7 +175,7 @@ def _replaced(template: str, value: Callable[[str], str]) -> str:
 
 
 def _short_name(model: str) -> str:
-    """The last part of a hub id or a path, as a folder may be called."""
+    """Return the last part of a hub id or a path as a valid folder name."""
     name = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
     name = name[: -len(_WEIGHTS)] if name.lower().endswith(_WEIGHTS) else name
     return _AWKWARD.sub("-", name).strip(". ") or "model"

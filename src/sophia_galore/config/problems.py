@@ -1,4 +1,4 @@
-"""What the user gave and what is wrong with it; all problems are collected, so that one attempt shows them all."""
+"""Values that the user gave, and problems with them, which are collected and shown at once."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from math import inf
 from sophia_galore.errors import ConfigError, UserError
 
 SHOWN = 5
-"""Problems spelled out in one message; more than these are rarely read."""
+"""The largest number of problems in one message."""
 
 LONGEST_VALUE = 60
-"""Characters of a given value that a message repeats."""
+"""The largest number of characters of a value in a message."""
 
 CUTOFF = 0.7
-"""Likeness below which a suggestion would be a guess."""
+"""The lowest similarity for a suggestion."""
 
 LAST_WORD_WEIGHT = 0.95
-"""A match of the last word alone counts a little less than one of the whole path."""
+"""Factor on the similarity of the last word alone, relative to the whole path."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Given:
     written: str
 
     def name(self) -> str:
-        """The key for a message: as written, with our name after it if that differs."""
+        """Return the key for a message: as written, with our name after it if that differs."""
         return self.key if self.written == self.key else f"{self.written} ({self.key})"
 
 
@@ -59,11 +59,11 @@ class Problem:
     remedy: str
 
     def sentence(self) -> str:
-        """The place and the cause in one line."""
+        """Return place and cause in one line."""
         return f"{self.where}: {self.cause}" if self.where else self.cause
 
     def line(self) -> float:
-        """The line in the file, for sorting; what has none comes last."""
+        """Return the line in the file, for sorting; infinity if there is none."""
         digits = self.where.rpartition(":")[2]
         return int(digits) if digits.isdigit() else inf
 
@@ -71,7 +71,7 @@ class Problem:
 def raise_problems(
     problems: Sequence[Problem], *, where: str = "in the configuration", error: type[UserError] = ConfigError
 ) -> None:
-    """Does nothing without problems, else raises one error that names them.
+    """Raise one error that names all problems, if there are any.
 
     Args:
         problems: What is wrong.
@@ -96,13 +96,13 @@ def raise_problems(
 
 
 def show(value: object) -> str:
-    """A value as a user would write it in YAML, cut to a readable length."""
+    """Format a value as in YAML, cut to a readable length."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`; the first of equals, None if nothing is like it.
+    """Return the known name most similar to `name`; the first of equals, None if none is similar.
 
     A key can be misspelt ("optimiser.type"), or right but in the wrong section ("optimizer.rank"). So names are
     compared twice, as a whole and by their last words, and the better of the two counts.

@@ -1,7 +1,7 @@
-"""What a run can be asked to do: frozen, typed, documented per field.
+"""The configuration of a run: frozen, typed, each field documented.
 
-`RunConfig` is the only configuration object. It holds what was *asked*; what will be *done*
-is decided once, in `plan`. A field exists only if something reads it.
+`RunConfig` is the only configuration object. It holds what the user asked for; `plan` decides what is done. A field
+exists only if something reads it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sophia_galore.config.fields import NotNegative, Positive, Section, TrackerNames
-from sophia_galore.config.paths import filled
+from sophia_galore.config.field_types import NotNegative, Positive, Section, TrackerNames
+from sophia_galore.config.paths import fill_placeholders
 from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.config.schema_optimizer import OptimizerConfig
 from sophia_galore.config.size import Size, SizeOrZero
@@ -61,7 +61,7 @@ class ModelConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The loop: how long, how much at once, at which rate."""
+    """The training loop: steps, batches, learning rate."""
 
     output_dir: str = Field(
         "outputs/run",
@@ -142,7 +142,7 @@ class TrainingConfig(Section):
 
 
 class QuantizationConfig(Section):
-    """Eight-bit weights: native ones, which train, or those of bitsandbytes, which are frozen."""
+    """8-bit weights: native ones, which are trained, or those of bitsandbytes, which are frozen."""
 
     enabled: bool | None = Field(
         None,
@@ -178,7 +178,7 @@ class QuantizationConfig(Section):
 
     @property
     def int8(self) -> bool:
-        """Whether weights are held in eight bits."""
+        """Whether weights are stored in 8 bits."""
         return holds_int8(self.enabled, self.load_in_8bit)
 
 
@@ -188,7 +188,7 @@ def holds_int8(enabled: object, load_in_8bit: object) -> bool:
 
 
 class CheckpointConfig(Section):
-    """When the state of the run is saved, and how much of it is kept."""
+    """When checkpoints are saved, and how many are kept."""
 
     save_every_steps: int = Field(0, ge=0, description="Save every so many steps; 0: only when stopped.")
     save_every_minutes: float = Field(0.0, ge=0, description="Save when so many minutes have gone by; 0: off.")
@@ -254,7 +254,7 @@ class MemoryConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that was asked of one run."""
+    """The complete configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -268,5 +268,5 @@ class RunConfig(Section):
 
     @property
     def run_folder(self) -> str:
-        """`training.output_dir` with its placeholders filled in, but for the date, which `settled` puts in."""
-        return filled(self.training.output_dir, optimizer=self.optimizer.type, model=self.model.name)
+        """`training.output_dir` with its placeholders filled in, but for the date, which `fill_date` puts in."""
+        return fill_placeholders(self.training.output_dir, optimizer=self.optimizer.type, model=self.model.name)

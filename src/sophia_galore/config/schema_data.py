@@ -1,6 +1,6 @@
-"""The section `data`: what is learned from and what is measured on.
+"""The section `data`: training and evaluation data.
 
-Data are one name, or a list of data sets of which each has its own share.
+Data are one name, or a list of data sets with a weight for each.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer
 from pydantic_core import PydanticCustomError
 
-from sophia_galore.config.fields import Section
+from sophia_galore.config.field_types import Section
 from sophia_galore.optim.recipes import NUM_SEEDS
 
 FormatName = Literal["alpaca", "sharegpt", "messages", "prompt_completion", "text"]
 
 PROBLEM = "data_source"
-"""Type of a validation error whose message is written for the user."""
+"""The type of validation errors whose message is shown to the user unchanged."""
 
 
 class DataSource(BaseModel):
@@ -55,7 +55,7 @@ _TAKES = {
 
 
 def _listed(value: object) -> object:
-    """A list or a single object as a tuple of sources; a name stays a name."""
+    """Convert a list or a single object to a tuple of sources; a name stays a name."""
     if isinstance(value, Mapping):
         value = (value,)
     if not isinstance(value, list | tuple):
@@ -94,7 +94,7 @@ MaybeDataSources = Annotated[str | tuple[DataSource, ...] | None, BeforeValidato
 
 
 def listed_sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-    """The data sets that a value of `data.train` or `data.eval` names, at least one.
+    """Return the data sets of a value of `data.train` or `data.eval`, at least one.
 
     Args:
         value: As the configuration has it.
@@ -103,7 +103,7 @@ def listed_sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...
 
 
 def sources_in_words(value: str | tuple[DataSource, ...]) -> str:
-    """The names of these data sets for a sentence; long lists are shortened.
+    """Return the names of the data sets for a sentence; long lists are shortened.
 
     Args:
         value: As the configuration has it.
@@ -114,7 +114,7 @@ def sources_in_words(value: str | tuple[DataSource, ...]) -> str:
 
 
 class DataConfig(Section):
-    """What is learned from, and what is measured on."""
+    """Training and evaluation data."""
 
     train: DataSources = Field(
         "data/sample_data.json",

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from sophia_galore.config.fields import Count, Positive, Section
+from sophia_galore.config.field_types import Count, Positive, Section
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim import recipes
 from sophia_galore.optim.recipes import ApolloSettings, GaLoreSettings

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, and as they read them."""
+"""Parse and format amounts of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sophia_galore.config.problems import show
 from sophia_galore.errors import ArgumentError
 
 LEAST_BYTES = 2**20
-"""Less was meant in another unit."""
+"""The smallest size; a smaller number lacks its unit."""
 
 # More than any machine has, and still a whole number that every file format can hold.
 _MOST_BYTES = 2**63 - 1
@@ -63,11 +63,11 @@ Size = Annotated[int, BeforeValidator(parse_size)]
 """A field that takes sizes, for the schema."""
 
 SizeOrZero = Annotated[int, BeforeValidator(lambda text: parse_size(text, zero=True))]
-"""The same with 0."""
+"""A field that takes sizes and 0."""
 
 
 def _bytes(text: object) -> int | None:
-    """Bytes, not yet within any limits; None: not understood."""
+    """Parse bytes without checking limits; None if not understood."""
     if isinstance(text, int) and not isinstance(text, bool):
         return text if text >= 0 else None
     if not isinstance(text, str) or len(text) > _LONGEST_TEXT:
@@ -82,7 +82,7 @@ def _bytes(text: object) -> int | None:
 
 
 def bytes_in_words(num_bytes: float) -> str:
-    """Bytes as "1.42 GiB", "310 MiB" or "96 bytes"."""
+    """Format bytes as "1.42 GiB", "310 MiB" or "96 bytes"."""
     if num_bytes >= 2**30:
         return f"{num_bytes / 2**30:.2f} GiB"
     if num_bytes >= 2**20:

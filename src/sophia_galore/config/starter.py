@@ -1,20 +1,20 @@
-"""A configuration to begin with, as commented text: what one run needs to be told, and what is worth trying first."""
+"""The commented configuration that `init` writes: the keys that matter for a first run."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
-from sophia_galore.config.paths import written
+from sophia_galore.config.paths import escape_path
 from sophia_galore.config.size import bytes_in_words
 
-# Bytes a parameter takes with weights and GaLore's state of rank 128 beside them; the least that a run keeps besides.
+# Bytes per parameter of weights and GaLore's state of rank 128; and the least memory for everything else.
 _FP32_BYTES, _BF16_BYTES, _ROOM_BYTES = 5.5, 3.0, 2**29
 
 
 @dataclass(frozen=True)
 class Formats:
-    """In which formats weights and state are kept.
+    """The formats of weights and optimizer state.
 
     Args:
         store: `model.store`.
@@ -30,13 +30,13 @@ class Formats:
 
 
 def formats_for(memory_bytes: int | None, num_parameters: int | None) -> Formats:
-    """The formats that suit a model and a memory.
+    """Choose formats for a model and an amount of memory.
 
-    A rule of thumb that needs no second: `plan --fit` finds out what fits, to the byte.
+    A quick rule of thumb; `plan --fit` computes what fits, to the byte.
 
     Args:
-        memory_bytes: The memory that there is; None: that is not known.
-        num_parameters: Of the model; None: that is not known.
+        memory_bytes: The available memory; None: unknown.
+        num_parameters: The model's number of parameters; None: unknown.
     """
     if memory_bytes is None:
         return Formats("bf16", False, 32, "bf16: half the memory of fp32, which is more exact")
@@ -52,7 +52,7 @@ def formats_for(memory_bytes: int | None, num_parameters: int | None) -> Formats
 
 
 def starter(*, model: str, data: str, memory_bytes: int | None, formats: Formats, command: str, name: str) -> str:
-    """The text of a configuration.
+    """Return the text of a configuration.
 
     Args:
         model: `model.name`.
@@ -120,11 +120,11 @@ memory:
 
 
 def _text(path: str) -> str:
-    return json.dumps(written(path), ensure_ascii=False)
+    return json.dumps(escape_path(path), ensure_ascii=False)
 
 
 def _size(num_bytes: int) -> str:
-    """As people write it, if it is a whole number of MiB."""
+    """Format a size with its unit if it is a whole number of MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if num_bytes % size == 0:
             return f"{num_bytes // size}{unit}"

@@ -1,4 +1,4 @@
-"""YAML 1.2 as ruamel.yaml reads and writes it.
+"""Read and write YAML 1.2 with ruamel.yaml.
 
 In YAML 1.2, unlike in 1.1, `1e-3` is a number, and `yes` and `1:30` are text. Dates are text as well: no key takes one.
 """
@@ -15,16 +15,16 @@ from ruamel.yaml.error import YAMLError as YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 _TEXT = "tag:yaml.org,2002:str"
-# Marks that YAML gives to plain words of types that no key has.
+# YAML types that no key takes; such values are read as text.
 _NO_TYPE = ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge")
-# Text that neither version of YAML could take for something else, and that needs no quotes.
+# Text that is text in both versions of YAML and needs no quotes.
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*( [A-Za-z0-9_./-]+)*")
 _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 _WIDTH = 100
 
 
 def compose(text: str) -> Node | None:
-    """The syntax tree of one YAML document; None if it holds nothing.
+    """Return the syntax tree of a YAML document; None if it is empty.
 
     Raises:
         YAMLError: If the text is no YAML.
@@ -36,7 +36,7 @@ def compose(text: str) -> Node | None:
 
 
 def load(text: str) -> Any:
-    """The plain values of a YAML document that is no configuration.
+    """Load the plain values of a YAML document.
 
     Raises:
         YAMLError: If the text is no YAML.
@@ -45,7 +45,7 @@ def load(text: str) -> Any:
 
 
 def value_of(node: Node) -> object:
-    """The plain value of a node.
+    """Return the plain value of a node.
 
     Raises:
         YAMLError, ValueError, RecursionError: It has none.
@@ -55,7 +55,7 @@ def value_of(node: Node) -> object:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """Plain values as YAML, in block style, in their own order.
+    """Write plain values as YAML, in block style and in order.
 
     Args:
         values: Sections of null, truth values, numbers, text and lists.
@@ -75,21 +75,21 @@ def _reader() -> YAML:
 
 
 def _represent_list(representer: Any, items: list[object]) -> Node:
-    """Numbers on one line, as people write them; anything longer an item a line."""
+    """Write a list of numbers on one line, any other list with one item a line."""
     on_one_line = all(isinstance(item, int | float) for item in items)
     node: Node = representer.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=on_one_line)
     return node
 
 
 def _represent_text(representer: Any, text: str) -> Node:
-    """Quotes around whatever is not plainly text; in double ones line breaks of any kind are escapes."""
+    """Quote text that could be read as another type; double quotes escape line breaks."""
     is_plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS
     node: Node = representer.represent_scalar(_TEXT, text, style=None if is_plain else '"')
     return node
 
 
 def _without_types(node: Node, above: tuple[Node, ...]) -> None:
-    """Make text of dates and the like; what contains itself is refused, since the reader would go astray in it."""
+    """Read dates and the like as text; refuse a value that contains itself, which would recurse without end."""
     if any(node is other for other in above):
         raise MarkedYAMLError(problem="recursive", problem_mark=node.start_mark)
     if isinstance(node, ScalarNode) and str(node.tag) in _NO_TYPE:
@@ -115,10 +115,10 @@ _PLAIN_WORDS = {
     "recursive": "a value that contains itself",
     "could not determine a constructor": "tags, as in !!python/object, are not accepted",
 }
-"""What the parser says, by a part of it, and what it means; the first that fits counts."""
+"""The meaning of the parser's messages, by a part of each; the first match counts."""
 
 
 def plain_words(error: Exception) -> str:
-    """A YAML error without positions and without the parser's own vocabulary."""
+    """Return a YAML error in plain words, without positions."""
     text = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
     return next((plain for part, plain in _PLAIN_WORDS.items() if part in text), text)

@@ -1,4 +1,4 @@
-"""Each run of a comparison in a process of its own, so that none inherits another one's memory."""
+"""Run each run of a comparison in a separate process, so that none inherits memory from another."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.experiment.design import Trial
 from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.folder import locked
-from sophia_galore.train.result import asked_of, finished_result
+from sophia_galore.train.result import find_config, finished_result
 from sophia_galore.train.signals import hangup_signals
 
 _LOOK_EVERY_S = 0.1
 _WAIT_S = 120.0
-"""A process that was told to stop finishes its step and saves; that long it is waited for."""
+"""How long to wait for a stopping process, which finishes its step and saves."""
 
 
 class Stopped(Exception):
-    """The user stopped the comparison; the run that was under way has saved, or was stopped for the second time."""
+    """The user stopped the comparison; the current run has saved, or was stopped twice."""
 
 
 class Child(Protocol):
-    """A process that carries out a run."""
+    """A process that executes a run."""
 
     def poll(self) -> int | None:
         """Its exit code, negative if a signal ended it; None while it runs."""
@@ -41,11 +41,11 @@ class Child(Protocol):
 
 
 def new_interpreter(words: list[str], written: IO[str]) -> Child:
-    """`sophia-galore WORDS` in a new interpreter.
+    """Start `sophia-galore WORDS` in a new interpreter.
 
     Args:
         words: The command and its arguments.
-        written: Takes what it prints.
+        written: The file for its output.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "sophia_galore", *words],
@@ -53,7 +53,7 @@ def new_interpreter(words: list[str], written: IO[str]) -> Child:
         stdout=written,
         stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"},
-        # Signals reach it through us alone: once for each time that the user sends one.
+        # Only this process forwards signals, so the child gets each of them once.
         start_new_session=True,
         preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
@@ -62,23 +62,23 @@ def new_interpreter(words: list[str], written: IO[str]) -> Child:
 def carry_out(
     trial: Trial, say: Callable[[str], None], begin: Callable[[list[str], IO[str]], Child] = new_interpreter
 ) -> str:
-    """Carry out a run, or what is left of it.
+    """Execute a run, or resume it.
 
     Args:
         trial: The run.
-        say: Takes the lines that the run prints, as they come.
-        begin: Begins a process from a command's words and the file that takes what it prints.
+        say: Takes each line that the run prints.
+        begin: Starts a process from a command's words and the file for its output.
 
     Returns:
-        "" if it is finished; else why it failed, in a line.
+        "" if the run finished; else the reason why it failed.
 
     Raises:
-        CheckpointError: What lies in its folder is a run of other settings.
+        CheckpointError: Its folder holds a run with other settings.
         Stopped: The user stopped it.
     """
     if finished_result(trial.folder, trial.config):
         return ""
-    asked = asked_of(trial.folder)
+    asked = find_config(trial.folder)
     if asked is not None and asked != trial.config:
         raise CheckpointError(
             f"{trial.folder} holds a run of other settings than are asked for now.",
@@ -93,22 +93,22 @@ def carry_out(
         process = begin([*trial.words, *resume], written)
         said: list[str] = []
         with _forwarded(process) as stopped:
-            code: int | None = None
-            running = True
-            while running:
+            while True:
                 code = process.poll()
-                running = code is None
+                # Read after polling, so that the last lines of a process that ended are not lost.
                 while line := lines.readline():
                     said.append(line.rstrip("\n"))
                     say(said[-1])
-                time.sleep(_LOOK_EVERY_S if running else 0)
+                if code is not None:
+                    break
+                time.sleep(_LOOK_EVERY_S)
     if stopped or (code == 0 and not finished_result(trial.folder, trial.config)):
         raise Stopped
     return "" if not code else _reason(said, code)
 
 
 def _reason(said: list[str], code: int) -> str:
-    """Why a run failed: its error, or its last words."""
+    """Return why a run failed: its error message, or its last line."""
     errors = [line.removeprefix("Error: ") for line in said if line.startswith("Error: ")]
     if errors:
         return errors[-1]
@@ -120,7 +120,7 @@ def _reason(said: list[str], code: int) -> str:
 
 
 def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
-    """A run that was left behind by a comparison that is gone has to save before it can go on here."""
+    """Wait for the process of an earlier comparison, which saves before the run can be resumed here."""
     until_s, told = time.monotonic() + _WAIT_S, False
     while True:
         try:
@@ -137,7 +137,7 @@ def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def _forwarded(process: Child) -> Iterator[list[int]]:
-    """Inside the context, signals to stop go on to the process; gives those that came."""
+    """Forward stop signals to the process inside the context; yield the list of those received."""
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -154,7 +154,7 @@ def _forwarded(process: Child) -> Iterator[list[int]]:
 
 
 def end_with_parent() -> None:
-    """Asks Linux to tell this process to stop when its parent is gone, even by a kill."""
+    """Ask Linux to stop this process when its parent ends, even if the parent is killed."""
     import ctypes
 
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>

@@ -1,8 +1,8 @@
-"""Which runs a comparison consists of, and whether they can be compared at all."""
+"""The runs of a comparison, and checks that they can be compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,9 @@ from sophia_galore.errors import ArgumentError, ConfigError
 from sophia_galore.records.files import RUNS
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
-from sophia_galore.train.result import asked_of
+from sophia_galore.train.result import find_config
 
-# What decides on which examples, in which order and on how many of them a run is trained and measured.
-_SAME: dict[str, Callable[[RunConfig], Any]] = {
-    "training.seed": lambda config: config.training.seed,
-    "training.max_length": lambda config: config.training.max_length,
-    "training.epochs": lambda config: config.training.epochs if not config.training.max_steps else None,
-    "training.max_steps": lambda config: config.training.max_steps,
-    "training.batch_size x training.gradient_accumulation_steps": lambda config: (
-        config.training.batch_size * config.training.gradient_accumulation_steps
-    ),
-}
-# Where runs always differ.
+# Keys in which the runs of a comparison always differ.
 _OWN = ("training.output_dir", "training.seed")
 
 
@@ -35,11 +25,11 @@ class Trial:
     """One run of a comparison.
 
     Args:
-        name: What its configuration is called: the file's name without its ending.
+        name: The name of its configuration: the file's name without its ending.
         seed: `training.seed`.
-        config: What is asked of it.
-        words: The arguments of `sophia-galore` that carry it out.
-        folder: Where it will lie.
+        config: Its configuration.
+        words: The arguments of `sophia-galore` that start it.
+        folder: The run's folder.
     """
 
     name: str
@@ -55,24 +45,24 @@ class Trial:
 
     @property
     def log(self) -> Path:
-        """The file for what it prints, beside its folder. Names of configurations may have dots."""
+        """The file for the run's output, beside its folder. Names of configurations may have dots."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def design(paths: Sequence[Path], *, num_seeds: int, output: Path, overrides: Sequence[str]) -> list[Trial]:
-    """Make the runs of a comparison out of configurations.
+    """Make the runs of a comparison from configurations.
 
-    All see the same examples, whatever their seed and the day: `data.seed` and `data.date` are set. The runs of one
-    seed stand together, so that a comparison that is cut short has whole seeds.
+    `data.seed` and `data.date` are set, so that all runs see the same examples. Runs of the same seed come together, so
+    that a comparison that is stopped early has complete seeds.
 
     Args:
         paths: YAML files of configurations, two or more, or one with several seeds.
-        num_seeds: So many seeds, from `training.seed` on.
-        output: Folder of the comparison.
-        overrides: Words `key.path=value` for all of them.
+        num_seeds: Number of seeds, from `training.seed` on.
+        output: The folder of the comparison.
+        overrides: Words `key.path=value` for all runs.
 
     Returns:
-        The runs in the order in which they are to be carried out.
+        The runs in order.
 
     Raises:
         ArgumentError: A file is named twice, or an override says what the comparison decides.
@@ -100,7 +90,7 @@ def design(paths: Sequence[Path], *, num_seeds: int, output: Path, overrides: Se
 
 
 def differences(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """The keys in which the configurations differ, each with its values by name.
+    """Return the keys in which the configurations differ, with their values by configuration.
 
     Args:
         trials: The runs.
@@ -113,8 +103,8 @@ def differences(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
     return {key: values for key, values in found.items() if any(value != values[first] for value in values.values())}
 
 
-def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
-    """Prepare one run of each name, without loading a weight: what would fail is found before hours of training.
+def refuse_incomparable(trials: Sequence[Trial]) -> str:
+    """Prepare one run of each configuration without weights, to find errors before hours of training.
 
     Args:
         trials: The runs.
@@ -123,7 +113,7 @@ def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
         The fingerprint of the data.
 
     Raises:
-        UserError: A run can't be carried out, or would see other tokens than the first, such as those of another
+        UserError: A run can't be started, or would see other tokens than the first, for example because of another
             tokenizer.
     """
     firsts: dict[str, Trial] = {}
@@ -145,13 +135,13 @@ def refuse_what_cannot_be_compared(trials: Sequence[Trial]) -> str:
 
 
 def _begun_on(output: Path) -> str | None:
-    """The day on which a comparison that goes on was begun; None: there is none, or it is an older version's."""
-    known = (asked_of(folder) for folder in sorted((output / RUNS).glob("*-seed*")) if folder.is_dir())
+    """Return the date of the first start of a resumed comparison; None if it is not known."""
+    known = (find_config(folder) for folder in sorted((output / RUNS).glob("*-seed*")) if folder.is_dir())
     return next((config.data.date for config in known if config is not None and config.data.date), None)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The files' names without ending; with their folders, as far as that is needed to tell them apart."""
+    """Return the files' names without ending, with folders as far as needed to make them unique."""
     whole = [path.resolve().with_suffix("") for path in paths]
     if len(set(whole)) < len(whole):
         twice = next(path for place, path in enumerate(paths) if whole[place] in whole[:place])
@@ -164,9 +154,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _refuse_other_data(configs: dict[str, RunConfig]) -> None:
     first, *others = configs
-    there = _decisive(configs[first])
+    there = _shared_settings(configs[first])
     for name in others:
-        here = _decisive(configs[name])
+        here = _shared_settings(configs[name])
         different = [
             f"{key} ({there[key]} in {first}, {here[key]} in {name})" for key in here if here[key] != there[key]
         ]
@@ -177,6 +167,15 @@ def _refuse_other_data(configs: dict[str, RunConfig]) -> None:
             )
 
 
-def _decisive(config: RunConfig) -> dict[str, Any]:
-    data = {f"data.{key}": value for key, value in config.data.model_dump().items()}
-    return data | {key: value_of(config) for key, value_of in _SAME.items()}
+def _shared_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide which examples a run sees, in which order and how many."""
+    training = config.training
+    return {f"data.{key}": value for key, value in config.data.model_dump().items()} | {
+        "training.seed": training.seed,
+        "training.max_length": training.max_length,
+        "training.epochs": None if training.max_steps else training.epochs,
+        "training.max_steps": training.max_steps,
+        "training.batch_size x training.gradient_accumulation_steps": (
+            training.batch_size * training.gradient_accumulation_steps
+        ),
+    }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.plan.device import choose_device

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import keeps_projected_gradients
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.model.architecture import SUPPORTED

@@ -16,13 +16,13 @@ When = Literal["before", "after"]
 
 
 def ask(prepared: Prepared, store: WeightStore, folder: Path, when: When) -> list[tuple[str, str]]:
-    """Answer the sample questions, and keep the answers beside those of another time.
+    """Answer the sample questions and save the answers.
 
     Args:
-        prepared: The run.
-        store: Its weights.
-        folder: Its folder.
-        when: Which time it is.
+        prepared: The prepared run.
+        store: The run's weights.
+        folder: The run's folder.
+        when: Before or after training.
 
     Returns:
         Questions and answers.

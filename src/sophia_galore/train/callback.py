@@ -1,4 +1,4 @@
-"""Callbacks: what is called when something happens in a run."""
+"""Callbacks: methods that a run calls at its events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sophia_galore.plan.plan import RunPlan
 
 
 class Callback:
-    """Does nothing; who wants to show or keep what happens overrides methods."""
+    """Does nothing; subclasses override the methods for the events they need."""
 
     def say(self, text: str) -> None:
         """A sentence for the user."""
@@ -27,11 +27,11 @@ class Callback:
         """Training examples as segments of text, each with whether its loss counts."""
 
     def opened(self, folder: Path, *, after_step: int, records: Sequence[dict[str, Any]]) -> None:
-        """The run's folder is open, an earlier run is out of the way, and steps come next.
+        """The run's folder is ready, an earlier run was moved aside, and the first step comes next.
 
         Args:
             folder: The run's folder.
-            after_step: The step that the run goes on after; 0: a new run.
+            after_step: The step of the checkpoint that the run resumes from; 0: a new run.
             records: The lines of `metrics.jsonl` up to that step.
         """
 
@@ -48,11 +48,11 @@ class Callback:
         """The sample questions were answered, `when` "before" or "after" training."""
 
     def closed(self, *, failed: bool) -> None:
-        """The run whose folder was opened is over: done or stopped, or failed."""
+        """The run is over: finished, stopped or failed."""
 
 
 class Callbacks(Callback):
-    """Several callbacks as one: each is called, in their order.
+    """Calls several callbacks, in order.
 
     Args:
         callbacks: The callbacks.

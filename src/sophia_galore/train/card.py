@@ -1,7 +1,7 @@
-"""The model card of a run: what was trained on what, how, and what came of it.
+"""The model card of a run: model, data, settings and results.
 
-Everything is taken from the run's records, as the files hold them, so that a card written during the run and one
-written by `export` from its folder say the same. Paths are not among it: only the names of files.
+Everything is read from the run's records, so a card written during the run and one written by `export` say the same.
+A card names files without their folders.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore import __version__
-from sophia_galore.config import load_config
 from sophia_galore.config.dump import flatten
 from sophia_galore.data.hub import looks_like_hub_id
-from sophia_galore.errors import UserError
 from sophia_galore.model.aliases import find_alias
 from sophia_galore.model.card import Card
 from sophia_galore.model.origin import Origin, is_hub_id
@@ -22,6 +20,7 @@ from sophia_galore.records import files
 from sophia_galore.records.metrics import Evaluation
 from sophia_galore.records.run import TrainerState
 from sophia_galore.records.schema import find_object
+from sophia_galore.train.result import find_config
 
 _SETTINGS = {
     "optimizer.type": "optimizer",
@@ -46,15 +45,15 @@ def run_card(
     evaluations: Sequence[Evaluation],
     origin: Origin,
 ) -> Card:
-    """The model card of a run.
+    """Return the model card of a run.
 
     Args:
-        title: Its heading.
-        plan: The run's plan, as in its plan.json.
-        config: Its flattened configuration.
-        step: The step after which the weights are.
-        evaluations: Those of models that had seen no more steps.
-        origin: What is known of the model that was trained.
+        title: The card's heading.
+        plan: The content of plan.json.
+        config: The flattened configuration.
+        step: The step of the weights.
+        evaluations: The evaluations up to that step.
+        origin: The origin of the base model.
     """
     base_model, shown = _base_of(plan, origin)
     counts = [f"{plan[key]} examples {words}" for key, words in _COUNTS.items() if plan.get(key)]
@@ -80,15 +79,17 @@ def run_card(
 
 
 def folder_card(title: str, folder: Path, origin: Origin, done: str) -> Card:
-    """The card of a model that was converted: the run's, if a run wrote it.
+    """Return the card of a converted model: the run's card if a run wrote the model.
 
     Args:
-        title: Its heading.
-        folder: The folder that the model was taken from: a run's, a checkpoint or any model's.
-        origin: What that folder says of its origin.
-        done: What was done with it, in a sentence.
+        title: The card's heading.
+        folder: The source: a run's folder, a checkpoint or a model folder.
+        origin: The model's origin.
+        done: The conversion, in a sentence.
     """
-    plan, config = find_object(folder / files.PLAN), find_object(folder / files.FLAT_CONFIG) or _config_of(folder)
+    plan, config = find_object(folder / files.PLAN), find_object(folder / files.FLAT_CONFIG)
+    if not config and (asked := find_config(folder)):
+        config = flatten(asked)
     if "learning_rate" in plan and config:
         state = TrainerState.find(folder / files.TRAINER_STATE)
         exported = state.exported if state else None
@@ -101,7 +102,7 @@ def folder_card(title: str, folder: Path, origin: Origin, done: str) -> Card:
 
 
 def _base_of(plan: Mapping[str, Any], origin: Origin) -> tuple[str, str]:
-    """The hub id of the model that a run started from, if it has one; and what to call it."""
+    """Return the base model's hub id, if it has one, and its name."""
     name, source = str(plan.get("model_name", "")), plan.get("model_source")
     alias = find_alias(name)
     if alias is not None and source != "local":
@@ -113,15 +114,8 @@ def _base_of(plan: Mapping[str, Any], origin: Origin) -> tuple[str, str]:
 
 
 def _data_names(config: Mapping[str, Any]) -> list[str]:
-    """The data that were trained on, without the folders they lie in."""
+    """Return the names of the training data, without folders."""
     given = config.get("data.train")
     entries = given if isinstance(given, list | tuple) else [given]
     paths = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
     return [str(path) if looks_like_hub_id(str(path)) else Path(str(path)).name for path in paths if path]
-
-
-def _config_of(run: Path) -> Mapping[str, Any]:
-    try:
-        return flatten(load_config(run / files.CONFIG)) if (run / files.CONFIG).is_file() else {}
-    except UserError:
-        return {}

@@ -1,8 +1,8 @@
-"""Checkpoints: complete or not there.
+"""Checkpoints: a checkpoint on disk is always complete.
 
-A checkpoint is written into a hidden folder beside its final place; every file is hashed into a
-manifest and flushed to disk; then the folder is renamed. Killing the process at any moment leaves
-either the whole checkpoint or a hidden folder that the next save removes.
+It is written into a hidden temporary folder; every file is flushed to disk and its hash is written to a manifest; then
+the folder is renamed. A process that is killed leaves either the whole checkpoint or a hidden folder that the next save
+removes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sophia_galore.records.files import checkpoint_folder
 from sophia_galore.records.metrics import Evaluation, evaluations_of
 from sophia_galore.records.run import CheckpointManifest
 from sophia_galore.records.schema import read_object
+from sophia_galore.train.folder import free_name
 from sophia_galore.weights.manifest import sha256_of
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -36,8 +37,8 @@ class Checkpoint:
     """A verified checkpoint on disk.
 
     Args:
-        folder: Where it is.
-        step: The step after which it was made.
+        folder: The checkpoint's folder.
+        step: The step after which it was saved.
         plan: The plan of the run, as in its `plan.json`.
         config: The run's flattened configuration.
     """
@@ -48,16 +49,16 @@ class Checkpoint:
     config: dict[str, Any]
 
     def memory_report(self) -> dict[str, Any]:
-        """What was measured until it was made; {} in one of a version that did not write that."""
+        """Return the memory report up to this checkpoint; {} if an older version wrote it."""
         path = self.folder / files.MEMORY_REPORT
         return read_object(path) if path.is_file() else {}
 
     def evaluations(self) -> list[Evaluation]:
-        """Those of the run until it was made."""
+        """Return the evaluations up to this checkpoint."""
         return evaluations_of(read_object(self.folder / files.TRAINER_STATE).get("log_history", []))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The saved state tensors."""
+        """Load the optimizer's state, by name."""
         from safetensors.torch import load_file
 
         return load_file(self.folder / files.OPTIMIZER_STATE)
@@ -82,9 +83,9 @@ def save_checkpoint(
         optimizer_state: Named tensors.
         write_model: Writes the model's files into a folder.
         documents: JSON documents by file name.
-        keep_last: How many checkpoints stay.
-        keep_steps: Steps whose checkpoints stay beside them, however old.
-        needed_bytes: About how much it takes, for the message if there is no room; 0: that is not known.
+        keep_last: Number of checkpoints to keep.
+        keep_steps: Steps whose checkpoints are kept as well, however old.
+        needed_bytes: About how many bytes are written, for the error message; 0: unknown.
 
     Returns:
         The checkpoint's folder.
@@ -111,16 +112,16 @@ def save_checkpoint(
         manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
         _flush_folder(beside)
-        replaced = _out_of_the_way(final)
+        replaced = _make_room(final)
         os.replace(beside, final)
         _flush_folder(run_folder)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
         if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
             raise
-        raise not_saved(final.name, run_folder, error, _way_on(run_folder), needed_bytes) from error
+        raise not_saved(final.name, run_folder, error, _after_failed_save(run_folder), needed_bytes) from error
     if replaced is not None:
-        _keep_others_files(replaced, final)
+        _move_unlisted_files(replaced, final)
     others = [path for path in checkpoints(run_folder) if path != final]
     stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
     for old in others[: max(0, len(others) + 1 - keep_last)]:
@@ -132,21 +133,21 @@ def save_checkpoint(
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in run_folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if is_checkpoint(path)]
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a complete checkpoint."""
+    """Return whether a folder is a complete checkpoint."""
     return (folder / files.MANIFEST).is_file()
 
 
-def beside_manifest(folder: Path) -> list[Path]:
-    """What lies in a checkpoint's folder and was not saved with it: somebody put it there. Sorted.
+def unlisted_files(folder: Path) -> list[Path]:
+    """List the files in a checkpoint's folder that are not in its manifest: the user put them there. Sorted.
 
     Args:
-        folder: A checkpoint; one without a manifest was not written by a run, so all of it is somebody's.
+        folder: A checkpoint; without a manifest, all of its files are the user's.
     """
     manifest = CheckpointManifest.find(folder / files.MANIFEST)
     saved = {*manifest.files, files.MANIFEST} if manifest else set()
@@ -172,7 +173,7 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
         if not is_checkpoint(asked):
             raise CheckpointError(
                 f"{asked} is not a complete checkpoint: it holds no {files.MANIFEST}.",
-                _offer(checkpoints(asked.parent) if asked.parent.is_dir() else []),
+                _try_another(checkpoints(asked.parent) if asked.parent.is_dir() else []),
             )
         return _verify(asked, [path for path in checkpoints(asked.parent) if path != asked])
     found = checkpoints(run_folder)
@@ -184,43 +185,40 @@ def find_checkpoint(run_folder: Path, asked: Path | None) -> Checkpoint:
     return _verify(found[-1], found[:-1])
 
 
-def _out_of_the_way(final: Path) -> Path | None:
-    """Make room for a checkpoint; returns where the one of the same step is now, which is to be deleted."""
+def _make_room(final: Path) -> Path | None:
+    """Move a folder of the checkpoint's name out of the way; return its new place if it is to be deleted."""
     if not os.path.lexists(final):
         return None
     if is_checkpoint(final) and not final.is_symlink():
         replaced = final.with_name(f".{final.name}.replaced.tmp")
         os.replace(final, replaced)
         return replaced
-    # Not ours, whatever it is called.
-    number = 1
-    while os.path.lexists(aside := final.with_name(f"{final.name}.previous-{number}")):
-        number += 1
-    os.replace(final, aside)
+    # No checkpoint of ours, whatever it is called: keep it.
+    os.replace(final, free_name(final))
     return None
 
 
-def _keep_others_files(replaced: Path, final: Path) -> None:
-    """What somebody put into a checkpoint that was written anew stays in it."""
+def _move_unlisted_files(replaced: Path, final: Path) -> None:
+    """Move the user's files from a replaced checkpoint into the new one."""
     with contextlib.suppress(OSError):
-        for path in beside_manifest(replaced):
+        for path in unlisted_files(replaced):
             if not os.path.lexists(final / path.name):
                 os.replace(path, final / path.name)
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, but nothing that was not saved with it. What can't be deleted costs space, not the run."""
+    """Delete the files of a checkpoint's manifest. A failure costs disk space, not the run."""
     if checkpoint.is_symlink():
-        return  # somebody moved it elsewhere, to keep it
+        return  # the user moved it elsewhere to keep it
     with contextlib.suppress(OSError, UserError):
-        if not beside_manifest(checkpoint):
-            # Renamed first: of a folder that is half deleted nobody must think that it is a checkpoint.
+        if not unlisted_files(checkpoint):
+            # Renamed first, so that a half-deleted folder is not taken for a checkpoint.
             renamed = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
             checkpoint.rename(renamed)
             shutil.rmtree(renamed, ignore_errors=True)
             return
         saved = CheckpointManifest.read(checkpoint / files.MANIFEST).files
-        # The manifest first: without it, this is no checkpoint any more.
+        # The manifest first: without it, the folder is no checkpoint.
         for name in (files.MANIFEST, *saved):
             (checkpoint / name).unlink()
 
@@ -230,18 +228,18 @@ def _verify(folder: Path, others: list[Path]) -> Checkpoint:
         manifest = CheckpointManifest.read(folder / files.MANIFEST)
         for name, digest in manifest.files.items():
             if not (folder / name).is_file():
-                raise CheckpointError(f"{folder} is damaged: {name} is missing.", _offer(others))
+                raise CheckpointError(f"{folder} is damaged: {name} is missing.", _try_another(others))
             if sha256_of(folder / name) != digest:
-                raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _offer(others))
+                raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _try_another(others))
         plan, config = (read_object(folder / name) for name in (files.PLAN, files.FLAT_CONFIG))
         return Checkpoint(folder, manifest.step, plan, config)
     except CheckpointError:
         raise
     except (OSError, UserError) as error:
-        raise CheckpointError(f"{folder} is damaged: {short(error)}.", _offer(others)) from error
+        raise CheckpointError(f"{folder} is damaged: {short(error)}.", _try_another(others)) from error
 
 
-def _offer(others: list[Path]) -> str:
+def _try_another(others: list[Path]) -> str:
     if not others:
         return "There is no other checkpoint: start without --resume."
     return f"Go on from another one: --resume {max(others, key=lambda path: int(path.name.split('-')[1]))}"
@@ -263,8 +261,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _way_on(run_folder: Path) -> str:
-    """What there still is after a checkpoint could not be saved, and what to do with it."""
+def _after_failed_save(run_folder: Path) -> str:
+    """Say how to continue after a checkpoint could not be saved."""
     if not checkpoints(run_folder):
         return "There is no earlier checkpoint: start again, with checkpoint.save_every_steps to lose less."
     return "Earlier checkpoints are untouched: go on with --resume; a lower checkpoint.keep_last takes less room."

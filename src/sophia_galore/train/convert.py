@@ -1,17 +1,16 @@
-"""A model folder or a checkpoint in another format of the weights.
+"""Convert the weights of a model folder or a checkpoint to another format.
 
-Of a checkpoint everything else stays: the optimizer's state does not depend on how weights are stored. So the
-result is a checkpoint again, and a run goes on from it if its configuration asks for that format.
+The optimizer's state does not depend on how weights are stored, so a converted checkpoint is a checkpoint again. A run
+resumes from it if its configuration asks for the new format.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from sophia_galore.errors import CheckpointError, UserError
 from sophia_galore.model.card import write_card
@@ -19,9 +18,9 @@ from sophia_galore.model.export import convert_model
 from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.records import files
 from sophia_galore.records.schema import read_object
+from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, save_checkpoint
-from sophia_galore.train.whole_folder import refuse_output, write_whole
 from sophia_galore.weights.folder import weight_files
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.plain import DTYPES
@@ -29,21 +28,21 @@ from sophia_galore.weights.plain import DTYPES
 Target = Literal["int8", "bf16", "fp32", "fp16"]
 # Formats in which a run can keep its weights; fp16 is one for the final model only.
 _STORES = ("int8", "bf16", "fp32")
-# State that belongs to updates which are not in the codes yet; a conversion puts them there.
+# State of updates that are not in the int8 codes yet; a conversion adds them to the weights.
 _REMAINDER = ("remainder", "shrink")
 
 
 def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -> str:
-    """Write what a folder holds with its weights in another format.
+    """Write a model or a checkpoint with its weights in another format.
 
     Args:
         source: A whole model folder, a run's folder or a checkpoint.
-        output: Where to; appears whole or not at all.
-        to: The format.
-        block_size: Weights of a row that share a scale in int8; 0: the whole row.
+        output: The folder to write; it is complete or not there.
+        to: The new format.
+        block_size: Number of weights of a row that share a scale in int8; 0: the whole row.
 
     Returns:
-        What was written, in a sentence or two.
+        A message about what was written.
 
     Raises:
         EnvironmentProblem: The output exists already, or can't be written.
@@ -53,16 +52,23 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
     output = output.absolute()
     refuse_output(output)
     checkpoint = find_checkpoint(source.parent, source) if is_checkpoint(source) else None
-    resumable = checkpoint is not None and to in _STORES and "bnb8" not in _formats(checkpoint)
+    resumable = (
+        checkpoint is not None and to in _STORES and all(route.get("format") != "bnb8" for route in _routes(checkpoint))
+    )
     form = Int8Format(block_size)
+    origin = checkpoint.folder if checkpoint is not None and resumable else source
+
+    def write_model(folder: Path) -> None:
+        converted = convert_model(origin, folder, form if to == "int8" else DTYPES[to])
+        write_card(folder, folder_card(output.name, origin, converted.origin, f"The weights are in {to}."))
 
     def write(beside: Path) -> Path:
         if checkpoint is not None and resumable:
-            return _convert_checkpoint(checkpoint, beside, to, form, output.name)
-        _convert_model(source, beside, form if to == "int8" else DTYPES[to], to, output.name)
+            return _convert_checkpoint(checkpoint, beside, to, form, write_model)
+        write_model(beside)
         return beside
 
-    write_whole(output, write, needed_bytes=_needed_bytes(source, to))
+    write_atomically(output, write, needed_bytes=_needed_bytes(source, to))
     if not resumable or checkpoint is None:
         return f"{output}: the model of {source} in {to}."
     settings = _settings(to, form, str(checkpoint.config["model.store"]))
@@ -74,7 +80,7 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
 
 
 def _needed_bytes(source: Path, to: Target) -> int:
-    """About what a folder's files will take, of which its weights become others; 0: that can't be told."""
+    """Return about how many bytes the converted folder takes; 0: unknown."""
     weights = set(weight_files(source))
     try:
         numbers = sum(math.prod(header.shape) for header in read_folder_headers(source).values())
@@ -84,17 +90,10 @@ def _needed_bytes(source: Path, to: Target) -> int:
     return numbers * (1 if to == "int8" else DTYPES[to].itemsize) + others
 
 
-def _convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format, to: Target, title: str) -> None:
-    files = convert_model(source, folder, target)
-    write_card(folder, folder_card(title, source, files.origin, f"The weights are in {to}."))
-
-
-def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format, title: str) -> Path:
-    """Write the checkpoint below a folder; returns where it is."""
-
-    def write_model(beside: Path) -> None:
-        _convert_model(checkpoint.folder, beside, form if to == "int8" else DTYPES[to], to, title)
-
+def _convert_checkpoint(
+    checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format, write_model: Callable[[Path], None]
+) -> Path:
+    """Write the converted checkpoint into a folder and return its path."""
     state = {
         name: tensor
         for name, tensor in checkpoint.optimizer_state().items()
@@ -115,15 +114,16 @@ def _convert_checkpoint(checkpoint: Checkpoint, folder: Path, to: Target, form: 
 
 
 def _converted_plan(checkpoint: Checkpoint, to: Target, form: Int8Format) -> dict[str, Any]:
-    """The plan, as it would have been had the run been asked for this format."""
+    """Return the plan that the run would have had with this format."""
     routes: list[dict[str, Any]] = []
     for route in _routes(checkpoint):
         shape = tuple(route["shape"])
         held = to if to != "int8" or len(shape) == 2 else str(checkpoint.config["model.store"])
-        size = form.num_bytes((shape[0], shape[1])) if held == "int8" else _plain_bytes(shape, held)
+        size = form.num_bytes((shape[0], shape[1])) if held == "int8" else math.prod(shape) * DTYPES[held].itemsize
         subspace = route["subspace"] and route["subspace"] | {"folds_late": False}
         late = bool(route["subspace"] and route["subspace"].get("folds_late"))
-        kept = route["state_bytes"] - (_remainder_bytes(route) if late else 0)
+        # The updates kept for later: their sum in bfloat16 (2 bytes each) and its float32 factor (4 bytes).
+        kept = route["state_bytes"] - (2 * max(shape) * route["rank"] + 4 if late else 0)
         routes.append(route | {"format": held, "weight_bytes": size, "subspace": subspace, "state_bytes": kept})
     sizes = {"weights": "weight_bytes", "optimizer state": "state_bytes", "projections": "projection_bytes"}
     totals = {category: sum(route[key] for route in routes) for category, key in sizes.items()}
@@ -131,7 +131,7 @@ def _converted_plan(checkpoint: Checkpoint, to: Target, form: Int8Format) -> dic
 
 
 def _settings(to: Target, form: Int8Format, store: str) -> dict[str, Any]:
-    """The keys of a configuration that ask for a format."""
+    """Return the configuration keys that ask for a format."""
     if to != "int8":
         return {"model.store": to, "quantization.enabled": False, "quantization.load_in_8bit": False}
     return {
@@ -146,11 +146,6 @@ def _settings(to: Target, form: Int8Format, store: str) -> dict[str, Any]:
     }
 
 
-def _formats(checkpoint: Checkpoint) -> set[str]:
-    """Formats that its weights are in."""
-    return {route.get("format", "") for route in _routes(checkpoint)}
-
-
 def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     routes = checkpoint.plan.get("routes")
     if not isinstance(routes, list) or not all("trained" in route for route in routes):
@@ -158,13 +153,3 @@ def _routes(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             f"{checkpoint.folder} was made by an earlier version.", "Copy its model files into a folder of their own."
         )
     return routes
-
-
-def _plain_bytes(shape: tuple[int, ...], held: str) -> int:
-    return math.prod(shape) * DTYPES[held].itemsize
-
-
-def _remainder_bytes(route: dict[str, Any]) -> int:
-    """Of the sum of updates in bfloat16, and its float32 factor."""
-    long, rank = max(map(int, route["shape"])), int(route["rank"])
-    return 2 * long * rank + 4

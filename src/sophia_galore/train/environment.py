@@ -1,4 +1,4 @@
-"""What a run was carried out with: machine, versions, command. Numbers mean little without them."""
+"""The environment of a run: machine, versions, command."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "numpy")
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """Machine, versions, command and time, for `environment.json`.
+    """Return machine, versions, command and time, for `environment.json`.
 
     Args:
-        device: Where the arithmetic runs.
-        command: What was typed; "" if the run was not started by a command.
+        device: The device of the arithmetic.
+        command: The command line; "" if the run was started from Python.
     """
     on_gpu = device.type == "cuda"
     return Environment(
@@ -42,7 +42,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as the system tells it."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

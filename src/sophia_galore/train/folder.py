@@ -1,4 +1,4 @@
-"""The run's folder: whether it can be written to, who uses it, and how files appear in it whole."""
+"""The run's folder: check that it can be written to, lock it, and replace files in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ from sophia_galore.records.schema import write_json
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder itself if there is one of its name, else the nearest of its parents that is there."""
+    """Return the folder if it exists, else its nearest parent that does."""
     absolute = folder.absolute()
     return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
+def free_name(path: Path) -> Path:
+    """Return `PATH.previous-N` with the lowest N whose name is free."""
+    number = 1
+    while os.path.lexists(free := path.with_name(f"{path.name}.previous-{number}")):
+        number += 1
+    return free
+
+
 def refuse_unwritable(folder: Path) -> None:
-    """Try to write where the run's folder is or will be made; nothing is left behind.
+    """Refuse a run's folder that can't be written to; tried with a temporary file.
 
     Args:
         folder: The run's folder; it need not exist.
@@ -31,11 +39,11 @@ def refuse_unwritable(folder: Path) -> None:
         EnvironmentProblem: The place can't be written to.
     """
     try:
-        # Beside the folder too: there the lock lies, and an earlier run is moved there.
+        # The parent as well: it holds the lock, and an earlier run is moved there.
         for place in (nearest_folder(folder.absolute().parent), nearest_folder(folder)):
             if not place.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-            # By trying: permissions say nothing about the superuser, nor about a disk that is read-only or full.
+            # Permission bits do not show a superuser, a read-only disk or a full one.
             with tempfile.TemporaryFile(dir=place) as file:
                 file.write(b"?")
                 file.flush()
@@ -45,18 +53,18 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside the context no other process trains in this folder; the system ends it with the process.
+    """Lock a run's folder against other processes; the system releases the lock when the process ends.
 
     Args:
         folder: The run's folder; it need not exist.
 
     Raises:
-        EnvironmentProblem: Another process does, or the place can't be written to.
+        EnvironmentProblem: Another process holds the lock, or the folder can't be written to.
     """
     from filelock import FileLock, Timeout
 
     try:
-        # By two names, a link and its target, it is one folder.
+        # A link and its target are one folder and need one lock.
         place = folder.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
@@ -75,19 +83,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:
-    """Let files appear in a folder whole, never half written.
+    """Write files into a folder so that none of them is ever half written.
 
     Args:
-        folder: Where they belong; files of the same names are replaced.
-        write: Writes the files into the folder it is given.
-        last: Name of the file that comes last: whoever finds it finds all of them.
+        folder: The folder; files of the same names are replaced.
+        write: Writes the files into the temporary folder it is given.
+        last: Name of the file that is moved last: if it is there, all others are.
     """
     beside = folder / ".files.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         write(beside)
-        # First of all, so that what comes now is known as the run's.
+        # Listed before they are moved, so that they count as files of the run.
         write_json(folder / WRITTEN, sorted(path.name for path in beside.iterdir()))
         for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
             path.replace(folder / path.name)

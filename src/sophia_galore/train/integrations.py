@@ -1,8 +1,7 @@
-"""The trackers: how a run is begun, told about and ended in each of them.
+"""The trackers: start a run in each of them, send numbers, end it.
 
-Three are driven by the callbacks of Hugging Face's Trainer, as Trainer drives them, so that curves have the names that
-its users know: `train/loss`, `eval/loss`, `train/learning_rate`. A callback is never given the model: nothing of it can
-be uploaded, and nothing can be hooked into it.
+Three use the callbacks of Hugging Face's Trainer, so that curves have its names: `train/loss`, `eval/loss`,
+`train/learning_rate`. A callback never gets the model, so it can neither upload it nor hook into it.
 """
 
 from __future__ import annotations
@@ -15,38 +14,38 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 
 PROJECT = "sophia-galore"
-"""What runs are gathered under, where the tracker's own environment variable does not say."""
+"""The project of all runs, unless the tracker's environment variable names another."""
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """What a tracker is told when a run begins.
+class RunStart:
+    """What a tracker needs to start a run.
 
     Args:
-        folder: The run's folder; its name is the run's.
-        settings: What was asked and what is planned, by dotted key, as plain data.
-        after_step: The step that the run goes on after; 0: a new run.
-        known_as: What the tracker called this run when it began it; empty: it did not.
+        folder: The run's folder; its name is the run's name.
+        settings: Configuration and plan, by dotted key, as plain data.
+        after_step: The step of the checkpoint that the run resumes from; 0: a new run.
+        tracker_id: The tracker's id of this run if the run resumes; empty: the run is new to the tracker.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     after_step: int
-    known_as: str = ""
+    tracker_id: str = ""
 
 
 @dataclass(frozen=True)
-class Tracked:
-    """A run that a tracker follows.
+class TrackedRun:
+    """A run in a tracker.
 
     Args:
         tell: Takes a step and its numbers.
-        end: Ends it; takes whether the run failed.
-        name: What the tracker calls the run, to find it again; empty: it is found without.
-        is_new: Whether the tracker knows nothing of earlier steps.
+        end: Ends the run; takes whether it failed.
+        name: The tracker's id of the run, to continue it later; empty: none is needed.
+        is_new: Whether the tracker lacks the earlier steps.
     """
 
     tell: Callable[[int, Mapping[str, float]], None]
@@ -55,7 +54,7 @@ class Tracked:
     is_new: bool = True
 
 
-def begin_tensorboard(run: Beginning) -> Tracked:
+def begin_tensorboard(run: RunStart) -> TrackedRun:
     """Event files in the run's folder. When it goes on, what was written of steps that are taken again disappears."""
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
@@ -63,11 +62,11 @@ def begin_tensorboard(run: Beginning) -> Tracked:
     folder = run.folder / "tensorboard"
     goes_on = run.after_step > 0 and folder.exists()
     writer = SummaryWriter(str(folder), purge_step=run.after_step + 1 if goes_on else None)
-    trainer = _AsTrainer(TensorBoardCallback(writer), run, run.settings)
-    return Tracked(trainer.tell, lambda failed: trainer.end(), is_new=not goes_on)
+    trainer = _TrainerCallback(TensorBoardCallback(writer), run, run.settings)
+    return TrackedRun(trainer.tell, lambda failed: trainer.end(), is_new=not goes_on)
 
 
-def begin_wandb(run: Beginning) -> Tracked:
+def begin_wandb(run: RunStart) -> TrackedRun:
     """A run of Weights & Biases, with its local files in the run's folder. One that is open already is written to."""
     import wandb
     from transformers.integrations import WandbCallback
@@ -77,25 +76,25 @@ def begin_wandb(run: Beginning) -> Tracked:
         ours = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.folder.name,
-            id=run.known_as or None,
-            resume="allow" if run.known_as else None,
+            id=run.tracker_id or None,
+            resume="allow" if run.tracker_id else None,
             dir=os.environ.get("WANDB_DIR", str(run.folder)),
             # Else what is printed is uploaded, and with it what the model says and was taught.
             settings=None if "WANDB_CONSOLE" in os.environ else wandb.Settings(console="off"),
         )
     # They ask for the model: for its files, and for hooks in it.
     with _unset("WANDB_LOG_MODEL", "WANDB_WATCH"):
-        trainer = _AsTrainer(WandbCallback(), run, run.settings)
+        trainer = _TrainerCallback(WandbCallback(), run, run.settings)
 
     def end(failed: bool) -> None:
         trainer.end()
         if ours is not None:
             ours.finish(exit_code=int(failed))
 
-    return Tracked(trainer.tell, end, name=ours.id if ours else "", is_new=not run.known_as)
+    return TrackedRun(trainer.tell, end, name=ours.id if ours else "", is_new=not run.tracker_id)
 
 
-def begin_mlflow(run: Beginning) -> Tracked:
+def begin_mlflow(run: RunStart) -> TrackedRun:
     """A run of MLflow, in a database in the run's folder or where MLFLOW_TRACKING_URI says."""
     import mlflow
     from transformers.integrations import MLflowCallback
@@ -119,11 +118,11 @@ def begin_mlflow(run: Beginning) -> Tracked:
             # Where nothing is said, artifacts have a place in the folder that the program runs in, made at once.
             place = folder.as_uri() if is_local else None
             experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment(name, place)
-            ours = mlflow.start_run(run.known_as or None, experiment_id=experiment_id, run_name=run.folder.name)
+            ours = mlflow.start_run(run.tracker_id or None, experiment_id=experiment_id, run_name=run.folder.name)
         # What a run was begun with can't be changed in it, such as the steps of one that goes on.
         fixed = mlflow.active_run().data.params
         settings = {key: value for key, value in run.settings.items() if key not in fixed}
-        trainer = _AsTrainer(MLflowCallback(), run, settings)
+        trainer = _TrainerCallback(MLflowCallback(), run, settings)
     except BaseException:
         away()
         raise
@@ -136,10 +135,10 @@ def begin_mlflow(run: Beginning) -> Tracked:
         finally:
             away()
 
-    return Tracked(trainer.tell, end, name=ours.info.run_id if ours else "", is_new=not run.known_as)
+    return TrackedRun(trainer.tell, end, name=ours.info.run_id if ours else "", is_new=not run.tracker_id)
 
 
-def begin_trackio(run: Beginning) -> Tracked:
+def begin_trackio(run: RunStart) -> TrackedRun:
     """A run of Trackio, in its folder on this machine (TRACKIO_DIR).
 
     By its own few calls: Trainer's callback finds a run by its name alone, so that a new one would go on with another
@@ -148,7 +147,7 @@ def begin_trackio(run: Beginning) -> Tracked:
     import trackio
     from transformers.integrations.integration_utils import rewrite_logs
 
-    name = run.known_as
+    name = run.tracker_id
     if not name:
         try:
             taken = {each.name for each in trackio.Api().runs(PROJECT)}
@@ -163,27 +162,27 @@ def begin_trackio(run: Beginning) -> Tracked:
             PROJECT,
             name=name,
             config=dict(run.settings),
-            resume="allow" if run.known_as else "never",
+            resume="allow" if run.tracker_id else "never",
             embed=False,
         )
 
     def tell(step: int, numbers: Mapping[str, float]) -> None:
         followed.log({**rewrite_logs(numbers), "train/global_step": step}, step=step)
 
-    return Tracked(tell, lambda failed: trackio.finish(), name=name, is_new=not run.known_as)
+    return TrackedRun(tell, lambda failed: trackio.finish(), name=name, is_new=not run.tracker_id)
 
 
-BEGIN: dict[TrackerName, Callable[[Beginning], Tracked]] = {
+BEGIN: dict[TrackerName, Callable[[RunStart], TrackedRun]] = {
     "tensorboard": begin_tensorboard,
     "trackio": begin_trackio,
     "wandb": begin_wandb,
     "mlflow": begin_mlflow,
 }
-"""How a run is begun in each tracker."""
+"""The function that starts a run in each tracker."""
 
 
-class _AsTrainer:
-    """Calls one of Trainer's callbacks as Trainer does.
+class _TrainerCallback:
+    """One of Trainer's callbacks, called as Trainer calls it.
 
     Args:
         callback: The callback.
@@ -191,7 +190,7 @@ class _AsTrainer:
         settings: What the tracker shows as the run's hyper-parameters.
     """
 
-    def __init__(self, callback: Any, run: Beginning, settings: Mapping[str, Any]) -> None:
+    def __init__(self, callback: Any, run: RunStart, settings: Mapping[str, Any]) -> None:
         from transformers import TrainerControl, TrainerState, TrainingArguments
 
         class Arguments(TrainingArguments):  # type: ignore[misc]
@@ -209,18 +208,18 @@ class _AsTrainer:
         self._callback.on_train_begin(self._arguments, self._state, self._control)
 
     def tell(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Hand over what a step brought."""
+        """Send the numbers of a step."""
         self._state.global_step = step
         self._callback.on_log(self._arguments, self._state, self._control, logs=dict(numbers))
 
     def end(self) -> None:
-        """The run is over."""
+        """End the run."""
         self._callback.on_train_end(self._arguments, self._state, self._control)
 
 
 @contextmanager
 def _unset(*names: str) -> Iterator[None]:
-    """Inside the context the environment has no such variables."""
+    """Unset environment variables inside a context."""
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

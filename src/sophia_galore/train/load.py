@@ -1,4 +1,4 @@
-"""From what was prepared to a run with weights: its live parts, put together."""
+"""Load the weights and the optimizer's state, and build the engine and the stepper."""
 
 from __future__ import annotations
 
@@ -18,26 +18,38 @@ from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
-from sophia_galore.weights.store import WeightStore
 
 
 def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest) -> Loaded:
-    """Load weights and state, and put engine and optimizer over them.
+    """Load a prepared run.
 
     Args:
-        prepared: What will be done.
-        monitor: Watches memory.
-        callback: Hears what happens.
+        prepared: The prepared run.
+        monitor: Measures memory.
+        callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
-        OutOfMemory: They do not fit.
+        OutOfMemory: They do not fit into memory.
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
-        store = _load(prepared, going_on=checkpoint is not None)
+        frozen = [route.name for route in plan.routes if route.format == "bnb8"]
+        store = load_store(
+            prepared.folder,
+            prepared.architecture.parameter_shapes(),
+            tied_head=HEAD if prepared.architecture.tied else None,
+            dtype=DTYPES[config.model.store],
+            device=prepared.device,
+            int8=[route.name for route in plan.routes if route.format == "int8"],
+            form=int8_format(config.quantization),
+            without_updates=checkpoint is not None,
+            frozen=Freezer(prepared.architecture.model, prepared.architecture.linear_names(), frozen, prepared.device)
+            if frozen
+            else None,
+        )
         specs = (route.spec for route in plan.routes if route.spec)
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=prepared.device)
         if checkpoint:
@@ -75,19 +87,3 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     pad_id = pad_token(prepared.tokenizer)
     feed, eval_feed = (Feed.of(config, part, pad_id) for part in (prepared.dataset.train, prepared.dataset.eval))
     return Loaded(prepared, store, optimizer, engine, stepper, feed, eval_feed, monitor, stop)
-
-
-def _load(prepared: Prepared, *, going_on: bool) -> WeightStore:
-    architecture = prepared.architecture
-    frozen = [route.name for route in prepared.plan.routes if route.format == "bnb8"]
-    return load_store(
-        prepared.folder,
-        prepared.architecture.parameter_shapes(),
-        tied_head=HEAD if prepared.architecture.tied else None,
-        dtype=DTYPES[prepared.config.model.store],
-        device=prepared.device,
-        int8=[route.name for route in prepared.plan.routes if route.format == "int8"],
-        form=int8_format(prepared.config.quantization),
-        without_updates=going_on,
-        frozen=Freezer(architecture.model, architecture.linear_names(), frozen, prepared.device) if frozen else None,
-    )

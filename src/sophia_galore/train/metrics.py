@@ -1,4 +1,4 @@
-"""What happened, a line at a time: `metrics.jsonl`."""
+"""The records of a run: `metrics.jsonl`, a line for each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from sophia_galore.model.disk import reason
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl`; a line is on its way to disk before the next step begins.
+    """Appends records to `metrics.jsonl`; each line is handed to the system before the next step begins.
 
-    Where there is no room for a line, records are kept, and all of them are written as soon as there is: a full disk
-    is no reason to lose a run that needs it only hours later.
+    On a full disk, records are kept in memory and written as soon as there is room, so the run is not lost.
 
     Args:
         path: The file.
@@ -27,7 +26,7 @@ class MetricsLog:
     def __init__(self, path: Path, up_to_step: int | None, say: Callable[[str], None] = lambda _: None) -> None:
         self.records: list[dict[str, Any]] = []
         self.problem: OSError | None = None
-        """Why the file lacks records; None: it has them all."""
+        """The error because of which the file lacks records; None: it has all."""
         self._path, self._say = path, say
         self._file: TextIO | None = None
         if up_to_step is not None and path.exists():

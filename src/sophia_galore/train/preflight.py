@@ -1,8 +1,8 @@
-"""Pre-flight checks: what can fail fails in the first seconds, with cause and remedy.
+"""Pre-flight checks: find errors in the first seconds of a run.
 
-Two tables. What is in the first needs no weights and writes nothing, so `sophia-galore check` goes through it too.
-What is in the second sees weights and state as they were loaded, before the run's folder is touched. A check
-raises where the run must not begin; else it returns what the user should know, or None.
+There are two tables. Checks in the first need no weights and write nothing; `sophia-galore check` runs them too. Checks
+in the second see the loaded weights and state, before the run's folder is touched. A check raises an error if the run
+must not start; else it returns a note for the user, or None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sophia_galore.weights.weight import Weight
 
 def _disk_has_room(run: Prepared) -> None:
     folder, going_on = Path(run.config.run_folder), run.checkpoint
-    # Those of an earlier run are moved aside with it, and stay.
+    # Checkpoints of an earlier run are moved aside with it and not deleted.
     here = going_on is not None and going_on.folder.parent.resolve() == folder.resolve()
     space = space_needed(
         run.config,
@@ -66,7 +66,7 @@ def _weights_are_sound(run: Loaded) -> None:
 
 
 def _weight_problem(weight: Weight, route: Route) -> str | None:
-    """What is wrong with a stored weight, in words that follow its name; None: nothing."""
+    """Describe what is wrong with a stored weight, after its name; None if nothing is."""
     if tuple(weight.shape) != route.shape:
         return f"has shape {tuple(weight.shape)} instead of {route.shape}"
     if weight.format != route.format:
@@ -78,7 +78,7 @@ def _state_is_finite(run: Loaded) -> None:
     if run.prepared.checkpoint is None:
         return  # all zeros
     for name, tensor in run.optimizer.named_state().items():
-        # Codes are finite by nature; the scales beside them have their own name.
+        # Integer codes are always finite; their scales are separate tensors.
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(
                 f"{run.prepared.checkpoint.folder}: the optimizer's state {name} holds values that are not finite.",
@@ -120,7 +120,7 @@ AFTER_LOADING: tuple[Callable[[Loaded], str | None], ...] = (_weights_are_sound,
 
 
 def before_loading(run: Prepared) -> list[str]:
-    """Go through the checks that need no weights.
+    """Run the checks that need no weights.
 
     Args:
         run: The run.
@@ -135,7 +135,7 @@ def before_loading(run: Prepared) -> list[str]:
 
 
 def after_loading(run: Loaded) -> list[str]:
-    """Go through the checks that see weights and state; nothing of them is changed.
+    """Run the checks of weights and state, which they do not change.
 
     Args:
         run: The run.

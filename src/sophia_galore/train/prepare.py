@@ -1,4 +1,4 @@
-"""From what was asked to what will be done; `check` stops here."""
+"""Prepare a run: model, data and plan, without loading a weight. `check` stops here."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ from sophia_galore.plan.facts import DataFacts, Facts
 from sophia_galore.plan.plan import RunPlan, count_steps, make_plan
 from sophia_galore.plan.rules import RULES, compute_dtype
 from sophia_galore.plan.verdicts import Decided, decide
-from sophia_galore.train.aside import refuse_surroundings
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint
-from sophia_galore.train.dated import settled
+from sophia_galore.train.earlier_run import refuse_own_folders
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.preflight import before_loading
 from sophia_galore.train.prepared import Prepared
+from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
 
 _NUM_SHOWN_EXAMPLES = 2
 
 
 def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None = None) -> Prepared:
-    """Find the model, read the data, make the plan; nothing is written but downloads.
+    """Find the model, read the data and make the plan; only downloads are written.
 
     Args:
-        config: What was asked.
-        callback: Called when something happens.
-        checkpoint: Where the run goes on from; it brings its own model and tokenizer.
+        config: The run's configuration.
+        callback: Called at each event of the run.
+        checkpoint: The checkpoint to resume from; model and tokenizer are read from it.
 
     Returns:
         The run before any weight is loaded.
 
     Raises:
-        UserError: Something in what the user gave does not fit.
+        UserError: The configuration, the data or the model can't be used.
     """
     check(config)
-    config = settled(config)
-    refuse_surroundings(config)
+    config = fill_date(config)
+    refuse_own_folders(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
     facts = Facts(config, device=detect_device(device), missing_trackers=missing_trackers(config.training.report_to))
     if facts.freezes_layers:
         facts = replace(facts, bitsandbytes=detect_bitsandbytes(device))
-    # Rules are asked before each thing that takes time: nothing is downloaded, built or tokenised in vain.
+    # Rules are checked before each slow step, so that nothing is downloaded, built or tokenised in vain.
     decide(RULES, facts)
     trust = config.model.trust_remote_code
     model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, callback.say)
@@ -80,7 +80,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     if not facts.is_buildable:
         decide(RULES, facts)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
-    # Kept: the checkpoint that they come from may be deleted by a later one.
+    # Kept in memory: a later checkpoint may delete the one they come from.
     source = read_source_files(model.folder, with_code=trust)
     generation_config = read_generation_config(model.folder)
     chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
@@ -130,7 +130,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:
-        plan = _as_begun(plan, checkpoint.plan)
+        plan = _with_first_start(plan, checkpoint.plan)
     callback.planned(plan)
     if estimate is not None:
         callback.say(estimate.sentence())
@@ -141,7 +141,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
 def _chat_format(
     config: RunConfig, tokenizer: Any, model_config: Any, generation_config: Any, checkpoint: Checkpoint | None
 ) -> ChatFormat:
-    """How conversations are written: as the run began, if it goes on."""
+    """Choose the chat format; a resumed run keeps its own."""
     begun = checkpoint.plan.get("chat_format") if checkpoint else None
     if begun is None:
         stop_ids = stop_tokens(tokenizer, generation_config if stop_tokens(generation_config) else model_config)
@@ -155,7 +155,7 @@ def _chat_format(
 
 
 def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
-    """Refuse to train where moving an earlier run aside would move the model away."""
+    """Refuse a run's folder that contains the model: moving an earlier run would move the model."""
     run_folder = Path(config.run_folder).resolve()
     if run_folder in (model.folder.resolve(), *model.folder.resolve().parents):
         raise ConfigError(
@@ -164,8 +164,8 @@ def _refuse_folder_of_model(config: RunConfig, model: ResolvedModel) -> None:
         )
 
 
-def _as_begun(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
-    """A plan with what only the run's first start could know: where the model came from, in place of which other."""
+def _with_first_start(plan: RunPlan, begun: Mapping[str, Any]) -> RunPlan:
+    """Return the plan with the model's folder, notes and verdicts of the run's first start."""
     verdicts = tuple(Decided(**verdict) for verdict in begun["verdicts"]) if "verdicts" in begun else plan.verdicts
     return replace(plan, model_folder=begun["model_folder"], notes=tuple(begun["notes"]), verdicts=verdicts)
 

@@ -1,4 +1,4 @@
-"""What carries a run from what was asked to its steps: first without weights, then with them."""
+"""A run before its first step: without weights, and with them."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Prepared:
     """A run before any weight is loaded.
 
     Args:
-        config: What was asked.
-        plan: What will be done.
-        checkpoint: Where the run goes on from, if it does.
-        folder: The folder that weights and tokenizer are read from: the model's, or a checkpoint.
+        config: The run's configuration.
+        plan: The plan.
+        checkpoint: The checkpoint to resume from, or None.
+        folder: The folder of weights and tokenizer: the model's, or a checkpoint.
         model_config: The model's Hugging Face configuration.
         tokenizer: Its tokenizer.
         architecture: Its parts, on the meta device.
         generation_config: Its generation settings, or None.
         source: Its files beside the weights.
         dataset: The tokenised data.
-        device: Where the arithmetic runs.
-        compute_dtype: Its precision.
-        planner: Knows what this and other configurations need.
-        estimate: What the run is expected to need; None: that was not asked for.
+        device: The device of the arithmetic.
+        compute_dtype: The precision of the arithmetic.
+        planner: Predicts the memory of this and other configurations.
+        estimate: The predicted memory; None without memory.predict.
     """
 
     config: RunConfig
@@ -62,23 +62,23 @@ class Prepared:
 
     @property
     def stop_ids(self) -> list[int] | None:
-        """The tokens at which the trained model's answers end; None: those of its source."""
+        """The tokens that end an answer of the trained model; None: those of the base model."""
         return list(self.generation_config.eos_token_id) if self.plan.chat_format.end_ids else None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A run before its first step: what was prepared, and its live parts.
+    """A run with weights, before its first step.
 
     Args:
-        prepared: What will be done.
+        prepared: The prepared run.
         store: The weights.
         optimizer: The optimizer with its state.
-        engine: Finds gradients.
+        engine: Computes gradients.
         stepper: Takes steps.
-        feed: The training examples on their way to the steps.
-        eval_feed: The evaluation examples.
-        monitor: Watches the engine's memory.
+        feed: The training batches.
+        eval_feed: The evaluation batches.
+        monitor: Measures memory.
         stop: Whether the user asked the run to stop.
     """
 

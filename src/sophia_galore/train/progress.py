@@ -1,13 +1,12 @@
-"""What the evaluations of a run say: which was the best, and whether it is time to end.
+"""The best evaluation of a run, and early stopping.
 
-Everything follows from the losses that were measured so far, so a run that goes on from a checkpoint, which keeps its
-records, knows as much as one that was never interrupted.
+Everything is computed from the eval losses so far. A checkpoint holds them, so a resumed run decides as one that was
+never interrupted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +22,34 @@ from sophia_galore.records.run import (
 )
 
 
-@dataclass(frozen=True)
-class Patience:
-    """When a run ends early.
-
-    Args:
-        evaluations: So many in a row without an improvement are enough.
-        threshold: What the loss must fall by, below the lowest one before, to be an improvement.
-    """
-
-    evaluations: int
-    threshold: float = 0.0
-
-
-def patience_of(config: RunConfig) -> Patience | None:
-    """When a run is to end early; None: never."""
+def stopping_limits(config: RunConfig) -> StoppingLimits | None:
+    """Return when a run ends early; None if it never does."""
     training = config.training
     if training.early_stopping_patience is None:
         return None
-    return Patience(training.early_stopping_patience, training.early_stopping_threshold)
+    return StoppingLimits(
+        early_stopping_patience=training.early_stopping_patience,
+        early_stopping_threshold=training.early_stopping_threshold,
+    )
 
 
 def best_of(evaluations: Iterable[Evaluation]) -> Evaluation | None:
-    """The lowest loss of a model that was trained; of equal ones the first. None: there is none yet.
+    """Return the evaluation of the lowest loss after step 0; the first of equal ones, None if there is none.
 
-    The evaluation before the first step is left out: what it measured is not a result of the run.
+    The evaluation before the first step does not count: it is not a result of the run.
     """
     return min((one for one in evaluations if one.step > 0), key=lambda one: one.loss, default=None)
 
 
 def num_without_improvement(evaluations: Iterable[Evaluation], threshold: float) -> int:
-    """How many evaluations in a row, the last ones, brought no improvement.
+    """Count the last evaluations in a row without an improvement.
 
-    As Hugging Face's EarlyStoppingCallback counts, but that the evaluation before the first step, where there is one,
-    is the first to improve on.
+    Counts as Hugging Face's EarlyStoppingCallback does, except that an evaluation before the first step counts as the
+    first one to improve on.
 
     Args:
-        evaluations: In their order.
-        threshold: What the loss must fall by, below the lowest one before.
+        evaluations: Evaluations in order.
+        threshold: The loss must fall below the lowest one so far by more than this.
     """
     lowest, count = float("inf"), 0
     for one in evaluations:
@@ -69,75 +58,75 @@ def num_without_improvement(evaluations: Iterable[Evaluation], threshold: float)
     return count
 
 
-def patience_is_used_up(evaluations: Sequence[Evaluation], patience: Patience | None) -> bool:
-    """Whether a run ends now, whatever steps are left.
+def stops_early(evaluations: Sequence[Evaluation], limits: StoppingLimits | None) -> bool:
+    """Return whether a run ends now, before its last step.
 
     Args:
-        evaluations: So far, in their order.
-        patience: None: never.
+        evaluations: All evaluations so far, in order.
+        limits: When the run ends early; None: never.
     """
-    return patience is not None and num_without_improvement(evaluations, patience.threshold) >= patience.evaluations
+    if limits is None:
+        return False
+    return num_without_improvement(evaluations, limits.early_stopping_threshold) >= limits.early_stopping_patience
 
 
-def counted(evaluations: Sequence[Evaluation], patience: Patience | None) -> Evaluation:
-    """The last evaluation, with what its record says of patience, where something depends on that.
+def last_evaluation(evaluations: Sequence[Evaluation], limits: StoppingLimits | None) -> Evaluation:
+    """Return the last evaluation for the records; with early stopping, it holds the count without improvement.
 
     Args:
-        evaluations: So far, in their order.
-        patience: When the run ends early; None: never.
+        evaluations: All evaluations so far, in order.
+        limits: When the run ends early; None: never.
     """
-    if patience is None:
+    if limits is None:
         return evaluations[-1]
-    count = num_without_improvement(evaluations, patience.threshold)
+    count = num_without_improvement(evaluations, limits.early_stopping_threshold)
     return evaluations[-1].model_copy(update={"without_improvement": count})
 
 
-def why_it_ends(evaluations: Sequence[Evaluation], patience: Patience, num_steps: int) -> str:
-    """When and why a run ended early, in words.
+def early_stop_reason(evaluations: Sequence[Evaluation], limits: StoppingLimits, num_steps: int) -> str:
+    """Say when and why a run ended early.
 
     Args:
-        evaluations: Until then.
-        patience: What was used up.
-        num_steps: Steps that were planned.
+        evaluations: All evaluations of the run.
+        limits: The limits that were reached.
+        num_steps: Number of planned steps.
     """
-    lowest = min(evaluations, key=lambda one: one.loss)
-    count = num_without_improvement(evaluations, patience.threshold)
-    by = f" by more than {patience.threshold:g}" if patience.threshold else ""
+    lowest, threshold = min(evaluations, key=lambda one: one.loss), limits.early_stopping_threshold
+    count = num_without_improvement(evaluations, threshold)
+    by = f" by more than {threshold:g}" if threshold else ""
     since = f"{count} evaluations" if count > 1 else "an evaluation"
     return (
         f"after step {evaluations[-1].step} of {num_steps}, since {since} brought no improvement{by} on the eval loss "
-        f"of {lowest.loss:.4f} after step {lowest.step} (training.early_stopping_patience: {patience.evaluations})"
+        f"of {lowest.loss:.4f} after step {lowest.step} "
+        f"(training.early_stopping_patience: {limits.early_stopping_patience})"
     )
 
 
 def trainer_state(
     records: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Evaluation],
-    patience: Patience | None,
+    limits: StoppingLimits | None,
     checkpoint: Path | None,
     *,
     step: int,
     num_steps: int,
     steps_per_epoch: int,
 ) -> TrainerState:
-    """How far a run is, in Hugging Face's words.
+    """Return a run's state in the layout of Hugging Face's TrainerState.
 
     Args:
         records: The lines of `metrics.jsonl`.
-        evaluations: So far.
-        patience: When the run ends early; None: never.
-        checkpoint: Where the best model is; None: it was not kept.
+        evaluations: All evaluations so far.
+        limits: When the run ends early; None: never.
+        checkpoint: The best checkpoint; None if there is none.
         step: The last step that was done.
-        num_steps: Steps that are planned.
+        num_steps: Number of planned steps.
         steps_per_epoch: Steps of one pass over the data.
     """
     best = best_of(evaluations)
     stopping = {}
-    if patience is not None:
-        limits = StoppingLimits(
-            early_stopping_patience=patience.evaluations, early_stopping_threshold=patience.threshold
-        )
-        count = num_without_improvement(evaluations, patience.threshold)
+    if limits is not None:
+        count = num_without_improvement(evaluations, limits.early_stopping_threshold)
         early = EarlyStopping(args=limits, attributes=StoppingCount(early_stopping_patience_counter=count))
         stopping = {"stateful_callbacks": StatefulCallbacks(early_stopping=early)}
     return TrainerState(

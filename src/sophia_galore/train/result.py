@@ -1,4 +1,4 @@
-"""How a run ended, as an object and as read from its folder."""
+"""The result of a run, returned by `train` or read from its folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sophia_galore.records.run import TrainerState
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """The result of a run.
 
     Args:
         folder: The run's folder.
-        state: What was done.
-        memory: Where its memory went.
-        saved: The checkpoint to go on from, if the run was stopped; None: it came to its end, early or not.
+        state: The steps and evaluations.
+        memory: The memory report.
+        saved: The checkpoint to resume from if the run was stopped; None: it ended, early or not.
     """
 
     folder: Path
@@ -36,17 +36,17 @@ class RunResult:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end; otherwise it was stopped and can go on."""
+        """Whether the run ended; if not, it was stopped and can be resumed."""
         return self.saved is None
 
     @property
     def early(self) -> bool:
-        """Whether steps are left."""
+        """Whether the run ended before its last planned step."""
         return self.state.has_steps_left
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """All of them."""
+        """All evaluations of the run."""
         return self.state.evaluations
 
     @property
@@ -56,12 +56,12 @@ class RunResult:
 
     @property
     def how_it_ended(self) -> str:
-        """How a finished run ended, in words that follow "it is finished:"."""
+        """How a finished run ended, as a phrase after "is finished:"."""
         return f"it ended early, after step {self.step}" if self.early else f"all of its {self.step} steps are done"
 
 
-def asked_of(folder: Path) -> RunConfig | None:
-    """What was asked of the run in a folder; None if there is none, or it asks for what this version does not know.
+def find_config(folder: Path) -> RunConfig | None:
+    """Load the configuration of the run in a folder; None if there is none, or this version can't read it.
 
     Args:
         folder: The run's folder.
@@ -74,16 +74,16 @@ def asked_of(folder: Path) -> RunConfig | None:
 
 
 def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
-    """The result of a run that was carried out to its end with this very configuration.
+    """Read the result of a run that finished with exactly this configuration.
 
     Args:
         folder: The run's folder.
-        config: What is asked now.
+        config: The configuration now.
 
     Returns:
         The result, or None if the run is not finished or was another one.
     """
-    if asked_of(folder) != config:
+    if find_config(folder) != config:
         return None
     state = TrainerState.find(folder / files.TRAINER_STATE)
     memory = MemoryReport.find(folder / files.MEMORY_REPORT)

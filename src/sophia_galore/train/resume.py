@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: not if that would change its numbers."""
+"""Refuse to resume from a checkpoint if that would change the run's numbers."""
 
 from __future__ import annotations
 
@@ -14,40 +14,7 @@ from sophia_galore.numerics.noise import NOISE
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.train.checkpoint import Checkpoint
 
-# Keys that may differ: they change no number, or the plan that results from them is compared itself.
-_FREE = (
-    "model.source",
-    "model.fallback",
-    "model.cache_dir",
-    "model.trust_remote_code",
-    "data.",
-    "training.output_dir",
-    "training.epochs",
-    "training.max_steps",
-    "training.learning_rate",
-    "training.device",
-    "training.compute_dtype",
-    "training.early_stopping_",
-    "training.eval_every_steps",
-    "training.load_best_model",
-    "training.logging_steps",
-    "training.clip_by",
-    "training.gradient_checkpointing",
-    "training.probe_step",
-    "training.report_to",
-    "training.sample_",
-    "training.trainable",
-    "optimizer.",
-    "checkpoint.",
-    "export.",
-    "engine.keep_layers",
-    "memory.limit",
-    "memory.on_oom",
-    "memory.predict",
-    "memory.reserve",
-    "memory.track_steps",
-)
-# Those of them that a plan is made from.
+# Keys from which the plan is made.
 _DECISIVE = (
     "data.",
     "training.epochs",
@@ -59,42 +26,64 @@ _DECISIVE = (
     "training.trainable",
     "optimizer.",
 )
+# Keys that may differ after a resume: they change no number, or the plan made from them is compared.
+_FREE = (
+    *_DECISIVE,
+    "model.source",
+    "model.fallback",
+    "model.cache_dir",
+    "model.trust_remote_code",
+    "training.output_dir",
+    "training.early_stopping_",
+    "training.eval_every_steps",
+    "training.load_best_model",
+    "training.logging_steps",
+    "training.gradient_checkpointing",
+    "training.probe_step",
+    "training.report_to",
+    "training.sample_",
+    "checkpoint.",
+    "export.",
+    "engine.keep_layers",
+    "memory.limit",
+    "memory.on_oom",
+    "memory.predict",
+    "memory.reserve",
+    "memory.track_steps",
+)
 _INT8_KEYS = ("quantization.enabled", "quantization.load_in_8bit")
-# A schedule that does not look at the end of the run lets the end be moved.
+# Schedules that do not depend on the number of steps, so that it may change.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) -> None:
-    """Compare what is planned now with what the checkpoint's run had planned.
+    """Compare the configuration and plan with those of the checkpoint.
 
     Args:
-        checkpoint: Where the run would go on from.
-        config: What was asked now.
-        plan: What would be done now.
+        checkpoint: The checkpoint to resume from.
+        config: The configuration now.
+        plan: The plan now.
 
     Raises:
-        CheckpointError: They differ in something that changes numbers, or the checkpoint is past the end.
+        CheckpointError: A difference would change numbers, or the checkpoint is past the last step.
     """
     if "clip_by" not in checkpoint.plan:
         raise CheckpointError(
             f"{checkpoint.folder} was made by version 0.1, whose optimizers kept another state.",
             f"Start anew from its weights: model.name={checkpoint.folder}.",
         )
-    # Where no weight is in eight bits now, the routes tell whether one was; how it would have been is of no effect.
-    free = _FREE if config.quantization.int8 else (*_FREE, "quantization.")
+    # Without int8 weights now, the other keys of the section have no effect; the routes show whether there were any.
+    free = (*_FREE, *(_INT8_KEYS if config.quantization.int8 else ["quantization."]))
     now: dict[str, Any] = {key: value for key, value in flatten(config).items() if not key.startswith(free)}
     saved: dict[str, Any] = {key: checkpoint.config.get(key) for key in now}
-    # Two keys that say one thing together.
+    # Two keys with one combined meaning.
     now["quantization.int8"] = config.quantization.int8
     saved["quantization.int8"] = holds_int8(*(checkpoint.config.get(key) for key in _INT8_KEYS))
-    for key in _INT8_KEYS:
-        now.pop(key, None)
-        saved.pop(key, None)
     for side in (now, saved):
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
-    # Words, and what follows from the routes, which say more.
+    # Sentences, and values that follow from the routes, which are compared.
     skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
-    # Other noise is told of, not refused: what is expected stays the same.
+    # Other rounding noise is reported, not refused: expectations stay the same.
     skip.add("noise")
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.
     skip |= {"chat_format", "num_shared", "num_bad", "repetition_loss", "repetition_share", "fill", "fill_shuffled"}
@@ -102,9 +91,9 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
         skip.add("num_steps")
     now |= {f"plan.{key}": value for key, value in plan.to_json().items() if key not in skip}
     saved |= {f"plan.{key}": value for key, value in checkpoint.plan.items() if key not in skip}
-    # Version 0.5 knew nothing else.
+    # Checkpoints of version 0.5 lack these; it knew no other arrangement.
     saved = {"plan.arrangement": "shuffled", "plan.num_rows": checkpoint.plan["num_train_examples"]} | saved
-    # Through JSON, as the saved side went: tuples became lists.
+    # The saved side came from JSON, where tuples are lists.
     now = json.loads(json.dumps(now))
     for side in (now, saved):
         side["plan.routes"] = [_without_words(route) for route in side["plan.routes"]]
@@ -130,11 +119,11 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
 
 
 def changed_noise(checkpoint: Checkpoint, plan: RunPlan) -> str | None:
-    """What to say of a run that was begun by a version with other noise of rounding; None: nothing.
+    """Return a note if an older version started the run with other rounding noise; None if not.
 
     Args:
-        checkpoint: Where the run goes on from.
-        plan: What will be done.
+        checkpoint: The checkpoint to resume from.
+        plan: The plan now.
     """
     if not plan.rounds or checkpoint.plan.get("noise") == NOISE:
         return None
@@ -145,7 +134,7 @@ def changed_noise(checkpoint: Checkpoint, plan: RunPlan) -> str | None:
 
 
 def _without_words(route: Mapping[str, Any]) -> dict[str, Any]:
-    """What a route does. Reasons may be worded anew; and version 0.2, which wrote less, had no eight-bit weights."""
+    """Return a route without its explanations, whose wording may change; fill in keys that version 0.2 lacked."""
     done = {key: value for key, value in route.items() if key not in ("why", "because", "weight_bytes")}
     if done.get("subspace"):
         done["subspace"] = {"folds_late": False} | done["subspace"]
@@ -153,7 +142,7 @@ def _without_words(route: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first_change(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str:
-    """The first parameter and field in which two lists of routes differ, in words that follow what was compared."""
+    """Describe the first difference between two lists of routes."""
     for old, new in zip(then, now, strict=False):
         if old["name"] != new["name"]:
             return f": {old['name']} then, {new['name']} now"
@@ -169,7 +158,7 @@ def _first_change(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, 
 
 
 def _way_to_convert(checkpoint: Checkpoint, config: RunConfig, now: Mapping[str, Any], saved: Mapping[str, Any]) -> str:
-    """How to go on in another format of the weights, where it is the format that differs, and there is a way."""
+    """Say how to convert the checkpoint if only the format of the weights differs; "" if it can't be converted."""
     quantization = config.quantization
     then, wanted = ([route["format"] for route in side["plan.routes"]] for side in (saved, now))
     same = all(now[key] == saved.get(key) for key in ("quantization.block_size", "quantization.fold") if key in now)
@@ -187,7 +176,7 @@ def _way_to_convert(checkpoint: Checkpoint, config: RunConfig, now: Mapping[str,
 
 
 def _changed_settings(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
-    """The keys that may differ and do, of those that a plan is made from."""
+    """Return the keys that changed, among those from which the plan is made."""
     now = json.loads(json.dumps(flatten(config)))
     return [key for key in now if key.startswith(_DECISIVE) and now[key] != checkpoint.config.get(key)]
 

@@ -1,4 +1,4 @@
-"""A run from loading to the final model."""
+"""A training run, from loading the weights to the final model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ from sophia_galore.records.run import TrainerState
 from sophia_galore.records.schema import write_json, write_jsonl, write_text
 from sophia_galore.train import progress
 from sophia_galore.train.answers import When, ask
-from sophia_galore.train.aside import open_run_folder, refuse_moving
-from sophia_galore.train.best import open_best
+from sophia_galore.train.best_checkpoint import open_best
 from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
-from sophia_galore.train.dated import settled
+from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_files
 from sophia_galore.train.load import load
@@ -44,6 +43,7 @@ from sophia_galore.train.prepare import prepare
 from sophia_galore.train.prepared import Loaded
 from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.resume import changed_noise, refuse_difference
+from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
@@ -58,24 +58,24 @@ def train(
     command: str = "",
     config_file: Path | None = None,
 ) -> RunResult:
-    """Carry out a run.
+    """Train a model.
 
     Args:
-        config: What was asked.
-        callback: Called when something happens.
-        resume: Go on from a checkpoint of the run's folder.
-        resume_from: That checkpoint; None: the newest complete one.
-        command: What was typed to start the run, for its records.
-        config_file: Where the configuration was read from; that file is not moved either.
+        config: The run's configuration.
+        callback: Called at each event of the run.
+        resume: Continue from a checkpoint.
+        resume_from: The checkpoint; None: the newest complete one in the run's folder.
+        command: The command line, for the run's records.
+        config_file: The file of the configuration, which must not be moved.
 
     Returns:
-        How it ended.
+        The result of the run.
 
     Raises:
-        UserError: Something in what the user gave does not fit.
+        UserError: The configuration, the data or the model can't be used.
         RunError: The run failed.
     """
-    config = settled(config, resume=resume, resume_from=resume_from)
+    config = fill_date(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
         callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
@@ -83,8 +83,8 @@ def train(
     if config.training.report_to:
         callback = Callbacks(callback, Trackers(config, callback.say))
     checkpoint = find_checkpoint(folder, resume_from) if resume else None
-    # Before anything is downloaded or read; and once more, right before it is moved.
-    keep = refuse_moving(config, config_file, checkpoint)
+    # Checked before anything is downloaded, and again right before an earlier run is moved.
+    keep = refuse_unsafe_folder(config, config_file, checkpoint)
     prepared = prepare(config, callback, checkpoint)
     if checkpoint:
         refuse_difference(checkpoint, config, prepared.plan)
@@ -107,7 +107,7 @@ def train(
             write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
-            with monitor.explaining(run.way_back), writing("What a run records", folder, run.way_back):
+            with monitor.explaining(run.resume_hint), writing("What a run records", folder, run.resume_hint):
                 result = run.carry_out()
             failed = False
             return result
@@ -116,7 +116,7 @@ def train(
 
 
 class _Run:
-    """The live parts of a run, and its loop."""
+    """The loaded parts of a run and its training loop."""
 
     def __init__(self, loaded: Loaded, folder: Path, callback: Callback, keep: Sequence[Path]) -> None:
         prepared = loaded.prepared
@@ -132,26 +132,29 @@ class _Run:
         )
         for said in after_loading(loaded):
             callback.say(said)
-        # Only now: what fails until here leaves the folder as it was.
+        # Not earlier: an error before this line must leave the folder unchanged.
         moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
         if moved:
             callback.say(f"The earlier run in {folder} was moved to {moved}.")
-        self._write_documents()
+        write_json(folder / files.PLAN, plan.to_json())
+        write_text(folder / files.CONFIG, dump_config(config))
+        if bad := prepared.dataset.bad:
+            write_jsonl(folder / files.BAD_RECORDS, (each.to_json() for each in bad))
         self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, callback.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
-        self._patience = progress.patience_of(config)
+        self._limits = progress.stopping_limits(config)
         self._best = open_best(config, checkpoint, self._evaluations, folder, callback.say)
         write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
         callback.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
 
     def carry_out(self) -> RunResult:
-        """All steps that are left, or until a stop is requested."""
+        """Take the remaining steps, until the end or until a stop is requested."""
         if self._last_step == 0:
             self._ask("before")
             self._evaluate(0)
         started_s, first = time.monotonic(), self._last_step
         for step in range(self._last_step + 1, self._plan.num_steps + 1):
-            if progress.patience_is_used_up(self._evaluations, self._patience):
+            if progress.stops_early(self._evaluations, self._limits):
                 break
             record = self._step(step)
             self._record(record)
@@ -163,17 +166,17 @@ class _Run:
                 self._save(step)
             if self._stop.requested and step < self._plan.num_steps:
                 return self._result(finished=False)
-        if self._patience and self._last_step < self._plan.num_steps:
-            why = progress.why_it_ends(self._evaluations, self._patience, self._plan.num_steps)
+        if self._limits and self._last_step < self._plan.num_steps:
+            why = progress.early_stop_reason(self._evaluations, self._limits, self._plan.num_steps)
             self._callback.say(f"Ended early: {why}.")
-        self._go_back_to_best()
+        self._restore_best()
         self._write_final_model()
         self._ask("after")
         return self._result(finished=True)
 
     def close(self, *, failed: bool) -> None:
-        """Write what is known at the end, whether the run succeeded or failed, and close the records."""
-        # A full disk has been told already by whoever met it first. What fits is written.
+        """Write the last records and close them, whether the run succeeded or failed."""
+        # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
         for name, document in (
@@ -185,7 +188,7 @@ class _Run:
         self._callback.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; returns its record."""
+        """Take one optimizer step and return its record."""
         plan = self._plan
         started_s = time.perf_counter()
         batches = self._loaded.feed.step(step)
@@ -193,7 +196,7 @@ class _Run:
         try:
             result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
-            raise self._with_way_back(error) from error
+            raise self._with_resume_hint(error) from error
         self._last_step = step
         memory = self._monitor.end_step(step)
         return TrainStep(
@@ -210,7 +213,7 @@ class _Run:
         batches = self._loaded.eval_feed.longest_first()
         if not batches:
             return
-        # As many micro-batches at a time as in a training step, so that evaluation needs no more memory.
+        # As many micro-batches at a time as in a training step, so evaluation needs no more memory than training.
         together = self._config.training.gradient_accumulation_steps
         parts = [
             self._loaded.engine.evaluate(batches[start : start + together])
@@ -219,9 +222,9 @@ class _Run:
         eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
-            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
+            raise self._with_resume_hint(NonFiniteError(cause, "Lower training.learning_rate."))
         self._evaluations.append(Evaluation(**self._at(step), loss=eval_loss))
-        self._record(progress.counted(self._evaluations, self._patience).to_json())
+        self._record(progress.last_evaluation(self._evaluations, self._limits).to_json())
         self._callback.evaluated(step, eval_loss)
 
     def _at(self, step: int) -> dict[str, Any]:
@@ -263,12 +266,6 @@ class _Run:
                 given = ask(self._prepared, self._loaded.store, self._folder, when)
             self._callback.answered(when, given)
 
-    def _write_documents(self) -> None:
-        write_json(self._folder / files.PLAN, self._plan.to_json())
-        write_text(self._folder / files.CONFIG, dump_config(self._config))
-        if bad := self._prepared.dataset.bad:
-            write_jsonl(self._folder / files.BAD_RECORDS, (each.to_json() for each in bad))
-
     def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
         with self._monitor.apart():
             write_model(
@@ -282,7 +279,7 @@ class _Run:
 
     def _write_checkpoint_model(self, folder: Path) -> None:
         self._write_model(folder, None)
-        # A run that goes on from it finds there what model it was, and under which licence.
+        # The card keeps the model's origin and licence for a run that resumes from this checkpoint.
         write_card(folder, self._card())
 
     def _card(self) -> Card:
@@ -301,14 +298,14 @@ class _Run:
         self._refuse_broken_weights()
         dtype = final_dtype(self._config)
         size = model_bytes(self._config, self._plan)
-        with writing("The final model", self._folder, self.way_back, needed_bytes=size):
+        with writing("The final model", self._folder, self.resume_hint, needed_bytes=size):
             write_card(self._folder, self._card())
             replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=files.MODEL)
 
-    def _go_back_to_best(self) -> None:
-        """Let the weights be those of the lowest eval loss, if that was asked for."""
+    def _restore_best(self) -> None:
+        """Load the weights of the lowest eval loss if training.load_best_model is set."""
         with self._monitor.apart():
-            best = self._best.go_back(
+            best = self._best.restore(
                 self._loaded.store, self._loaded.optimizer, self._evaluations, last_step=self._last_step
             )
         if best:
@@ -319,7 +316,7 @@ class _Run:
         return progress.trainer_state(
             self._log.records,
             self._evaluations,
-            self._patience,
+            self._limits,
             self._best.path,
             step=self._last_step,
             num_steps=self._plan.num_steps,
@@ -331,16 +328,16 @@ class _Run:
         return RunResult(self._folder, self._trainer_state(), memory, None if finished else self._saved)
 
     def _refuse_broken_weights(self) -> None:
-        """What is written must be a model that can be used; the step that broke it would show only in the next one."""
+        """Refuse to write weights that are not finite; the loss would show them only in the next step."""
         broken = self._loaded.store.first_non_finite()
         if broken is not None:
             cause = f"{broken} holds values that are not finite after step {self._last_step}."
-            raise self._with_way_back(NonFiniteError(cause, "Lower training.learning_rate."))
+            raise self._with_resume_hint(NonFiniteError(cause, "Lower training.learning_rate."))
 
-    def way_back(self) -> str:
-        """Where a run that failed can go on from, in a sentence."""
+    def resume_hint(self) -> str:
+        """Say from which checkpoint a failed run can resume."""
         saved = checkpoints(self._folder)
         return f"The last checkpoint is {saved[-1]}. Go on with --resume." if saved else "There is no checkpoint yet."
 
-    def _with_way_back(self, error: NonFiniteError) -> NonFiniteError:
-        return NonFiniteError(error.cause, f"{error.remedy} {self.way_back()}")
+    def _with_resume_hint(self, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(error.cause, f"{error.remedy} {self.resume_hint()}")

@@ -1,8 +1,7 @@
-"""Signals to stop: the first asks the run to stop after this step, the second stops it at once.
+"""Stop signals: the first stops the run after the current step, the second stops it at once.
 
-SIGINT and SIGTERM come from somebody who wants that. SIGHUP says that the terminal is gone: it asks like the first of
-them, but never stops at once, since a terminal that closes may send several, and a system that ends a session sends
-one right after its SIGTERM. Under `nohup`, SIGHUP is ignored from the beginning, and stays so.
+SIGHUP, sent when the terminal closes, counts only as a first signal: a closing terminal may send several, and a system
+that ends a session sends one right after SIGTERM. Under `nohup`, SIGHUP stays ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class StopRequest:
 
 
 def hangup_signals() -> tuple[signal.Signals, ...]:
-    """SIGHUP where there is one and it is not ignored."""
+    """Return SIGHUP if the system has it and it is not ignored."""
     # Windows has none; None as a handler was set by code that is not Python's.
     number = getattr(signal, "SIGHUP", None)
     return (number,) if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None) else ()
@@ -34,10 +33,10 @@ def hangup_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Inside the context the first SIGINT, SIGTERM or SIGHUP sets the request; a second one but SIGHUP acts as usual.
+    """Set a request at the first SIGINT, SIGTERM or SIGHUP; a second SIGINT or SIGTERM acts as usual.
 
     Yields:
-        The request; outside the main thread, where Python allows no handlers, nobody will set it.
+        The request; outside the main thread, where Python allows no handlers, it is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""What a run will write, and whether the disk has room for it."""
+"""The disk space that a run needs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DOCUMENTS_BYTES = 40 * 2**20
 
 @dataclass(frozen=True)
 class Space:
-    """What a run will write.
+    """The disk space that a run needs.
 
     Args:
-        num_checkpoints: Checkpoints that come to lie on the disk at once, those that are there already not counted.
+        num_checkpoints: The largest number of new checkpoints on the disk at once.
         checkpoint_bytes: Bytes of one.
         model_bytes: Bytes of the final model.
     """
@@ -35,12 +35,12 @@ class Space:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes at the moment at which they are most."""
+        """The largest number of bytes at once."""
         return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes
 
 
 def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0) -> Space:
-    """Find out what a run will write.
+    """Compute the disk space that a run needs.
 
     One checkpoint more than are kept: a new one is complete before an old one goes. And one even where none was
     asked for: that of a run that is stopped. The best one stays beside those that are kept.

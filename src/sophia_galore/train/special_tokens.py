@@ -1,4 +1,4 @@
-"""Special tokens: that they have rows in the embedding, and that the model learns where to stop."""
+"""Checks of special tokens: they have rows in the embedding, and the model learns where to stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def refuse_special_tokens(model_config: Any, tokenizer: Any, generation_config: 
         generation_config: Its generation settings, or None.
 
     Raises:
-        ModelError: There is one; names it and who says so.
+        ModelError: There is one; the message names the token and the file.
     """
     rows = int(model_config.vocab_size)
     says = {"The tokenizer": tokenizer, "generation_config.json": generation_config, "config.json": model_config}
@@ -33,7 +33,7 @@ def refuse_special_tokens(model_config: Any, tokenizer: Any, generation_config: 
             if not outside:
                 continue
             remedy = "Use the tokenizer and the configuration that belong to the model"
-            # A step masks what is padded, whatever stands there.
+            # Padding is masked, whatever its token is.
             remedy += ", or remove that token from them: training needs no padding token." if kind == "pad" else "."
             raise ModelError(
                 f"{who} says that the {words} token is number {outside[0]}, but the model's embedding has only {rows} "
@@ -43,7 +43,7 @@ def refuse_special_tokens(model_config: Any, tokenizer: Any, generation_config: 
 
 
 def stopping_at(end_ids: Sequence[int], generation_config: Any, model_config: Any) -> Any:
-    """Generation settings that stop at the ends of turns, too.
+    """Return generation settings that also stop at the ends of turns.
 
     Args:
         end_ids: Tokens that end a turn and at which generation does not stop yet.
@@ -64,7 +64,7 @@ def stopping_at(end_ids: Sequence[int], generation_config: Any, model_config: An
 
 
 def end_of_turn_note(end_ids: Sequence[int], tokenizer: Any) -> str | None:
-    """Say so if turns end with another token than texts.
+    """Return a note if turns end with another token than texts.
 
     Args:
         end_ids: Tokens that end a turn and at which the model's generation did not stop by itself.
@@ -86,7 +86,7 @@ def end_of_turn_note(end_ids: Sequence[int], tokenizer: Any) -> str | None:
 def stop_warning(
     examples: Sequence[Example], *, model_config: Any, tokenizer: Any, generation_config: Any
 ) -> str | None:
-    """Say so if the model would not learn to stop, or would learn to stop at another token than generation does.
+    """Return a warning if the model would not learn to stop, or at another token than generation does.
 
     Args:
         examples: The training examples.
@@ -98,7 +98,7 @@ def stop_warning(
         A sentence for the user; None: all is well.
     """
     own = _ids(tokenizer, "eos")
-    # As transformers' `generate` has it.
+    # As in transformers' `generate`.
     stops = _ids(generation_config, "eos") or _ids(model_config, "eos")
     if not (own or stops):
         return "Neither tokenizer nor model names an end-of-text token: the model will not learn to stop."
@@ -118,7 +118,7 @@ def stop_warning(
 
 
 def _ids(holder: Any, kind: str) -> list[int]:
-    """Ids of a kind of token as somebody gives them: one, several, or none; negative ones mean none."""
+    """Return the ids of a kind of token: one, several or none; negative ids mean none."""
     given = getattr(holder, f"{kind}_token_id", None)
     listed = given if isinstance(given, list | tuple) else [given]
     return [int(token) for token in listed if token is not None and token >= 0]

@@ -1,4 +1,4 @@
-"""A model as a GGUF file, with a Modelfile that says to Ollama how it is asked and where its answers end."""
+"""Export a model as a GGUF file, with a Modelfile that tells Ollama its prompt format and stop tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sophia_galore.model.export import convert_model, read_generation_config
 from sophia_galore.model.llama_cpp import GgufType, convert_to_gguf, find_converter
 from sophia_galore.model.ollama import find_format, modelfile
 from sophia_galore.model.skeleton import load_tokenizer
+from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
-from sophia_galore.train.whole_folder import refuse_output, write_whole
 from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.plain import PlainWeight
 
@@ -26,7 +26,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
 
     Args:
         source: A whole model folder, a run's folder or a checkpoint.
-        output: Where to; appears whole or not at all.
+        output: The folder to write; it is complete or not there.
         kind: The format of the weights.
         title: The model's name, for the file.
         converter: llama.cpp's converter; None: it is looked for.
@@ -45,7 +45,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
     file = f"{title}-{kind.upper()}.gguf"
 
     def write(beside: Path) -> Path:
-        # The converter takes the folder's name for the model's where it finds no other.
+        # The converter uses the folder's name as the model's name if it finds no other.
         plain, made = beside / title, beside / "made"
         plain.mkdir()
         made.mkdir()
@@ -60,7 +60,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
         write_card(made, folder_card(title, source, files.origin, done))
         return made
 
-    write_whole(output, write)
+    write_atomically(output, write)
     return (
         f"{output / file}\n"
         f"llama.cpp: llama-cli -m {output / file}\n"
@@ -82,7 +82,7 @@ def _modelfile(file: str, folder: Path, tokenizer: Any) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     has_template = bool(tokenizer.chat_template)
-    # llama.cpp begins a text with this token itself, where the tokenizer does.
+    # llama.cpp adds this token itself if the tokenizer does.
     first = tokenizer("?")["input_ids"][:1]
     begin = tokenizer.bos_token if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else ""
     found = find_format(render, begin=begin, ends=stops) if has_template else None
@@ -90,7 +90,7 @@ def _modelfile(file: str, folder: Path, tokenizer: Any) -> str:
 
 
 def _stops(folder: Path, tokenizer: Any) -> list[str]:
-    """Texts of the tokens at which an answer ends: generation's, and the tokenizer's own."""
+    """Return the stop tokens of the generation settings and of the tokenizer, as text."""
     settings = read_generation_config(folder)
     given = getattr(settings, "eos_token_id", None)
     ids = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]

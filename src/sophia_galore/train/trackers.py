@@ -1,4 +1,4 @@
-"""Live trackers get what `metrics.jsonl` gets, and nothing depends on them: one that fails is left out."""
+"""Send the records of `metrics.jsonl` to trackers; a tracker that fails is dropped, and the run goes on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.fields import TrackerName
+from sophia_galore.config.field_types import TrackerName
 from sophia_galore.errors import short
 from sophia_galore.plan.plan import RunPlan
 from sophia_galore.records import files
 from sophia_galore.records.schema import write_json
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.integrations import BEGIN, Beginning, Tracked
+from sophia_galore.train.integrations import BEGIN, RunStart, TrackedRun
 
-# What a plan settles that was left open, or that the data say.
+# Values of the plan that trackers show beside the configuration.
 _PLANNED = (
     "model_source",
     "device",
@@ -35,28 +35,28 @@ _PLANNED = (
 
 
 class Trackers(Callback):
-    """Forwards every record to the trackers that were asked for.
+    """Sends every record to the trackers of `training.report_to`.
 
-    A tracker starts when the run's folder is open, in which some of them write, and ends with the run. What each calls
-    the run is kept in the run's folder, so that a run that goes on is the same one there. One that begins when a run
-    goes on is told the records from before.
+    Trackers start when the run's folder is ready, since some write into it. The id that each tracker gives the run is
+    kept in that folder, so that a resumed run is the same run there. A tracker that is added at a resume gets the
+    earlier records too.
 
     Args:
-        config: What was asked.
-        say: Takes a sentence for the user.
+        config: The run's configuration.
+        say: Takes sentences for the user.
     """
 
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self._config, self._say = config, say
         self._plan: RunPlan | None = None
-        self._open: dict[TrackerName, Tracked] = {}
+        self._open: dict[TrackerName, TrackedRun] = {}
 
     def planned(self, plan: RunPlan) -> None:
-        """Keep the plan: trackers show it."""
+        """Keep the plan, for the trackers."""
         self._plan = plan
 
     def opened(self, folder: Path, *, after_step: int, records: Sequence[dict[str, Any]]) -> None:
-        """Begin the run in each tracker, or go on with it."""
+        """Start or continue the run in each tracker."""
         path = folder / files.TRACKERS
         with self._surviving(*self._config.training.report_to):
             # Of a new run nothing is known, whatever lies in the folder.
@@ -64,7 +64,7 @@ class Trackers(Callback):
             settings = self._settings()
             for name in self._config.training.report_to:
                 with self._surviving(name):
-                    begin = Beginning(folder, settings, after_step, known_as=known.get(name, ""))
+                    begin = RunStart(folder, settings, after_step, tracker_id=known.get(name, ""))
                     self._open[name] = BEGIN[name](begin)
             called = {name: tracked.name for name, tracked in self._open.items() if tracked.name}
             if known | called != known:
@@ -73,7 +73,7 @@ class Trackers(Callback):
             self._tell(record, [name for name, tracked in self._open.items() if tracked.is_new])
 
     def recorded(self, record: dict[str, Any]) -> None:
-        """Tell every tracker."""
+        """Send the record to every tracker."""
         self._tell(record, list(self._open))
 
     def closed(self, *, failed: bool) -> None:
@@ -84,7 +84,7 @@ class Trackers(Callback):
         self._open.clear()
 
     def _settings(self) -> dict[str, Any]:
-        """What was asked and what is planned, as JSON holds it."""
+        """Return the configuration and the plan as JSON values."""
         planned = {f"plan.{key}": getattr(self._plan, key) for key in _PLANNED} if self._plan else {}
         settings: dict[str, Any] = json.loads(json.dumps(flatten(self._config) | planned))
         return settings
@@ -98,13 +98,13 @@ class Trackers(Callback):
 
     @contextmanager
     def _surviving(self, *trackers: TrackerName) -> Iterator[None]:
-        """What fails inside is said, and its trackers are left out from then on; the run does not notice."""
+        """Report an error inside the context and drop its trackers; the run goes on."""
         try:
             yield
         except Exception as error:  # whatever a tracker raises, it is no reason to lose a run
             for name in trackers:
                 if tracked := self._open.pop(name, None):
-                    # Else the next run in this process would go on with what is left of it.
+                    # Otherwise the next run in this process would continue it.
                     with suppress(Exception):
                         tracked.end(True)
             self._say(

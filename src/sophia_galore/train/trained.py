@@ -1,4 +1,4 @@
-"""What a name means to somebody who wants answers: which weights, and what they were before training.
+"""Find the weights that a name stands for, and the base model of a trained one.
 
     run's folder, finished      its final model
     run's folder, unfinished    its newest complete checkpoint
@@ -26,11 +26,11 @@ _HUBS = ("hf", "modelscope", "pypi")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that can answer.
+    """A model that can generate answers.
 
     Args:
-        folder: A whole model folder.
-        title: What the user knows it as.
+        folder: A complete model folder.
+        title: The name that the user gave.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Weights:
 
 
 def find_weights(name: str, say: Say) -> Weights:
-    """Find what answers under a name; what is on a hub only is downloaded.
+    """Find the model of a name; download it if it is only on a hub.
 
     Args:
         name: A run's folder, a checkpoint, a model folder, a GGUF file, a hub id or an alias.
@@ -49,23 +49,21 @@ def find_weights(name: str, say: Say) -> Weights:
         CheckpointError: It is a run's folder that has neither a final model nor a complete checkpoint.
     """
     path = find_local(ModelConfig(name=name))
-    if path is None or is_checkpoint(path) or not (path / files.PLAN).is_file() or _is_finished(path):
-        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
-    saved = checkpoints(path)
-    if saved:
-        say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
-        return _newest(saved, say)
-    if (path / files.MODEL).is_file():
+    if path is not None and not is_checkpoint(path) and _is_unfinished_run(path):
+        if saved := checkpoints(path):
+            say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
+            return _newest(saved, say)
+        if not (path / files.MODEL).is_file():
+            raise CheckpointError(
+                f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
+                "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
+            )
         say(f"The run in {name} goes on and has no checkpoint yet: the model that it ended with before answers.")
-        return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
-    raise CheckpointError(
-        f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
-        "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
-    )
+    return Weights(resolve_model(ModelConfig(name=name), say).folder, name)
 
 
-def find_start(trained: Weights, say: Say) -> Weights:
-    """Find the model that a run started from.
+def find_base(trained: Weights, say: Say) -> Weights:
+    """Find the base model of a run.
 
     Args:
         trained: The run's model, or a checkpoint of it.
@@ -106,7 +104,7 @@ def refuse_unfinished(folder: Path) -> None:
     if is_checkpoint(folder):
         find_checkpoint(folder.parent, folder)
         return
-    if not (folder / files.PLAN).is_file() or _is_finished(folder):
+    if not _is_unfinished_run(folder):
         return
     saved = checkpoints(folder)
     raise CheckpointError(
@@ -116,7 +114,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def _newest(saved: list[Path], say: Say) -> Weights:
-    """The last of a run's checkpoints."""
+    """Return the newest of a run's checkpoints."""
     try:
         return Weights(resolve_model(ModelConfig(name=str(saved[-1])), say).folder, str(saved[-1]))
     except ModelError as error:
@@ -124,10 +122,12 @@ def _newest(saved: list[Path], say: Say) -> Weights:
         raise CheckpointError(error.cause, remedy) from error
 
 
-def _is_finished(run: Path) -> bool:
-    """Whether a run's folder holds the model that the run was to end with, as far as its records say."""
+def _is_unfinished_run(run: Path) -> bool:
+    """Return whether a folder is that of a run without its final model, according to its records."""
+    if not (run / files.PLAN).is_file():
+        return False
     state, planned = TrainerState.find(run / files.TRAINER_STATE), find_object(run / files.PLAN).get("num_steps")
-    # Versions that did not write the state as a run begins again tell of the steps that were added in the plan alone.
+    # Older versions did not write the state at the start of a resumed run: only the plan shows its added steps.
     more = state is not None and isinstance(planned, int) and state.global_step < planned
     goes_on = state is not None and (state.has_steps_left or more) and not state.ended_early
-    return (run / files.MODEL).is_file() and not goes_on
+    return goes_on or not (run / files.MODEL).is_file()

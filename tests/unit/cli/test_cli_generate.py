@@ -230,7 +230,7 @@ def test_a_base_that_moved_is_looked_for_by_its_name(
     monkeypatch.chdir(tmp_path)
     cache = tmp_path / "models_cache" / "HuggingFaceTB--SmolLM2-135M-Instruct.pypi"
     shutil.copytree(world.model, cache)
-    found = trained.find_start(trained.find_weights(str(folder), lambda _: None), lambda _: None)
+    found = trained.find_base(trained.find_weights(str(folder), lambda _: None), lambda _: None)
     assert found == trained.Weights(Path("models_cache") / cache.name, "smollm2-135m")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sophia_galore.train import integrations
-from sophia_galore.train.integrations import Beginning, Tracked
+from sophia_galore.train.integrations import RunStart, TrackedRun
 from unit.cli.tiny_run import Ended, World, command, json_lines, sha256
 
 # They are no numbers of the training: clocks, and what the process takes.
@@ -149,12 +149,12 @@ def test_a_tracker_that_fails_during_the_run_costs_no_bit(
         if step == 2:
             raise OSError("No space left on device")
 
-    def begin(run: Beginning) -> Tracked:
+    def begin(run: RunStart) -> TrackedRun:
         assert (run.folder / "plan.json").exists(), "it begins in the folder of this run"
-        return Tracked(tell, lambda how: failed.update(mlflow=how))
+        return TrackedRun(tell, lambda how: failed.update(mlflow=how))
 
     monkeypatch.setitem(integrations.BEGIN, "mlflow", begin)
-    well = Tracked(lambda step, numbers: None, lambda how: failed.update(wandb=how))
+    well = TrackedRun(lambda step, numbers: None, lambda how: failed.update(wandb=how))
     monkeypatch.setitem(integrations.BEGIN, "wandb", lambda run: well)
     monkeypatch.setattr("sophia_galore.train.prepare.missing_trackers", lambda names: ())
     ended = world.train("failing", "report_to=[mlflow, wandb]", *SHORT)

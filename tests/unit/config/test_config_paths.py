@@ -10,9 +10,9 @@ import pytest
 
 from sophia_galore.config import RunConfig, dump_config, load_config
 from sophia_galore.config.dump import flatten
-from sophia_galore.config.paths import PATH_KEYS, expand, expand_all, filled, named_paths, written
+from sophia_galore.config.paths import PATH_KEYS, escape_path, expand, expand_all, fill_placeholders, named_paths
 from sophia_galore.errors import ArgumentError, CheckpointError, ConfigError
-from sophia_galore.train.dated import settled
+from sophia_galore.train.run_date import fill_date
 
 # As written: as meant, with HOME=/h, DATA=/d and EMPTY empty.
 EXPANDED = {
@@ -51,7 +51,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", EXPANDED)
 def test_what_is_expanded(text: str) -> None:
     assert expand(text) == EXPANDED[text]
-    assert expand(written(EXPANDED[text])) == EXPANDED[text]
+    assert expand(escape_path(EXPANDED[text])) == EXPANDED[text]
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -115,7 +115,7 @@ def test_text_that_is_no_path_stays(tmp_path: Path) -> None:
 def test_what_stands_for_what(template: str, model: str, expected: str) -> None:
     config = RunConfig.model_validate({"model": {"name": model}, "training": {"output_dir": template}})
     assert config.run_folder == expected
-    assert filled(template, optimizer="galore", model=model) == expected
+    assert fill_placeholders(template, optimizer="galore", model=model) == expected
 
 
 def dated_config(template: str) -> RunConfig:
@@ -129,25 +129,25 @@ TEMPLATES = ["{date}", "{model}-{date}", "{date}/{optimizer}", "x+(1)/{date}/{da
 def test_a_run_goes_on_in_the_folder_of_its_date(template: str, tmp_path: Path) -> None:
     config = dated_config(f"{tmp_path}/{template}")
     with pytest.raises(CheckpointError, match="No folder fits"):
-        settled(config, resume=True)
+        fill_date(config, resume=True)
     # The clock goes backwards between the two: the name counts.
     folders = []
     for when in (datetime(2026, 5, 2, 10, 0, 1), datetime(2026, 5, 2, 10, 0), datetime(2025, 12, 31)):
-        folders.append(Path(settled(config, now=when).run_folder))
+        folders.append(Path(fill_date(config, now=when).run_folder))
         folders[-1].mkdir(parents=True)
     assert len(set(folders)) == 3 and "2026-05-02_10-00-01" in str(folders[0])
     for other in ("2026-13-45_00-00-00", "2027-01-01", "notes", "m-2027-01-01_00-00-00-copy"):
         (tmp_path / other).mkdir()
-    assert Path(settled(config, resume=True).run_folder) == folders[0]
-    asked = settled(config, resume=True, resume_from=folders[2] / "checkpoint-3")
+    assert Path(fill_date(config, resume=True).run_folder) == folders[0]
+    asked = fill_date(config, resume=True, resume_from=folders[2] / "checkpoint-3")
     assert Path(asked.run_folder) == folders[2]
-    assert Path(settled(config, resume=True, resume_from=folders[1]).run_folder) == folders[1]
+    assert Path(fill_date(config, resume=True, resume_from=folders[1]).run_folder) == folders[1]
     # A checkpoint from elsewhere goes on in a new folder.
     now = datetime(2026, 6, 1)
-    new = settled(config, resume=True, resume_from=tmp_path / "elsewhere" / "checkpoint-3", now=now)
+    new = fill_date(config, resume=True, resume_from=tmp_path / "elsewhere" / "checkpoint-3", now=now)
     assert "2026-06-01" in new.run_folder
-    assert settled(new, resume=True) == new  # put in once
+    assert fill_date(new, resume=True) == new  # put in once
 
 
 def test_a_run_without_a_date_is_left_alone() -> None:
-    assert settled(config := dated_config("out/{model}"), resume=True) is config
+    assert fill_date(config := dated_config("out/{model}"), resume=True) is config

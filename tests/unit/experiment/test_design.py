@@ -9,7 +9,7 @@ import pytest
 
 from sophia_galore.config import dump_config, load_config
 from sophia_galore.errors import ArgumentError, ConfigError
-from sophia_galore.experiment.design import Trial, design, differences, refuse_what_cannot_be_compared
+from sophia_galore.experiment.design import Trial, design, differences, refuse_incomparable
 from tiny import write_tiny_data
 from unit.cli.tiny_run import World, make_world
 
@@ -104,7 +104,7 @@ def test_the_same_effective_batch_in_other_pieces_is_the_same(world: World) -> N
     other = world.folder / "pieces.yaml"
     other.write_text(text.replace("gradient_accumulation_steps: 2", "gradient_accumulation_steps: 1"))
     found = trials([world.config, other])
-    refuse_what_cannot_be_compared(found)
+    refuse_incomparable(found)
     assert set(differences(found)) == {"training.batch_size", "training.gradient_accumulation_steps"}
 
 
@@ -123,6 +123,6 @@ def test_other_tokens_are_refused_before_any_run(world: World, tmp_path: Path) -
     (tmp_path / "other.yaml").write_text(changed)
     second = trials([tmp_path / "other.yaml"])
     with pytest.raises(ConfigError, match="same tokens"):
-        refuse_what_cannot_be_compared([*first, *second])
-    assert len(refuse_what_cannot_be_compared(first)) == 64
+        refuse_incomparable([*first, *second])
+    assert len(refuse_incomparable(first)) == 64
     assert not (Path("out") / "runs").exists()

@@ -21,9 +21,9 @@ from sophia_galore.records import files as names
 from sophia_galore.report.comparison import compared
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
-from sophia_galore.train.aside import foreign, must_stay, open_run_folder, refuse_foreign
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpoint
+from sophia_galore.train.earlier_run import foreign_files, open_run_folder, protected_paths, refuse_foreign
 from sophia_galore.train.folder import locked
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, command, make_world
@@ -155,7 +155,7 @@ def test_every_path_of_a_configuration_must_stay(tmp_path: Path) -> None:
         "model": {"name": "m", "fallback": "f", "cache_dir": "c"},
         "data": {"train": "t", "eval": "e", "eval_fraction": 0.0},
     }
-    kept = must_stay(RunConfig.model_validate(values), Path("run.yaml"), None)
+    kept = protected_paths(RunConfig.model_validate(values), Path("run.yaml"), None)
     assert {str(path) for path in kept} == {"m", "f", "c", "t", "e", "run.yaml", str(Path.cwd())}
 
 
@@ -213,7 +213,7 @@ def test_the_oldest_checkpoint_goes_without_what_was_put_into_it(tmp_path: Path)
     save(tmp_path, 6)
     assert content(first) == {"export/model.gguf": b"mine"}
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
-    assert foreign(tmp_path) == ["checkpoint-2/export"]
+    assert foreign_files(tmp_path) == ["checkpoint-2/export"]
 
 
 def test_a_step_that_is_saved_again_keeps_what_was_put_into_it(tmp_path: Path) -> None:
@@ -294,14 +294,14 @@ def test_all_that_a_run_writes_is_known_as_a_runs(world: World) -> None:
     assert ended.code == 0, ended.err
     run = world.folder / "whole"
     assert command("report", str(run)).code == 0
-    assert foreign(run) == []
+    assert foreign_files(run) == []
     # Known by the list, whatever a tokenizer calls its files.
     listed = json.loads((run / names.WRITTEN).read_text())
     assert "model.safetensors" in listed and "tokenizer.json" in listed
     listed.append("tekken.bin")
     write(run / names.WRITTEN, json.dumps(listed))
     write(run / "tekken.bin")
-    assert foreign(run) == []
+    assert foreign_files(run) == []
     again = world.train("whole", *SHORT)
     assert again.code == 0 and "was moved to" in again.out
 

@@ -16,7 +16,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import changed, flatten
 from sophia_galore.train import trackers as module
 from sophia_galore.train.callback import Callback, Callbacks
-from sophia_galore.train.integrations import Tracked
+from sophia_galore.train.integrations import TrackedRun
 from sophia_galore.train.trackers import Trackers
 
 TRAIN = {
@@ -211,9 +211,11 @@ class _Failing:
     def __init__(self, at: str) -> None:
         self.at, self.calls = at, list[str]()
 
-    def begin(self, *_: Any) -> Tracked:
+    def begin(self, *_: Any) -> TrackedRun:
         self._call("begin")
-        return Tracked(lambda step, numbers: self._call(f"step {step}"), lambda failed: self._call("end"), "its name")
+        return TrackedRun(
+            lambda step, numbers: self._call(f"step {step}"), lambda failed: self._call("end"), "its name"
+        )
 
     def _call(self, what: str) -> None:
         self.calls.append(what)

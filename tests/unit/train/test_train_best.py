@@ -339,7 +339,7 @@ def test_of_a_damaged_best_checkpoint_the_next_one_is_taken(
 
     monkeypatch.setattr(Heard, "stepped", spoil)
     result, heard = carry_out(tmp_path / "run", world, *BEST, "checkpoint.keep_last=9")
-    assert "The best model can't be taken" in str(heard) and "model.safetensors is not what was written" in str(heard)
+    assert "The best model can't be loaded" in str(heard) and "model.safetensors is not what was written" in str(heard)
     assert result is not None and result.finished and chosen(result) == (2, 4)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.records import files as names
-from sophia_galore.train.aside import open_run_folder
 from sophia_galore.train.checkpoint import Checkpoint
+from sophia_galore.train.earlier_run import open_run_folder
 from sophia_galore.train.folder import locked
 
 

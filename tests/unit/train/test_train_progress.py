@@ -9,14 +9,14 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sophia_galore.records.metrics import Evaluation, evaluations_of
+from sophia_galore.records.run import StoppingLimits
 from sophia_galore.records.run import TrainerState as OurState
 from sophia_galore.train.progress import (
-    Patience,
     best_of,
+    early_stop_reason,
     num_without_improvement,
-    patience_is_used_up,
+    stops_early,
     trainer_state,
-    why_it_ends,
 )
 
 
@@ -38,6 +38,10 @@ COUNTS: list[tuple[list[float], float, int]] = [
     ([3.0, 2.75, 2.5, 2.25], 0.25, 3),  # by no more than the threshold: as Hugging Face has it
     ([3.0, 2.5, 3.0, 2.0], 0.25, 0),
 ]
+
+
+def limits(patience: int, threshold: float = 0.0) -> StoppingLimits:
+    return StoppingLimits(early_stopping_patience=patience, early_stopping_threshold=threshold)
 
 
 @pytest.mark.parametrize(("losses", "threshold", "count"), COUNTS)
@@ -73,11 +77,11 @@ def test_the_best_one(losses: list[float], best: Evaluation | None) -> None:
 
 def test_patience() -> None:
     losses = measured(3.0, 2.0, 2.1, 2.2)
-    assert not patience_is_used_up(losses, None)
-    assert not patience_is_used_up(losses, Patience(3))
-    assert patience_is_used_up(losses, Patience(2))
-    assert patience_is_used_up(losses, Patience(1))
-    said = why_it_ends(losses, Patience(2, 0.01), 90)
+    assert not stops_early(losses, None)
+    assert not stops_early(losses, limits(3))
+    assert stops_early(losses, limits(2))
+    assert stops_early(losses, limits(1))
+    said = early_stop_reason(losses, limits(2, 0.01), 90)
     for part in ("after step 30 of 90", "2 evaluations", "by more than 0.01", "2.0000 after step 10", "patience: 2"):
         assert part in said
 
@@ -85,11 +89,11 @@ def test_patience() -> None:
 def test_trainer_state_says_it_in_hugging_faces_words(tmp_path: Path) -> None:
     losses = measured(3.0, 2.0, 2.5)
 
-    def state(losses: list[Evaluation], patience: Patience | None) -> OurState:
+    def state(losses: list[Evaluation], patience: StoppingLimits | None) -> OurState:
         at = {"step": 20, "num_steps": 90, "steps_per_epoch": 30}
         return trainer_state([], losses, patience, tmp_path / "checkpoint-10", **at)
 
-    early = state(losses, Patience(1, 0.1))
+    early = state(losses, limits(1, 0.1))
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps(early.to_json()))
     read = TrainerState.load_from_json(str(path))
@@ -99,7 +103,7 @@ def test_trainer_state_says_it_in_hugging_faces_words(tmp_path: Path) -> None:
     assert (callback.early_stopping_patience, callback.early_stopping_threshold) == (1, 0.1)
     assert callback.early_stopping_patience_counter == 1
     assert early.ended_early and OurState.read(path) == early
-    assert not state(losses[:2], Patience(1)).ended_early
+    assert not state(losses[:2], limits(1)).ended_early
     assert not state(losses, None).ended_early
     assert not OurState(global_step=1, max_steps=2).ended_early  # of an earlier version
 

@@ -1,4 +1,4 @@
-"""The date in the name of a run's folder: that of the run's beginning, also when it goes on."""
+"""The date in the name of a run's folder: when the run was first started, also after a resume."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from sophia_galore.config.paths import dated, dates_of, has_date
 from sophia_galore.errors import CheckpointError
 
 
-def settled(
+def fill_date(
     config: RunConfig, *, resume: bool = False, resume_from: Path | None = None, now: datetime | None = None
 ) -> RunConfig:
-    """A configuration whose `training.output_dir` has a date in place of `{date}`.
+    """Replace `{date}` in `training.output_dir` by a date.
 
     Args:
-        config: What was asked; one without `{date}` comes back unchanged.
-        resume: Whether a run goes on: the one whose folder has the latest date.
-        resume_from: The checkpoint or run's folder that was named; if it fits, its date is taken.
-        now: The date of a run that begins; None: now.
+        config: The configuration; returned unchanged if it has no `{date}`.
+        resume: Take the date of the newest existing folder.
+        resume_from: The checkpoint or run's folder to resume from; its date is taken if the name fits.
+        now: The date of a new run; None: now.
 
     Raises:
         CheckpointError: No folder fits.

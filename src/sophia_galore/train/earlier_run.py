@@ -1,7 +1,7 @@
-"""What of a folder may be moved aside: a run, and nothing that a run did not write.
+"""An earlier run in the run's folder: move it aside, but never the user's own files.
 
-A new run moves the run that lies in its folder out of the way, the whole folder at once. So everything in it has to
-be a run's: what else lies there is somebody's, and nobody asked to have it moved.
+A new run renames the whole folder of the earlier run. So it first checks that every file in that folder was written by
+a run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.errors import ConfigError, EnvironmentProblem
 from sophia_galore.records import files
 from sophia_galore.records.schema import find_json, find_object
-from sophia_galore.train.checkpoint import Checkpoint, beside_manifest
-from sophia_galore.train.folder import not_writable
+from sophia_galore.train.checkpoint import Checkpoint, unlisted_files
+from sophia_galore.train.folder import free_name, not_writable
 
 _NUM_SHOWN = 3
 
-# Files of models as transformers names them: for runs of versions that kept no list of their own.
+# Names that transformers gives to model files: for runs of versions that kept no list of their files.
 _MODEL = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md"
     r"|tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
@@ -32,20 +32,20 @@ _MODEL = re.compile(
 )
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _WORK = re.compile(r"checkpoint-\d+|\.checkpoint-\d+(\.replaced)?\.tmp|\.files\.tmp|\..+\.tmp|\.writable")
-# What systems leave everywhere, and nobody misses.
+# Files that operating systems leave everywhere.
 _JUNK = {".DS_Store", "Thumbs.db", "desktop.ini", ".gitkeep"}
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in a folder."""
+    """Return whether a folder holds a run, complete or not."""
     if (folder / files.METRICS).is_file():
         return True
-    # Killed between its first two files; but others call their files plan.json too.
+    # A run that was killed after its first file; other programs have a plan.json too, so look into it.
     return "routes" in find_object(folder / files.PLAN)
 
 
-def foreign(folder: Path) -> list[str]:
-    """What lies in a folder, or in a checkpoint in it, and was not written by a run: names, sorted."""
+def foreign_files(folder: Path) -> list[str]:
+    """List the files in a folder and in its checkpoints that no run wrote; sorted names."""
     listed = _listed(folder)
     found = []
     for path in folder.iterdir():
@@ -54,12 +54,12 @@ def foreign(folder: Path) -> list[str]:
         if not _is_runs(path, listed):
             found.append(path.name)
         elif _CHECKPOINT.fullmatch(path.name) and path.is_dir():
-            found += [f"{path.name}/{more.name}" for more in beside_manifest(path) if more.name not in _JUNK]
+            found += [f"{path.name}/{more.name}" for more in unlisted_files(path) if more.name not in _JUNK]
     return sorted(found)
 
 
-def refuse_surroundings(config: RunConfig) -> None:
-    """Refuse to train where moving an earlier run aside would move the folder that we work in away, or all of ours."""
+def refuse_own_folders(config: RunConfig) -> None:
+    """Refuse a run's folder that is or contains the working directory or the home folder."""
     run_folder, home = Path(config.run_folder).resolve(), Path(os.path.expanduser("~")).resolve()
     for place, words in ((Path.cwd(), "the folder that this command runs in"), (home, "your home folder")):
         if run_folder in (place, *place.parents):
@@ -69,37 +69,37 @@ def refuse_surroundings(config: RunConfig) -> None:
             )
 
 
-def refuse_moving(config: RunConfig, config_file: Path | None, checkpoint: Checkpoint | None) -> list[Path]:
-    """Refuse a run that would move or replace what is not a run's, as far as that is known before its model is.
+def refuse_unsafe_folder(config: RunConfig, config_file: Path | None, checkpoint: Checkpoint | None) -> list[Path]:
+    """Refuse a run that would move or replace files of the user, before anything is downloaded.
 
     Args:
-        config: What was asked.
-        config_file: Where that was read from.
-        checkpoint: Where the run goes on from, if it does.
+        config: The run's configuration.
+        config_file: Its file.
+        checkpoint: The checkpoint to resume from.
 
     Returns:
-        What must stay where it is, for `open_run_folder`.
+        Paths that must not be moved, for `open_run_folder`.
 
     Raises:
-        ConfigError: The run's folder is one in which no run belongs.
-        EnvironmentProblem: The run would move or replace what is not a run's.
+        ConfigError: The run's folder is or contains the working directory or the home folder.
+        EnvironmentProblem: The run would move or replace files that no run wrote.
     """
-    refuse_surroundings(config)
-    keep = must_stay(config, config_file, checkpoint.folder if checkpoint else None)
+    refuse_own_folders(config)
+    keep = protected_paths(config, config_file, checkpoint.folder if checkpoint else None)
     refuse_foreign(Path(config.run_folder), going_on=checkpoint, keep=keep)
     return keep
 
 
 def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[Path] = ()) -> None:
-    """Refuse a folder in which a run would move or replace what no run wrote.
+    """Refuse a folder in which a run would move or replace files that no run wrote.
 
     Args:
         folder: The run's folder; it need not exist.
-        going_on: Where the run goes on from; None: a new run.
-        keep: What must stay where it is: data, model, configuration.
+        going_on: The checkpoint to resume from; None: a new run.
+        keep: Paths that must not be moved: data, model, configuration.
 
     Raises:
-        EnvironmentProblem: It would; nothing was changed.
+        EnvironmentProblem: There are such files; nothing was changed.
     """
     _refuse_loose_link(folder)
     here = folder.resolve()
@@ -114,7 +114,7 @@ def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[
                 f"{folder} holds an earlier run, which would be moved aside, and {path} with it.",
                 "Choose another training.output_dir, or go on with that run: --resume.",
             )
-    if found := foreign(here):
+    if found := foreign_files(here):
         raise EnvironmentProblem(
             f"{folder} holds an earlier run, which would be moved aside, and with it what no run wrote: {_few(found)}.",
             "Choose another training.output_dir, or move these files elsewhere.",
@@ -122,28 +122,28 @@ def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[
 
 
 def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[Path] = ()) -> Path | None:
-    """Make the run's folder; another run in it is moved aside, never written over.
+    """Make the run's folder; an earlier run in it is moved aside, never overwritten.
 
     Args:
         folder: The run's folder.
-        going_on: Where the run goes on from; None: a new run.
-        keep: What must stay where it is: data, model, configuration.
+        going_on: The checkpoint to resume from; None: a new run.
+        keep: Paths that must not be moved: data, model, configuration.
 
     Returns:
-        Where the earlier run was moved to, or None.
+        The new folder of the earlier run, or None.
 
     Raises:
-        EnvironmentProblem: The folder can't be made or written to, or holds what is not a run's.
+        EnvironmentProblem: The folder can't be made or written to, or holds files that no run wrote.
     """
     try:
-        # Again, right before it counts: hours may have gone by since the first look.
+        # Checked again: hours may have passed since the first check.
         refuse_foreign(folder, going_on=going_on, keep=keep)
-        # Behind a link the folder is moved that it leads to, on its own disk, and the link stays good.
+        # Move the target of a link, on its own disk; the link stays valid.
         here = folder.resolve()
         moved = None
         begun = going_on.folder.parent.resolve() if going_on is not None else None
         if begun != here and here.is_dir() and holds_run(here):
-            moved = _free_name(here)
+            moved = free_name(here)
             here.rename(moved)
         here.mkdir(parents=True, exist_ok=True)
         probe = here / ".writable"
@@ -158,11 +158,11 @@ def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable
         raise not_writable(folder, error) from error
 
 
-def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
-    """What a run must not move: the paths that its configuration names, and the folder that the command runs in.
+def protected_paths(config: RunConfig, *more: Path | None) -> list[Path]:
+    """Return paths that a run must not move: those in its configuration, and the working directory.
 
     Args:
-        config: What was asked.
+        config: The run's configuration.
         *more: Further paths, such as the configuration's file.
     """
     values = flatten(config)
@@ -171,7 +171,7 @@ def must_stay(config: RunConfig, *more: Path | None) -> list[Path]:
 
 
 def _refuse_replacing(folder: Path, here: Path) -> None:
-    """A folder without a run is written into; what lies there under a name that a run writes would be lost."""
+    """Refuse a folder without a run that holds files under names that a run writes."""
     found = sorted(path.name for path in here.iterdir() if path.name in files.RUN_FILES or _MODEL.fullmatch(path.name))
     saved = sorted(path.name for path in here.glob("checkpoint-*") if _WORK.fullmatch(path.name))
     if found or saved:
@@ -182,7 +182,7 @@ def _refuse_replacing(folder: Path, here: Path) -> None:
 
 
 def _refuse_loose_link(folder: Path) -> None:
-    """A link whose target is not there: most likely a disk that is not mounted."""
+    """Refuse a link whose target is missing, most likely a disk that is not mounted."""
     for path in (folder, *folder.parents):
         if path.is_symlink() and not path.exists():
             raise EnvironmentProblem(
@@ -194,20 +194,13 @@ def _refuse_loose_link(folder: Path) -> None:
 def _is_runs(path: Path, listed: set[str]) -> bool:
     name = path.name
     known = name in files.RUN_FILES or name in listed or _MODEL.fullmatch(name) or _WORK.fullmatch(name)
-    # A link leads to what is not in the folder; a run makes none.
+    # A run makes no links.
     return bool(known) and not path.is_symlink()
 
 
 def _listed(folder: Path) -> set[str]:
     found = find_json(folder / files.WRITTEN)
     return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
-
-
-def _free_name(folder: Path) -> Path:
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.previous-{number}")):
-        number += 1
-    return aside
 
 
 def _few(found: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and never in place of another one."""
+"""Write a folder that is complete or not there, and never replaces another one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sophia_galore.model.disk import errno_of, reason
 
 
 def refuse_output(output: Path) -> None:
-    """Refuse a place at which something is, or at which nothing can be.
+    """Refuse an output folder that exists and is not empty, or can't be made.
 
     Args:
-        output: The folder to be.
+        output: The output folder.
 
     Raises:
-        EnvironmentProblem: It is taken.
+        EnvironmentProblem: It can't be used.
     """
     try:
         taken = output.exists() and (not output.is_dir() or any(output.iterdir()) or output == Path.cwd())
@@ -29,13 +29,13 @@ def refuse_output(output: Path) -> None:
         raise EnvironmentProblem(f"{output} exists already.", "Name a folder that does not.")
 
 
-def write_whole(output: Path, write: Callable[[Path], Path], *, needed_bytes: int = 0) -> None:
-    """Write a folder beside its place and move it there when it is whole.
+def write_atomically(output: Path, write: Callable[[Path], Path], *, needed_bytes: int = 0) -> None:
+    """Write a temporary folder and rename it when it is complete.
 
     Args:
-        output: Its place, absolute, which `refuse_output` let pass.
-        write: Writes into the empty folder that it is given; returns what is to be moved, that folder or one in it.
-        needed_bytes: About how much is written, for the message if there is no room; 0: that is not known.
+        output: The absolute path of the folder, checked by `refuse_output`.
+        write: Writes into the empty folder that it is given; returns the folder to move, that one or one inside it.
+        needed_bytes: About how many bytes are written, for the error message; 0: unknown.
 
     Raises:
         EnvironmentProblem: The disk is full, or can't be written.
@@ -51,7 +51,7 @@ def write_whole(output: Path, write: Callable[[Path], Path], *, needed_bytes: in
             output.rmdir()
         made.rename(output)
     except Exception as error:
-        # First of all: what is free then is what there was.
+        # Deleted before the message reads the free space.
         shutil.rmtree(beside, ignore_errors=True)
         cause = error.__cause__ if isinstance(error, EnvironmentProblem) and error.__cause__ else error
         if errno_of(cause) is None and not isinstance(cause, OSError | SafetensorError):

@@ -1,7 +1,7 @@
-"""The checkpoint of the lowest eval loss: which one it is, and the way back to its weights.
+"""The checkpoint of the lowest eval loss: find it, keep it, load its weights.
 
-A checkpoint is made at each new lowest loss, and stays until the next one is complete. Which one is the best follows
-from the run's records and from what lies on the disk, so a run that goes on from any checkpoint finds it again.
+A checkpoint is written at each new lowest loss and kept until the next one is complete. It is found again from the
+run's records and the checkpoints on disk, so a run may resume from any checkpoint.
 """
 
 from __future__ import annotations
@@ -22,77 +22,82 @@ from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.store import WeightStore
 
 
-class BestKept:
-    """The best model of a run so far, among those whose checkpoint is there.
+class BestCheckpoint:
+    """The checkpoint of the lowest eval loss so far.
 
     Args:
         folder: The run's folder.
-        evaluations: Those of the run so far, up to the step that it goes on after.
+        evaluations: Evaluations before the first step that this process takes.
         say: Takes sentences for the user.
+        is_wanted: `training.load_best_model`; if false, no checkpoint is kept for its loss.
     """
 
-    def __init__(self, folder: Path, evaluations: Iterable[Evaluation], say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
-        self._kept = [one for one in evaluations if _was_saved(folder, one)]
+    def __init__(
+        self, folder: Path, evaluations: Iterable[Evaluation], say: Callable[[str], None], *, is_wanted: bool = True
+    ) -> None:
+        self._folder, self._say, self._is_wanted = folder, say, is_wanted
+        self._kept = [one for one in evaluations if is_wanted and _was_saved(folder, one)]
 
     @property
     def best(self) -> Evaluation | None:
-        """Its evaluation; None: there is none."""
+        """The evaluation of the best model that has a checkpoint; None if no model has one."""
         return best_of(self._kept)
 
     @property
     def steps(self) -> set[int]:
-        """The step whose checkpoint has to stay; empty: there is none."""
+        """The step whose checkpoint must not be deleted; empty if there is none."""
         return {self.best.step} if self.best else set()
 
     @property
     def path(self) -> Path | None:
-        """Its checkpoint; None: there is none."""
+        """The folder of the best checkpoint; None if there is none."""
         return checkpoint_folder(self._folder, self.best.step) if self.best else None
 
     def is_new(self, step: int, evaluations: Sequence[Evaluation]) -> bool:
-        """Whether the model after a step is the best one, so that it has to be saved.
+        """Return whether the model after a step has the lowest eval loss so far and has to be saved.
 
         Args:
             step: The step that was just done, above 0.
-            evaluations: Of the run so far.
+            evaluations: All evaluations so far.
         """
-        if not evaluations or evaluations[-1].step != step:
+        if not self._is_wanted or not evaluations or evaluations[-1].step != step:
             return False
         return self.best is None or evaluations[-1].loss < self.best.loss
 
     def saving(self, step: int, evaluations: Sequence[Evaluation]) -> None:
-        """A checkpoint of the model after a step is about to be made.
+        """Note that a checkpoint of the model after a step is about to be written.
 
         Args:
             step: The step.
-            evaluations: Of the run so far.
+            evaluations: All evaluations so far.
         """
         if self.is_new(step, evaluations):
             self._kept.append(evaluations[-1])
             self._say(f"The lowest eval loss so far, {evaluations[-1].loss:.4f}: this checkpoint is kept.")
 
-    def go_back(
+    def restore(
         self, store: WeightStore, optimizer: ParamOptimizer, evaluations: Sequence[Evaluation], *, last_step: int
     ) -> Evaluation | None:
-        """Let the weights be the best ones, at the end of a run.
+        """Load the best weights at the end of a run.
 
         Args:
-            store: The run's weights, those after its last step.
+            store: The weights after the last step.
             optimizer: The run's optimizer.
-            evaluations: Of the whole run.
-            last_step: That step.
+            evaluations: All evaluations of the run.
+            last_step: The last step.
 
         Returns:
-            What the weights were measured with; None: they are the last ones, and that was not asked for.
+            The evaluation of the loaded weights; None if the weights after the last step stay.
         """
+        if not self._is_wanted:
+            return None
         while (best := self.best) is not None:
             try:
                 if best.step != last_step:
                     found = find_checkpoint(self._folder, checkpoint_folder(self._folder, best.step))
-                    restore(found, store, optimizer)
+                    load_weights(found, store, optimizer)
             except CheckpointError as error:
-                self._say(f"The best model can't be taken: {error.cause}")
+                self._say(f"The best model can't be loaded: {error.cause}")
                 self._kept.remove(best)
                 continue
             self._say(
@@ -107,44 +112,27 @@ class BestKept:
         return None
 
 
-class LastKept(BestKept):
-    """What stands in its place where the last model is the final one."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, (), lambda sentence: None)
-
-    def is_new(self, step: int, evaluations: Sequence[Evaluation]) -> bool:
-        """No: nothing is saved for its loss."""
-        return False
-
-    def go_back(
-        self, store: WeightStore, optimizer: ParamOptimizer, evaluations: Sequence[Evaluation], *, last_step: int
-    ) -> Evaluation | None:
-        """Nothing: the last weights are there."""
-        return None
-
-
 def open_best(
     config: RunConfig,
     checkpoint: Checkpoint | None,
     evaluations: Sequence[Evaluation],
     folder: Path,
     say: Callable[[str], None],
-) -> BestKept:
-    """What a run that begins or goes on knows of its best model.
+) -> BestCheckpoint:
+    """Find the best checkpoint of a run that starts or resumes.
 
     Args:
-        config: What was asked.
-        checkpoint: Where the run goes on from, if it does; if in another folder, the best model comes along.
-        evaluations: Of the run until there.
+        config: The run's configuration.
+        checkpoint: The checkpoint to resume from; if it lies in another folder, the best checkpoint is copied.
+        evaluations: Evaluations up to that checkpoint.
         folder: The run's folder.
         say: Takes sentences for the user.
     """
     if not config.training.load_best_model:
-        return LastKept(folder)
+        return BestCheckpoint(folder, evaluations, say, is_wanted=False)
     if checkpoint and checkpoint.folder.parent.resolve() != folder.resolve():
-        bring_best(evaluations, checkpoint.folder.parent, folder)
-    kept, lowest = BestKept(folder, evaluations, say), best_of(evaluations)
+        copy_best(evaluations, checkpoint.folder.parent, folder)
+    kept, lowest = BestCheckpoint(folder, evaluations, say), best_of(evaluations)
     if lowest is not None and kept.best != lowest:
         say(
             f"The lowest eval loss so far, {lowest.loss:.4f} after step {lowest.step}, has no checkpoint: the final "
@@ -153,15 +141,15 @@ def open_best(
     return kept
 
 
-def bring_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) -> None:
-    """Copy the best checkpoint of a run that goes on in another folder into that one.
+def copy_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) -> None:
+    """Copy the best checkpoint of a run that resumes in another folder.
 
     Args:
-        evaluations: Of the run, up to the step that it goes on after.
-        source: The folder that it was in.
-        folder: The folder that it is in now.
+        evaluations: Evaluations up to the checkpoint to resume from.
+        source: The run's old folder.
+        folder: The run's new folder.
     """
-    best = BestKept(source, evaluations, lambda sentence: None).path
+    best = BestCheckpoint(source, evaluations, lambda sentence: None).path
     if best is None or is_checkpoint(folder / best.name):
         return
     beside = folder / f".{best.name}.tmp"
@@ -170,22 +158,22 @@ def bring_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) ->
     beside.rename(folder / best.name)
 
 
-def restore(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOptimizer) -> None:
-    """Put the weights of an earlier step in place of those that a run has now, exactly, without a second copy of them.
+def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOptimizer) -> None:
+    """Replace a run's weights by those of a checkpoint, exactly and without a second copy in memory.
 
     Args:
-        checkpoint: Of the same run.
-        store: The run's weights; what is frozen is what it was.
-        optimizer: The run's optimizer, whose state may hold updates that are not in the weights yet.
+        checkpoint: A checkpoint of the same run.
+        store: The run's weights.
+        optimizer: The run's optimizer; its state may hold updates that are not in the weights yet.
     """
     optimizer.load_named_state(checkpoint.optimizer_state())
     for _, name, saved in read_weights(checkpoint.folder):
-        # Of updates that are not in the codes yet, the optimizer's state has the original.
+        # The optimizer's state holds the updates that are not in the codes yet.
         store[name].settled.copy_(saved.settled)
 
 
 def _was_saved(folder: Path, evaluation: Evaluation) -> bool:
-    """Whether a checkpoint is there of the very model that was measured, and not of another time at the same step."""
+    """Return whether the checkpoint of this step holds the model of this evaluation, and not one of another run."""
     path = checkpoint_folder(folder, evaluation.step)
     state = TrainerState.find(path / TRAINER_STATE) if is_checkpoint(path) else None
     known = state.evaluations if state else []

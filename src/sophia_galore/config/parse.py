@@ -1,4 +1,4 @@
-"""What the user wrote, in a YAML file and in override words: values that know where they stand."""
+"""Parse a YAML file and overrides into values with their places."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sophia_galore.errors import ConfigError
 
 
 def read_file(path: Path) -> list[Given | Problem]:
-    """All values of a configuration file.
+    """Read all values of a configuration file.
 
     Args:
         path: A YAML file in UTF-8.
@@ -61,7 +61,7 @@ def _read_text(path: Path) -> str:
 
 
 def _neighbour(path: Path) -> str:
-    """A remedy for a file that is not there: the one beside it that looks most like it."""
+    """Suggest a file with a similar name for one that does not exist."""
     beside = sorted(p.name for p in path.parent.iterdir() if p.is_file()) if path.parent.is_dir() else []
     found = get_close_matches(path.name, beside, n=1)
     return f"Did you mean {path.parent / found[0]}?" if found else "Check the path."
@@ -76,7 +76,7 @@ def _line_of(error: Exception, text: str) -> int:
 
 
 def read_overrides(words: Sequence[str]) -> list[Given | Problem]:
-    """The values that override words ask for, in their order.
+    """Parse overrides, in order.
 
     Args:
         words: Each `key=value`; the value is read as YAML, so `null`, `true` and `[0.9, 0.99]` work.
@@ -101,11 +101,11 @@ def _read_override(word: str) -> list[Given | Problem]:
 
 
 def _entries(node: Node, locate: Callable[[Node], str], prefix: str = "") -> list[Given | Problem]:
-    """Every value below a node, section by section.
+    """Return every value below a node.
 
     Args:
         node: A section of the document; null is an empty section.
-        locate: Says where a node stands.
+        locate: Returns the place of a node, for messages.
         prefix: Dotted name of the section; "" is the top level.
 
     Returns:
@@ -134,7 +134,7 @@ def _entries(node: Node, locate: Callable[[Node], str], prefix: str = "") -> lis
 
 
 def _one_entry(name: str, key_node: Node, value_node: Node, locate: Callable[[Node], str]) -> list[Given | Problem]:
-    """What stands behind one key: a whole section, or a single value."""
+    """Return the values of one key: a whole section, or a single value."""
     if name in sections():
         return _entries(value_node, locate, name)
     try:

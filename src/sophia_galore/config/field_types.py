@@ -1,4 +1,4 @@
-"""What the sections of the configuration are made of: their base, and types of fields."""
+"""The base class of configuration sections, and types of their fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Positive = Annotated[float, Field(gt=0, le=LARGEST)]
 NotNegative = Annotated[float, Field(ge=0, le=LARGEST)]
 
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-"""A tracker, called as its package."""
+"""A tracker, by the name of its package."""
 
 
 class Section(BaseModel):
@@ -23,12 +23,11 @@ class Section(BaseModel):
 
 
 def _listed(value: object) -> object:
-    """A name, "none" or a list as a tuple of names, each of them once."""
+    """Convert a name, "none" or a list to a tuple of unique names."""
     names = list(value) if isinstance(value, list | tuple) else [value]
     if names == ["none"]:
         return ()
-    # What is no name is left to the check of types. "all", whatever is installed, is none: what a run does would
-    # depend on the machine.
+    # Anything else fails the check of types, also "all" (whatever is installed): a run would depend on the machine.
     return tuple(dict.fromkeys(names)) if all(isinstance(name, str) for name in names) else value
 
 
