@@ -53,7 +53,7 @@ class Simulated:
 
     Args:
         steps: For each step that was asked for, its passes through the model.
-        evaluation: Bytes by category that an evaluation takes beside what stands; None: none was asked for.
+        evaluation: Bytes by category that an evaluation takes in addition; None if none was asked for.
     """
 
     steps: tuple[tuple[PassTrace, ...], ...]

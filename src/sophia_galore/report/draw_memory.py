@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sophia_galore.records.memory import MemoryReport
-from sophia_galore.records.metrics import Metrics
+from sophia_galore.records.memory import MemoryReport, MemoryStep
+from sophia_galore.records.metrics import Metrics, TrainStep
 from sophia_galore.report.draw_timeline import Box, draw_timeline
 from sophia_galore.report.style import (
     BLUE,
@@ -160,8 +160,9 @@ def _courses(report: MemoryReport, metrics: Metrics) -> dict[str, list[tuple[int
     """Return sizes over the steps for each kind of memory; `metrics.jsonl` takes precedence over the report."""
     courses = {}
     for kind in KINDS:
-        # The metrics have no size of the process.
-        sizes = [(line.step, getattr(line, f"{kind}_bytes", None)) for line in (*report.steps, *metrics.train)]
+        # The metrics have the size of the process after each step, which is not a peak.
+        lines: list[MemoryStep | TrainStep] = [*report.steps, *(metrics.train if kind != "process" else ())]
+        sizes = [(line.step, getattr(line, f"{kind}_bytes")) for line in lines]
         courses[kind] = sorted({step: size for step, size in sizes if size is not None}.items())
     return courses
 
