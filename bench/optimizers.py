@@ -172,7 +172,7 @@ def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> 
         "eval_loss": summed / counted,
         "median_step_s": round(statistics.median(seconds), 3),
         "longest_step_s": round(max(seconds), 3),
-        "state_bytes": plan.ledger["optimizer state"] + plan.ledger["projections"],
+        "state_bytes": plan.standing_bytes["optimizer state"] + plan.standing_bytes["projections"],
         "tokens": tokens,
         "train_losses": losses,
     }

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.report.style import colour_of, in_order
+from sophia_galore.report.style import colour_of, stack_order
 
 LEGEND_WIDTH = 80
 """The largest width of the legend, in columns."""
@@ -37,7 +37,7 @@ def memory_bar(categories: Mapping[str, int], *, limit_bytes: int | None, width:
     Returns:
         A renderable for a console.
     """
-    positive = {name: categories[name] for name in in_order(categories) if categories[name] > 0}
+    positive = {name: categories[name] for name in stack_order(categories) if categories[name] > 0}
     return _MemoryBar(positive, limit_bytes if limit_bytes and limit_bytes > 0 else None, max(width, 1))
 
 

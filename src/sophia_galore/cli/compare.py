@@ -17,7 +17,7 @@ from sophia_galore.errors import ArgumentError, UserError
 from sophia_galore.experiment.children import Stopped, carry_out
 from sophia_galore.experiment.design import Trial, design, differences, refuse_incomparable
 from sophia_galore.records.files import PLAN
-from sophia_galore.report.comparison import compared
+from sophia_galore.report.comparison import compare_runs
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
 
@@ -81,7 +81,7 @@ def _report(
         raise UserError("No run has begun, so there is nothing to report.", "What each printed is in its .log file.")
     runs = [read_run(trial.folder, name=trial.name, failure=failures.get(trial.label, "")) for trial in began]
     absent = {trial.label: failures[trial.label] for trial in trials if trial not in began and trial.label in failures}
-    comparison = compared(runs, command=command, failures=absent)
+    comparison = compare_runs(runs, command=command, failures=absent)
     if console is not None:
         show_report(console, comparison)
     return write_report(comparison, output)

@@ -15,7 +15,7 @@ from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
 from sophia_galore.errors import ArgumentError, ModelError, UserError
-from sophia_galore.memory.fitting import find_settings, in_words
+from sophia_galore.memory.fitting import as_overrides, find_settings
 from sophia_galore.memory.matrix import LIMITS, markdown, matrix
 from sophia_galore.memory.planner import MemoryEstimate, Planner, find_planner
 from sophia_galore.memory.timeline import points_of
@@ -116,7 +116,7 @@ def _fit(
     path = write_config(found.config, output or _FITTED)
     if not as_json:
         if found.changes:
-            console.print(f"As words for the command line: {in_words(found.changes)}", markup=False)
+            console.print(f"As words for the command line: {as_overrides(found.changes)}", markup=False)
         console.print(f"Written: {path}. Train with: sophia-galore train --config {path}", markup=False)
         show_estimate(console, planner, found.config, estimate)
 

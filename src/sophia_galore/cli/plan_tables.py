@@ -14,7 +14,7 @@ from sophia_galore.config import RunConfig
 from sophia_galore.config.dump import flatten
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.memory.budget import Budget
-from sophia_galore.memory.fitting import Fit, in_words
+from sophia_galore.memory.fitting import Fit, as_overrides
 from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.plan.decisions import standing_bytes
 
@@ -136,7 +136,7 @@ def show_fit(console: Console, found: Fit, budget: Budget) -> None:
     for tried in found.tries:
         table.add_row(
             tried.name,
-            in_words(tried.changes).replace(" ", "\n"),
+            as_overrides(tried.changes).replace(" ", "\n"),
             ("" if tried.is_known else "> ") + bytes_in_words(tried.peak_bytes),
             Text("yes", "green") if tried.fits else Text("no", "red"),
             f"x {tried.slowdown:.2f}",

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from sophia_galore.cli.arguments import expanded, expanded_paths
 from sophia_galore.report import document
-from sophia_galore.report.comparison import Comparison, compared, read_runs
-from sophia_galore.report.sections import document_of
+from sophia_galore.report.comparison import Comparison, compare_runs, read_runs
+from sophia_galore.report.sections import build_document
 from sophia_galore.report.write import write_report
 
 DEFAULT_OUTPUT = Path("outputs/report")
@@ -38,7 +38,7 @@ def report(
 ) -> None:
     """Report on runs that exist, finished or running, from their files alone."""
     words = ["sophia-galore", "report", *map(str, runs), *(["--output", str(output)] if output else [])]
-    comparison = compared(read_runs(runs), command=shlex.join(words))
+    comparison = compare_runs(read_runs(runs), command=shlex.join(words))
     console = Console(highlight=False, soft_wrap=True)
     show_report(console, comparison)
     files = write_report(comparison, output or (runs[0] if len(runs) == 1 else DEFAULT_OUTPUT))
@@ -52,13 +52,13 @@ def show_report(console: Console, comparison: Comparison) -> None:
         console: The console.
         comparison: The runs.
     """
-    page = document_of(comparison)
+    page = build_document(comparison)
     for section in page.sections:
         for part in section.parts:
             if section.heading in _SHOWN and isinstance(part, document.Table):
                 console.print(_table(part))
     for part in page.opening:
-        if isinstance(part, document.Points):
+        if isinstance(part, document.Bullets):
             for item in part.items:
                 console.print(f"Warning: {item}", style="bold yellow", markup=False)
         elif isinstance(part, document.Paragraph):

@@ -112,11 +112,11 @@ class Terminal(Callback):
         if said := remarks(plan):
             self.say(f"Also: {said}.")
         self.console.print(trained_share(plan))
-        ledger = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.ledger.items() if size)
+        standing = ", ".join(f"{name} {bytes_in_words(size)}" for name, size in plan.standing_bytes.items() if size)
         self.say(
             f"{plan.num_steps} steps on {plan.num_train_examples} examples "
             f"({plan.steps_per_epoch} steps an epoch), {plan.num_eval_examples} held out; "
-            f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {ledger}."
+            f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {standing}."
         )
         if said := arranged(plan):
             self.say(said)

@@ -47,7 +47,7 @@ class Dialogue:
 
     Args:
         loaded: The model.
-        system: What it is told before everything; "": nothing.
+        system: The system prompt; "" for none.
 
     Raises:
         ModelError: There is a system message and no place for one.

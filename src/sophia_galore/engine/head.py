@@ -36,7 +36,7 @@ class Head:
         architecture: The model's modules.
         store: The weights.
         dtype: Compute precision.
-        observer: Is told what tensors are.
+        observer: Receives the category of each tensor.
         hidden: Per micro-batch (B, T, d), the output of the last layer.
         batches: The micro-batches.
         objective: What is minimised.

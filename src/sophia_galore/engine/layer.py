@@ -72,7 +72,7 @@ class Layers:
         dtype: Compute precision.
         device: Where the arithmetic runs.
         seed: The run's seed, for dropout.
-        observer: Is told what tensors are.
+        observer: Receives the category of each tensor.
         frozen: Names of weights that get no gradient.
     """
 

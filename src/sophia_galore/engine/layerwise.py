@@ -130,12 +130,12 @@ class LayerwiseEngine:
         compute_dtype: float32, bfloat16 or float16.
         device: Where the arithmetic runs.
         seed: The run's seed, for dropout and drawn labels.
-        observer: Is told phases and what tensors are.
+        observer: Receives phases and the category of each tensor.
         logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
         keep_layers: So many last layers go without activation checkpointing in a step. More than there are: all.
         on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
             with smaller chunks (`engine/retry.py`), and goes on with these.
-        say: Is told in a sentence what was adapted.
+        say: Receives a sentence about each adaptation.
         frozen: Names of weights that get no gradient.
         neftune_alpha: Size of the noise on embeddings in a step (`EmbeddingNoise`); 0: none.
     """

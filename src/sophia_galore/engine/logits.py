@@ -108,7 +108,7 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
         name: The head's weight, (V, d).
         dtype: Compute precision.
         loss: What the loss is made of.
-        observer: Is told what tensors are.
+        observer: Receives the category of each tensor.
     """
     if store[name].is_ready(dtype):
         return WholeLogits(store, name, dtype, loss, observer)
@@ -123,7 +123,7 @@ class WholeLogits(Logits):
         name: The head's weight, (V, d).
         dtype: Compute precision, in which it is stored.
         loss: What the loss is made of.
-        observer: Is told what tensors are.
+        observer: Receives the category of each tensor.
     """
 
     in_parts = False
@@ -193,7 +193,7 @@ class BlockLogits(Logits):
         name: The head's weight, (V, d).
         dtype: Compute precision.
         loss: What the loss is made of.
-        observer: Is told what tensors are.
+        observer: Receives the category of each tensor.
     """
 
     in_parts = True

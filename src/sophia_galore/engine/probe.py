@@ -124,7 +124,7 @@ def _trial(optimizer: ParamOptimizer, name: str, step: int) -> BasisFromGradient
 
 
 def describe_probe(batches: Sequence[MicroBatch]) -> str:
-    """The size of a probe step in words, such as "2 x 64 tokens in 4 micro-batches"."""
+    """Return the size of a probe step as text, such as "2 x 64 tokens in 4 micro-batches"."""
     rows, columns = max((tuple(batch.input_ids.shape) for batch in batches), key=lambda shape: shape[0] * shape[1])
     return f"{rows} x {columns} tokens in {len(batches)} micro-batch" + ("es" if len(batches) > 1 else "")
 

@@ -43,7 +43,7 @@ class Smaller:
 
     Args:
         sizes: The new sizes.
-        change: What is different from here on, in words.
+        change: What changes from here on, as text.
     """
 
     sizes: ChunkSizes
@@ -127,7 +127,7 @@ class Retry:
     Args:
         sizes: Those to begin with.
         on_oom: adapt; or stop: nothing is ever repeated.
-        say: Is told each change, in a sentence.
+        say: Receives a sentence about each change.
         device: Where memory ran out.
 
     Attributes:
@@ -150,7 +150,7 @@ class Retry:
 
         Args:
             part: May be run again after it failed: it changes nothing but what a repetition sets anew.
-            where: The part and the step, in words that follow "ran out in".
+            where: The part and the step; continues "ran out in".
             smaller: The chunk sizes to try next; None: there are none that would help.
             shrink: Cuts what is in memory between the parts to new sizes.
 

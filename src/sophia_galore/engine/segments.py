@@ -32,7 +32,7 @@ class Segments:
         lengths: For each row, the lengths of its examples; what is left of the row is padding.
         mask: How the model masks the longest of them, (1, 1, L, L); None: by no tensor, its attention is causal. The
             masks of shorter ones are its beginnings.
-        attention: What the model calls its own attention.
+        attention: The name of the model's own attention.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -80,7 +80,7 @@ def _attend(
         key: (B, key heads, T, k).
         value: (B, key heads, T, v).
         attention_mask: Where the examples are.
-        settings: What the model's own attention is told beside.
+        settings: Further arguments of the model's own attention.
 
     Returns:
         (B, T, heads, v), zeros where there is padding; and no weights.

@@ -16,20 +16,20 @@ from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.plan.facts import DeviceFacts
 
 ASSUMED_OUTSIDE_BYTES = int(0.8 * 2**30)
-"""What context and desktop take of a GPU that is not here to be asked: about the middle of what is seen."""
+"""Memory that context and desktop take on a GPU that is not in this machine: about the usual value."""
 
 FRAGMENTATION = 0.05
-"""Share of the tensors' bytes that a GPU's allocator holds beyond them."""
+"""Overhead of a GPU's allocator, as a share of the tensors' bytes."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is for tensors.
+    """The memory that is available for tensors.
 
     Args:
-        limit_bytes: What the process may take on the device.
-        outside_bytes: Part of it that others than tensors take.
-        fragmentation: What the allocator needs beyond the tensors, as a share of their bytes.
+        limit_bytes: Memory that the process may use on the device.
+        outside_bytes: Part of it that is not used for tensors.
+        fragmentation: Overhead of the allocator, as a share of the tensors' bytes.
     """
 
     limit_bytes: int
@@ -43,23 +43,23 @@ class Budget:
 
     @property
     def reserve_bytes(self) -> int:
-        """What is left to others and to gaps."""
+        """Bytes that are not available for tensors."""
         return self.limit_bytes - self.tensor_bytes
 
     def fits(self, peak_bytes: int) -> bool:
-        """Whether tensors of so many bytes fit."""
+        """Return whether tensors of this many bytes fit."""
         return peak_bytes <= self.tensor_bytes
 
 
 def budget_of(config: RunConfig, device: DeviceFacts) -> Budget | None:
-    """What a run may take.
+    """Return the memory budget of a run.
 
     Args:
-        config: What was asked.
-        device: Where it would run; a GPU that is not here has no total.
+        config: The configuration.
+        device: The device; the memory of a GPU that is not in this machine is unknown.
 
     Returns:
-        The budget by `memory.limit` or, without that, by what the card has; None: neither is known.
+        The budget from `memory.limit` or else from the memory of the GPU; None if neither is known.
     """
     limit = config.memory.limit or device.total_bytes
     if limit is None:
@@ -73,11 +73,11 @@ def budget_of(config: RunConfig, device: DeviceFacts) -> Budget | None:
 
 
 def outside_bytes(device: torch.device, reserve_bytes: int | None) -> int:
-    """Bytes of a device's memory that others than the allocator take: on CUDA the context, and other programs.
+    """Return the bytes of a device that the allocator can't use: on CUDA those of the context and of other programs.
 
     Args:
         device: The device.
-        reserve_bytes: What was asked for (`memory.reserve`); None: 0 on a CPU, on CUDA as measured now.
+        reserve_bytes: `memory.reserve`; None: 0 on a CPU, measured on CUDA.
     """
     if reserve_bytes is not None:
         return reserve_bytes
@@ -88,15 +88,15 @@ def outside_bytes(device: torch.device, reserve_bytes: int | None) -> int:
 
 
 def allocator_bytes(device: torch.device, limit_bytes: int, reserve_bytes: int | None) -> int:
-    """What a limit leaves to the allocator of tensors.
+    """Return the bytes of a limit that are left for the allocator.
 
     Args:
         device: The device.
-        limit_bytes: What the process may take on it.
+        limit_bytes: Memory that the process may use on it.
         reserve_bytes: As for `outside_bytes`.
 
     Raises:
-        EnvironmentProblem: The card is smaller than the limit, or nothing is left.
+        EnvironmentProblem: The GPU has less memory than the limit, or nothing is left.
     """
     if device.type == "cuda":
         total_bytes = torch.cuda.mem_get_info(device)[1]

@@ -1,8 +1,7 @@
-"""Memory over one step of the whole model, composed from what single layers were seen to do.
+"""The memory of a step of the whole model, composed from the simulation of a few layers.
 
-A segment of a step is one phase of one layer. It is described by two differences: how far memory rises above where the
-segment begins, and where it ends. Layers of a kind do the same, so a model with any number of layers is composed from
-one layer of each kind, exactly.
+A segment of a step is one phase of one layer. Two differences describe it: from its beginning to its peak, and to its
+end. Layers of the same kind behave the same, so one layer of each kind gives the exact memory of any number of them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ _EMBEDDING, _HEAD, _END = 1, 2, 3
 
 @dataclass(frozen=True)
 class Change:
-    """What a segment does to memory, wherever it begins.
+    """The change of memory in a segment, relative to its beginning.
 
     Args:
         phase: Its phase.
-        peak: Bytes by category at its peak, less those at its beginning.
-        exit: Bytes by category at its end, less those at its beginning.
+        peak: Bytes by category at its peak, minus those at its beginning.
+        exit: Bytes by category at its end, minus those at its beginning.
     """
 
     phase: Phase
@@ -36,107 +35,107 @@ class Change:
 
 @dataclass(frozen=True)
 class PassTrace:
-    """One pass through a model: what each segment does, in the engine's order.
+    """The changes of memory in one pass through a model.
 
     Args:
-        changes: Embedding, forward, head, backward, end.
+        changes: One for each segment, in the engine's order: embedding, forward, head, backward, end.
     """
 
     changes: tuple[Change, ...]
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model that was run."""
+        """Number of simulated layers."""
         return (len(self.changes) - _EMBEDDING - _HEAD - _END) // 3
 
     def forward(self, index: int) -> Change:
-        """Forward of a layer."""
+        """Return the change in the forward of a layer."""
         return self.changes[_EMBEDDING + index]
 
     def backward(self, index: int) -> tuple[Change, ...]:
-        """Backward of a layer, and its step."""
+        """Return the changes in the backward of a layer and in its step."""
         start = _EMBEDDING + self.num_layers + _HEAD + 2 * (self.num_layers - 1 - index)
         return self.changes[start : start + 2]
 
     def compose(self, layout: Layout, keep_layers: int) -> list[Change]:
-        """The changes of a pass through the whole model.
+        """Return the changes of a pass through the whole model.
 
         Args:
-            layout: Which layers stand for which.
-            keep_layers: So many of the model's last layers run without activation checkpointing.
+            layout: Which simulated layer represents which layer.
+            keep_layers: Number of last layers that run without activation checkpointing.
         """
-        stand_ins = layout.stand_ins(keep_layers)
-        first_kept = max(layout.num_idle, len(stand_ins) - keep_layers)
+        representatives = layout.representatives(keep_layers)
+        first_kept = max(layout.num_idle, len(representatives) - keep_layers)
         back: list[Change] = []
-        for index in reversed(range(len(stand_ins))):
-            passed, stepped = self.backward(stand_ins[index])
-            # A checkpointed layer's output dies in the backward of the layer after it. The output of a layer without
-            # checkpointing lives on in its graph, and so it was where this layer's stand-in was seen.
+        for index in reversed(range(len(representatives))):
+            passed, stepped = self.backward(representatives[index])
+            # A checkpointed layer's output is freed in the backward of the next layer. Without checkpointing the graph
+            # keeps the output, as in the simulation of this layer's representative.
             if index == first_kept > 0 and keep_layers:
-                passed = replace(passed, exit=minus(passed.exit, self.forward(0).exit))
+                passed = replace(passed, exit=subtract(passed.exit, self.forward(0).exit))
             back += [passed, stepped]
         head = _EMBEDDING + self.num_layers
-        forward = [self.forward(index) for index in stand_ins]
+        forward = [self.forward(index) for index in representatives]
         changes = [self.changes[0], *forward, *self.changes[head : head + _HEAD], *back, *self.changes[-_END:]]
-        # The last segment frees what was kept of any layer, so that a pass leaves the same behind for any number.
-        left = plus(*(change.exit for change in self.changes))
-        before_last = plus(*(change.exit for change in changes[:-1]))
-        return [*changes[:-1], replace(changes[-1], exit=minus(left, before_last))]
+        # The last segment frees what layers kept, so a pass ends with the same memory for any number of layers.
+        left = add(*(change.exit for change in self.changes))
+        before_last = add(*(change.exit for change in changes[:-1]))
+        return [*changes[:-1], replace(changes[-1], exit=subtract(left, before_last))]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which layers are run, and which of them stands for which layer of the model.
+    """Which layers are simulated, and which of them represents which layer of the model.
 
     Args:
-        chosen: For each kind of layer, the number of the one that stands for it.
+        chosen: For each kind of layer, the index of its representative.
         kind_of: For each layer of the model, its kind.
-        num_idle: So many of the first layers have no backward. They share no kind with the others.
+        num_idle: Number of first layers without a backward. They share no kind with the others.
     """
 
     chosen: tuple[int, ...]
     kind_of: tuple[int, ...]
     num_idle: int = 0
 
-    def run(self, *, with_kept: bool) -> tuple[int, ...]:
-        """Numbers of the layers to be run: the first one, one of each kind and, if wanted, each of these once more.
+    def simulated_layers(self, *, with_kept: bool) -> tuple[int, ...]:
+        """Return the indices of the layers to simulate: the first, one of each kind and, with `with_kept`, these again.
 
         Args:
-            with_kept: Whether to see layers without activation checkpointing too, each after another such layer.
+            with_kept: Simulate layers without activation checkpointing too, each after another such layer.
         """
         active = self._active
         return (0, *self.chosen, active[-1], *active) if with_kept and active else (0, *self.chosen)
 
     @property
     def num_kept(self) -> int:
-        """How many of the layers that are run, the last ones, are without activation checkpointing if any are."""
+        """How many of the last simulated layers run without activation checkpointing, if any do."""
         return 1 + len(self._active) if self._active else 0
 
     @property
     def _active(self) -> tuple[int, ...]:
-        """The chosen layers that have a backward."""
+        """The representatives that have a backward."""
         return tuple(index for index in self.chosen if index >= self.num_idle)
 
-    def stand_ins(self, keep_layers: int) -> list[int]:
-        """For each layer of the model, which of the layers that were run stands for it.
+    def representatives(self, keep_layers: int) -> list[int]:
+        """Return, for each layer of the model, the position of its representative among the simulated layers.
 
         Args:
-            keep_layers: So many of the model's last layers run without activation checkpointing.
+            keep_layers: Number of last layers that run without activation checkpointing.
         """
         first_kept = max(self.num_idle, len(self.kind_of) - keep_layers)
         first = [0] if first_kept else []
         checkpointed = [1 + kind for kind in self.kind_of[len(first) : first_kept]]
-        # The kinds of idle layers come first, and are not among those that are run once more.
+        # The kinds of idle layers come first, and are not simulated a second time.
         before = 2 + len(self._active)
         return [*first, *checkpointed, *(before + kind for kind in self.kind_of[first_kept:])]
 
 
-def lay_out(kinds: Sequence[Hashable], num_idle: int = 0) -> Layout:
-    """Choose one layer of each kind, the last one.
+def choose_layers(kinds: Sequence[Hashable], num_idle: int = 0) -> Layout:
+    """Choose one layer of each kind to simulate, the last one.
 
     Args:
         kinds: The kind of each layer of the model.
-        num_idle: So many of the first layers have no backward.
+        num_idle: Number of first layers without a backward.
     """
     last = {kind: index for index, kind in enumerate(kinds)}
     order = list(last)
@@ -147,21 +146,23 @@ def split_passes(segments: Sequence[Segment], num_layers: int) -> tuple[PassTrac
     """Split a step into its passes through the model.
 
     Args:
-        segments: Of one step: one pass or, where a curvature is estimated first, two.
-        num_layers: Layers of the model that was run.
+        segments: The segments of one step: one pass or, with a curvature estimate before it, two.
+        num_layers: Number of simulated layers.
     """
     length = _EMBEDDING + _HEAD + _END + 3 * num_layers
-    assert segments and len(segments) % length == 0, "the engine's phases are not in the order that is known here"
-    changes = [Change(each.phase, minus(each.peak, each.entry), minus(each.exit, each.entry)) for each in segments]
+    assert segments and len(segments) % length == 0, "the engine's phases are not in the expected order"
+    changes = [
+        Change(each.phase, subtract(each.peak, each.entry), subtract(each.exit, each.entry)) for each in segments
+    ]
     return tuple(PassTrace(tuple(changes[start : start + length])) for start in range(0, len(changes), length))
 
 
 def extrapolate(fewer: PassTrace, more: PassTrace, factor: float) -> PassTrace:
-    """A pass over more micro-batches than were run: memory is linear in their number.
+    """Return a pass over more micro-batches than were simulated: memory is linear in their number.
 
     Args:
-        fewer: A pass over some.
-        more: The same over more.
+        fewer: A pass over some micro-batches.
+        more: A pass over more of them.
         factor: How far to go beyond `more`, in units of the difference of the two.
     """
 
@@ -176,32 +177,32 @@ def extrapolate(fewer: PassTrace, more: PassTrace, factor: float) -> PassTrace:
     )
 
 
-def follow(standing: Mapping[str, int], changes: Iterable[Change]) -> list[Segment]:
+def to_segments(standing: Mapping[str, int], changes: Iterable[Change]) -> list[Segment]:
     """Turn changes into segments with absolute sizes.
 
     Args:
         standing: Bytes by category before the first change.
-        changes: What happens.
+        changes: The changes, in order.
     """
     level: Sizes = Counter(standing)
     segments: list[Segment] = []
     for change in changes:
-        after = plus(level, change.exit)
-        segments.append(Segment(change.phase, level, plus(level, change.peak), after))
+        after = add(level, change.exit)
+        segments.append(Segment(change.phase, level, add(level, change.peak), after))
         level = after
     return segments
 
 
-def plus(*sizes: Mapping[str, int]) -> Sizes:
-    """The sum by category; unlike the `+` of Counters, it keeps what is below zero."""
+def add(*sizes: Mapping[str, int]) -> Sizes:
+    """Return the sum by category; unlike `+` of Counters, it keeps negative values."""
     total: Sizes = Counter()
     for each in sizes:
         total.update(each)
     return total
 
 
-def minus(one: Mapping[str, int], other: Mapping[str, int]) -> Sizes:
-    """The difference by category."""
+def subtract(one: Mapping[str, int], other: Mapping[str, int]) -> Sizes:
+    """Return the difference by category."""
     difference: Sizes = Counter(one)
     difference.subtract(other)
     return difference

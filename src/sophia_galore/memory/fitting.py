@@ -1,4 +1,4 @@
-"""Settings with which a run fits into a limit: down the ladder until it does, and back up where there is room."""
+"""Finds settings that fit into a memory limit: reduces memory until the run fits, then uses what is left for speed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sophia_galore.errors import UserError
 from sophia_galore.memory.budget import Budget
 from sophia_galore.memory.forecast import Forecast
 from sophia_galore.memory.ladder import RUNGS, SHORTER, Changes, Rung, slowdown
-from sophia_galore.memory.out_of_memory import or_what_helps
+from sophia_galore.memory.out_of_memory import with_usual_remedies
 from sophia_galore.memory.planner import Planner
 
 
 @dataclass(frozen=True)
 class Try:
-    """Settings that were tried.
+    """A configuration that was tried.
 
     Args:
-        name: What was changed, in words.
-        changes: The keys that it changed, with their values.
-        peak_bytes: What would be needed; what stays alone, where that is too much already.
-        is_known: Whether it was found out; False: more than `peak_bytes` is needed.
-        fits: Whether that is within the limit.
-        slowdown: How many times as long a token is expected to take as with the settings that were asked for.
+        name: Name of the setting that was changed.
+        changes: The changed keys with their values.
+        peak_bytes: Peak memory, or only weights and states if these do not fit already.
+        is_known: Whether `peak_bytes` is the peak; False: the peak is higher.
+        fits: Whether it is within the limit.
+        slowdown: Expected time for a token, relative to the settings that were asked for.
     """
 
     name: str
@@ -42,13 +42,13 @@ class Try:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found.
+    """The result of the search.
 
     Args:
-        tries: In the order in which they were made, the first being what was asked for.
-        config: Settings that fit; None: none do.
-        changes: What they change of what was asked for.
-        forecast: Of these settings or, if none fit, of those that need least.
+        tries: All tried configurations in order, the first one as asked.
+        config: The configuration that fits; None if none does.
+        changes: Its differences from what was asked for.
+        forecast: Its forecast or, if none fits, that of the smallest one.
     """
 
     tries: tuple[Try, ...]
@@ -63,14 +63,14 @@ def find_settings(
     """Find settings that fit.
 
     Args:
-        planner: Knows what settings need.
-        config: What was asked.
-        budget: What there is.
-        may_shorten: Whether examples may be made shorter, in the end.
-        fills: Whether what is left is used for layers without activation checkpointing, which takes another look.
+        planner: Forecasts the memory of configurations.
+        config: The configuration.
+        budget: The available memory.
+        may_shorten: Whether examples may be shortened as the last resort.
+        fills: Whether the memory that is left is used for layers without activation checkpointing.
 
     Raises:
-        UserError: Something speaks against what was asked.
+        UserError: The configuration is refused.
     """
     search = _Search(planner, config, budget)
     search.descend((*RUNGS, SHORTER) if may_shorten else RUNGS)
@@ -82,7 +82,7 @@ def find_settings(
 
 
 class _Search:
-    """Settings that are changed step by step; each step that helps is noted."""
+    """A configuration that is changed step by step; steps that help are recorded."""
 
     def __init__(self, planner: Planner, asked: RunConfig, budget: Budget) -> None:
         self._planner, self._asked, self._budget = planner, asked, budget
@@ -91,7 +91,7 @@ class _Search:
         self._take("as asked", asked, {}, *self._need(asked))
 
     def descend(self, rungs: tuple[Rung, ...]) -> None:
-        """Need less, until it fits."""
+        """Reduce memory until the run fits."""
         for rung, changes in self._steps(rungs):
             if self._budget.fits(self.needed):
                 return
@@ -99,15 +99,15 @@ class _Search:
             try:
                 needed, is_known = self._need(candidate)
             except UserError:
-                continue  # another setting that was asked for forbids it
+                continue  # it contradicts another setting
             if not is_known or needed < self.needed:
                 self._take(rung.name, candidate, changes, needed, is_known)
                 self._taken[rung] = {**self._taken.get(rung, {}), **changes}
 
     def ascend(self, *, fills: bool) -> None:
-        """Take back what turned out not to be needed, and use what is left for speed."""
+        """Undo changes that are not needed, and use the memory that is left for speed."""
         values = flatten(self._asked)
-        # The last one was needed, or the way down would have ended before it.
+        # The last change was needed, or the search would have stopped before it.
         for rung, changes in list(self._taken.items())[:-1]:
             richer = changed(self.config, {key: values[key] for key in changes})
             if self._budget.fits(self._need(richer)[0]):
@@ -119,19 +119,19 @@ class _Search:
             self._take_richer("kept layers (rest)", changed(self.config, {"engine.keep_layers": most}))
 
     def forecast(self, config: RunConfig) -> Forecast:
-        """What settings need; with auto, where all layers use activation checkpointing."""
+        """Return the forecast; for keep_layers=auto, with activation checkpointing in all layers."""
         is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
         return self._planner.forecast(config, 0 if is_open else self._planner.keep_layers(config))
 
     def _need(self, config: RunConfig) -> tuple[int, bool]:
-        """What settings need, and whether that is all; where what stays is too much already, nothing is simulated."""
+        """Return the peak and True or, if weights and states alone do not fit, their bytes and False."""
         standing = self._planner.standing_bytes(config)
         if not self._budget.fits(standing):
             return standing, False
         return self.forecast(config).peak_bytes, True
 
     def _steps(self, rungs: tuple[Rung, ...]) -> Iterator[tuple[Rung, Changes]]:
-        """Rung after rung, each for as long as it has something to offer."""
+        """Yield all changes of each rung in turn."""
         config = self._asked
         for rung in rungs:
             while (changes := rung.step(config)) is not None:
@@ -148,30 +148,32 @@ class _Search:
 
 
 def advice(planner: Planner, config: RunConfig) -> str:
-    """What to change after memory ran out.
+    """Return what to change after memory ran out.
 
     Args:
-        planner: Knows what settings need.
-        config: What was asked.
+        planner: Forecasts the memory of configurations.
+        config: The configuration.
     """
     budget = planner.budget(config)
     if budget is None:
         return WHAT_HELPS
-    found = find_settings(planner, config, budget, fills=False)  # somebody waits
+    found = find_settings(planner, config, budget, fills=False)  # the user is waiting
     needed = bytes_in_words(found.forecast.peak_bytes)
     if found.config is None:
         enough = bytes_in_words(found.forecast.peak_bytes + budget.reserve_bytes)
         return (
-            f"No settings fit into memory.limit: with {in_words(found.changes)} {needed} would still be needed. Raise "
-            f"memory.limit to {enough} or more, lower training.max_length, or take a smaller model."
+            f"No settings fit into memory.limit: with {as_overrides(found.changes)} {needed} would still be needed. "
+            f"Raise memory.limit to {enough} or more, lower training.max_length, or take a smaller model."
         )
     if not found.changes:
-        return or_what_helps(f"By the plan {needed} are enough, so something else takes memory: set memory.reserve")
-    return f"These settings are expected to fit, with {needed}: {in_words(found.changes)}."
+        return with_usual_remedies(
+            f"By the plan {needed} are enough, so something else takes memory: set memory.reserve"
+        )
+    return f"These settings are expected to fit, with {needed}: {as_overrides(found.changes)}."
 
 
-def in_words(changes: Mapping[str, Any]) -> str:
-    """Settings as the command line takes them.
+def as_overrides(changes: Mapping[str, Any]) -> str:
+    """Return settings as overrides for the command line.
 
     Args:
         changes: Values by dotted key.

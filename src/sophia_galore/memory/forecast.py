@@ -1,7 +1,7 @@
-"""How much memory a run will need, known before it begins.
+"""Forecasts the memory that a run needs.
 
-What stays (weights, states, bases) is arithmetic over the routes. What comes and goes in a step is seen by simulating
-one layer of each kind (`simulation.py`), and composed for all layers (`composition.py`).
+The memory of weights, states and bases is computed from the routes. The memory of a step is simulated for one layer of
+each kind (`simulation.py`) and composed for all layers (`composition.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
-from sophia_galore.memory.composition import Layout, PassTrace, extrapolate, follow, lay_out, plus
+from sophia_galore.memory.composition import Layout, PassTrace, add, choose_layers, extrapolate, to_segments
 from sophia_galore.memory.simulation import by_layer, simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
 from sophia_galore.memory.workload import Workload, batch_bytes, sample, steps_to_simulate
@@ -23,15 +23,15 @@ from sophia_galore.plan.route import Route
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will need.
+    """The memory that a run needs.
 
     Args:
         peak_bytes: Most bytes of tensors at once, on the device.
         phases: The same within each phase.
-        categories: What the peak consists of.
-        segments: The step that needs most.
+        categories: The peak by category.
+        segments: The step with the highest peak.
         step: That step's number.
-        keep_layers: So many layers run without activation checkpointing.
+        keep_layers: Number of layers without activation checkpointing.
     """
 
     peak_bytes: int
@@ -44,11 +44,11 @@ class Forecast:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one step does.
+    """The memory of one step.
 
     Args:
         batch_bytes: Bytes of its micro-batches.
-        passes: Its passes through the model, of the layers that were run.
+        passes: Its passes through the simulated layers.
     """
 
     batch_bytes: int
@@ -57,14 +57,14 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class ModelTrace:
-    """What single layers were seen to do: the forecast follows for any number of layers without checkpointing.
+    """The simulated memory of single layers, which gives the forecast for any number of layers without checkpointing.
 
     Args:
         standing: Bytes by category that stay for the whole run.
-        layout: Which layers stand for which.
-        steps: Each step that may be the one with the peak, by its number.
-        probe: The probe step, where it may need more than they do.
-        evaluation: Bytes by category that an evaluation takes beside what stands; None: there is none.
+        layout: Which simulated layer represents which layer.
+        steps: The steps that may have the highest peak, by number.
+        probe: The probe step, if it may need more.
+        evaluation: Bytes by category that an evaluation takes in addition; None without one.
     """
 
     standing: Sizes
@@ -74,11 +74,11 @@ class ModelTrace:
     evaluation: Sizes | None
 
     def forecast(self, keep_layers: int = 0) -> Forecast:
-        """The forecast.
+        """Return the forecast.
 
         Args:
-            keep_layers: So many of the last layers run without activation checkpointing; above 0 only where such
-                layers were simulated.
+            keep_layers: Number of last layers without activation checkpointing; above 0 only if such layers were
+                simulated.
         """
         steps = {number: self._segments(trace, keep_layers) for number, trace in self.steps.items()}
         step = max(steps, key=lambda number: max(segment.peak.total() for segment in steps[number]))
@@ -90,7 +90,7 @@ class ModelTrace:
             phases[segment.phase] = max(phases[segment.phase], segment.peak.total())
         peak = max((segment.peak for segment in segments), key=Counter.total)
         if self.evaluation is not None:
-            evaluating = plus(self.standing, self.evaluation)
+            evaluating = add(self.standing, self.evaluation)
             phases["eval"] = evaluating.total()
             peak = max(peak, evaluating, key=Counter.total)
         return Forecast(
@@ -103,7 +103,7 @@ class ModelTrace:
         )
 
     def most_kept_layers(self, tensor_bytes: int) -> int:
-        """How many layers can do without activation checkpointing; 0 also where even none is too much.
+        """Return how many layers can run without activation checkpointing; 0 also if nothing fits.
 
         Args:
             tensor_bytes: Most bytes that tensors may take.
@@ -118,7 +118,7 @@ class ModelTrace:
 
     def _segments(self, trace: StepTrace, keep_layers: int) -> list[Segment]:
         changes = [change for each in trace.passes for change in each.compose(self.layout, keep_layers)]
-        return follow(plus(self.standing, {"other": trace.batch_bytes}), changes)
+        return to_segments(add(self.standing, {"other": trace.batch_bytes}), changes)
 
 
 def trace_model(
@@ -130,25 +130,25 @@ def trace_model(
     num_steps: int,
     with_kept: bool = False,
 ) -> ModelTrace:
-    """Find out what a run will need, in seconds, without a weight.
+    """Simulate a run's memory, in seconds and without weights.
 
     Args:
-        decided: What will be done in a step.
+        decided: The decisions about the step.
         model_config: The model's Hugging Face configuration.
         layer_names: Its layers, as prefixes of their parameters' names without the final dot.
-        workload: What a step works on.
+        workload: The micro-batches of the largest step.
         num_steps: Steps of the run.
         with_kept: Whether to simulate layers without activation checkpointing too.
     """
     of_layer, around = by_layer(decided.routes, layer_names)
     types = getattr(model_config, "layer_types", None) or [""] * len(layer_names)
     num_idle = num_idle_layers(decided, layer_names)
-    layout = lay_out(
-        # A frozen layer without a backward does something else than one with a backward.
+    layout = choose_layers(
+        # A frozen layer without a backward differs from one with a backward.
         [(types[index], index < num_idle, _kind(name, of_layer[name])) for index, name in enumerate(layer_names)],
         num_idle,
     )
-    few = take_layers(model_config, decided.routes, layer_names, layout.run(with_kept=with_kept))
+    few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
     trained = [name for name in layer_names if any(route.trained for route in of_layer[name])]
     numbers = steps_to_simulate(around, of_layer[(trained or layer_names)[-1]], num_steps)
     num_kept = layout.num_kept if with_kept else 0
@@ -174,7 +174,7 @@ def trace_model(
 
 
 def _kind(layer: str, routes: Sequence[Route]) -> Hashable:
-    """What decides about a layer's memory: not names, nor when bases are refreshed."""
+    """Return what determines a layer's memory; names and the times of basis refreshes don't."""
     return tuple((route.name.removeprefix(layer), route.shape, route.format, _untimed(route)) for route in routes)
 
 

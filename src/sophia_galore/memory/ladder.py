@@ -1,20 +1,20 @@
-"""What can be changed so that a run needs less memory, from what costs least, and the time that it costs.
+"""Settings that reduce memory, ordered by their cost, and the time that they cost.
 
     1  kept layers       only time: activations of all layers are computed again in backward
     2  micro-batch       only time: the same effective batch in smaller pieces
     3  logits            only time: smaller tiles of the vocabulary's logits
-    4  weight format     fp32, bf16, int8: rounding, with the right mean
+    4  weight format     fp32, bf16, int8: stochastic rounding, without bias
     5  state bits        32, 16, 8: the same for the optimizer's state
     6  projection bits   32, 16, 4: coarser bases
     7  rank              halves: less of each gradient is seen
     8  max_length        halves: less of each example is seen; only if that is allowed
 
-A rung is a function from a configuration to the keys that it would change, or None where there is nothing left to
-change. Each is tried for as long as it has something to offer before the next one's turn comes.
+A rung returns the next change of a configuration, or None if nothing is left to change. Each rung is used up before
+the next one is tried.
 
 What settings cost in time are medians of `python bench/tradeoffs.py` (SmolLM2-135M on two CPU cores, 2026-11-26),
-multiplied; on a GPU they differ. They are for choosing between settings, not for planning an afternoon. Smaller
-micro-batches cost nothing that was measured: halves were 3 % faster, having less padding.
+multiplied; on a GPU they differ. They serve to compare settings, not to predict the time of a run. Smaller
+micro-batches cost no measurable time: half the size was 3 % faster because of less padding.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _LEAST_RANK = 8
 _LEAST_LENGTH = 64
 _LEAST_TILE_MIB = 4
 
-# Time with activation checkpointing, against none.
+# Time with activation checkpointing, relative to none.
 _CHECKPOINTING = 1.21
-# Against fp32, in which a CPU computes; a device that computes in bf16 decodes less.
+# Relative to fp32 on a CPU, which computes in fp32; a device that computes in bf16 converts less.
 _FORMATS = {"fp32": 1.0, "bf16": 1.14, "int8": 1.17}
 _STATE_BITS = {32: 1.0, 16: 1.12, 8: 1.10}
 _PROJECTION_BITS = {32: 1.0, 16: 1.0, 4: 1.01}
@@ -43,11 +43,11 @@ _TILES_MIB = {4: 1.05, 16: 1.03}
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to need less.
+    """One way to reduce memory.
 
     Args:
-        name: What it changes, in words.
-        step: Its next change to a configuration; None: there is none.
+        name: What it changes.
+        step: Returns its next change of a configuration; None if there is none.
     """
 
     name: str
@@ -79,7 +79,7 @@ def _smaller_format(config: RunConfig) -> Changes | None:
         return None
     if config.model.store == "fp32":
         return {"model.store": "bf16"}
-    # Where the kind was ruled out, that has to change too.
+    # An explicit load_in_8bit=false has to change too.
     both = {} if config.quantization.load_in_8bit is None else {"quantization.load_in_8bit": True}
     return {"quantization.enabled": True, **both}
 
@@ -114,7 +114,7 @@ def _shorter(config: RunConfig) -> Changes | None:
 
 
 SHORTER = Rung("max_length", _shorter)
-"""The last rung, which is climbed only if the user allows it."""
+"""The last rung, which is used only if the user allows it."""
 
 RUNGS: tuple[Rung, ...] = (
     Rung("kept layers", _keep_fewer),
@@ -125,15 +125,15 @@ RUNGS: tuple[Rung, ...] = (
     Rung("projection bits", _fewer_projection_bits),
     Rung("rank", _lower_rank),
 )
-"""The ladder, from what costs least."""
+"""The ladder, cheapest rung first."""
 
 
 def slowdown(asked: RunConfig, config: RunConfig, num_layers: int) -> float:
-    """How many times as long a token is expected to take.
+    """Return the expected time for a token, relative to other settings.
 
     Args:
-        asked: What it is compared with.
-        config: The other settings.
+        asked: The settings to compare with.
+        config: The settings.
         num_layers: Layers of the model.
     """
     return _time(config, num_layers) / _time(asked, num_layers)
@@ -147,6 +147,6 @@ def _time(config: RunConfig, num_layers: int) -> float:
     factor = share + (1 - share) * _CHECKPOINTING
     factor *= _FORMATS[form] * _STATE_BITS[config.optimizer.state_bits]
     factor *= _PROJECTION_BITS[config.optimizer.galore.projection_bits] if galore else 1.0
-    # The smallest tile that was measured and is not smaller; 0 is a large one.
+    # The next larger tile that was measured; 0 means a large one.
     tile = config.memory.logits_chunk_mib
     return factor * next((cost for size, cost in _TILES_MIB.items() if 0 < tile <= size), 1.0)

@@ -1,4 +1,4 @@
-"""Which models fit into which cards, and with which settings: a table of fits."""
+"""A table of the settings with which models fit into GPUs of several sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sophia_galore.memory.fitting import Fit, find_settings
 from sophia_galore.memory.planner import Planner, find_planner
 
 LIMITS: tuple[int, ...] = tuple(size * 2**30 for size in (4, 6, 8, 12, 16, 24))
-"""Cards that people have."""
+"""Memory of common GPUs, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Row:
 
     Args:
         model: Its name.
-        cells: For each limit the settings that fit, in words; None: none do.
+        cells: For each limit, the settings that fit, as text; None if none do.
     """
 
     model: str
@@ -29,24 +29,24 @@ class Row:
 
 
 def matrix(config: RunConfig, models: Sequence[str], limits: Sequence[int]) -> Iterator[Row]:
-    """Fit each model into each limit, without data.
+    """Yield for each model the settings that fit into each limit; no data are read.
 
     Args:
-        config: What is asked for each of them, but for the model and the limit.
+        config: The configuration, apart from the model and the limit.
         models: Their names.
-        limits: Bytes of each card.
+        limits: Memory of each GPU, in bytes.
     """
     for model in models:
         asked = changed(config, {"model.name": model})
-        planner = find_planner(asked, lambda text: None, reads_data=False)  # a table has no room for remarks
+        planner = find_planner(asked, lambda text: None, reads_data=False)  # the table shows no messages
         yield Row(model, tuple(_cell(planner, asked, limit) for limit in limits))
 
 
 def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
-    """The table as Markdown.
+    """Return the table as Markdown.
 
     Args:
-        rows: One a model.
+        rows: One for each model.
         limits: The columns.
     """
     lines = [
@@ -65,7 +65,7 @@ def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:
 
 
 def _settings_in_words(found: Fit, num_layers: int) -> str | None:
-    """Settings as short as can be, such as "int8, 8-bit state, rank 64, keeps 4 of 24"; None: none fit."""
+    """Return settings in short form, such as "int8, 8-bit state, rank 64, keeps 4 of 24"; None if none fit."""
     config = found.config
     if config is None:
         return None

@@ -1,13 +1,13 @@
-"""The memory monitor: follows a run's memory by phase and category, and keeps its limit.
+"""The memory monitor: measures a run's memory by phase and category, and enforces its limit.
 
-A tracker counts every tensor storage during loading, the probe step, the first evaluation and the first steps; it tells
-what the memory is for. How much it is, on CUDA the allocator tells (allocated, reserved), all the time. A CPU has no
-such allocator: there the tracker's sum is the peak, and later only the resident size of the process is read. On a CPU
-nothing is reserved beyond what is allocated, so both numbers are the same there.
+A tracker counts every tensor storage by category during loading, the probe step, the first evaluation and the first
+steps. On CUDA the allocator reports the total (allocated and reserved) all the time. A CPU has no such allocator: there
+the tracker's sum is the peak, and later only the resident size of the process is read. On a CPU nothing is reserved
+beyond what is allocated, so both numbers are equal.
 
-On CUDA the allocator keeps the limit. On a CPU the tracker keeps it, and then stays to the end. Copies that are made to
-read or write a checkpoint or a model are not counted: on a GPU they are in host memory. When memory runs out, a
-snapshot is taken at once, since what was in memory is gone when the run ends.
+On CUDA the allocator enforces the limit. On a CPU the tracker does, and then counts until the end of the run. Copies
+for reading or writing a checkpoint or a model are not counted: on a GPU they are in host memory. When memory runs out,
+a snapshot is taken at once, before anything is freed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from sophia_galore.engine.observe import PHASE_CATEGORY, Category, Observer, Pha
 from sophia_galore.engine.probe import WHAT_HELPS
 from sophia_galore.errors import OutOfMemory, SophiaGaloreError, lacks_memory
 from sophia_galore.memory.budget import allocator_bytes
-from sophia_galore.memory.out_of_memory import Snapshot, or_what_helps
-from sophia_galore.memory.report import STEP_PHASES, Peaks, joined, process_bytes
+from sophia_galore.memory.out_of_memory import Snapshot, with_usual_remedies
+from sophia_galore.memory.report import STEP_PHASES, Peaks, merge_reports, process_bytes
 from sophia_galore.memory.timeline import StepTimeline
 from sophia_galore.memory.tracker import StorageTracker, state_category
 
 
 class MemoryMonitor(Observer):
-    """Follows memory through a run; a context manager.
+    """Measures memory through a run; a context manager.
 
     Args:
-        device: Where the run's tensors live.
-        asked: What was asked for: for how many steps storages are counted, and the limit.
+        device: The device of the run's tensors.
+        asked: The limit, and for how many steps storages are counted.
     """
 
     def __init__(self, device: torch.device, asked: MemoryConfig) -> None:
@@ -44,23 +44,23 @@ class MemoryMonitor(Observer):
         self._cuda = device.type == "cuda"
         self._track_steps = asked.track_steps
         self._limit_bytes, self._reserve_bytes = asked.limit, asked.reserve
-        # To the end, since what is not seen can't be refused.
+        # Until the end, since only counted allocations can be refused.
         self._stays = asked.limit is not None and not self._cuda
         self._tracker = StorageTracker(device) if asked.track_steps or self._stays else None
         self._timeline = StepTimeline(self._tracker) if self._tracker is not None else None
         self._entered: StorageTracker | None = None  # the tracker, while it counts
         self.predicted_bytes: int | None = None
-        """What was expected to be the peak of tensors."""
+        """The forecast peak of tensors."""
         self.expected_step: int | None = None
-        """The step that was expected to need most: its storages are counted too."""
+        """The step with the forecast peak: its storages are counted too."""
         self.earlier: Mapping[str, Any] = {}
-        """The report of what the run did before the checkpoint that it goes on from; {}: nothing."""
+        """The report in the checkpoint that the run was resumed from; {} without one."""
         self.adaptations: list[str] = []
         """What was changed when memory ran out, in sentences."""
         self.names: Callable[[], Mapping[int, str]] = dict
-        """Gives the names of storages that have one."""
+        """Returns names of storages, by key."""
         self.advice: Callable[[], str] = self._usual_advice
-        """Says what to do when memory ran out; what it allocates for that is not counted."""
+        """Returns what to do after memory ran out; its allocations are not counted."""
         self._current: list[tuple[Phase, Mapping[str, int]]] = []  # with the bytes by category at its beginning
         self._snapshot: Snapshot | None = None
         self._peaks = Peaks()
@@ -68,14 +68,14 @@ class MemoryMonitor(Observer):
 
     @property
     def watches_tensors(self) -> bool:  # type: ignore[override]
-        """Whether tags are of use at the moment."""
+        """Whether tensors are counted at the moment."""
         return self._entered is not None
 
     def __enter__(self) -> Self:
-        """Begin to count storages, where that is what is done, and put the limit into force.
+        """Begin to count storages and enforce the limit.
 
         Raises:
-            EnvironmentProblem: The limit is more than the GPU has, or leaves nothing to tensors.
+            EnvironmentProblem: The limit exceeds the GPU's memory, or leaves nothing for tensors.
         """
         if self._limit_bytes is not None:
             room_bytes = allocator_bytes(self._device, self._limit_bytes, self._reserve_bytes)
@@ -108,7 +108,7 @@ class MemoryMonitor(Observer):
         """Attribute peaks to this phase inside the context."""
         self._settle()
         self._current.append((name, dict(self._tracker.by_category) if self._tracker is not None else {}))
-        self._snapshot = None  # whatever there was before has been overcome
+        self._snapshot = None  # an earlier shortage was recovered from
         self._open()
         timeline = self._timeline if self._entered is not None and name in STEP_PHASES else None
         try:
@@ -125,7 +125,7 @@ class MemoryMonitor(Observer):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Inside the context tensors are not counted, such as those that are made to read or write a file."""
+        """Do not count tensors inside the context, such as copies for reading or writing a file."""
         was_entered = self.watches_tensors
         self.stop()
         try:
@@ -136,13 +136,13 @@ class MemoryMonitor(Observer):
 
     @contextmanager
     def explaining(self, more: Callable[[], str] = str) -> Iterator[None]:
-        """Explain it if memory runs out inside the context.
+        """Explain where and why if memory runs out inside the context.
 
         Args:
-            more: Gives a sentence that is added to what the user can do.
+            more: Returns a sentence to add to the remedy.
 
         Raises:
-            OutOfMemory: Instead of an error that only says that memory ran out.
+            OutOfMemory: Memory ran out; it replaces the original error.
         """
         try:
             yield
@@ -154,31 +154,28 @@ class MemoryMonitor(Observer):
             raise OutOfMemory(told.cause, f"{told.remedy} {more()}".strip()) from error
 
     def explain(self, error: BaseException, what: str = "Out of memory") -> OutOfMemory:
-        """Say where memory ran out, what grew and what was largest.
+        """Return an error that says where memory ran out, what grew, what was largest, and what to do.
 
         Args:
-            error: What was raised.
-            what: What happened, in words that a place follows.
-
-        Returns:
-            An error for the user, with what can be done about it.
+            error: The error that was raised.
+            what: What happened; the place is appended.
         """
         snapshot = self._snapshot or self._look(error)
         limit = "" if self._limit_bytes is None else f"memory.limit ({bytes_in_words(self._limit_bytes)})"
         if limit and self._reserve_bytes:
             limit += f" less memory.reserve ({bytes_in_words(self._reserve_bytes)})"
-        with self.apart():  # advice may be found by trying things out
+        with self.apart():  # the advice may simulate other settings
             return OutOfMemory(what + snapshot.explain(error, limit), self.advice())
 
     def _look(self, error: BaseException) -> Snapshot:
-        """How things stand; at the moment of the refusal, if it was one."""
+        """Return the current state of memory, or that of the refusal."""
         refusal = self._tracker.refusal if self._tracker is not None and isinstance(error, OutOfMemory) else None
         held = refusal.held if refusal else self._entered.held() if self._entered is not None else None
         phase, before = self._current[-1] if self._current else (None, {})
         return Snapshot(phase, before, held, refusal, self.names())
 
     def _usual_advice(self) -> str:
-        return WHAT_HELPS if self._limit_bytes is None else or_what_helps("Raise memory.limit")
+        return WHAT_HELPS if self._limit_bytes is None else with_usual_remedies("Raise memory.limit")
 
     def tag(self, tensor: Tensor, category: Category) -> None:
         """Count this tensor under `category`."""
@@ -191,7 +188,7 @@ class MemoryMonitor(Observer):
             self.tag(tensor, state_category(name))
 
     def end_step(self, step: int) -> dict[str, int | None]:
-        """Note a step's peak.
+        """Record a step's peak.
 
         Args:
             step: Its number.
@@ -217,10 +214,10 @@ class MemoryMonitor(Observer):
         return record
 
     def end_probe(self) -> int | None:
-        """Let what came so far count to the report, but not to the memory of the step that comes next.
+        """End the probe step: its peak counts for the report, but not for the next step.
 
         Returns:
-            Most bytes that were allocated in the phases of a step; None where they were not measured.
+            Most bytes that were allocated in its phases; None if they were not measured.
         """
         self._settle()
         if self._timeline is not None:
@@ -228,7 +225,7 @@ class MemoryMonitor(Observer):
         return self._peaks.take_step()
 
     def report(self) -> dict[str, Any]:
-        """Everything that was measured in all parts of the run, as plain data."""
+        """Return the memory report of all parts of the run, as plain data."""
         self._settle()
         report = {
             "device": torch.cuda.get_device_name(self._device) if self._cuda else "cpu",
@@ -240,7 +237,7 @@ class MemoryMonitor(Observer):
             **self._peaks.as_json(),
             "timeline": self._timeline.highest if self._timeline is not None else None,
         }
-        return joined(self.earlier, report) if self.earlier else report
+        return merge_reports(self.earlier, report) if self.earlier else report
 
     def _measured_by(self) -> str:
         if self._cuda:
@@ -254,10 +251,9 @@ class MemoryMonitor(Observer):
         return f"storage tracker (loading, probe, first evaluation, first {self._track_steps} steps{later})"
 
     def _ratio(self) -> float | None:
-        """What was expected, as a multiple of what was measured.
+        """Return the forecast peak divided by the measured one.
 
-        None where tensors were not measured, the step that was expected to need most was not among them, or less was
-        taken at once than had been expected.
+        It is None if the step with the forecast peak was not measured, or if chunks were made smaller than forecast.
         """
         measured = {record["step"] for record in self._peaks.steps if record["allocated_bytes"] is not None}
         if self.predicted_bytes is None or self.expected_step not in measured or self.adaptations:
@@ -265,7 +261,7 @@ class MemoryMonitor(Observer):
         return round(self.predicted_bytes / self._peaks.allocated_bytes, 4)
 
     def _settle(self) -> None:
-        """Credit the peak since the last change of phase to the phase that ends."""
+        """Assign the peak since the last change of phase to the phase that ends."""
         tracker = self._entered
         if tracker is not None and tracker.peak_bytes > self._tracked_peak_bytes:
             self._tracked_peak_bytes, self._peaks.categories = tracker.peak_bytes, dict(tracker.peak_by_category)

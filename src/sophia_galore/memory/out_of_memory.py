@@ -30,11 +30,11 @@ class Snapshot:
     """The state of memory when it ran out.
 
     Args:
-        phase: What the run was doing; None: between phases.
+        phase: The phase of the run; None between phases.
         before: Bytes by category at the beginning of the phase.
-        held: What was alive; None: nothing kept count.
-        refusal: What was refused, if it was for the limit.
-        names: Of storages that have one.
+        held: What was allocated; None if it was not counted.
+        refusal: The allocation that would have exceeded the limit, if that was the cause.
+        names: Names of storages, by key.
     """
 
     phase: Phase | None
@@ -44,11 +44,11 @@ class Snapshot:
     names: Mapping[int, str]
 
     def explain(self, error: BaseException, limit: str) -> str:
-        """What follows "Out of memory", on one line.
+        """Return the text after "Out of memory", on one line.
 
         Args:
-            error: What was raised.
-            limit: The limit in words, such as "memory.limit (4 GiB)"; "" if there is none.
+            error: The error that was raised.
+            limit: The limit as text, such as "memory.limit (4 GiB)"; "" if there is none.
         """
         if self.refusal is not None:
             asked = f"{bytes_in_words(self.refusal.asked_bytes)} more ({_form(self.refusal.shape, self.refusal.dtype)})"
@@ -80,22 +80,22 @@ class Snapshot:
         return f"{name} ({_form(live.shape, live.dtype)}, {bytes_in_words(live.num_bytes)})"
 
 
-def or_what_helps(remedy: str) -> str:
-    """A remedy, and after it the usual ones."""
+def with_usual_remedies(remedy: str) -> str:
+    """Return a remedy, followed by the usual ones."""
     return f"{remedy}, or {WHAT_HELPS[0].lower()}{WHAT_HELPS[1:]}"
 
 
 def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, str]:
-    """Names of the storages of a run's weights and state; nothing is allocated for it.
+    """Return names of the storages of weights and states, without allocating memory.
 
     Args:
         store: The weights.
-        optimizer: Has the state.
+        optimizer: The optimizer, which has the states.
     """
     tensors = dict(optimizer.named_state())
     for name, weight in store.items():
         if not weight.held_by_module:
-            # What a deferred update consists of is the optimizer's state.
+            # The tensors of a deferred update belong to the optimizer's state.
             tensors |= {f"{name}{ending}": tensor for ending, tensor in weight.settled.tensors().items()}
     return {StorageTracker.storage_key(tensor): name for name, tensor in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""The memory of one model under many configurations, before a run begins and without weights."""
+"""Forecasts the memory of one model under many configurations, without weights."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from sophia_galore.plan.verdicts import decide
 _CPU = torch.device("cpu")
 # A simulation does not depend on these keys, so one serves for all of their values.
 _WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "engine.keep_layers", "training.gradient_checkpointing")
-# Layers without activation checkpointing save time only, and must not make a run fail: more than any error seen of a
-# forecast.
+# Layers without activation checkpointing only save time and must not make a run fail, so this share of the memory is
+# left free: more than any forecast error that was seen.
 _MARGIN = 0.01
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a run is expected to need, and what there is.
+    """The forecast memory of a run, and the available memory.
 
     Args:
-        forecast: What it needs.
-        budget: What there is; None: there is no limit.
+        forecast: The forecast.
+        budget: The available memory; None without a limit.
     """
 
     forecast: Forecast
@@ -52,16 +52,16 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether there is enough; None: there is no limit."""
+        """Whether the run fits; None without a limit."""
         return None if self.budget is None else self.budget.fits(self.forecast.peak_bytes)
 
     def sentence(self) -> str:
-        """The same for the user."""
+        """Return the estimate as a sentence for the user."""
         there = "" if self.budget is None else f", of {bytes_in_words(self.budget.tensor_bytes)} that there are"
         return f"Expected: {bytes_in_words(self.forecast.peak_bytes)} of tensors at most{there}."
 
     def facts(self) -> MemoryFacts:
-        """The same as what verdicts look at."""
+        """Return the estimate as facts for the rules."""
         if self.budget is None:
             return MemoryFacts(self.forecast.peak_bytes)
         return MemoryFacts(self.forecast.peak_bytes, self.budget.limit_bytes, self.budget.reserve_bytes)
@@ -69,15 +69,15 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Planner:
-    """Knows what configurations of one model need. Simulations are kept: many limits ask for the same ones.
+    """Forecasts the memory of configurations of one model. Simulations are cached, since many limits share them.
 
     Args:
-        facts: The machine, the model and its parameters; their configuration is replaced by the one that is asked for.
+        facts: The machine, the model and its parameters; each call replaces the configuration.
         model_config: The model's Hugging Face configuration.
         layer_names: Its layers, as prefixes of their parameters' names without the final dot.
-        workload: What a step works on, for a configuration.
-        num_steps: Steps of the run, for a configuration.
-        source: Where the model's shapes are known from.
+        workload: Returns the micro-batches of the largest step of a configuration.
+        num_steps: Returns the steps of a configuration's run.
+        source: Where the model's shapes come from.
     """
 
     facts: Facts
@@ -94,56 +94,56 @@ class Planner:
         return len(self.layer_names)
 
     def decide(self, config: RunConfig) -> Decisions:
-        """What would be done in a step of a configuration.
+        """Return the decisions about a configuration's step.
 
         Raises:
-            UserError: Something speaks against it.
+            UserError: The configuration is refused.
         """
         check(config)
         return decide_step(replace(self.facts, config=config))
 
     def estimate(self, config: RunConfig) -> MemoryEstimate | None:
-        """The estimate for a configuration as it is; None where bitsandbytes computes, whose memory is not known.
+        """Return the estimate of a configuration; None with bitsandbytes, whose memory is unknown.
 
         Raises:
-            UserError: Something speaks against it.
+            UserError: The configuration is refused.
         """
         if replace(self.facts, config=config).freezes_layers:
             return None
         return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config))
 
     def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
-        """What a configuration needs.
+        """Return the forecast of a configuration.
 
         Args:
             config: The configuration.
-            keep_layers: So many layers run without activation checkpointing, whatever the configuration says.
+            keep_layers: Number of layers without activation checkpointing; overrides the configuration.
 
         Raises:
-            UserError: Something speaks against it.
+            UserError: The configuration is refused.
         """
         return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers)
 
     def standing_bytes(self, config: RunConfig) -> int:
-        """What stays for the whole run, which is arithmetic.
+        """Return the bytes that stay in memory for the whole run.
 
         Raises:
-            UserError: Something speaks against the configuration.
+            UserError: The configuration is refused.
         """
         return sum(standing_bytes(self.decide(config).routes).values())
 
     def budget(self, config: RunConfig) -> Budget | None:
-        """What a configuration may take; None: there is no limit."""
+        """Return the available memory; None without a limit."""
         return budget_of(config, self.facts.device)
 
     def keep_layers(self, config: RunConfig) -> int:
-        """How many layers run without activation checkpointing.
+        """Return how many layers run without activation checkpointing.
 
         Args:
-            config: What was asked.
+            config: The configuration.
 
         Raises:
-            ConfigError: As many as there is room for, but nothing says how much that is.
+            ConfigError: engine.keep_layers is auto, but there is no limit.
         """
         asked = config.engine.keep_layers
         if not config.training.gradient_checkpointing:
@@ -159,11 +159,11 @@ class Planner:
         return self.most_kept_layers(config, budget)
 
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
-        """How many layers can do without activation checkpointing, with a margin; 0 also where none is too much."""
+        """Return how many layers can run without activation checkpointing, with a margin; 0 also if nothing fits."""
         return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
 
     def _num_active_layers(self, config: RunConfig) -> int:
-        """Layers that have a backward."""
+        """Return the number of layers that have a backward."""
         if config.training.trainable is None:
             return self.num_layers
         return self.num_layers - num_idle_layers(self.decide(config), self.layer_names)
@@ -184,16 +184,16 @@ class Planner:
 
 
 def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) -> Planner:
-    """A planner without a run: nothing is downloaded but a configuration, and no GPU need be here.
+    """Make a planner without a run: only the model's configuration is downloaded, and no GPU is needed.
 
     Args:
-        config: What is asked; `training.device` may name a GPU that this machine does not have.
+        config: The configuration; `training.device` may name a GPU that this machine does not have.
         say: Takes lines for the user.
-        reads_data: Read the training data, if they and the model's tokenizer are on this machine: the plan is then
-            for their longest examples, else for examples of `training.max_length`.
+        reads_data: Whether to forecast for the longest training examples, if data and tokenizer are on this machine;
+            else for examples of `training.max_length`.
 
     Raises:
-        UserError: The model is not known, or something speaks against the run.
+        UserError: The model is unknown, or the run is refused.
     """
     check(config)
     facts = Facts(config, device=planned_device(config.training.device))
@@ -220,7 +220,7 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
         tokenizer = load_tokenizer(shape.folder, trust_remote_code=trust)
         pad_id = pad_token(tokenizer)
 
-        @cache  # a plan asks for the same data under many settings
+        @cache  # many configurations share the same data
         def read(data: DataConfig, max_length: int, seed: int) -> Dataset:
             return load_data(data, max_length=max_length, seed=seed, tokenizer=tokenizer)
 
@@ -232,5 +232,5 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
 
 
 def _asked_steps(config: RunConfig) -> int:
-    """Steps of a run whose data are not known: as many as were asked for, or enough for all that recurs."""
+    """Return the steps of a run without known data: `training.max_steps`, or enough to include every refresh."""
     return config.training.max_steps or 10**9

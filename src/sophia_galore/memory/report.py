@@ -1,4 +1,4 @@
-"""What a memory report is made of: peaks by phase, category and step, and the size of the process."""
+"""The peaks of a memory report, by phase, category and step, and the size of the process."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import psutil
 from sophia_galore.engine.observe import Category, Phase
 
 STEP_PHASES: tuple[Phase, ...] = ("forward", "head", "backward", "step")
-"""What happens within an optimizer step; loading and evaluation are not a step's memory."""
+"""The phases of an optimizer step."""
 _PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes")
 
 
 def process_bytes() -> int:
-    """Resident size of this process, now."""
+    """Return the resident size of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_process_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Return the largest resident size of this process so far."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -33,14 +33,14 @@ def peak_process_bytes() -> int:
 
 @dataclass
 class Peaks:
-    """The highest numbers so far.
+    """The highest values so far.
 
     Args:
         allocated_bytes: Most bytes of tensors at once.
         reserved_bytes: Most bytes that the allocator held for them.
         step_bytes: Most bytes of tensors in the phases of the current step.
         phases: Most bytes of tensors by phase.
-        categories: What the highest peak that was tracked consists of.
+        categories: The highest tracked peak by category.
         steps: A record for each step.
     """
 
@@ -52,10 +52,10 @@ class Peaks:
     steps: list[dict[str, int | None]] = field(default_factory=list)
 
     def add(self, phase: Phase | None, allocated_bytes: int, reserved_bytes: int) -> None:
-        """Take in what was measured since the last change of phase.
+        """Add the peaks since the last change of phase.
 
         Args:
-            phase: The phase that it belongs to; None: between phases.
+            phase: The phase; None between phases.
             allocated_bytes: Most bytes of tensors at once.
             reserved_bytes: Most bytes that the allocator held.
         """
@@ -67,12 +67,12 @@ class Peaks:
             self.step_bytes = max(self.step_bytes, allocated_bytes)
 
     def take_step(self) -> int | None:
-        """The peak of the step that ends here; None: nothing was measured."""
+        """Return the peak of the step that ends, and start the next one; None if nothing was measured."""
         peak_bytes, self.step_bytes = self.step_bytes, 0
         return peak_bytes or None
 
     def as_json(self) -> dict[str, Any]:
-        """As in a memory report; where nothing was measured, the process's size stands for that of tensors."""
+        """Return the fields of a memory report; if no tensors were measured, with the size of the process instead."""
         return {
             "peak_allocated_bytes": self.allocated_bytes or peak_process_bytes(),
             "peak_reserved_bytes": self.reserved_bytes or peak_process_bytes(),
@@ -83,14 +83,14 @@ class Peaks:
         }
 
 
-def joined(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """The report of a run that was stopped and went on: one over both of its parts.
+def merge_reports(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge the reports of both parts of a resumed run.
 
-    Peaks are the larger ones. What a peak consists of, and what was predicted for it, comes from the part that had it.
+    Peaks are the larger ones. Categories and prediction come from the part with the higher peak.
 
     Args:
-        earlier: The memory report so far, as it lies in the checkpoint that the run went on from.
-        later: The report of what came after.
+        earlier: The memory report in the checkpoint that the run was resumed from.
+        later: The report after that.
     """
     highest = max((earlier, later), key=lambda part: part.get("peak_allocated_bytes") or 0)
     phases = [part.get("phases") or {} for part in (earlier, later)]

@@ -14,7 +14,7 @@ from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import Stepper
-from sophia_galore.memory.composition import PassTrace, minus, split_passes
+from sophia_galore.memory.composition import PassTrace, split_passes, subtract
 from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.timeline import Recorder, Sizes
 from sophia_galore.memory.tracker import state_category
@@ -53,7 +53,7 @@ class Simulated:
 
     Args:
         steps: For each step that was asked for, its passes through the model.
-        evaluation: Bytes by category that an evaluation takes beside what stands; None: none was asked for.
+        evaluation: Bytes by category that an evaluation takes in addition; None if none was asked for.
     """
 
     steps: tuple[tuple[PassTrace, ...], ...]
@@ -162,7 +162,7 @@ def simulate(
         if eval_batches:
             engine.evaluate(eval_batches)
             (segment,) = recorder.take()
-            evaluation = minus(segment.peak, segment.entry)
+            evaluation = subtract(segment.peak, segment.entry)
         own = [_copy(batch) for batch in batches]
         passes: list[tuple[PassTrace, ...]] = []
         held = {spec.name: spec.held_shape for spec in specs} if decided.clip_by == "model" else {}

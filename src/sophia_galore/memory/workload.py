@@ -1,6 +1,6 @@
-"""What is simulated: the micro-batches and the steps of which one needs most memory.
+"""The micro-batches and steps to simulate, among them those that need most memory.
 
-The micro-batches are the largest of the data or, where the data are not known, the largest that the settings allow.
+The micro-batches are the largest of the data or, if the data are unknown, the largest that the settings allow.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from sophia_galore.optim.spec import SubspaceSpec
 from sophia_galore.plan.route import Route
 
 _MOST_BATCHES = 8
-"""So many micro-batches are run as they are; the memory of more is extrapolated."""
+"""Most micro-batches that are simulated; the memory of more is extrapolated."""
 _MOST_STEPS = 4096
-"""So many steps are searched for the one that needs most."""
+"""Most steps that are searched for the one with the highest peak."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run works on at once.
+    """The largest micro-batches of a run.
 
     Args:
         train: The micro-batches of the largest step.
-        probe: Those of the probe step, which may be larger; empty: there is none, or none that is larger.
-        eval: Those that are evaluated together; empty: there is no evaluation.
-        source: Where they come from, in words.
+        probe: Those of the probe step; empty if there is none, or if it is not larger.
+        eval: Those that are evaluated together; empty without an evaluation.
+        source: Where they come from, as text.
     """
 
     train: tuple[MicroBatch, ...]
@@ -43,10 +43,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sample:
-    """Few micro-batches, from which the memory of all is extrapolated.
+    """A few micro-batches, from which the memory of all is extrapolated.
 
     Args:
-        fewer: Some micro-batches; empty: `more` is all.
+        fewer: Some micro-batches; empty if `more` is all of them.
         more: More of them.
         factor: How many times the difference of `more` and `fewer` is added to `more`.
     """
@@ -57,10 +57,10 @@ class Sample:
 
 
 def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Workload:
-    """A run's largest step, its probe step, and what is evaluated first, which is the longest.
+    """Return a run's largest step, its probe step, and its longest evaluation examples.
 
     Args:
-        config: What was asked.
+        config: The configuration.
         dataset: The tokenised data.
         num_steps: Steps of the run.
         pad_id: The token id to pad with.
@@ -70,7 +70,7 @@ def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id
     train = feed.largest_step(num_steps)
     probe = feed.largest_window() if training.probe_step else []
     if _sizes(probe) == _sizes(train):
-        probe = []  # it needs no more than a first step
+        probe = []  # it needs no more than the first step
     together = training.gradient_accumulation_steps
     evaluated = Feed.of(config, dataset.eval, pad_id).longest_first()[:together]
     longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
@@ -82,10 +82,10 @@ def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id
 
 
 def largest_workload(config: RunConfig, vocab_size: int) -> Workload:
-    """The largest that the settings allow.
+    """Return the largest workload that the settings allow.
 
     Args:
-        config: What was asked.
+        config: The configuration.
         vocab_size: Size of the model's vocabulary.
     """
     training = config.training
@@ -97,7 +97,7 @@ def largest_workload(config: RunConfig, vocab_size: int) -> Workload:
 
 
 def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
-    """Micro-batches without padding in which every token counts; as few tokens as possible are equal.
+    """Return micro-batches without padding in which every token counts and as few as possible are equal.
 
     Args:
         batch_size: Examples in a micro-batch.
@@ -115,15 +115,15 @@ def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int
 
 
 def sample(batches: Sequence[MicroBatch]) -> Sample:
-    """Take so few micro-batches that running them is quick.
+    """Choose a few micro-batches to simulate.
 
     Args:
         batches: All of them.
     """
     if len(batches) <= _MOST_BATCHES:
         return Sample((), tuple(batches), 0.0)
-    # The memory of a phase grows with the tokens of all micro-batches, or with the counted ones; a part of it depends
-    # on the largest micro-batch alone.
+    # The memory of a phase grows with all tokens or with all counted tokens; part of it depends only on the largest
+    # micro-batch.
     largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_scores(batch)))
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
@@ -134,19 +134,19 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
 
 
 def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps: int) -> list[int]:
-    """Numbers of the steps of which one needs most memory.
+    """Return the numbers of a few steps, one of which has the highest peak.
 
-    At the first step every basis is made, for which full gradients are formed. Later, where only the projected gradient
-    is formed, that of a tied head waits from the head's turn to the embedding's. Most is then needed by a step that
-    refreshes no basis of the head, and some in the last layer, whose turn comes next.
+    The first step makes every basis and needs full gradients for that. Later, if only projected gradients are formed,
+    the one of a tied head is kept until the embedding's backward. The peak is then in a step that refreshes no basis of
+    the head and some of the last layer, whose backward comes next.
 
     Args:
-        around: Routes of what is in no layer.
-        last: Routes of the last layer, or of the last one that is trained.
+        around: Routes of the parameters outside the layers.
+        last: Routes of the last layer that is trained, or of the last layer.
         num_steps: Steps of the run.
     """
     subspaces = [subspace for route in (*around, *last) if (subspace := _subspace(route))]
-    # Refreshes come round again after this many steps, or those of the first octaves have been seen.
+    # Refreshes repeat after this many steps; with growing gaps, the first ones are covered.
     horizon = min(num_steps, _MOST_STEPS, max((2 * subspace.gap for subspace in subspaces), default=1))
     head = [subspace for route in around if (subspace := _subspace(route))]
     steps = {1}
@@ -158,14 +158,14 @@ def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps:
         ]
         if waiting:
             steps.add(max(waiting, key=lambda step: sum(_full_grad_bytes(route, step) for route in last)))
-    # A random basis needs no gradient, but from the second time on moments are moved into it.
+    # A random basis needs no gradient, but from the second one on moments are moved into it.
     drawn = [subspace for subspace in head if subspace.kind == "random"]
     again = [step for step in range(2, horizon + 1) if any(subspace.refreshes_at(step) for subspace in drawn)]
     return sorted({*steps, *again[:1]})
 
 
 def batch_bytes(batches: Sequence[MicroBatch]) -> int:
-    """Bytes of the tensors of micro-batches."""
+    """Return the bytes of the tensors of micro-batches."""
     tensors = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels, batch.attention_mask)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -175,13 +175,13 @@ def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:
 
 
 def _scores(batch: MicroBatch) -> int:
-    """Attention scores of one head, with which its memory grows where it forms them."""
+    """Return the number of attention scores of one head."""
     rows, width = batch.input_ids.shape
     return rows * width**2 if batch.lengths is None else sum(length**2 for row in batch.lengths for length in row)
 
 
 def _counting(batch: MicroBatch, num_counted: float) -> MicroBatch:
-    """The same tokens, of which another number counts."""
+    """Return the same tokens with another number of counted ones."""
     ids = batch.input_ids
     may_count = torch.ones_like(ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask != 0
     places = may_count.flatten().nonzero().flatten()[: round(num_counted)]
@@ -195,7 +195,7 @@ def _subspace(route: Route) -> SubspaceSpec | None:
 
 
 def _full_grad_bytes(route: Route, step: int) -> int:
-    """Bytes of a parameter's full gradient, if it is formed at a step."""
+    """Return the bytes of a parameter's full gradient; 0 if a step does not form it."""
     subspace = _subspace(route)
     formed = subspace is None or not subspace.fast or subspace.refreshes_at(step)
     return 4 * route.num_elements if route.trained and formed else 0

@@ -86,7 +86,7 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
         ArgumentError: Naming the first one.
     """
     for key, (is_right, wanted) in _CHECKS.items():
-        # Only Apollo has a scale of its own to put in the place of none.
+        # Only Apollo has a default scale.
         missing = key == "scale" and settings.get(key, 1) is None and owner != "Apollo"
         if missing or (key in settings and not is_right(settings[key])):
             raise ArgumentError(f"{owner} got {key}={settings[key]!r}.", f"Give {key} as {wanted}.")
@@ -131,7 +131,7 @@ def dense_ratio(lr: float, dense_lr: float | None, scale: float, rule: str) -> f
 
 
 def spec_of(name: str, shape: tuple[int, ...], group: Group, rule: str, subspace: SubspaceSpec | None) -> ParamSpec:
-    """What a parameter is told, from the settings of its group.
+    """Return the spec of a parameter, from the settings of its group.
 
     Args:
         name: Its name.

@@ -1,4 +1,4 @@
-"""From settings to what a parameter is told: the same for a run's configuration and for the `torch.optim` classes."""
+"""Makes specs from settings, for a run's configuration and for the `torch.optim` classes."""
 
 from __future__ import annotations
 

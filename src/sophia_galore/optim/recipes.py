@@ -86,7 +86,7 @@ def default_rate(optimizer: OptimizerName, rule: RuleName) -> float:
 
 
 def apollo_rank(rank: int | None, *, mini: bool) -> int:
-    """Columns of APOLLO's projection; None: its own default."""
+    """Return the rank of APOLLO's projection; None means the default."""
     return (1 if mini else 128) if rank is None else rank
 
 

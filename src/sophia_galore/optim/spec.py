@@ -1,4 +1,4 @@
-"""What the optimizer is told about one parameter, as data."""
+"""`ParamSpec`: how the optimizer updates one parameter."""
 
 from __future__ import annotations
 

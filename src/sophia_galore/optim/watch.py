@@ -79,7 +79,7 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
     At these steps, gradients of all parameters are held once more, in float32.
 
     The model must be a causal language model that returns `logits` (B, T, V), as Hugging Face's do, or logits alone,
-    (B, T, V) or (N, V). Which positions count is told by the keyword arguments of forward: `labels` (shifted, as
+    (B, T, V) or (N, V). Which positions count depends on the keyword arguments of forward: `labels` (shifted, as
     Hugging Face does, and -100 is left out) or `shift_labels`; else `attention_mask`; else all count. The `Trainer`
     passes labels. TRL's `SFTTrainer` makes no logits: use the `Trainer` with its data, or give it a
     `compute_loss_func`. Checkpointing has to be the kind with `use_reentrant=False`, and training runs in one process.

@@ -1,4 +1,4 @@
-"""What is decided about a step before the data are known."""
+"""Decisions about the optimizer step that need no data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from sophia_galore.plan.verdicts import Decided, decide, settled
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is decided about a step, whatever is learned from.
+    """Decisions about the optimizer step, whatever the data are.
 
     Args:
-        facts: What it was decided by.
+        facts: The facts on which they are based.
         routes: One a parameter.
         compute_dtype: Precision of the arithmetic.
         clip_by: What gradients are clipped by.
-        curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
+        curvature_every: Steps between two curvature estimates; 0 if no rule needs them.
         verdicts: The rules of `rules.py` that apply.
     """
 
@@ -40,34 +40,31 @@ class Decisions:
 
 
 def decide_step(facts: Facts) -> Decisions:
-    """Decide what takes no data.
+    """Make the decisions that need no data.
 
     Args:
-        facts: What is known of the configuration, the machine, the model and its parameters; of the data, what is.
+        facts: Configuration, machine, model and parameters; of the data, what is known.
 
     Raises:
-        UserError: Something speaks against the run; all that does is named.
+        UserError: The run is refused; the error names all reasons.
     """
     routes = route_all(facts)
     facts = replace(facts, routes=_sum_up(routes))
     verdicts = decide(RULES, facts)
     clip_by = settled(RULES, "clip_by", facts)
+    needs_curvature = any(route.spec and route.spec.rule == "sophia" for route in routes)
     return Decisions(
         facts=facts,
         routes=routes,
         compute_dtype=compute_dtype(facts),
         clip_by="model" if clip_by == "model" else "layer" if clip_by == "layer" else "nothing",
-        curvature_every=(
-            facts.config.optimizer.sophia.curvature_every
-            if any(route.spec and route.spec.rule == "sophia" for route in routes)
-            else 0
-        ),
+        curvature_every=facts.config.optimizer.sophia.curvature_every if needs_curvature else 0,
         verdicts=verdicts,
     )
 
 
 def standing_bytes(routes: Iterable[Route]) -> dict[Category, int]:
-    """Bytes of what stays for the whole run, by category.
+    """Return the bytes that stay in memory for the whole run, by category.
 
     Args:
         routes: One a parameter.
@@ -81,13 +78,13 @@ def standing_bytes(routes: Iterable[Route]) -> dict[Category, int]:
 
 
 def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
-    """What rules look at of all routes together."""
+    """Return the facts about all routes together that rules use."""
     # Frozen parameters have no gradient.
     specs = [route.spec for route in routes if route.spec]
     num_trained = sum(math.prod(spec.shape) for spec in specs)
     subspaces = [spec.subspace for spec in specs if spec.subspace]
     return RouteFacts(
-        # Where nothing is trained, a rule refuses the run.
+        # If nothing is trained, a rule refuses the run.
         kept_share=sum(math.prod(spec.held_shape) for spec in specs) / max(1, num_trained),
         num_projected=len(subspaces),
         num_fast=sum(subspace.fast for subspace in subspaces),
@@ -96,10 +93,10 @@ def _sum_up(routes: tuple[Route, ...]) -> RouteFacts:
 
 
 def num_idle_layers(decided: Decisions, layer_names: Sequence[str]) -> int:
-    """How many of the first layers are not gone back through: in them and before them nothing is trained.
+    """Return how many of the first layers need no backward pass: nothing in or before them is trained.
 
     Args:
-        decided: What will be done in a step.
+        decided: The decisions about the step.
         layer_names: The layers, as prefixes of their parameters' names without the final dot.
     """
     trained = [route.name for route in decided.routes if route.trained]

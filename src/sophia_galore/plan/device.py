@@ -1,4 +1,4 @@
-"""Where the arithmetic runs. In which precision, `rules.py` says."""
+"""Chooses the device. `rules.py` chooses the precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sophia_galore.errors import EnvironmentProblem
 
 
 def choose_device(name: str, option: str = "training.device=") -> torch.device:
-    """The device that the user asked for, or the best there is.
+    """Return the device that the user asked for or, for "auto", a GPU if there is one.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
-        option: What the user wrote in front of it, for messages.
+        option: The option's text before the name, for messages.
 
     Returns:
         The device, with its index if it is a GPU.
@@ -25,7 +25,7 @@ def choose_device(name: str, option: str = "training.device=") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise EnvironmentProblem(f"{option}{name} is no device.", "Use cpu, cuda, cuda:N, or auto.") from error
+        raise EnvironmentProblem(f"{option}{name} is not a device.", "Use cpu, cuda, cuda:N, or auto.") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
@@ -41,6 +41,6 @@ def choose_device(name: str, option: str = "training.device=") -> torch.device:
             f"{option}{name}, but there are only {torch.cuda.device_count()} GPUs.",
             f"Use cuda:0 to cuda:{torch.cuda.device_count() - 1}.",
         )
-    # Questions about "the" GPU, such as which arithmetic it has, are answered for the current one.
+    # Queries without a device, such as for bfloat16 support, refer to the current GPU.
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

@@ -30,14 +30,14 @@ _LARGEST_KEPT_SHARE = 0.5
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """Where the arithmetic runs.
+    """The device of the run.
 
     Args:
         place: "cpu" or "cuda:N".
-        name: What it is called.
-        capability: (major, minor) of CUDA's compute capability; None: no such thing.
+        name: Its name.
+        capability: (major, minor) of CUDA's compute capability; None if it has none.
         real_bf16: Whether it calculates in bfloat16 itself. PyTorch emulates that where it does not.
-        total_bytes: Memory of a GPU; None: it is none, or not here.
+        total_bytes: Memory of a GPU; None if it is no GPU or not in this machine.
     """
 
     place: str = "cpu"
@@ -48,17 +48,17 @@ class DeviceFacts:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether it is the processor."""
+        """Whether it is the CPU."""
         return self.place == "cpu"
 
 
 @dataclass(frozen=True)
 class BitsandbytesFacts:
-    """The package that holds frozen weights.
+    """The bitsandbytes package, which stores frozen weights.
 
     Args:
-        version: Its version; None: it is not installed.
-        problem: Why it does not work on the device, in its own words; None: it does.
+        version: Its version; None if it is not installed.
+        problem: Its error on the device; None if it works.
     """
 
     version: str | None = None
@@ -75,7 +75,7 @@ class Param:
         part: The part of the model that it belongs to; "other": one that the engine does not run.
         is_head: Whether it is the head's weight; a tied head's is the embedding's.
         is_linear: Whether it is the weight of a linear map in a layer.
-        padding_row: Row that look-ups give no gradient; None: there is none.
+        padding_row: Row without a gradient from look-ups; None if there is none.
         requires_grad: Whether the model lets it have a gradient.
     """
 
@@ -89,16 +89,16 @@ class Param:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has two sides."""
+        """Whether it has two dimensions."""
         return len(self.shape) == 2
 
     @property
     def num_elements(self) -> int:
-        """The product of its sides."""
+        """Its number of elements."""
         return math.prod(self.shape)
 
     def goes_by(self, pattern: str) -> bool:
-        """Whether a pattern is one for its name; a head that is the embedding has both names."""
+        """Return whether a pattern matches its name; a tied head has two names."""
         names = [self.name, *([TIED_HEAD] if self.is_head and self.part == "embed" else [])]
         return any(fnmatchcase(name, pattern) for name in names)
 
@@ -108,12 +108,12 @@ class ModelFacts:
     """The model, from its `config.json`.
 
     Args:
-        model_type: Its architecture's name; empty: not known yet.
-        positions: Tokens that it knows positions for; None: any number.
-        vocab_size: Rows of its embedding; None: not known yet.
+        model_type: Its architecture's name; empty if not known yet.
+        positions: Its maximum number of positions; None if unlimited.
+        vocab_size: Rows of its embedding; None if not known yet.
         experts: The key that says how many experts a layer has, and the number; None: layers have none.
-        name: What is trained.
-        instead_of: What was asked for, if that could not be had; empty: what is trained is what was asked for.
+        name: The model that is trained.
+        instead_of: The model that was asked for, if it was not available; else empty.
     """
 
     model_type: str = ""
@@ -143,7 +143,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class RouteFacts:
-    """What became of the parameters together.
+    """The routes of all parameters, summed up.
 
     Args:
         kept_share: What steps need of the gradients, as a share of all trained elements.
@@ -160,7 +160,7 @@ class RouteFacts:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """What a run is expected to need, and what there is.
+    """The forecast memory of a run, and the available memory.
 
     Args:
         needed_bytes: Most bytes of tensors at once.
@@ -175,7 +175,7 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that verdicts depend on.
+    """All facts that verdicts depend on.
 
     Args:
         config: What was asked.
@@ -201,39 +201,39 @@ class Facts:
 
     @property
     def excess_bytes(self) -> int:
-        """Bytes that the run is expected to need beyond what there is for tensors; 0: it fits, or no limit is known."""
+        """Bytes by which the forecast exceeds the available memory; 0 if the run fits or no limit is known."""
         if self.memory is None or self.memory.limit_bytes is None:
             return 0
         return max(0, self.memory.needed_bytes + self.memory.reserve_bytes - self.memory.limit_bytes)
 
     @property
     def excess(self) -> str:
-        """The same in words."""
+        """The same as text."""
         return bytes_in_words(self.excess_bytes)
 
     @property
     def needed(self) -> str:
-        """What the run is expected to need, in words."""
+        """The forecast memory, as text."""
         return bytes_in_words(self.memory.needed_bytes) if self.memory else ""
 
     @property
     def missing_extras(self) -> str:
-        """The extras that bring the trackers that are missing, as pip takes them."""
+        """The extras that install the missing trackers, in pip's syntax."""
         return ",".join(self.missing_trackers)
 
     @property
     def freezes_layers(self) -> bool:
-        """Whether the matrices of the layers are held in bitsandbytes' eight bits, which can't be written to."""
+        """Whether the layers' matrices are stored in bitsandbytes' int8, which is frozen."""
         return self.config.quantization.int8 and self.config.quantization.backend == "bitsandbytes"
 
     @property
     def has_native_int8(self) -> bool:
-        """Whether weight matrices are held in native eight bits."""
+        """Whether weight matrices are stored in our int8."""
         return self.config.quantization.int8 and self.config.quantization.backend == "native"
 
     @property
     def folds_late(self) -> bool:
-        """Whether updates are to go into weights in eight bits when the basis is refreshed."""
+        """Whether updates are rounded into int8 weights only when the basis is refreshed."""
         return self.has_native_int8 and self.config.quantization.fold == "refresh"
 
     @property
@@ -254,7 +254,7 @@ class Facts:
 
     @property
     def may_clip_by_model(self) -> bool:
-        """Whether what has to be kept until the norm over the model is known is small."""
+        """Whether the gradients that must be kept until the model's norm is known are small."""
         kept = self.routes.kept_share if self.routes else 0.0
         return keeps_projected_gradients(self.config) and kept <= _LARGEST_KEPT_SHARE
 
@@ -283,12 +283,12 @@ class Facts:
 
     @property
     def in_question(self) -> str:
-        """Which weights are trained, in words that follow what they are; empty: all that can be."""
+        """Which weights are trained, as text; empty if all that can be."""
         return "" if self.config.training.trainable is None else "of training.trainable "
 
     @property
     def nearest_trainable(self) -> str:
-        """What the pattern that matches none was probably meant to be, in words."""
+        """A suggestion for the pattern that matches nothing, as text."""
         names = [param.name for param in self.parameters]
         modules = dict.fromkeys(name.rsplit(".", depth)[0] for depth in (1, 2, 3) for name in names)
         found = nearest((self.unmatched_trainable or "").rstrip("*").rstrip("."), [*names, *modules])
@@ -296,25 +296,25 @@ class Facts:
 
     @property
     def is_buildable(self) -> bool:
-        """Whether the model is of an architecture whose parts can be found."""
+        """Whether the model's architecture is supported."""
         return self.model.model_type in SUPPORTED and self.model.experts is None
 
     @property
     def without_gradient(self) -> str:
-        """The first parameter that the model does not let have a gradient; empty: there is none."""
+        """The first parameter that the model freezes; empty if there is none."""
         return next((param.name for param in self.parameters if not param.requires_grad), "")
 
     @property
     def outside(self) -> str:
-        """The first parameter that is in no part that the engine runs; empty: there is none."""
+        """The first parameter that is in no part that the engine runs; empty if there is none."""
         return next((param.name for param in self.parameters if param.part == "other"), "")
 
     @property
     def supported(self) -> str:
-        """The models that can be trained, in words."""
+        """The supported models, as text."""
         return ", ".join(SUPPORTED.values())
 
     @property
     def capability(self) -> str:
-        """The device's compute capability, in words that follow its name."""
+        """The device's compute capability as text, to append to its name."""
         return " (compute capability {}.{})".format(*self.device.capability) if self.device.capability else ""

@@ -1,7 +1,6 @@
-"""The table of verdicts on a parameter: what trains it, and what else there is to say about it.
+"""The tables that decide how a parameter is trained.
 
-The first row of `ROUTES` that applies decides what trains it; every row of `REMARKS` that applies is added to the
-reason.
+The first row of `ROUTES` that applies decides the rule; every row of `REMARKS` that applies is added to the reason.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from sophia_galore.plan.route import FROZEN
 from sophia_galore.plan.rules import optimizer
 
 PROJECTED = "projected"
-"""What stands where a rule's name would, if the gradient is projected: the rule is then the optimizer's."""
+"""The rule's name of a parameter whose gradient is projected; the optimizer then chooses the rule."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class ParamRule:
 
     Args:
         key: Its name.
-        applies: Whether it is the case.
-        reason: Why, in words.
+        applies: Whether it applies.
+        reason: Why, as text.
         rule: Name of the numeric rule that trains it, `PROJECTED` or `FROZEN`; empty in a remark.
     """
 
@@ -40,13 +39,13 @@ class ParamRule:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the tables say of a parameter.
+    """The result of the tables for a parameter.
 
     Args:
         rule: Name of the numeric rule that trains it, `PROJECTED` or `FROZEN`.
-        reason: Why, in words.
-        remarks: What else there is to say, in words.
-        keys: The rows that say so; the first one is of `ROUTES`.
+        reason: Why, as text.
+        remarks: Further remarks, as text.
+        keys: Keys of the rows that apply, the one of `ROUTES` first.
     """
 
     rule: str
@@ -56,7 +55,7 @@ class Routing:
 
 
 def rank(facts: Facts) -> int:
-    """Columns of a basis, for optimizers that have one; else 0."""
+    """Return the rank of the projection; 0 for optimizers without one."""
     kind, settings = optimizer(facts), facts.config.optimizer
     if kind == "galore":
         return settings.galore.rank
@@ -64,19 +63,19 @@ def rank(facts: Facts) -> int:
 
 
 def is_skipped(facts: Facts, param: Param) -> bool:
-    """Whether a matrix stays in the store's format where others are held in native eight bits."""
+    """Return whether a matrix is exempt from int8 by `quantization.skip`."""
     skips = facts.config.quantization.skip
     return facts.has_native_int8 and param.is_matrix and any(fnmatchcase(param.name, skip) for skip in skips)
 
 
 def is_left_out(facts: Facts, param: Param) -> bool:
-    """Whether a parameter is none of those that were to be trained."""
+    """Return whether `training.trainable` leaves a parameter out."""
     wanted = facts.config.training.trainable
     return wanted is not None and not any(param.goes_by(pattern) for pattern in wanted)
 
 
 def is_held_frozen(facts: Facts, param: Param) -> bool:
-    """Whether a parameter is held by bitsandbytes, which can't change it."""
+    """Return whether a parameter is stored by bitsandbytes, which freezes it."""
     return facts.freezes_layers and param.is_linear
 
 
@@ -84,7 +83,7 @@ def route_of(facts: Facts, param: Param) -> Routing:
     """Evaluate the tables for one parameter.
 
     Args:
-        facts: What is known of the run.
+        facts: The facts of the run.
         param: The parameter.
     """
     first = next(row for row in ROUTES if row.applies(facts, param))
@@ -94,7 +93,7 @@ def route_of(facts: Facts, param: Param) -> Routing:
 
 
 def _is_rounded_less(facts: Facts, param: Param) -> bool:
-    """Whether a state that was asked for in fewer bits stays in fp32."""
+    """Return whether the state stays in fp32 although fewer bits were asked for."""
     asked = facts.config.optimizer.state_bits
     rule = next(row for row in ROUTES if row.applies(facts, param)).rule
     has_state = rule == PROJECTED or (rule != FROZEN and bool(NUMERIC_RULES[rule].slots))
@@ -102,13 +101,8 @@ def _is_rounded_less(facts: Facts, param: Param) -> bool:
 
 
 ROUTES: tuple[ParamRule, ...] = (
-    ParamRule(
-        "frozen",
-        is_held_frozen,
-        "held in eight bits by bitsandbytes",
-        FROZEN,
-    ),
-    ParamRule("not_trainable", lambda f, p: is_left_out(f, p), "frozen: not in training.trainable", FROZEN),
+    ParamRule("frozen", is_held_frozen, "held in eight bits by bitsandbytes", FROZEN),
+    ParamRule("not_trainable", is_left_out, "frozen: not in training.trainable", FROZEN),
     ParamRule(
         "instead",
         lambda f, p: optimizer(f) != f.config.optimizer.type,

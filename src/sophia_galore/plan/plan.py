@@ -1,6 +1,6 @@
-"""`RunPlan`: what will be done. After it, nothing decides.
+"""`RunPlan`: all decisions about a run.
 
-`check` prints it, `train` carries it out, a checkpoint keeps it, and resuming compares it.
+`check` prints it, `train` executes it, a checkpoint stores it, and resuming compares it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OWN_FORMAT = ChatFormat()
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What will be done.
+    """All decisions about a run.
 
     Args:
         model_name: The model that is trained.
@@ -41,26 +41,26 @@ class RunPlan:
         learning_rate: Peak rate of projected parameters (of all, without projection).
         dense_learning_rate: Peak rate of the others.
         clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
-        curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
-        keep_layers: So many last layers keep their graphs through the forward pass.
+        curvature_every: Steps between two curvature estimates; 0 if no rule needs them.
+        keep_layers: Number of last layers that run without activation checkpointing.
         chat_format: How conversations are written.
-        num_train_examples: Examples that are learned from.
-        num_eval_examples: Examples that are measured on.
-        arrangement: How training examples come to the steps: shuffled; grouped, those of similar length share a
-            micro-batch; or packed, several side by side in a row.
-        num_rows: Rows that they make; as many as there are examples, unless they are packed.
-        fill: Share of what the first epoch's micro-batches hold that is tokens, from 0 to 1; the rest is padding.
-        fill_shuffled: The same, if the examples were only shuffled.
+        num_train_examples: Training examples.
+        num_eval_examples: Evaluation examples.
+        arrangement: How examples form micro-batches: shuffled; grouped by similar length; or packed, several in a
+            row.
+        num_rows: Rows of the training data; as many as examples, unless they are packed.
+        fill: Share of tokens in the first epoch's micro-batches, from 0 to 1; the rest is padding.
+        fill_shuffled: The same for examples that are only shuffled.
         data_fingerprint: SHA-256 over all token ids and masks.
-        num_shared: Training records whose text is in the evaluation data too.
-        num_bad: Records that can't be used and were left out.
-        repetition_loss: What a mere count of the training examples' token sequences reaches on the evaluation examples,
-            in nats a token; None without an evaluation.
-        repetition_share: Share of their counted tokens that it foretells, from 0 to 1; None without an evaluation.
+        num_shared: Training records whose text is also in the evaluation data.
+        num_bad: Unusable records that were left out.
+        repetition_loss: Eval loss of counting the training data's token sequences, in nats a token; None without an
+            evaluation.
+        repetition_share: Share of the counted tokens that it predicts, from 0 to 1; None without an evaluation.
         steps_per_epoch: Optimizer steps in a pass over the data.
         num_steps: Optimizer steps of the run.
-        routes: One a parameter.
-        notes: What the user should know, in sentences: one a verdict.
+        routes: One for each parameter.
+        notes: Sentences for the user, one for each verdict.
         verdicts: The rules of `rules.py` that apply.
     """
 
@@ -110,17 +110,17 @@ class RunPlan:
 
     @property
     def rounds(self) -> bool:
-        """Whether weights or states are rounded at random, so that noise decides about bits."""
+        """Whether weights or states are rounded stochastically."""
         specs = [(route.format, route.spec.state_bits) for route in self.routes if route.spec]
         return any(form != "fp32" or bits < 32 for form, bits in specs)
 
     @property
-    def ledger(self) -> dict[Category, int]:
-        """Bytes that stay for the whole run, by category."""
+    def standing_bytes(self) -> dict[Category, int]:
+        """Bytes that stay in memory for the whole run, by category."""
         return standing_bytes(self.routes)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain data, for `plan.json`."""
+        """Return the plan as plain data, for `plan.json`."""
         apart = ("chat_format", "routes", "notes", "verdicts")
         plain = {key: value for key, value in vars(self).items() if key not in apart}
         return {
@@ -129,7 +129,7 @@ class RunPlan:
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained_parameters,
             "trained_fraction": self.trained_fraction,
-            "bytes": self.ledger,
+            "bytes": self.standing_bytes,
             "noise": NOISE,
             "notes": list(self.notes),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
@@ -145,20 +145,17 @@ def make_plan(
     chat_format: ChatFormat = _OWN_FORMAT,
     keep_layers: int = 0,
 ) -> RunPlan:
-    """Decide everything that is left to decide.
+    """Make the plan of a run.
 
     Args:
-        facts: What is known of the configuration, the machine, the model and its parameters.
-        model: Where the model is.
+        facts: Configuration, machine, model and parameters.
+        model: The model's name, folder and source.
         dataset: The tokenised data.
         chat_format: How conversations are written.
-        keep_layers: So many last layers keep their graphs.
-
-    Returns:
-        The plan.
+        keep_layers: Number of last layers that run without activation checkpointing.
 
     Raises:
-        UserError: Something speaks against the run; all that does is named.
+        UserError: The run is refused; the error names all reasons.
     """
     config = facts.config
     repeated = dataset.repetition
@@ -206,10 +203,10 @@ def make_plan(
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
-    """Optimizer steps of an epoch, and of the run.
+    """Return the optimizer steps of an epoch and of the run.
 
     Args:
-        config: What was asked.
+        config: The configuration.
         dataset: The tokenised data.
     """
     training = config.training
@@ -218,11 +215,11 @@ def count_steps(config: RunConfig, dataset: Dataset) -> tuple[int, int]:
 
 
 def evaluates_after(step: int, config: RunConfig, steps_per_epoch: int, num_steps: int) -> bool:
-    """Whether a run with evaluation examples is evaluated after a step.
+    """Return whether a run with evaluation examples is evaluated after a step.
 
     Args:
         step: The step, counted from 1.
-        config: What was asked.
+        config: The configuration.
         steps_per_epoch: Optimizer steps of an epoch.
         num_steps: Optimizer steps of the run.
     """

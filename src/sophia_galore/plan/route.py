@@ -11,10 +11,10 @@ from sophia_galore.numerics.subspace import Side
 from sophia_galore.optim.spec import ParamSpec, state_bytes
 
 Format = Literal["fp32", "bf16", "int8", "bnb8"]
-"""How a weight is stored: as a tensor, in native eight bits, or in those of bitsandbytes, which are frozen."""
+"""How a weight is stored: as a tensor, in our int8, or in the int8 of bitsandbytes, which is frozen."""
 
 FROZEN = "frozen"
-"""What stands where a rule's name would, if nothing steps a parameter."""
+"""The rule's name of a parameter that is not trained."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Route:
     Args:
         name: The parameter's name.
         shape: Its shape.
-        spec: How it is stepped; None: it is frozen, has no state, and no rule.
+        spec: How the optimizer updates it; None if it is frozen.
         format: Format in which its weight is stored.
         weight_bytes: Bytes of the stored weight.
-        rule: What steps it, in words: the optimizer's name if the gradient is projected, else the rule's.
-        reason: Why, in words.
-        remarks: What else there is to say about it, in words.
-        because: Names of the rows of `parameters.py` that say so.
+        rule: Name of the optimizer if the gradient is projected, else of the rule.
+        reason: Why, as text.
+        remarks: Further remarks, as text.
+        because: Keys of the rows of `parameters.py` that apply.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Route:
 
     @property
     def why(self) -> str:
-        """Reason and remarks."""
+        """Reason and remarks, joined."""
         return "; ".join((self.reason, *self.remarks))
 
     @property
@@ -55,7 +55,7 @@ class Route:
 
     @property
     def side(self) -> Side | None:
-        """The side on which the gradient is projected, if it is."""
+        """The side on which the gradient is projected; None if it is not."""
         return self.spec.side if self.spec and self.spec.subspace else None
 
     @property
@@ -75,9 +75,9 @@ class Route:
         return state_bytes(self.spec.state_tensors()) - self.projection_bytes if self.spec else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The route as plain data, for `plan.json`: everything that decides about numbers, and the bytes.
+        """Return the route as plain data, for `plan.json`: everything that affects results, and the bytes.
 
-        A frozen parameter has the same keys; those that only a rule fills are null.
+        A frozen parameter has the same keys; those of its optimizer are null.
         """
         spec = self.spec
         return {
@@ -103,5 +103,5 @@ class Route:
 
 
 def frozen_names(routes: Iterable[Route]) -> frozenset[str]:
-    """Names of the parameters that are not trained."""
+    """Return the names of the parameters that are not trained."""
     return frozenset(route.name for route in routes if not route.trained)

@@ -1,4 +1,4 @@
-"""Routes: which parameter is trained by what, and why."""
+"""Makes the routes: how each parameter is trained, and why."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sophia_galore.weights.plain import DTYPES
 
 
 def peak_learning_rate(config: RunConfig) -> float:
-    """The peak rate that was asked for, or the optimizer's own default."""
+    """Return the peak learning rate that was asked for, or the optimizer's default."""
     return config.training.learning_rate or recipes.default_rate(optimizer(Facts(config)), config.optimizer.galore.rule)
 
 
 def dense_learning_rate(config: RunConfig) -> float:
-    """The peak rate of parameters that AdamW trains beside the optimizer that was asked for."""
+    """Return the peak learning rate of parameters that AdamW trains besides the chosen optimizer."""
     galore, kind = config.optimizer.galore, optimizer(Facts(config))
     if kind == "galore":
         fixed = recipes.fixed_dense_rate(galore.rule, galore.dense_learning_rate)
@@ -44,16 +44,16 @@ def make_routes(
     head_name: str = "",
     linears: Collection[str] = (),
 ) -> tuple[Route, ...]:
-    """Route parameters of which little more than the shape is known.
+    """Make routes from names and shapes alone.
 
     Args:
         config: What was asked.
         shapes: Name and shape of each parameter, in the model's order.
-        head_name: Which of them is the head's weight (the embedding's, if they are tied).
-        linears: Which of them are the weights of the layers' linear maps.
+        head_name: Name of the head's weight (the embedding's, if they are tied).
+        linears: Names of the weights of the layers' linear maps.
 
     Returns:
-        One route a parameter, in the same order.
+        One route for each parameter, in the same order.
 
     Raises:
         ConfigError: A pattern of quantization.skip matches no weight.
@@ -68,13 +68,13 @@ def make_routes(
 
 
 def route_all(facts: Facts) -> tuple[Route, ...]:
-    """Route every parameter, as the table of `parameters.py` says.
+    """Make the routes of all parameters, by the tables of `parameters.py`.
 
     Args:
-        facts: What is known of the run, its parameters above all.
+        facts: The facts of the run, with its parameters.
 
     Returns:
-        One route a parameter, in the same order.
+        One route for each parameter, in the same order.
     """
     routings = [route_of(facts, param) for param in facts.parameters]
     num_projected = sum(routing.rule == PROJECTED for routing in routings)
@@ -87,12 +87,12 @@ def route_all(facts: Facts) -> tuple[Route, ...]:
 
 
 def int8_format(config: QuantizationConfig) -> Int8Format:
-    """How weights that are held in eight bits are held."""
+    """Return the int8 format of a configuration."""
     return Int8Format(config.block_size, config.rounding == "stochastic")
 
 
 def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Route:
-    """The route of one parameter; `place` in [0, 1) spreads refreshes of bases over the gap."""
+    """Make the route of a parameter; `place` in [0, 1) spreads basis refreshes over the gap."""
     config, kind = facts.config, optimizer(facts)
     form, num_bytes = _held(facts, param)
     spec: ParamSpec | None
@@ -112,9 +112,9 @@ def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Rou
 
 
 def _held(facts: Facts, param: Param) -> tuple[Format, int]:
-    """The format of a stored weight, and its bytes."""
+    """Return format and bytes of a stored weight."""
     if is_held_frozen(facts, param):
-        # A byte a weight, and a float32 scale a row.
+        # One byte for each weight and a float32 scale for each row.
         return "bnb8", param.num_elements + 4 * param.shape[0]
     if facts.has_native_int8 and param.is_matrix and not is_skipped(facts, param):
         return "int8", int8_format(facts.config.quantization).num_bytes((param.shape[0], param.shape[1]))
@@ -143,8 +143,8 @@ def _subspace(config: RunConfig, kind: str, shape: tuple[int, ...], place: Fract
     if kind != "galore":
         settings = ApolloSettings(rank, apollo.update_proj_gap, apollo.scale, mini=kind == "apollo_mini")
         return apollo_subspace(settings, shape, place)
-    # A product with the basis is worth it only where it is less work than the gradient. And clipping wants
-    # the exact norm, which only the gradient has.
+    # The projected gradient is formed directly only if that costs less than the full gradient. Clipping needs
+    # the exact norm, so it needs the full gradient.
     fast = rank * sum(shape) < math.prod(shape) and not config.training.max_grad_norm
     fast = fast and galore.fast_path != "never" and galore.residual == "none"
     return replace(galore_subspace(settings_among(GaLoreSettings, dict(galore)), place), fast=fast)

@@ -1,4 +1,4 @@
-"""What a table of rules consists of, and how it is evaluated."""
+"""Rules, verdicts, and the evaluation of a table of rules."""
 
 from __future__ import annotations
 
@@ -13,54 +13,49 @@ from sophia_galore.plan.facts import Facts
 
 @dataclass(frozen=True)
 class Use:
-    """It is done as asked, and there is something to know about it.
+    """The run does as asked, with a note for the user.
 
     Args:
-        setting: What is settled by that; empty: nothing.
-        to: As what.
+        setting: The setting that this decides; empty: none.
+        to: Its value.
     """
 
     setting: str = ""
     to: str = ""
 
-    def words(self, facts: Facts) -> str:
-        """What is done, in words."""
-        return "use"
-
 
 @dataclass(frozen=True)
 class FallBack:
-    """Something else is done than was asked for, or than would be done elsewhere.
+    """The run uses another value than was asked for, or than it would use elsewhere.
 
     Args:
-        setting: What is done otherwise.
-        to: As what.
+        setting: The setting that is changed.
+        to: Its value.
     """
 
     setting: str
     to: str
 
-    def words(self, facts: Facts) -> str:
-        """What is done, in words."""
-        return f"fall back to {self.to.format(f=facts)}"
-
 
 @dataclass(frozen=True)
 class Refuse:
-    """Nothing is done.
+    """The run is refused.
 
     Args:
-        error: What is raised.
+        error: The class of the error.
     """
 
     error: type[UserError] = ConfigError
 
-    def words(self, facts: Facts) -> str:
-        """What is done, in words."""
-        return "refuse"
-
 
 Verdict = Use | FallBack | Refuse
+
+
+def describe(verdict: Verdict, facts: Facts) -> str:
+    """Return a verdict as `plan.json` has it: "use", "fall back to ..." or "refuse"."""
+    if isinstance(verdict, FallBack):
+        return f"fall back to {verdict.to.format(f=facts)}"
+    return "refuse" if isinstance(verdict, Refuse) else "use"
 
 
 @dataclass(frozen=True)
@@ -69,10 +64,10 @@ class Rule:
 
     Args:
         key: Its name.
-        applies: Whether it is the case.
-        verdict: What is done then.
-        reason: Why, in a sentence.
-        remedy: What the user can do about it, in a sentence; empty: nothing needs to be done.
+        applies: Whether it applies to the facts.
+        verdict: What happens then.
+        reason: Why, as a sentence.
+        remedy: What the user can do, as a sentence; empty if nothing needs to be done.
     """
 
     key: str
@@ -90,7 +85,7 @@ class Decided:
         key: The rule's name.
         verdict: "use", "fall back to ..." or "refuse".
         reason: Why.
-        remedy: What the user can do about it; may be empty.
+        remedy: What the user can do; may be empty.
     """
 
     key: str
@@ -99,11 +94,11 @@ class Decided:
     remedy: str
 
     def sentence(self) -> str:
-        """Reason and remedy."""
+        """Return reason and remedy."""
         return f"{self.reason} {self.remedy}".rstrip()
 
     def to_json(self) -> dict[str, Any]:
-        """It as plain data, for `plan.json`."""
+        """Return it as plain data, for `plan.json`."""
         return asdict(self)
 
 
@@ -115,10 +110,10 @@ def decide(rules: Iterable[Rule], facts: Facts) -> tuple[Decided, ...]:
         facts: What is known.
 
     Returns:
-        Those of its rules that apply, in its order; none of them refuses.
+        The rules that apply, in the order of the table.
 
     Raises:
-        UserError: Some refuse; all of them are named. Of the class that they agree on.
+        UserError: At least one rule refuses. The error names all of them and has their class, if they share one.
     """
     found = [rule for rule in rules if rule.applies(facts)]
     refusals = [rule for rule in found if isinstance(rule.verdict, Refuse)]
@@ -129,21 +124,21 @@ def decide(rules: Iterable[Rule], facts: Facts) -> tuple[Decided, ...]:
         error=kinds.pop() if len(kinds) == 1 else UserError,
     )
     return tuple(
-        Decided(rule.key, rule.verdict.words(facts), rule.reason.format(f=facts), rule.remedy.format(f=facts))
+        Decided(rule.key, describe(rule.verdict, facts), rule.reason.format(f=facts), rule.remedy.format(f=facts))
         for rule in found
     )
 
 
 def settled(rules: Iterable[Rule], setting: str, facts: Facts) -> str | None:
-    """What a table says a setting is.
+    """Return the value that a table gives a setting.
 
     Args:
         rules: The table.
-        setting: Which setting.
+        setting: The setting's name.
         facts: What is known.
 
     Returns:
-        What the first rule about it that applies says; None: there is none, so it is as asked.
+        The value from the first such rule that applies; None if no rule applies, so the setting is as asked.
     """
     for rule in rules:
         if not isinstance(rule.verdict, Refuse) and rule.verdict.setting == setting and rule.applies(facts):

@@ -116,10 +116,10 @@ class GroupNumbers(Record):
 
 
 class RunWarning(Record):
-    """A reason not to believe a table of runs as it stands.
+    """A reason to doubt the numbers of runs.
 
     Args:
-        kind: What it is about.
+        kind: The kind of the warning.
         runs: Labels of the runs that it concerns.
         message: Cause and consequence, in a sentence or two.
     """
@@ -135,7 +135,7 @@ class Report(Record):
     Args:
         runs: The numbers of each run, with its folder and command.
         summary: The runs of one name over their seeds.
-        warnings: Reasons not to believe the numbers as they stand.
+        warnings: Reasons to doubt the numbers.
         machine: Of the first run.
         versions: Of the first run.
         data_fingerprint: Of the data of all runs; None if they are not the same.

@@ -11,16 +11,16 @@ from sophia_galore.records.schema import Number, Record, Whole
 
 
 class Machine(Record):
-    """A machine; None where the system does not say.
+    """A machine; None for what the system does not report.
 
     Args:
         system: The operating system.
-        processor: Its name.
-        num_cores: Logical ones.
-        num_threads: What torch uses of them.
-        memory_bytes: Of the host.
-        gpu: Its name; None: the arithmetic ran on the CPU.
-        gpu_memory_bytes: Of that GPU.
+        processor: The processor's name.
+        num_cores: Logical cores.
+        num_threads: Threads of torch.
+        memory_bytes: Memory of the host.
+        gpu: The GPU's name; None if the run used the CPU.
+        gpu_memory_bytes: Memory of the GPU.
     """
 
     system: str | None = None
@@ -33,13 +33,13 @@ class Machine(Record):
 
 
 class Environment(Record):
-    """`environment.json`: with what a run was carried out.
+    """`environment.json`: machine, versions and command of a run.
 
     Args:
-        machine: Its parts.
-        versions: Of packages, by name.
-        command: What was typed; "" if the run was not started by a command.
-        started: When, in UTC, as ISO 8601.
+        machine: The machine.
+        versions: Versions of packages, by name.
+        command: The command that started the run; "" if there is none.
+        started: Start of the run in UTC, as ISO 8601.
     """
 
     machine: Machine = Machine()
@@ -75,7 +75,7 @@ class PlanRecord(Record):
         routes: One a parameter.
         verdicts: The rules that apply.
         num_shared: Training records that are in the evaluation data too.
-        repetition_share: Share of the counted tokens that a count of token sequences tells; None: not counted.
+        repetition_share: Share of the counted tokens that counting token sequences predicts; None if not computed.
         repetition_loss: The loss that such a count reaches.
     """
 
@@ -112,7 +112,7 @@ class StoppingCount(Record):
 
 
 class EarlyStopping(Record):
-    """How near a run is to ending early, in the layout of Hugging Face's EarlyStoppingCallback."""
+    """State of early stopping, in the layout of Hugging Face's EarlyStoppingCallback."""
 
     args: StoppingLimits
     attributes: StoppingCount
@@ -146,10 +146,10 @@ class TrainerState(Record):
         max_steps: Steps that were planned.
         num_train_epochs: Passes over the data that were planned.
         log_history: Lines of `metrics.jsonl`.
-        best_metric: The lowest eval loss of a model that was trained; None: there is none yet.
-        best_global_step: After which step.
-        best_model_checkpoint: Where that model is; None: it was not kept.
-        stateful_callbacks: How near the run is to ending early, where it may.
+        best_metric: The lowest eval loss after a step; None if there is none yet.
+        best_global_step: The step of that evaluation.
+        best_model_checkpoint: Where that model is; None if it was not kept.
+        stateful_callbacks: State of early stopping, if it is enabled.
     """
 
     global_step: Whole
@@ -179,7 +179,7 @@ class TrainerState(Record):
 
     @property
     def ended_early(self) -> bool:
-        """Whether the run's patience was used up."""
+        """Whether early stopping ended the run."""
         found = self.stateful_callbacks.early_stopping if self.stateful_callbacks else None
         if found is None:
             return False

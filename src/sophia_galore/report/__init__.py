@@ -1,3 +1,3 @@
-"""What a run left behind, read from its files and shown; nothing here touches a model."""
+"""Reports and figures of runs, made from their files; no model is loaded."""
 
 from __future__ import annotations

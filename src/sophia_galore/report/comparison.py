@@ -1,4 +1,4 @@
-"""Runs side by side, read from their folders."""
+"""Comparison of runs, read from their folders."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sophia_galore.errors import UserError
 from sophia_galore.records import files
 from sophia_galore.records.report import GroupNumbers, Report, RunNumbers, RunWarning
 from sophia_galore.records.run import Environment
-from sophia_galore.report.numbers import grouped, numbers_of
+from sophia_galore.report.numbers import group_by_name, run_numbers
 from sophia_galore.report.run import Run, read_run
-from sophia_galore.report.warnings import warnings_of
+from sophia_galore.report.warnings import find_warnings
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a report of some runs says, as data.
+    """The contents of a report, as data.
 
     Args:
-        runs: What was read.
+        runs: The runs.
         numbers: The numbers of each run.
-        groups: The runs of one name over their seeds.
-        warnings: Reasons not to believe the numbers as they stand.
-        command: What the comparison was made by; "" for runs that were there.
+        groups: The numbers of the runs of one name, over their seeds.
+        warnings: Reasons to doubt the numbers.
+        command: Command that made the comparison; "" if there is none.
     """
 
     runs: tuple[Run, ...]
@@ -36,22 +36,22 @@ class Comparison:
 
     @property
     def environment(self) -> Environment:
-        """Of the first run; if another run has another one, there is a warning."""
+        """Environment of the first run; if another run has a different one, there is a warning."""
         return self.runs[0].environment
 
     @property
     def date(self) -> str:
-        """When the first run was started, UTC."""
+        """Start of the earliest run, UTC."""
         return min((run.environment.started for run in self.runs if run.environment.started), default="")
 
     @property
     def data_fingerprint(self) -> str | None:
-        """Of the data of all runs; None if they are not the same."""
+        """Fingerprint of the data; None if the runs have different ones."""
         found = {run.plan.data_fingerprint for run in self.runs}
         return found.pop() if len(found) == 1 else None
 
     def report(self) -> Report:
-        """As `report.json` has it."""
+        """Return the contents of `report.json`."""
         return Report(
             runs=[
                 {**numbers.to_json(), "folder": str(run.folder), "command": run.environment.command}
@@ -67,33 +67,35 @@ class Comparison:
         )
 
 
-def compared(runs: Sequence[Run], *, command: str = "", failures: Mapping[str, str] | None = None) -> Comparison:
-    """Put runs side by side.
+def compare_runs(runs: Sequence[Run], *, command: str = "", failures: Mapping[str, str] | None = None) -> Comparison:
+    """Compare runs.
 
     Args:
         runs: At least one.
-        command: What the comparison was made by.
-        failures: Why runs that left nothing to read failed, by their labels.
+        command: Command that made the comparison.
+        failures: For each run without records, by label: why it failed.
     """
-    numbers = tuple(numbers_of(run) for run in runs)
+    numbers = tuple(run_numbers(run) for run in runs)
     never_began = [
         RunWarning(kind="unfinished", runs=[label], message=f"{label}: failed before its first step: {reason}")
         for label, reason in (failures or {}).items()
     ]
-    return Comparison(tuple(runs), numbers, tuple(grouped(numbers)), (*warnings_of(runs), *never_began), command)
+    return Comparison(
+        tuple(runs), numbers, tuple(group_by_name(numbers)), (*find_warnings(runs), *never_began), command
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read runs for a report.
 
-    A run is called as its folder, without an ending such as `-seed42`, so that the runs of several seeds are one group;
-    where two would be the same, as much of the path is added as tells them apart.
+    A run is named after its folder, without an ending such as `-seed42`, so that the runs of several seeds form one
+    group. If two runs would have the same name and seed, parent folders are added until the names differ.
 
     Args:
-        folders: Their folders; the output of a comparison stands for all of its runs.
+        folders: Folders of runs, or of comparisons, which stand for all of their runs.
 
     Raises:
-        UserError: A folder is named twice, or is no run's.
+        UserError: A folder is named twice or holds no run.
     """
     found = [run for folder in folders for run in _runs_in(Path(folder))]
     whole = [folder.resolve() for folder in found]
@@ -103,29 +105,32 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = [read_run(folder) for folder in found]
     deepest = max(len(folder.parts) for folder in whole)
     depth = 1
-    while len({(_called(run, depth), run.seed) for run in runs}) < len(runs):
+    while len({(_name(run, depth), run.seed) for run in runs}) < len(runs):
         depth += 1
-        if depth > deepest:  # `a` and `a-seed42`, side by side: only the ending tells them apart
+        if depth > deepest:  # such as `a` and `a-seed42` in one folder: their whole names differ
             return [replace(run, name=folder.name) for run, folder in zip(runs, whole, strict=True)]
-    return [replace(run, name=_called(run, depth)) for run in runs]
+    return [replace(run, name=_name(run, depth)) for run in runs]
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """The runs that a folder stands for: itself, or those of a comparison in the order in which they were begun."""
+    """Return the folder itself or, of a comparison, its runs in the order of their start."""
     if not (folder / files.RUNS).is_dir() or (folder / files.PLAN).exists():
         return [folder]
-    found = [path for path in (folder / files.RUNS).iterdir() if (path / files.PLAN).exists()]
-    found = [path for path in found if not re.search(r"\.previous-\d+$", path.name)]
+    found = [
+        path
+        for path in (folder / files.RUNS).iterdir()
+        if (path / files.PLAN).exists() and not re.search(r"\.previous-\d+$", path.name)
+    ]
     if not found:
-        raise UserError(f"In {folder} no run has begun yet.", "Wait until one has, or name the folder of a run.")
-    return sorted(found, key=lambda path: (_begun(path), path.name))
+        raise UserError(f"No run has started in {folder} yet.", "Wait for the first, or name the folder of a run.")
+    return sorted(found, key=lambda path: (_start_time(path), path.name))
 
 
-def _begun(folder: Path) -> str:
-    """When a run was started, as a text that sorts by time; "" where that is not known."""
-    path = folder / files.ENVIRONMENT
-    return Environment.read(path).started if path.exists() else ""
+def _start_time(folder: Path) -> str:
+    """Return when a run was started, as text that sorts by time; "" if unknown."""
+    environment = Environment.find(folder / files.ENVIRONMENT)
+    return environment.started if environment else ""
 
 
-def _called(run: Run, depth: int) -> str:
+def _name(run: Run, depth: int) -> str:
     return "/".join(run.folder.resolve().parts[-depth:]).removesuffix(f"-seed{run.seed}")

@@ -1,7 +1,7 @@
-"""A report as a document of simple parts, and that document as Markdown and as a page.
+"""A report as a document of simple parts, and its conversion to Markdown and HTML.
 
-The page needs nothing beside it: no network, no script, and pictures are inside. Of the Markdown, pictures are files
-beside it.
+The HTML page is self-contained: no network, no script, embedded pictures. The Markdown refers to picture files in its
+folder.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Points:
+class Bullets:
     """A list of sentences.
 
     Args:
-        items: One a point.
-        warns: Whether these are warnings.
+        items: One sentence for each bullet.
+        warning: Whether these are warnings.
     """
 
     items: Sequence[str]
-    warns: bool = False
+    warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Table:
 
     Args:
         columns: Their headings.
-        rows: As many cells in each as there are columns.
-        words: The columns hold words: all are aligned to the left.
+        rows: One cell for each column.
+        text: Whether the columns hold text: all are then aligned to the left.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    words: bool = False
+    text: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,21 @@ class Picture:
 
     Args:
         name: Name of its PNG file, such as "losses.png".
-        says: What is to be seen on it, for those who can't see it.
+        alt_text: Description for readers who can't see it.
     """
 
     name: str
-    says: str
+    alt_text: str
 
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to type."""
+    """Shell commands."""
 
     lines: Sequence[str]
 
 
-Part = Paragraph | Points | Table | Picture | Code
+Part = Paragraph | Bullets | Table | Picture | Code
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """A title, what stands before the first heading, and sections."""
+    """A title, an introduction and sections."""
 
     title: str
     opening: Sequence[Part]
@@ -90,10 +90,10 @@ class Document:
 
 
 def to_markdown(document: Document) -> str:
-    """The text of `report.md`.
+    """Return the text of `report.md`.
 
     Args:
-        document: What is to be said; a picture stands for the PNG file of its name.
+        document: The report; a picture becomes a link to the PNG file of its name.
     """
     blocks = [f"# {document.title}", *map(_markdown, document.opening)]
     for section in document.sections:
@@ -105,18 +105,18 @@ def _markdown(part: Part) -> str:
     match part:
         case Paragraph(text):
             return text
-        case Points(items, warns):
-            return "\n".join(f"- {'**Warning:** ' if warns else ''}{item}" for item in items)
+        case Bullets(items, warning):
+            return "\n".join(f"- {'**Warning:** ' if warning else ''}{item}" for item in items)
         case Table():
             return _markdown_table(part)
-        case Picture(name, says):
-            return f"![{says}]({name})"
+        case Picture(name, alt_text):
+            return f"![{alt_text}]({name})"
         case Code(lines):
             return "\n".join(["```bash", *lines, "```"])
 
 
 def _markdown_table(table: Table) -> str:
-    ruler = ["---", *("---" if table.words else "---:" for _ in table.columns[1:])]
+    ruler = ["---", *("---" if table.text else "---:" for _ in table.columns[1:])]
     return "\n".join(_row(cells) for cells in (table.columns, ruler, *table.rows))
 
 
@@ -149,16 +149,16 @@ pre {{ background: #f5f7f9; padding: .9rem 1rem; overflow-x: auto; border-radius
 
 
 def to_html(document: Document, pictures: Mapping[str, bytes]) -> str:
-    """The text of `report.html`.
+    """Return the text of `report.html`.
 
     Args:
-        document: What is to be said.
+        document: The report.
         pictures: SVG files by the names of the document's pictures.
     """
     body = [f"<h1>{escape(document.title)}</h1>", *(_html(part, pictures) for part in document.opening)]
     for section in document.sections:
         body += [f"<h2>{escape(section.heading)}</h2>", *(_html(part, pictures) for part in section.parts)]
-    # The icon is said to be empty, since a browser asks for one otherwise.
+    # Without an empty icon a browser would request one.
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -171,14 +171,14 @@ def _html(part: Part, pictures: Mapping[str, bytes]) -> str:
     match part:
         case Paragraph(text):
             return f"<p>{escape(text)}</p>"
-        case Points(items, warns):
-            kind = ' class="warnings"' if warns else ""
+        case Bullets(items, warning):
+            kind = ' class="warnings"' if warning else ""
             return f"<ul{kind}>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
         case Table():
             return _html_table(part)
-        case Picture(name, says):
+        case Picture(name, alt_text):
             data = base64.b64encode(pictures[name]).decode("ascii")
-            return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(says)}"></figure>'
+            return f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(alt_text)}"></figure>'
         case Code(lines):
             return "<pre><code>" + escape("\n".join(lines)) + "</code></pre>"
 
@@ -186,7 +186,7 @@ def _html(part: Part, pictures: Mapping[str, bytes]) -> str:
 def _html_table(table: Table) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.columns)
     rows = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows]
-    kind = ' class="words"' if table.words else ""
+    kind = ' class="words"' if table.text else ""
     lines = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return (
         f'<div class="scroll"><table{kind}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'

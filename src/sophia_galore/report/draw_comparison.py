@@ -1,4 +1,4 @@
-"""The figures of a comparison: loss against tokens and against time, and what memory was for."""
+"""The figures of a comparison: loss over tokens and over time, and memory by category."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sophia_galore.report.style import (
     SKY,
     colour_of,
     headline,
-    in_order,
     mebibytes,
     new_figure,
     note,
     quantity,
+    stack_order,
 )
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ _LINES = ("-", "--", ":", "-.")
 _BAR_INCHES = 0.5
 
 
-def look(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line of each name; more names than colours get other lines."""
+def line_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return colour and line style of each name; line styles change once the colours are used up."""
     return {
         name: (_COLOURS[place % len(_COLOURS)], _LINES[place // len(_COLOURS) % len(_LINES)])
         for place, name in enumerate(dict.fromkeys(names))
@@ -47,12 +47,12 @@ def look(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def draw_losses(runs: Sequence[Run]) -> Figure:
-    """Loss against tokens, and the same against time: evaluations as points, training smoothed behind them.
+    """Draw the loss over tokens and over time: evaluations as points, the smoothed training loss behind them.
 
     Args:
-        runs: Any number, also such as have not made a step yet.
+        runs: Any number; they may have no steps yet.
     """
-    looks = look([run.name for run in runs])
+    looks = line_styles([run.name for run in runs])
     rows = -(-len(looks) // 3)
     figure = new_figure(9.6, 4.7 + 0.25 * rows)
     height = figure.get_size_inches()[1]
@@ -83,12 +83,12 @@ def draw_losses(runs: Sequence[Run]) -> Figure:
 
 
 def _tokens(run: Run) -> list[float]:
-    """Thousand tokens up to each step."""
+    """Return the tokens up to each step, in thousands."""
     return [total / 1000 for total in accumulate(line.tokens or 0 for line in run.metrics.train)]
 
 
 def _minutes(run: Run) -> list[float]:
-    """Minutes in steps up to each step."""
+    """Return the minutes spent in optimizer steps up to each step."""
     return [total / 60 for total in accumulate(seconds or 0 for seconds in step_seconds(run))]
 
 
@@ -132,10 +132,10 @@ def _draw_side(
 
 
 def draw_categories(runs: Sequence[Run]) -> Figure:
-    """What the peak of each run consists of, as bars; of several runs of a name the one with the highest peak.
+    """Draw the peak memory of each run by category; of runs with the same name, the one with the highest peak.
 
     Args:
-        runs: Those without a memory report are left out.
+        runs: Runs without a memory report are left out.
     """
     highest: dict[str, tuple[int, dict[str, int]]] = {}
     for run in runs:
@@ -143,7 +143,7 @@ def draw_categories(runs: Sequence[Run]) -> Figure:
         total = sum(categories.values())
         if total > highest.get(run.name, (0, {}))[0]:
             highest[run.name] = (total, dict(categories))
-    names = in_order([name for _, categories in highest.values() for name, size in categories.items() if size])
+    names = stack_order([name for _, categories in highest.values() for name, size in categories.items() if size])
     figure = new_figure(9.6, 1.7 + _BAR_INCHES * max(1, len(highest)))
     height = figure.get_size_inches()[1]
     headline(figure, "Memory by category", "live tensors at the peak")

@@ -1,4 +1,4 @@
-"""The loss figure: a thin line per step, the trend over it, evaluations as points, the rate below."""
+"""The loss figure: training loss, its trend, evaluations as points, and the learning rate below."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST_SMOOTHED = 10
-"""With fewer steps than this the line itself is the trend."""
+"""Fewest steps for which a trend is drawn."""
 
 MOST_POINTS = 40
-"""With more evaluations than this their points would hide the line."""
+"""Most evaluations that are drawn as points; more would hide the line."""
 
 
 def draw_loss(metrics: Metrics) -> Figure:
-    """The figure for `loss.png`.
+    """Draw the figure of `loss.png`.
 
     Args:
-        metrics: Any records, also none or a single step.
+        metrics: The records; there may be none.
     """
     train = [line for line in metrics.train if isfinite(line.loss)]
     evals = [line for line in metrics.eval if isfinite(line.loss)]
@@ -52,21 +52,21 @@ def draw_loss(metrics: Metrics) -> Figure:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The trend of a noisy curve, without the lag of a plain moving average.
+    """Return the trend of a noisy curve, without the lag of a moving average.
 
-    A mean over both neighbourhoods with exponentially falling weights, in two passes. The window
-    grows like the root of the length, so that a long run is calm and its steep beginning is kept.
+    It is a mean over both sides with exponentially decaying weights. The window grows with the square root of the
+    length: long curves become smooth, and their steep beginning is kept.
 
     Args:
         values: One value a step.
 
     Returns:
-        As many values.
+        The trend, of the same length.
     """
     decay = 1 - 1 / max(2.5, 0.6 * len(values) ** 0.5)
 
     def sums(run: Sequence[float]) -> list[float]:
-        """At each place, the weighted sum of the values up to it."""
+        """Return at each place the weighted sum of the values up to it."""
         total, found = 0.0, []
         for value in run:
             total = decay * total + value
@@ -74,7 +74,7 @@ def smooth(values: Sequence[float]) -> list[float]:
         return found
 
     def both_sides(run: Sequence[float]) -> list[float]:
-        # The value in the middle is in both sums.
+        # Both sums contain the value itself.
         return [a + b - value for a, b, value in zip(sums(run), sums(run[::-1])[::-1], run, strict=True)]
 
     return [total / weight for total, weight in zip(both_sides(values), both_sides([1.0] * len(values)), strict=True)]
@@ -120,13 +120,13 @@ def _draw_rates(axes: Axes, rates: Sequence[tuple[int, float]]) -> None:
 
 
 def _rate(value: float) -> str:
-    """A learning rate as people write it: 2e-4, not 0.0002 or 2e-04."""
+    """Return a learning rate in short scientific notation: 2e-4, not 0.0002 or 2e-04."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _subtitle(metrics: Metrics, evals: Sequence[Evaluation]) -> str:
-    """The run in one line: how far it came, and what evaluation says of it."""
+    """Return the number of steps and the eval losses, in one line."""
     steps = len(metrics.train)
     parts = [f"{steps:,} step{'' if steps == 1 else 's'}"]
     lost = sum(not isfinite(line.loss) for line in metrics.train)

@@ -1,12 +1,12 @@
-"""The memory figure: one step, the peak of each phase, what the peak consists of, the course over the steps."""
+"""The memory figure: one step, the peak of each phase, the peak by category, and the peaks over the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sophia_galore.records.memory import MemoryReport
-from sophia_galore.records.metrics import Metrics
+from sophia_galore.records.memory import MemoryReport, MemoryStep
+from sophia_galore.records.metrics import Metrics, TrainStep
 from sophia_galore.report.draw_timeline import Box, draw_timeline
 from sophia_galore.report.style import (
     BLUE,
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BARS = 9
-"""Bars in a panel; smaller ones beyond this are summed into one."""
+"""Most bars in a panel."""
 
 TIMELINE_HEIGHT = 4.5
-"""Inches of the panel of one step, names and numbers included."""
+"""Height of the panel of one step in inches, labels included."""
 
 ROW_HEIGHT = 0.36
-"""Inches from bar to bar."""
+"""Distance of two bars in inches."""
 
 LONGEST_NAME = 26
-"""Characters of a name beside its bar."""
+"""Most characters of a bar's name."""
 
 REST = "everything else"
 
@@ -45,7 +45,7 @@ KINDS = {"allocated": BLUE, "reserved": ORANGE, "process": GREEN}
 
 
 def draw_memory(report: MemoryReport, metrics: Metrics) -> Figure:
-    """The figure for `memory.png`.
+    """Draw the figure of `memory.png`.
 
     Args:
         report: Peaks; any of them may be missing.
@@ -63,7 +63,7 @@ def draw_memory(report: MemoryReport, metrics: Metrics) -> Figure:
     headline(figure, _title(report), "  \u00b7  ".join(word for word in known if word))
 
     def panel(left: float, panel_bottom: float, panel_width: float, panel_height: float) -> Axes:
-        """Axes at a place in inches."""
+        """Add axes; place and size are in inches."""
         return figure.add_axes((left / width, panel_bottom / height, panel_width / width, panel_height / height))
 
     if report.timeline:
@@ -100,18 +100,18 @@ def _label(name: str) -> str:
 
 
 def _room(sizes: Mapping[str, int]) -> float:
-    """Inches that the names left of the bars need, with the figure's margin."""
+    """Return the inches that the names left of the bars need, margin included."""
     return 0.5 + 0.083 * max((len(_label(name)) for name in sizes), default=0)
 
 
 def _largest(sizes: Mapping[str, int]) -> dict[str, int]:
-    """At most `MOST_BARS` of the sizes, in their order; peaks of different moments don't add up."""
+    """Return the `MOST_BARS` largest sizes in their order; the rest is dropped, since peaks of phases don't add up."""
     kept = sorted(sizes, key=lambda name: -sizes[name])[:MOST_BARS]
     return {name: size for name, size in sizes.items() if name in kept}
 
 
 def _few(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes, largest first; beyond `MOST_BARS` the smallest are summed up at the end."""
+    """Return the sizes, largest first; with more than `MOST_BARS`, the smallest are summed into the last one."""
     ordered = sorted(((name, size) for name, size in sizes.items() if size > 0), key=lambda item: -item[1])
     if len(ordered) <= MOST_BARS:
         return dict(ordered)
@@ -140,7 +140,7 @@ def _draw_categories(axes: Axes, categories: Mapping[str, int]) -> None:
 
 
 def _bars(axes: Axes, sizes: Mapping[str, int], colours: list[str], labels: Mapping[str, str]) -> None:
-    """Horizontal bars, first on top, with their size written at the end instead of on an axis."""
+    """Draw horizontal bars, the first one on top, each with its size at the end instead of an axis."""
     places = range(len(sizes))
     axes.barh(list(places), [size / MIB for size in sizes.values()], height=0.62, color=colours)
     largest = max(sizes.values()) / MIB or 1
@@ -148,7 +148,7 @@ def _bars(axes: Axes, sizes: Mapping[str, int], colours: list[str], labels: Mapp
         axes.text(size / MIB + 0.02 * largest, place, labels[name], va="center", ha="left", fontsize=10, color=INK)
     axes.set_yticks(list(places), [_label(name) for name in sizes])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=10, pad=6)
-    # A bar is as thick whether there are two or nine; the right part is for the sizes.
+    # Bars have the same thickness for any number of them; the right part is for the sizes.
     rows = axes.get_window_extent().height / axes.figure.dpi / ROW_HEIGHT
     axes.set_ylim(rows - 0.5, -0.5)
     axes.set_xlim(0, largest * 1.5)
@@ -157,21 +157,13 @@ def _bars(axes: Axes, sizes: Mapping[str, int], colours: list[str], labels: Mapp
 
 
 def _courses(report: MemoryReport, metrics: Metrics) -> dict[str, list[tuple[int, int]]]:
-    """Size over steps, for each kind that was measured; the step records go before the report."""
-    report_steps = {
-        "allocated": [(line.step, line.allocated_bytes) for line in report.steps],
-        "reserved": [(line.step, line.reserved_bytes) for line in report.steps],
-        "process": [(line.step, line.process_bytes) for line in report.steps],
-    }
-    train_steps = {
-        "allocated": [(line.step, line.allocated_bytes) for line in metrics.train],
-        "reserved": [(line.step, line.reserved_bytes) for line in metrics.train],
-        "process": [],
-    }
+    """Return sizes over the steps for each kind of memory; `metrics.jsonl` takes precedence over the report."""
     courses = {}
     for kind in KINDS:
-        by_step = dict(report_steps[kind]) | {step: size for step, size in train_steps[kind] if size is not None}
-        courses[kind] = [(step, size) for step, size in sorted(by_step.items()) if size is not None]
+        # The metrics have the size of the process after each step, which is not a peak.
+        lines: list[MemoryStep | TrainStep] = [*report.steps, *(metrics.train if kind != "process" else ())]
+        sizes = [(line.step, getattr(line, f"{kind}_bytes")) for line in lines]
+        courses[kind] = sorted({step: size for step, size in sizes if size is not None}.items())
     return courses
 
 

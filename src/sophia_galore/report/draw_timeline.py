@@ -1,4 +1,4 @@
-"""One step from moment to moment: what is allocated, stacked by category, below its limit and its prediction."""
+"""The memory within one step, stacked by category, with the limit and the predicted peak."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sophia_galore.report.style import (
     MUTED,
     ORANGE,
     headline,
-    in_order,
     new_figure,
     size_in_unit,
+    stack_order,
     unit_of,
 )
 from sophia_galore.report.timeline_labels import REACH, Mark, draw_marks, draw_phases, marks_of
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_MOMENTS = 2_000
-"""More than there are pixels along the axis; beyond this, moments are drawn by their extremes."""
+"""Most moments that are drawn, more than the axis has pixels; of more, only extremes are drawn."""
 
 MOST_OUTLINED = 500
-"""With more moments than this an outline would be a black band."""
+"""Most moments with which an outline is drawn; with more it would be a black band."""
 
 ROOM_ABOVE, ROOM_BELOW, ROOM_LEFT, ROOM_RIGHT = 1.2, 0.5, 0.6, 1.45
-"""Inches of the panel around its axes: title, legend and phases; numbers; names of the lines."""
+"""Inches of the panel around its axes, for title, legend, phases and labels."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A place on a figure in inches, from its lower left corner."""
+    """A rectangle on a figure in inches, from the lower left corner."""
 
     left: float
     bottom: float
@@ -48,13 +48,13 @@ class Box:
 def timeline_figure(
     timeline: Timeline, *, title: str, limit_bytes: int | None, predicted_peak_bytes: int | None
 ) -> Figure:
-    """A figure of a timeline alone.
+    """Draw a figure of a timeline alone.
 
     Args:
         timeline: One step.
         title: Headline.
-        limit_bytes: What may be allocated; None without a limit.
-        predicted_peak_bytes: Peak that was predicted; None where it was not.
+        limit_bytes: The memory limit; None without one.
+        predicted_peak_bytes: The predicted peak; None without one.
     """
     figure = new_figure(11, 5.6)
     peak = timeline.peak_bytes
@@ -82,14 +82,14 @@ def draw_timeline(
     limit_bytes: int | None,
     predicted_peak_bytes: int | None,
 ) -> None:
-    """The panel of a timeline, with everything that belongs to it.
+    """Draw the panel of a timeline with its labels.
 
     Args:
-        figure: Where it is drawn.
-        box: Place of the panel, names and numbers included.
+        figure: The figure to draw on.
+        box: Place of the panel, labels included.
         timeline: One step; not empty.
-        limit_bytes: What may be allocated; None without a limit.
-        predicted_peak_bytes: Peak that was predicted; None where it was not.
+        limit_bytes: The memory limit; None without one.
+        predicted_peak_bytes: The predicted peak; None without one.
     """
     width, height = figure.get_size_inches()
     axes = figure.add_axes(
@@ -100,45 +100,45 @@ def draw_timeline(
             (box.height - ROOM_BELOW - ROOM_ABOVE) / height,
         )
     )
-    moments = thinned(timeline.moments)
+    moments = downsample(timeline.moments)
     if len(moments) == 1:
-        # What is known at one moment is drawn as a level.
+        # A single moment is drawn as a horizontal line.
         moments = moments * 2
     places = _places(moments, timed=timeline.timed)
     layers = stack(moments)
-    highest = max(timeline.moments, key=lambda moment: moment.total_bytes)
+    highest = max(range(len(moments)), key=lambda index: moments[index].total_bytes)
     _draw_layers(axes, places, layers)
     _x_axis(axes, places, timed=timeline.timed)
     marks = marks_of(timeline, limit_bytes, predicted_peak_bytes)
     _y_axis(axes, timeline.peak_bytes, marks)
-    draw_marks(axes, marks, places[_highest(moments)], timeline.peak_bytes)
+    draw_marks(axes, marks, places[highest], timeline.peak_bytes)
     if limit_bytes is not None and timeline.peak_bytes > limit_bytes:
         _draw_excess(axes, places, moments, limit_bytes)
     draw_phases(axes, places, [moment.phase for moment in moments])
-    _legend(figure, box, timeline, stack([highest]), list(layers))
+    _legend(figure, box, timeline, stack([moments[highest]]), list(layers))
 
 
-def thinned(moments: Sequence[Moment]) -> list[Moment]:
-    """At most about `MOST_MOMENTS` of the moments, among them the lowest and the highest of each stretch.
+def downsample(moments: Sequence[Moment]) -> list[Moment]:
+    """Return about `MOST_MOMENTS` of the moments at most; of each interval: first, last, lowest and highest.
 
     Args:
-        moments: In order of time.
+        moments: In the order of time.
     """
     if len(moments) <= MOST_MOMENTS:
         return list(moments)
-    stretch = -(-len(moments) * 4 // MOST_MOMENTS)
+    interval = -(-len(moments) * 4 // MOST_MOMENTS)
     kept: set[int] = set()
-    for begin in range(0, len(moments), stretch):
-        part = range(begin, min(begin + stretch, len(moments)))
+    for begin in range(0, len(moments), interval):
+        part = range(begin, min(begin + interval, len(moments)))
         kept |= {part[0], part[-1]}
         kept |= {end(part, key=lambda index: moments[index].total_bytes) for end in (min, max)}
     return [moments[index] for index in sorted(kept)]
 
 
 def stack(moments: Sequence[Moment]) -> dict[str, list[int]]:
-    """Sizes over the moments by category, from the bottom of the stack to its top, in bytes.
+    """Return the bytes at each moment by category, from the bottom of the stack to its top.
 
-    What has no colour of its own is counted as "other"; what is zero all the time is left out.
+    Categories without a colour are counted as "other"; those that are always zero are left out.
     """
     found: dict[str, list[int]] = {}
     for place, moment in enumerate(moments):
@@ -146,20 +146,16 @@ def stack(moments: Sequence[Moment]) -> dict[str, list[int]]:
             known = name.replace("_", " ")
             series = found.setdefault(known if known in CATEGORY_COLOURS else "other", [0] * len(moments))
             series[place] += size
-    return {name: found[name] for name in in_order(found) if any(found[name])}
+    return {name: found[name] for name in stack_order(found) if any(found[name])}
 
 
 def _places(moments: Sequence[Moment], *, timed: bool) -> list[float]:
-    """Where along the axis each moment is."""
+    """Return the x coordinate of each moment."""
     if not timed:
         return [float(index) for index in range(len(moments))]
-    # Clocks jitter; the order of the moments is what is certain.
+    # Clocks jitter; only the order of the moments is certain.
     places = list(accumulate((moment.time_s or 0.0 for moment in moments), max))
     return places if places[-1] > places[0] else [float(index) for index in range(len(moments))]
-
-
-def _highest(moments: Sequence[Moment]) -> int:
-    return max(range(len(moments)), key=lambda index: moments[index].total_bytes)
 
 
 def _draw_layers(axes: Axes, places: Sequence[float], layers: dict[str, list[int]]) -> None:
@@ -216,14 +212,14 @@ def _y_axis(axes: Axes, peak_bytes: int, marks: Sequence[Mark]) -> None:
 
 
 def _legend(figure: Figure, box: Box, timeline: Timeline, at_peak: dict[str, list[int]], names: list[str]) -> None:
-    """The title and, below it, each category with its size at the peak."""
+    """Write the title and, below it, each category with its size at the peak."""
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
     top = box.bottom + box.height
 
     def write(left: float, down: float, text: str, colour: str, **look: Any) -> float:
-        """Text at a place in inches; returns where it ends."""
+        """Write text at a place in inches and return where it ends."""
         drawn = figure.text(left / width, (top - down) / height, text, color=colour, va="baseline", **look)
         return float(drawn.get_window_extent().x1 / figure.dpi)
 

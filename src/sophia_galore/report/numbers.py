@@ -1,4 +1,4 @@
-"""What runs reached and what it took, in the numbers that they are compared by: one by one, and over several seeds."""
+"""The numbers by which runs are compared: of each run, and over several seeds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OVER_SEEDS = (
     "seconds_per_epoch",
     "tokens_per_second",
 )
-"""Numbers of a run whose mean and spread a group has."""
+"""Fields of a run of which a group has mean and deviation."""
 
 
-def numbers_of(run: Run) -> RunNumbers:
-    """The numbers of a run, from its records."""
+def run_numbers(run: Run) -> RunNumbers:
+    """Return the numbers of a run, from its records."""
     timed = [(line.tokens, seconds) for line, seconds in zip(run.metrics.train, step_seconds(run), strict=True)]
     seconds = sum(taken for _, taken in timed if taken is not None)
     timed_tokens = sum(count or 0 for count, taken in timed if taken is not None)
@@ -52,15 +52,15 @@ def numbers_of(run: Run) -> RunNumbers:
 
 
 def step_seconds(run: Run) -> list[float | None]:
-    """How long each recorded step took; None where that is not in the records."""
+    """Return the seconds that each recorded step took; None where the records do not say."""
     return [
         line.tokens / line.tokens_per_second if line.tokens is not None and line.tokens_per_second else None
         for line in run.metrics.train
     ]
 
 
-def grouped(runs: Sequence[RunNumbers]) -> list[GroupNumbers]:
-    """The numbers of the runs of one name over their seeds, in the order in which the names first appear.
+def group_by_name(runs: Sequence[RunNumbers]) -> list[GroupNumbers]:
+    """Return the numbers of the runs of each name, over their seeds, in the order in which the names first appear.
 
     Args:
         runs: The numbers of each run.
@@ -88,7 +88,7 @@ def _group(runs: Sequence[RunNumbers], against: Sequence[RunNumbers]) -> GroupNu
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and deviation of what was measured; None if nothing was."""
+    """Return mean and sample deviation of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -96,14 +96,14 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def _final_losses(runs: Sequence[RunNumbers]) -> dict[int, float]:
-    """The final models' eval losses by seed."""
-    # A run that is still under way has fewer epochs; its last one is not the others' last.
+    """Return the final models' eval losses by seed."""
+    # The last epoch of a run that is still running is not the last epoch of the others.
     found = {run.seed: run.final_eval_loss for run in runs if run.finished}
     return {seed: loss for seed, loss in found.items() if loss is not None}
 
 
 def _by_epoch(run: Run) -> list[float]:
-    """The last evaluation within each epoch."""
+    """Return the last eval loss of each epoch."""
     last = {math.ceil(line.step / run.plan.steps_per_epoch): line.loss for line in run.metrics.eval if line.step}
     return [last[epoch] for epoch in sorted(last)]
 

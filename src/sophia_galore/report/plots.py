@@ -1,4 +1,4 @@
-"""The figures: how the loss of a run went, where its memory went, and where that of a plan would go."""
+"""Writes figures: the loss and the memory of a run, and the memory of a planned step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sophia_galore.report.style import save, styled
 
 
 def plot_loss(run_dir: Path) -> Path:
-    """Draws training loss, evaluation loss and learning rate over the steps.
+    """Draw training loss, evaluation loss and learning rate over the steps.
 
     Args:
         run_dir: Folder of the run, which holds `metrics.jsonl`.
@@ -31,7 +31,7 @@ def plot_loss(run_dir: Path) -> Path:
 
 
 def plot_memory(run_dir: Path) -> Path:
-    """Draws the peak by phase, what it consists of, and memory over the steps; above them one step, if it was followed.
+    """Draw the peak by phase and by category, memory over the steps and, if it was recorded, one step in detail.
 
     Args:
         run_dir: Folder of the run, which holds `memory_report.json` and, with steps, `metrics.jsonl`.
@@ -54,13 +54,13 @@ def plot_memory(run_dir: Path) -> Path:
 def plot_timeline(
     timeline: Timeline, path: Path, *, title: str, limit_bytes: int | None, predicted_peak_bytes: int | None
 ) -> Path:
-    """Draws the memory of one step from moment to moment.
+    """Draw the memory within one step.
 
     Args:
-        timeline: The step; something is allocated in it.
+        timeline: The step; not empty.
         path: The PNG to write.
         title: Headline of the figure.
-        limit_bytes: What may be allocated; None without a limit.
+        limit_bytes: The memory limit; None without one.
         predicted_peak_bytes: Peak to mark as predicted; None without one.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: what was asked, what was planned, what happened, and with what."""
+"""A run as read from its folder: configuration, plan, metrics, memory and environment."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sophia_galore.records.run import Environment, PlanRecord
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report needs to know of one run.
+    """What a report needs to know about one run.
 
     Args:
-        name: What it is called among the runs that it is compared with.
-        folder: Where it is.
-        config: What was asked, by dotted key.
-        plan: What was planned.
-        metrics: Steps and evaluations, as far as it came.
-        memory: Where its memory went; None while it is running.
+        name: Its name in the comparison.
+        folder: Its folder.
+        config: The configuration, by dotted key.
+        plan: The plan.
+        metrics: Steps and evaluations so far.
+        memory: The memory report; None while it is running.
         environment: Machine, versions and command; empty in runs of version 0.4 and before.
-        failure: How it ended, if it failed.
+        failure: Why it failed; "" if it did not.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """A run among others of the same name: `galore, seed 42`."""
+        """Name and seed: `galore, seed 42`."""
         return f"{self.name}, seed {self.seed}"
 
     @property
@@ -58,17 +58,17 @@ class Run:
 
     @property
     def loss_before(self) -> float | None:
-        """Eval loss before the first step; None: it was not measured."""
+        """Eval loss before the first step; None if it was not measured."""
         return next((line.loss for line in self.metrics.eval if line.step == 0), None)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or it ended early, and the model is written."""
+        """Whether it ended, after all steps or early, and the model is written."""
         return (self.step >= self.plan.num_steps or self.ended_early) and (self.folder / files.MODEL).is_file()
 
     @property
     def ended_early(self) -> bool:
-        """Whether its patience was used up before all steps were done (`training.early_stopping_patience`)."""
+        """Whether it stopped before the last step because of `training.early_stopping_patience`."""
         patience = self.config.get("training.early_stopping_patience")
         if patience is None or not self.metrics.eval or self.step >= self.plan.num_steps:
             return False
@@ -77,19 +77,19 @@ class Run:
 
 
 def read_run(folder: Path, *, name: str = "", failure: str = "") -> Run:
-    """Read what a run has left so far, finished or not.
+    """Read a run, finished or not.
 
     Args:
         folder: The run's folder.
-        name: What to call it; "": as the folder.
-        failure: How it ended, if it failed.
+        name: Its name; "": the name of the folder.
+        failure: Why it failed; "" if it did not.
 
     Raises:
-        UserError: It is not a run's folder, or a file in it is damaged.
+        UserError: The folder is not a run's, or a file in it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder.", "Name the folder of a run (training.output_dir).")
+        raise UserError(f"{folder} is not a folder.", "Name the folder of a run (training.output_dir).")
     plan = PlanRecord.read(folder / files.PLAN)
     memory, environment = folder / files.MEMORY_REPORT, folder / files.ENVIRONMENT
     return Run(
@@ -117,7 +117,7 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
+    """Return nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}

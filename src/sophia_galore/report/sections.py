@@ -1,4 +1,4 @@
-"""What a comparison says, part by part."""
+"""The sections of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sophia_galore.records import files
 from sophia_galore.records.report import GroupNumbers, RunNumbers, Spread
 from sophia_galore.records.run import Machine
 from sophia_galore.report.comparison import Comparison
-from sophia_galore.report.document import Code, Document, Paragraph, Part, Picture, Points, Section, Table
+from sophia_galore.report.document import Bullets, Code, Document, Paragraph, Part, Picture, Section, Table
 from sophia_galore.report.run import Run
 from sophia_galore.report.style import mebibytes
 from sophia_galore.report.warnings import differing_keys
@@ -17,57 +17,50 @@ from sophia_galore.report.warnings import differing_keys
 LOSSES = Picture(files.LOSSES_PICTURE, "Eval loss of each run against tokens and against time")
 CATEGORIES = Picture(files.CATEGORIES_PICTURE, "What the peak memory of each run consists of")
 
-_UNKNOWN = "-"
-_NO_SPREAD = 1e-3
-"""A spread of a size that is a smaller part of it than this is not written."""
+_MISSING = "-"
+_SMALLEST_SPREAD = 1e-3
+"""The deviation of a size is not shown if it is a smaller share of the mean than this."""
 
 
-def document_of(comparison: Comparison) -> Document:
-    """The report of some runs.
+def build_document(comparison: Comparison) -> Document:
+    """Build the report of one or more runs.
 
     Args:
-        comparison: What was read of them.
+        comparison: The runs and their numbers.
     """
     groups, runs = comparison.groups, comparison.numbers
     names = [group.name for group in groups]
     title = f"Run: {names[0]}" if len(runs) == 1 else "Comparison: " + ", ".join(names)
-    opening: list[Part] = [Paragraph(_finding(groups))]
+    opening: list[Part] = [Paragraph(_summary(groups))]
     if comparison.warnings:
-        opening.append(Points([warning.message for warning in comparison.warnings], warns=True))
+        opening.append(Bullets([warning.message for warning in comparison.warnings], warning=True))
     sections = [
         Section("Eval loss", [_losses(groups), LOSSES]),
         Section("Memory", [_memory(groups), CATEGORIES]),
         Section("Time", [_time(groups)]),
     ]
     if len(runs) > len(groups):
-        sections.append(Section("Run by run", [_each(runs)]))
+        sections.append(Section("Run by run", [_per_run(runs)]))
     if len(groups) > 1:
         sections.append(Section("What differs in the settings", [_settings(comparison.runs)]))
-    sections.append(Section("How it was made", _making(comparison)))
+    sections.append(Section("How it was made", _provenance(comparison)))
     return Document(title, opening, sections)
 
 
-def _finding(groups: Sequence[GroupNumbers]) -> str:
-    """What a reader wants to know first."""
-    done = [group for group in groups if group.final_eval_loss is not None]
-    if not done:
+def _summary(groups: Sequence[GroupNumbers]) -> str:
+    """Return the main result: which runs have the lowest eval loss and the lowest peak memory."""
+    losses = {group.name: group.final_eval_loss for group in groups if group.final_eval_loss is not None}
+    if not losses:
         return "No run is finished and evaluated yet."
-    ordered = sorted(done, key=lambda group: group.final_eval_loss.mean if group.final_eval_loss else 0.0)
-    best = ordered[0]
-    assert best.final_eval_loss is not None
-    lowest = best.final_eval_loss.mean
-    said = f"Lowest eval loss at the end: {best.name}, {_number(best.final_eval_loss)} nats a token"
-    others = [
-        f"{group.name} {group.final_eval_loss.mean / lowest - 1:+.2%}"
-        for group in ordered[1:]
-        if group.final_eval_loss is not None
-    ]
-    said += f"; against it {', '.join(others)}." if others else "."
-    measured = [group for group in groups if group.peak_allocated_bytes is not None]
-    if len(groups) > 1 and measured:
-        least = min(measured, key=lambda group: group.peak_allocated_bytes.mean if group.peak_allocated_bytes else 0.0)
-        said += f" Least memory: {least.name}, {_size(least.peak_allocated_bytes)} allocated at the peak."
-    return said
+    best, *others = sorted(losses, key=lambda name: losses[name].mean)
+    text = f"Lowest eval loss at the end: {best}, {_number(losses[best])} nats a token"
+    ratios = [f"{name} {losses[name].mean / losses[best].mean - 1:+.2%}" for name in others]
+    text += f"; against it {', '.join(ratios)}." if ratios else "."
+    peaks = {group.name: group.peak_allocated_bytes for group in groups if group.peak_allocated_bytes is not None}
+    if len(groups) > 1 and peaks:
+        least = min(peaks, key=lambda name: peaks[name].mean)
+        text += f" Least memory: {least}, {_size(peaks[least])} allocated at the peak."
+    return text
 
 
 def _losses(groups: Sequence[GroupNumbers]) -> Table:
@@ -109,7 +102,7 @@ def _time(groups: Sequence[GroupNumbers]) -> Table:
     return Table(["run", "seconds an epoch", "tokens a second"], rows)
 
 
-def _each(runs: Sequence[RunNumbers]) -> Table:
+def _per_run(runs: Sequence[RunNumbers]) -> Table:
     num_epochs = max(len(run.eval_loss) for run in runs)
     columns = ["run", "seed", "steps", "before", *(f"epoch {number + 1}" for number in range(num_epochs))]
     columns += ["peak allocated", "tokens a second"]
@@ -121,11 +114,11 @@ def _each(runs: Sequence[RunNumbers]) -> Table:
                 run.name,
                 str(run.seed),
                 f"{run.step} of {run.num_steps}" + (", ended early" if run.ended_early else ""),
-                _UNKNOWN if run.eval_loss_before is None else f"{run.eval_loss_before:.4f}",
+                _MISSING if run.eval_loss_before is None else f"{run.eval_loss_before:.4f}",
                 *losses,
-                *[_UNKNOWN] * (num_epochs - len(losses)),
-                _UNKNOWN if run.peak_allocated_bytes is None else mebibytes(run.peak_allocated_bytes),
-                _UNKNOWN if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
+                *[_MISSING] * (num_epochs - len(losses)),
+                _MISSING if run.peak_allocated_bytes is None else mebibytes(run.peak_allocated_bytes),
+                _MISSING if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
             ]
         )
     return Table(columns, rows)
@@ -136,39 +129,39 @@ def _settings(runs: Sequence[Run]) -> Part:
     for run in runs:
         first_of.setdefault(run.name, run)
     several = list(first_of.values())
-    # Seeds differ among the runs of one name, and folders always do.
+    # The runs of one name have different seeds, and all runs have different folders.
     keys = [key for key in differing_keys(several) if key not in ("training.output_dir", "training.seed")]
     if not keys:
         return Paragraph("Nothing.")
     rows = [[key, *(_value(run.config.get(key)) for run in several)] for key in keys]
-    return Table(["key", *first_of], rows, words=True)
+    return Table(["key", *first_of], rows, text=True)
 
 
-def _making(comparison: Comparison) -> list[Part]:
+def _provenance(comparison: Comparison) -> list[Part]:
     plan = comparison.runs[0].plan
     lines = [
         f"Model: {plan.model_name} ({plan.num_parameters:,} parameters), {plan.compute_dtype} arithmetic on "
         f"{plan.device}.",
-        f"Data: {plan.num_train_examples} examples to train on, {plan.num_eval_examples} to measure on; "
+        f"Data: {plan.num_train_examples} training examples, {plan.num_eval_examples} evaluation examples; "
         f"fingerprint {comparison.data_fingerprint or 'not the same for all'}.",
         f"Steps: {plan.num_steps}, {plan.steps_per_epoch} an epoch.",
     ]
-    lines += [f"{run_label}: {said}." for run_label, said in _endings(comparison)]
+    lines += [f"{label}: {outcome}." for label, outcome in _endings(comparison)]
     machine, versions = comparison.environment.machine, comparison.environment.versions
     if machine.model_fields_set:
-        lines.append(f"Machine: {_in_words(machine)}.")
+        lines.append(f"Machine: {_describe_machine(machine)}.")
     if versions:
         lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
     if comparison.date:
         lines.append(f"Begun: {comparison.date}.")
     lines += [
         "A number with ± is a mean over seeds and its sample standard deviation. A difference is taken within each "
-        "seed, so that what seeds have in common is not in its spread.",
+        "seed, so its spread does not contain what the runs of a seed have in common.",
         "Time is that of optimizer steps, without evaluations; memory is the peak of the whole run"
         + _measured_by(comparison.runs)
         + ".",
     ]
-    parts: list[Part] = [Points(lines)]
+    parts: list[Part] = [Bullets(lines)]
     commands = [comparison.command, *(run.environment.command for run in comparison.runs)]
     if typed := [command for command in commands if command]:
         parts.append(Code(typed))
@@ -176,17 +169,17 @@ def _making(comparison: Comparison) -> list[Part]:
 
 
 def _endings(comparison: Comparison) -> list[tuple[str, str]]:
-    """For each run that did not simply go through all steps and end with the last model, what it did."""
+    """Return label and outcome of each run that ended early or whose final model is the best one."""
     found = []
     for run, numbers in zip(comparison.runs, comparison.numbers, strict=True):
-        said = [f"ended early, after step {numbers.step} of {numbers.num_steps}"] if numbers.ended_early else []
+        outcome = [f"ended early, after step {numbers.step} of {numbers.num_steps}"] if numbers.ended_early else []
         if numbers.exported_eval_loss is not None:
-            said.append(
+            outcome.append(
                 f"the final model is the best one, after step {numbers.exported_step}, with an eval loss of "
                 f"{numbers.exported_eval_loss:.4f}"
             )
-        if said:
-            found.append((run.label, "; ".join(said)))
+        if outcome:
+            found.append((run.label, "; ".join(outcome)))
     return found
 
 
@@ -195,8 +188,8 @@ def _measured_by(runs: Sequence[Run]) -> str:
     return f", by {next(iter(ways))}" if len(ways) == 1 else ""
 
 
-def _in_words(machine: Machine) -> str:
-    """`2 cores, AMD EPYC, threads: 2, 24,105 MiB, Linux-6.1`"""
+def _describe_machine(machine: Machine) -> str:
+    """Return a machine as text, such as `2 cores, AMD EPYC, threads: 2, 24,105 MiB, Linux-6.1`."""
     words = [
         machine.gpu or "",
         f"{machine.num_cores} cores, {machine.processor}, threads: {machine.num_threads}",
@@ -208,16 +201,16 @@ def _in_words(machine: Machine) -> str:
 
 def _number(value: Spread | None, *, digits: int = 4, signed: bool = False) -> str:
     if value is None:
-        return _UNKNOWN
+        return _MISSING
     sign = "+" if signed else ""
-    said = f"{value.mean:{sign}.{digits}f}"
-    return said if value.deviation is None else f"{said} ± {value.deviation:.{digits}f}"
+    mean = f"{value.mean:{sign}.{digits}f}"
+    return mean if value.deviation is None else f"{mean} ± {value.deviation:.{digits}f}"
 
 
 def _size(value: Spread | None) -> str:
     if value is None:
-        return _UNKNOWN
-    if value.deviation is None or value.deviation < _NO_SPREAD * value.mean:
+        return _MISSING
+    if value.deviation is None or value.deviation < _SMALLEST_SPREAD * value.mean:
         return mebibytes(value.mean)
     return f"{mebibytes(value.mean)} ± {mebibytes(value.deviation)}"
 

@@ -1,6 +1,6 @@
-"""One look for all figures: quiet axes, readable text, colours that colour-blind people can tell apart.
+"""Style of all figures: few lines, readable text, colours that colour-blind people can distinguish.
 
-matplotlib takes about a second to import, so it is imported where it is used and nowhere else.
+matplotlib takes about a second to import, so it is only imported in the functions that use it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (jfly.uni-koeln.de/color), which stays distinct under every colour blindness.
+# The palette of Okabe and Ito (jfly.uni-koeln.de/color), distinct for all kinds of colour blindness.
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
 SKY = "#56B4E9"
 AMBER = "#E69F00"
 PURPLE = "#CC79A7"
-# Beside them: a paler sky, and greys.
+# In addition: a paler sky blue, and greys.
 PALE = "#B9DDF4"
 SILVER = "#AEB7C0"
 INK = "#1F2933"
@@ -39,11 +39,11 @@ CATEGORY_COLOURS = {
     "logits": PURPLE,
     "other": SILVER,
 }
-"""The categories of memory, from the bottom of a stack to its top: blue is what stays through the run."""
+"""The categories of memory, from the bottom of a stack to its top: blue ones stay for the whole run."""
 
 MIB = 2**20
 
-# Any: what names the keys may have differs between versions of matplotlib.
+# Any: the type of the keys differs between versions of matplotlib.
 _SETTINGS: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so the figure is the same everywhere
     "font.size": 10.5,
@@ -71,13 +71,13 @@ _SETTINGS: Any = {
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.hashsalt": "sophia-galore",  # ids in the file are made from it: the same figure, the same bytes
+    "svg.hashsalt": "sophia-galore",  # ids are made from it, so the same figure gives the same bytes
 }
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Inside, figures look like ours, whatever the user's own matplotlibrc says."""
+    """Apply our style inside the context, whatever the user's matplotlibrc says."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -87,7 +87,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure on the Agg canvas, which needs no display and no global state.
+    """Return an empty figure on the Agg canvas, which needs no display and no global state.
 
     Args:
         width: In inches.
@@ -102,7 +102,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def headline(figure: Figure, title: str, subtitle: str) -> None:
-    """A title and, below it, one muted line; the top 0.9 inch of the figure is theirs."""
+    """Write a title and a grey subtitle; they take the top 0.9 inch of the figure."""
     height = figure.get_size_inches()[1]
     left = 0.35 / figure.get_size_inches()[0]
     figure.text(left, 1 - 0.22 / height, title, fontsize=15, fontweight="bold", va="top", ha="left")
@@ -110,18 +110,18 @@ def headline(figure: Figure, title: str, subtitle: str) -> None:
 
 
 def mebibytes(size_bytes: float) -> str:
-    """A size in MiB, with a decimal only where it says something."""
+    """Return a size in MiB, with a decimal only below 10 MiB."""
     size = size_bytes / MIB
     return f"{size:,.0f} MiB" if size >= 10 or size == 0 else f"{size:.1f} MiB" if size >= 0.1 else "< 0.1 MiB"
 
 
 def unit_of(peak_bytes: int) -> tuple[int, str]:
-    """A unit in which sizes up to this one have some digits."""
+    """Return the unit, its bytes and its name, in which sizes up to this one are written."""
     return (2**20, "MiB") if peak_bytes >= 4 * 2**20 else (2**10, "KiB")
 
 
 def size_in_unit(size_bytes: int, peak_bytes: int) -> str:
-    """A size in the unit that goes with the largest one beside it."""
+    """Return a size in the unit that fits the peak."""
     unit, name = unit_of(peak_bytes)
     if name == "MiB" or size_bytes >= 2**30:
         return mebibytes(size_bytes)
@@ -129,19 +129,19 @@ def size_in_unit(size_bytes: int, peak_bytes: int) -> str:
     return f"{size:,.0f} {name}" if size >= 1 or not size else f"< 1 {name}"
 
 
-def in_order(names: Iterable[str]) -> list[str]:
-    """The names in the order of the stack; those that are not known come last, in their own order."""
+def stack_order(names: Iterable[str]) -> list[str]:
+    """Return the names in the order of `CATEGORY_COLOURS`; unknown ones come last, in the given order."""
     known = list(CATEGORY_COLOURS)
     return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in CATEGORY_COLOURS else len(known))
 
 
 def colour_of(name: str) -> str:
-    """Its colour; of what is not known, that of "other"."""
+    """Return the colour of a category; unknown ones have that of "other"."""
     return CATEGORY_COLOURS.get(name, CATEGORY_COLOURS["other"])
 
 
 def step_axis(axes: Axes) -> None:
-    """Whole numbers along x: there is no half step."""
+    """Set up the x axis for steps, which are whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -154,12 +154,12 @@ def step_axis(axes: Axes) -> None:
 
 
 def quantity(axes: Axes, text: str) -> None:
-    """What the y axis shows, written above it where it needs no turned head."""
+    """Write the label of the y axis above it, horizontally."""
     axes.set_title(text, fontsize=10, fontweight="normal", color=MUTED, pad=6)
 
 
 def note(axes: Axes, text: str) -> None:
-    """Says why a panel is empty, in its middle."""
+    """Write into an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -168,7 +168,7 @@ def note(axes: Axes, text: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Writes the figure as PNG without dates or versions: the same records, the same bytes.
+    """Write the figure as PNG without dates or versions, so the same records give the same bytes.
 
     Raises:
         EnvironmentProblem: If the file can't be written.
@@ -182,7 +182,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def as_svg(figure: Figure) -> bytes:
-    """The figure as an SVG file, which is sharp at any size; the same records, the same bytes."""
+    """Return the figure as SVG, which is sharp at any size; the same records give the same bytes."""
     from io import BytesIO
 
     file = BytesIO()

@@ -1,14 +1,11 @@
-"""What is written around the memory of a step: sizes to compare it with on the right, the phases of the step above.
-
-The sizes are the step's peak, the predicted one and the limit; each is marked at its height.
-"""
+"""Labels around the memory of a step: on the right the peak, the predicted peak and the limit; above, the phases."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sophia_galore.records.memory import Timeline
 from sophia_galore.report.style import FAINT, INK, MUTED, ORANGE, size_in_unit
@@ -17,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REACH = 1.7
-"""A mark is drawn as a line up to this many times the largest total; further away it would flatten the rest."""
+"""Marks up to this many times the largest total are drawn as lines; higher ones would flatten the rest."""
 
 # In the order of a step. Greys, since colours are for categories; neighbours in a step differ in lightness.
 SHADES = {"forward": "#D3DAE1", "head": "#5B6875", "backward": "#A9B4BF", "step": "#3B4652"}
 
-TAKE_TURNS = {"backward", "step"}
-"""Phases that follow each other layer by layer, so that only both together can be named."""
+ALTERNATING = {"backward", "step"}
+"""Phases that alternate layer by layer, so they share one label."""
 
 LEAST_GAP = 8
 """Pixels between two names."""
@@ -31,7 +28,7 @@ LEAST_GAP = 8
 
 @dataclass(frozen=True)
 class Mark:
-    """A size with a name, marked at the height where it is."""
+    """A named size that is marked at its height."""
 
     name: str
     size_bytes: int
@@ -40,12 +37,12 @@ class Mark:
 
 
 def marks_of(timeline: Timeline, limit_bytes: int | None, predicted_peak_bytes: int | None) -> list[Mark]:
-    """What is marked, the highest first; a prediction that reads like the peak is marked once, with it.
+    """Return the marks, the highest first; a predicted peak that is written like the peak shares its mark.
 
     Args:
         timeline: One step.
-        limit_bytes: What may be allocated; None without a limit.
-        predicted_peak_bytes: Peak that was predicted; None where it was not.
+        limit_bytes: The memory limit; None without one.
+        predicted_peak_bytes: The predicted peak; None without one.
     """
     peak = timeline.peak_bytes
     if predicted_peak_bytes is not None and size_in_unit(predicted_peak_bytes, peak) == size_in_unit(peak, peak):
@@ -60,18 +57,18 @@ def marks_of(timeline: Timeline, limit_bytes: int | None, predicted_peak_bytes: 
 
 
 def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
-    """Heights near those that are wanted, none nearer to its neighbour than `gap`.
+    """Return heights close to the wanted ones, with a distance of at least `gap` between neighbours.
 
     Args:
-        wanted: Heights, the highest first.
+        wanted: The wanted heights, the highest first.
         gap: Least distance between two.
-        lowest: No height is below this, if all find room.
+        lowest: No height is below this, if there is room for all.
         highest: No height is above this.
 
     Returns:
         As many heights, the highest first.
     """
-    # With the gaps taken out it is a falling series again; what rises is replaced by its mean.
+    # Without the gaps the series must fall (isotonic regression): parts that rise are replaced by their mean.
     blocks: list[tuple[float, int]] = []
     for index, height in enumerate(wanted):
         mean, count = height + index * gap, 1
@@ -85,7 +82,7 @@ def spread(wanted: Sequence[float], gap: float, lowest: float, highest: float) -
 
 
 def draw_marks(axes: Axes, marks: Sequence[Mark], peak_place: float, peak_bytes: int) -> None:
-    """Lines at the marked sizes, each with its name to the right of the axes; what is above the axes has an arrow.
+    """Draw lines at the marked sizes, with names to the right of the axes; sizes above the axes get an arrow.
 
     Args:
         axes: With its limits.
@@ -93,46 +90,26 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], peak_place: float, peak_bytes:
         peak_place: Where along x the largest total is.
         peak_bytes: The largest total.
     """
-    from matplotlib.transforms import blended_transform_factory
-
-    right = axes.get_xlim()[1]
-    for mark in marks:
-        if mark.size_bytes > axes.get_ylim()[1]:
-            continue
-        begin = peak_place if mark.line == ":" else axes.get_xlim()[0]
-        thick = 1.6 if mark.line == "-" else 1.3
-        axes.plot(
-            [begin, right],
-            [mark.size_bytes] * 2,
-            color=mark.colour,
-            linestyle=mark.line,
-            linewidth=thick,
-            zorder=3,
-            clip_on=False,
-        )
     axes.plot(
         [peak_place], [peak_bytes], "o", color=INK, markersize=6, markeredgecolor="white", zorder=4, clip_on=False
     )
-    height = axes.get_window_extent().height / axes.figure.dpi
-    inches = [min(mark.size_bytes / axes.get_ylim()[1], 1) * height for mark in marks]
-    beside = blended_transform_factory(axes.transAxes, axes.transAxes)
-    width = axes.get_window_extent().width / axes.figure.dpi
-    for mark, wanted, place in zip(marks, inches, spread(inches, 0.4, 0.2, height), strict=True):
-        far = " \u2191" if mark.size_bytes > axes.get_ylim()[1] else ""
-        if not far:
-            axes.plot(
-                [1, 1 + 0.12 / width],
-                [wanted / height, place / height],
-                transform=beside,
-                color=mark.colour,
-                linewidth=0.8,
-                clip_on=False,
-            )
+    (left, right), top = axes.get_xlim(), axes.get_ylim()[1]
+    width, height = _inches(axes)
+    wanted = [min(mark.size_bytes / top, 1) * height for mark in marks]
+    for mark, at, beside in zip(marks, wanted, spread(wanted, 0.4, 0.2, height), strict=True):
+        arrow = " \u2191" if mark.size_bytes > top else ""
+        if not arrow:
+            begin = peak_place if mark.line == ":" else left
+            thick = 1.6 if mark.line == "-" else 1.3
+            look: dict[str, Any] = {"color": mark.colour, "clip_on": False}
+            axes.plot([begin, right], [mark.size_bytes] * 2, linestyle=mark.line, linewidth=thick, zorder=3, **look)
+            connector = [1, 1 + 0.12 / width], [at / height, beside / height]
+            axes.plot(*connector, transform=axes.transAxes, linewidth=0.8, **look)
         axes.text(
             1 + 0.18 / width,
-            place / height,
-            f"{mark.name}\n{size_in_unit(mark.size_bytes, peak_bytes)}{far}",
-            transform=beside,
+            beside / height,
+            f"{mark.name}\n{size_in_unit(mark.size_bytes, peak_bytes)}{arrow}",
+            transform=axes.transAxes,
             va="center",
             fontsize=9.5,
             color=mark.colour,
@@ -140,9 +117,15 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], peak_place: float, peak_bytes:
         )
 
 
+def _inches(axes: Axes) -> tuple[float, float]:
+    """Return width and height of axes in inches."""
+    window = axes.get_window_extent()
+    return window.width / axes.figure.dpi, window.height / axes.figure.dpi
+
+
 @dataclass(frozen=True)
 class Span:
-    """A stretch of the axis in one phase, or in some that take turns."""
+    """An interval of the axis in one phase, or in phases that alternate."""
 
     name: str
     begin: float
@@ -150,12 +133,12 @@ class Span:
 
     @property
     def middle(self) -> float:
-        """Where its name belongs."""
+        """The place of its label."""
         return (self.begin + self.end) / 2
 
 
 def spans(places: Sequence[float], phases: Sequence[str]) -> list[Span]:
-    """The phases as stretches that leave no gap; between two moments of different phases, each has half.
+    """Return the phases as adjacent intervals; they meet in the middle between two moments.
 
     Args:
         places: Of the moments along the axis, ascending.
@@ -167,14 +150,14 @@ def spans(places: Sequence[float], phases: Sequence[str]) -> list[Span]:
     return [Span(phases[run[0]], begin, end) for run, begin, end in zip(runs, begins, ends, strict=True)]
 
 
-def named(found: Sequence[Span]) -> list[Span]:
-    """The stretches to write a name on: backward and step in turns are one.
+def merge_alternating(found: Sequence[Span]) -> list[Span]:
+    """Return the intervals to label: alternating backward and step become one.
 
     Args:
         found: As `spans` gives them.
     """
     names: list[Span] = []
-    for turns, run in groupby(found, key=lambda span: span.name in TAKE_TURNS):
+    for turns, run in groupby(found, key=lambda span: span.name in ALTERNATING):
         parts = list(run)
         if turns and len(parts) > 2:
             names.append(Span("backward and step", parts[0].begin, parts[-1].end))
@@ -184,7 +167,7 @@ def named(found: Sequence[Span]) -> list[Span]:
 
 
 def draw_phases(axes: Axes, places: Sequence[float], phases: Sequence[str]) -> None:
-    """A thin band above the axes, and the names of the phases: each above its stretch, or else all in a key.
+    """Draw the phases as a thin band above the axes, with labels above it or, if they do not fit, a key.
 
     Args:
         axes: With its limits along x.
@@ -194,7 +177,7 @@ def draw_phases(axes: Axes, places: Sequence[float], phases: Sequence[str]) -> N
     found = spans(places, phases)
     if not any(span.name for span in found):
         return
-    height = axes.get_window_extent().height / axes.figure.dpi
+    height = _inches(axes)[1]
     bottom, thick = 1 + 0.05 / height, 0.09 / height
     for name in dict.fromkeys(span.name for span in found):
         axes.broken_barh(
@@ -206,14 +189,14 @@ def draw_phases(axes: Axes, places: Sequence[float], phases: Sequence[str]) -> N
             clip_on=False,
         )
     above = bottom + thick + 0.05 / height
-    if not _write_names(axes, named(found), above):
+    if not _write_names(axes, merge_alternating(found), above):
         names = {span.name for span in found} - {""}
         known = [name for name in SHADES if name in names]
         _write_key(axes, [*known, *sorted(names - set(known))], above)
 
 
 def _write_names(axes: Axes, names: Sequence[Span], bottom: float) -> bool:
-    """Names over the middle of their stretches; if one finds no room, none is written.
+    """Write names above the middle of their intervals; if one does not fit, none is written.
 
     Returns:
         Whether they are written.
@@ -242,12 +225,11 @@ def _write_names(axes: Axes, names: Sequence[Span], bottom: float) -> bool:
 
 
 def _write_key(axes: Axes, names: Sequence[str], bottom: float) -> None:
-    """Each phase once, beside its grey."""
+    """Write the key: each phase once, with its shade."""
     from matplotlib.patches import Rectangle
 
-    whole = axes.get_window_extent()
-    width, height = whole.width / axes.figure.dpi, whole.height / axes.figure.dpi
-    left = 0.0
+    width, height = _inches(axes)
+    left, origin = 0.0, axes.get_window_extent().x0
     for name in names:
         grey = Rectangle(
             (left / width, bottom + 0.03 / height),
@@ -262,4 +244,4 @@ def _write_key(axes: Axes, names: Sequence[str], bottom: float) -> None:
         text = axes.text(
             (left + 0.22) / width, bottom, name, transform=axes.transAxes, va="bottom", fontsize=9.5, color=MUTED
         )
-        left = (text.get_window_extent().x1 - whole.x0) / axes.figure.dpi + 0.25
+        left = (text.get_window_extent().x1 - origin) / axes.figure.dpi + 0.25

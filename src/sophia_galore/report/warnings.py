@@ -1,4 +1,4 @@
-"""Warnings: reasons not to believe a table of runs as it stands."""
+"""Warnings: reasons to doubt the numbers of runs."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from sophia_galore.records.report import RunWarning, WarningKind
 from sophia_galore.report.run import Run
 
 Kinds = Mapping[WarningKind, Callable[[Run], str]]
-"""Kinds of warnings about a single run, each with what gives its message; "": it does not apply."""
+"""Kinds of warnings about a single run, each with the function that returns its message; "": it does not apply."""
 
 NOVEL_LOSS = 0.3
-"""Nats a token below which no language model gets on text that it can't have seen. The best published ones stay above
-some 0.5 even on source code, the most regular text there is. A bound well below that gives no false warnings."""
+"""Lowest loss, in nats a token, that a language model can reach on unseen text. The best published models stay above
+about 0.5 even on source code, the most regular kind of text. A lower bound avoids false warnings."""
 
 REPEATED = 0.5
-"""Evaluation data of which more than this share is told by repetition alone measure repetition."""
+"""If repetition alone predicts more than this share of the evaluation data, they mostly measure repetition."""
 
 PARTLY_REPEATED = 0.25
-"""With more than this share it is enough that counting beats the untrained model; with less, that says that the model
-knew nothing, not that the texts repeat each other."""
+"""The same threshold if counting beats the untrained model. With a smaller share, that only shows that the model was
+untrained, not that the texts repeat each other."""
 
 
-def warnings_of(runs: Sequence[Run]) -> list[RunWarning]:
-    """Everything that a reader of a table of these runs should know before believing it.
+def find_warnings(runs: Sequence[Run]) -> list[RunWarning]:
+    """Return the warnings about runs.
 
     Args:
         runs: The runs that are compared.
 
     Returns:
-        Warnings; the same one for several runs is said once.
+        The warnings; the same one about several runs appears once.
     """
-    # Of a single run, that it ended early is no reason for a warning.
+    # For a single run, ending early is no reason for a warning.
     endings = [_ENDED_EARLY, _UNFINISHED] if len(runs) > 1 else [_UNFINISHED]
     return [
         *_identical(runs),
@@ -44,13 +44,13 @@ def warnings_of(runs: Sequence[Run]) -> list[RunWarning]:
 
 
 def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Keys of the configuration in which runs differ, in the order of the first run's file."""
+    """Return the configuration keys in which runs differ, in the order of the first run's file."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [key for key in keys if any(run.config.get(key) != runs[0].config.get(key) for run in runs)]
 
 
 def _identical(runs: Sequence[Run]) -> list[RunWarning]:
-    """Runs whose every recorded loss is the same: as floats, which the records hold exactly."""
+    """Return a warning for each two runs whose losses are all equal, bit by bit."""
     found = []
     for first, second in combinations(runs, 2):
         losses = [
@@ -70,7 +70,7 @@ def _identical(runs: Sequence[Run]) -> list[RunWarning]:
 
 
 def _differing(runs: Sequence[Run]) -> list[RunWarning]:
-    """What must be the same for losses and times to be comparable."""
+    """Return warnings about differences that make losses or times incomparable."""
     found: dict[WarningKind, str] = {}
     if len({run.plan.data_fingerprint for run in runs}) > 1:
         found["data"] = (
@@ -92,7 +92,7 @@ def _differing(runs: Sequence[Run]) -> list[RunWarning]:
 
 
 def _each(runs: Sequence[Run], find: Kinds) -> list[RunWarning]:
-    """Warnings about single runs; the same one about several runs is one, with the runs' labels before it."""
+    """Return warnings about single runs; equal ones are merged, with the runs' labels before them."""
     by_words: dict[tuple[WarningKind, str], list[str]] = defaultdict(list)
     for run in runs:
         for kind, message_of in find.items():
@@ -106,7 +106,7 @@ def _each(runs: Sequence[Run], find: Kinds) -> list[RunWarning]:
 
 
 def _rerouted(run: Run) -> str:
-    """What was asked for is not what trained it."""
+    """Check whether another optimizer than the requested one trained the run."""
     asked, trained = run.config.get("optimizer.type"), run.plan.optimizer
     routes = [route for route in run.plan.routes if route.trained]
     if asked is None or (asked == trained and any(route.rule == asked for route in routes)):
@@ -131,24 +131,24 @@ def _overlap(run: Run) -> str:
 
 
 def _repetition(run: Run) -> str:
-    """The evaluation examples repeat the training examples so much that a count of token sequences tells them."""
+    """Check whether counts of token sequences in the training data predict much of the evaluation data."""
     share, counted = run.plan.repetition_share, run.plan.repetition_loss
     if share is None or counted is None:
         return ""
     beaten = run.loss_before is not None and counted < run.loss_before
     if share <= (PARTLY_REPEATED if beaten else REPEATED):
         return ""
-    # Without the number, which differs a little between formats of the weights: it is one warning for all runs.
+    # The untrained model's loss differs a little between weight formats; without it, all runs share one warning.
     beats = ", less than the untrained model" if beaten else ""
     return (
-        f"the evaluation data repeat the training data: a mere count of token sequences tells {share:.0%} of the "
+        f"the evaluation data repeat the training data: counting token sequences alone predicts {share:.0%} of the "
         f"counted tokens and reaches a loss of {counted:.3f}{beats}. A low eval loss shows that repetition was "
         "learned, and little else."
     )
 
 
 def _too_low(run: Run) -> str:
-    """A loss that not even the repetition of the training text explains."""
+    """Check for a loss that is too low even for evaluation data that repeat the training data."""
     share = run.plan.repetition_share
     losses = [line.loss for line in run.metrics.eval]
     if share is None or not losses:
@@ -158,9 +158,9 @@ def _too_low(run: Run) -> str:
         return ""
     return (
         f"an eval loss of {lowest:.4f} is below what the text's own repetition explains: {1 - share:.0%} of the "
-        f"counted tokens are not told by it, and with {NOVEL_LOSS} nats for each of these, less than any language "
-        f"model reaches on text that it has not seen, it would be {floor:.4f}. Look for evaluation text in the "
-        "training data, in other words."
+        f"counted tokens are not predicted by it, and with {NOVEL_LOSS} nats for each of these, less than any language "
+        f"model reaches on text that it has not seen, it would be {floor:.4f}. Look for reworded evaluation "
+        "text in the training data."
     )
 
 

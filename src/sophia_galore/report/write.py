@@ -1,4 +1,4 @@
-"""The three files of a report, and the pictures beside them."""
+"""Writes a report: three files and their pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sophia_galore.records.report import Report
 from sophia_galore.records.schema import write_json
 from sophia_galore.report.comparison import Comparison
 from sophia_galore.report.document import to_html, to_markdown
-from sophia_galore.report.sections import CATEGORIES, LOSSES, document_of
+from sophia_galore.report.sections import CATEGORIES, LOSSES, build_document
 from sophia_galore.report.style import as_svg, save, styled
 
 
@@ -18,19 +18,19 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     """Write `report.html`, `report.md` with its pictures, and `report.json`.
 
     Args:
-        comparison: What they say.
-        folder: Where they go; it is made if it is missing.
+        comparison: The runs and their numbers.
+        folder: Output folder; it is created if it is missing.
 
     Returns:
         The three files, the page first.
 
     Raises:
-        EnvironmentProblem: The folder can't be written to, or holds files of these names that are no report.
+        EnvironmentProblem: The folder can't be written to, or holds files of these names that are not a report.
     """
     from sophia_galore.report.draw_comparison import draw_categories, draw_losses
 
-    _refuse_others_files(folder)
-    document = document_of(comparison)
+    _refuse_foreign_files(folder)
+    document = build_document(comparison)
     page, text, data = (folder / name for name in (REPORT_HTML, REPORT_MD, REPORT_JSON))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,12 @@ def write_report(comparison: Comparison, folder: Path) -> list[Path]:
     return [page, text, data]
 
 
-def _refuse_others_files(folder: Path) -> None:
-    """A report replaces an earlier report, and no files that only have its names."""
+def _refuse_foreign_files(folder: Path) -> None:
+    """Refuse to replace files that have a report's names but are not an earlier report."""
     found = [name for name in REPORT_FILES if (folder / name).exists()]
     if not found or Report.find(folder / REPORT_JSON):
         return
     raise EnvironmentProblem(
-        f"{folder / found[0]} exists, and there is no report of this program beside it, so it is not replaced.",
-        "Choose another --output, or move that file elsewhere.",
+        f"{folder / found[0]} exists and does not belong to a report of this program, so it is not replaced.",
+        "Choose another --output, or move that file.",
     )

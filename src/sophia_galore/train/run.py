@@ -256,7 +256,7 @@ class _Run:
             },
             keep_last=self._config.checkpoint.keep_last,
             keep_steps=self._best.steps,
-            needed_bytes=sum(self._plan.ledger.values()),
+            needed_bytes=sum(self._plan.standing_bytes.values()),
         )
         self._last_saved_s = time.monotonic()
 

@@ -63,13 +63,15 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         to_come += sum(evaluates_after(step, config, plan.steps_per_epoch, plan.num_steps) for step in steps)
         most += 1
     at_once = min(most, kept + to_come) - min(most, kept) + 1
-    return Space(at_once, sum(plan.ledger.values()) + _DOCUMENTS_BYTES, model_bytes(config, plan) + _DOCUMENTS_BYTES)
+    return Space(
+        at_once, sum(plan.standing_bytes.values()) + _DOCUMENTS_BYTES, model_bytes(config, plan) + _DOCUMENTS_BYTES
+    )
 
 
 def model_bytes(config: RunConfig, plan: RunPlan) -> int:
     """Bytes of the final model's weights."""
     dtype = final_dtype(config)
-    return plan.num_parameters * dtype.itemsize if dtype else plan.ledger["weights"]
+    return plan.num_parameters * dtype.itemsize if dtype else plan.standing_bytes["weights"]
 
 
 def final_dtype(config: RunConfig) -> torch.dtype | None:

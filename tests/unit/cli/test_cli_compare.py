@@ -300,7 +300,7 @@ BAD: list[tuple[list[str], str]] = [
     (["compare", "CONFIG", "--seeds", "2", "training.max_stepps=3"], "max_steps"),
     (["compare", "CONFIG", "--seeds", "2", "training.output_dir=x"], "Use --output instead"),
     (["report"], "Missing argument"),
-    (["report", "nowhere"], "nowhere is no folder"),
+    (["report", "nowhere"], "nowhere is not a folder"),
     (["report", "MODEL"], "plan.json can't be read"),
 ]
 

@@ -130,7 +130,7 @@ def test_updates_that_are_not_in_the_codes_yet_are_answered_with(world: World, t
 
 ERRORS: dict[str, tuple[list[str], list[str]]] = {
     "no such format": (["--format", "int4"], ["int4"]),
-    "no such device": (["--device", "gpu"], ["--device gpu is no device"]),
+    "no such device": (["--device", "gpu"], ["--device gpu is not a device"]),
     "top-p above 1": (["--top-p", "1.5"], ["--top-p"]),
     "negative temperature": (["--temperature=-1"], ["--temperature"]),
     "nothing is asked": ([], ["no question"]),

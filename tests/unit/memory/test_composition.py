@@ -13,12 +13,12 @@ from sophia_galore.memory.composition import (
     Change,
     Layout,
     PassTrace,
+    add,
+    choose_layers,
     extrapolate,
-    follow,
-    lay_out,
-    minus,
-    plus,
     split_passes,
+    subtract,
+    to_segments,
 )
 from sophia_galore.memory.forecast import trace_model
 from sophia_galore.memory.simulation import simulate, take_layers
@@ -49,7 +49,7 @@ def test_composed_from_few_layers_it_is_that_of_all(name: str) -> None:
     for keep_layers in counts:
         seen = simulate(whole, decided, workload.train, (1,), keep_layers=keep_layers)
         changes = [change for passed in seen.steps[0] for change in passed.changes]
-        real = follow(plus(found.standing, {"other": batch_bytes(workload.train)}), changes)
+        real = to_segments(add(found.standing, {"other": batch_bytes(workload.train)}), changes)
         composed = found.forecast(keep_layers).segments
         assert max(segment.peak.total() for segment in composed) == max(segment.peak.total() for segment in real)
         assert_same(composed, real)
@@ -68,10 +68,10 @@ def assert_same(composed: Sequence[Segment], real: Sequence[Segment]) -> None:
 
 
 def test_the_last_layer_of_each_kind_stands_for_it() -> None:
-    layout = lay_out(["a", "b", "a", "a", "b"])
+    layout = choose_layers(["a", "b", "a", "a", "b"])
     assert layout == Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1))
-    assert layout.run(with_kept=False) == (0, 3, 4)
-    assert layout.run(with_kept=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
+    assert layout.simulated_layers(with_kept=False) == (0, 3, 4)
+    assert layout.simulated_layers(with_kept=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_the_last_layer_of_each_kind_stands_for_it() -> None:
     ],
 )
 def test_which_layer_stands_where(keep_layers: int, stand_ins: list[int]) -> None:
-    assert Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1)).stand_ins(keep_layers) == stand_ins
+    assert Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1)).representatives(keep_layers) == stand_ins
 
 
 def trace(size: int) -> PassTrace:
@@ -112,7 +112,7 @@ def test_following_changes_adds_them_up() -> None:
         Change("forward", Counter(activations=5), Counter(activations=3)),
         Change("backward", Counter(activations=1, gradients=4), Counter(activations=-3)),
     ]
-    assert follow({"weights": 10}, changes) == [
+    assert to_segments({"weights": 10}, changes) == [
         Segment("forward", Counter(weights=10), Counter(weights=10, activations=5), Counter(weights=10, activations=3)),
         Segment(
             "backward",
@@ -121,7 +121,7 @@ def test_following_changes_adds_them_up() -> None:
             Counter(weights=10),
         ),
     ]
-    assert minus({"a": 1}, {"a": 3, "b": 1}) == {"a": -2, "b": -1}
+    assert subtract({"a": 1}, {"a": 3, "b": 1}) == {"a": -2, "b": -1}
 
 
 def test_another_order_of_phases_is_refused() -> None:

@@ -95,7 +95,7 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(folder: Path, monkeypatch: py
     decided = planner.decide(config_of(folder, "training.device=cuda"))
     assert decided.compute_dtype == torch.bfloat16 and not planner.facts.device.is_cpu
     assert planned_device("auto") == planned_device("cpu") == DeviceFacts()
-    with pytest.raises(EnvironmentProblem, match="is no device"):
+    with pytest.raises(EnvironmentProblem, match="is not a device"):
         planned_device("gpu")
 
 

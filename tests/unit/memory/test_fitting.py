@@ -13,7 +13,7 @@ from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget
-from sophia_galore.memory.fitting import Fit, advice, find_settings, in_words
+from sophia_galore.memory.fitting import Fit, advice, as_overrides, find_settings
 from sophia_galore.memory.forecast import Forecast
 from sophia_galore.memory.ladder import RUNGS, SHORTER
 
@@ -273,4 +273,4 @@ def test_without_a_limit_there_is_the_usual_advice() -> None:
 
 def test_values_are_written_as_yaml() -> None:
     changes = {"a.b": 3, "c": True, "d": None, "e": "bf16", "f": 0.5}
-    assert in_words(changes) == "a.b=3 c=true d=null e=bf16 f=0.5"
+    assert as_overrides(changes) == "a.b=3 c=true d=null e=bf16 f=0.5"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sophia_galore.memory.report import joined
+from sophia_galore.memory.report import merge_reports
 
 
 def part(peak_bytes: int, steps: list[int], **more: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def part(peak_bytes: int, steps: list[int], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("first", "second"), [(100, 70), (70, 100)])
 def test_the_highest_peak_and_what_belongs_to_it_are_kept(first: int, second: int) -> None:
     earlier, later = part(first, [1, 2], adaptations=["a"]), part(second, [3, 4], adaptations=["a", "b"])
-    whole = joined(earlier, later)
+    whole = merge_reports(earlier, later)
     highest = earlier if first > second else later
     for key in ("categories", "timeline", "predicted_peak_bytes", "peak_allocated_bytes", "measured_by"):
         assert whole[key] == highest[key], key
@@ -44,4 +44,4 @@ def test_the_highest_peak_and_what_belongs_to_it_are_kept(first: int, second: in
 
 def test_what_was_not_measured_stays_unknown() -> None:
     unknown = part(0, [1], peak_allocated_bytes=None, peak_reserved_bytes=None)
-    assert joined(unknown, unknown)["peak_allocated_bytes"] is None
+    assert merge_reports(unknown, unknown)["peak_allocated_bytes"] is None

@@ -61,9 +61,9 @@ def test_the_device(name: str, num_gpus: int, chosen: str, monkeypatch: pytest.M
         ("cuda:2", 2, "only 2 GPUs", "cuda:0 to cuda:1"),
         ("mps", 0, "training.device=mps is not supported", "cpu, cuda"),
         ("meta", 0, "training.device=meta is not supported", "cpu, cuda"),
-        ("gpu", 1, "training.device=gpu is no device", "cpu, cuda"),
-        ("cuda:x", 1, "training.device=cuda:x is no device", "cpu, cuda"),
-        ("", 0, "is no device", "cpu, cuda"),
+        ("gpu", 1, "training.device=gpu is not a device", "cpu, cuda"),
+        ("cuda:x", 1, "training.device=cuda:x is not a device", "cpu, cuda"),
+        ("", 0, "is not a device", "cpu, cuda"),
     ],
 )
 def test_a_device_that_is_not_there(

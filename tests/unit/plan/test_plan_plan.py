@@ -78,16 +78,16 @@ def test_steps(training: dict[str, Any], num_train: int, steps_per_epoch: int, n
 def test_the_ledger_adds_up(store: str, itemsize: int, optimizer: str) -> None:
     plan = plan_for({"model": {"store": store}, "optimizer": {"type": optimizer, "galore": {"rank": 8}}})
     assert plan.num_parameters == NUM_PARAMETERS
-    assert plan.ledger["weights"] == itemsize * NUM_PARAMETERS
-    assert plan.ledger["optimizer state"] == sum(route.state_bytes for route in plan.routes)
-    assert plan.ledger["projections"] == sum(route.projection_bytes for route in plan.routes)
+    assert plan.standing_bytes["weights"] == itemsize * NUM_PARAMETERS
+    assert plan.standing_bytes["optimizer state"] == sum(route.state_bytes for route in plan.routes)
+    assert plan.standing_bytes["projections"] == sum(route.projection_bytes for route in plan.routes)
     if optimizer == "adamw":
-        assert plan.ledger["optimizer state"] == 8 * NUM_PARAMETERS
-        assert plan.ledger["projections"] == 0
+        assert plan.standing_bytes["optimizer state"] == 8 * NUM_PARAMETERS
+        assert plan.standing_bytes["projections"] == 0
     else:
         # Two moments in the subspace or, for the norm, whole; bases of 64 x 8 in bf16.
-        assert plan.ledger["optimizer state"] == 8 * (320 * 8 + 8 * 96 + 64)
-        assert plan.ledger["projections"] == 2 * (64 * 8 + 64 * 8)
+        assert plan.standing_bytes["optimizer state"] == 8 * (320 * 8 + 8 * 96 + 64)
+        assert plan.standing_bytes["projections"] == 2 * (64 * 8 + 64 * 8)
 
 
 def test_plan_json_says_everything_of_every_parameter() -> None:
@@ -97,7 +97,7 @@ def test_plan_json_says_everything_of_every_parameter() -> None:
     assert (written["device"], written["compute_dtype"], written["optimizer"]) == ("cpu", "float32", "galore")
     assert written["data_fingerprint"] == "f" * 64
     assert written["num_parameters"] == written["num_trained_parameters"] == NUM_PARAMETERS
-    assert written["bytes"] == plan.ledger
+    assert written["bytes"] == plan.standing_bytes
     assert [route["name"] for route in written["routes"]] == list(SHAPES)
     embed, down, norm = written["routes"]
     assert embed["shape"] == [320, 64] and down["shape"] == [64, 96] and norm["shape"] == [64]

@@ -23,7 +23,7 @@ from sophia_galore.plan.facts import (
     RouteFacts,
 )
 from sophia_galore.plan.rules import RULES, compute_dtype, optimizer
-from sophia_galore.plan.verdicts import Decided, FallBack, Refuse, Rule, Use, decide, settled
+from sophia_galore.plan.verdicts import Decided, FallBack, Refuse, Rule, Use, decide, describe, settled
 
 CPU = DeviceFacts()
 PASCAL = DeviceFacts("cuda:0", "GTX 1080", (6, 1))
@@ -403,7 +403,7 @@ def test_every_row_of_the_table_has_a_case() -> None:
 @pytest.mark.parametrize(("key", "known"), ids("fires"))
 def test_the_rule_speaks(key: str, known: Facts) -> None:
     case, rule = CASES[key], ROWS[key]
-    assert rule.verdict.words(known) == case.verdict
+    assert describe(rule.verdict, known) == case.verdict
     if case.error is not None:
         with pytest.raises(case.error) as caught:
             decide(RULES, known)

@@ -9,15 +9,15 @@ import pytest
 
 from made_runs import MIB, write_run
 from sophia_galore.errors import UserError
-from sophia_galore.report.comparison import compared, read_runs
-from sophia_galore.report.numbers import grouped, numbers_of
+from sophia_galore.report.comparison import compare_runs, read_runs
+from sophia_galore.report.numbers import group_by_name, run_numbers
 from sophia_galore.report.run import read_run
-from sophia_galore.report.sections import document_of
+from sophia_galore.report.sections import build_document
 
 
 def test_every_number_of_a_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", tokens=100, tokens_per_second=[10.0, 50.0, 50.0, 25.0])
-    result = numbers_of(read_run(folder))
+    result = run_numbers(read_run(folder))
     assert result.to_json() == {
         "name": "a",
         "optimizer": "galore",
@@ -44,7 +44,7 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
 
 def test_a_run_that_is_under_way_has_the_numbers_so_far(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", losses=[3.0], evals={0: 3.1}, finished=False)
-    result = numbers_of(read_run(folder))
+    result = run_numbers(read_run(folder))
     assert (result.step, result.finished, result.eval_loss, result.eval_loss_before) == (1, False, [], 3.1)
     assert result.peak_allocated_bytes == 900 * MIB - 1  # of the records, as there is no memory report yet
     assert result.peak_process_bytes is None
@@ -52,14 +52,14 @@ def test_a_run_that_is_under_way_has_the_numbers_so_far(tmp_path: Path) -> None:
 
 
 def test_before_the_first_step_there_is_little(tmp_path: Path) -> None:
-    result = numbers_of(read_run(write_run(tmp_path / "a", losses=[], evals={}, finished=False)))
+    result = run_numbers(read_run(write_run(tmp_path / "a", losses=[], evals={}, finished=False)))
     assert (result.step, result.eval_loss, result.seconds_per_epoch, result.tokens_per_second) == (0, [], None, None)
 
 
 def test_of_several_evaluations_in_an_epoch_the_last_counts(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", evals={1: 2.9, 2: 2.8, 3: 2.7})
-    assert numbers_of(read_run(folder)).eval_loss == [2.8, 2.7]
-    assert numbers_of(read_run(folder)).eval_loss_before is None
+    assert run_numbers(read_run(folder)).eval_loss == [2.8, 2.7]
+    assert run_numbers(read_run(folder)).eval_loss_before is None
 
 
 def test_means_spreads_and_differences_within_a_seed(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_means_spreads_and_differences_within_a_seed(tmp_path: Path) -> None:
         for name, values in ends.items()
         for seed, end in enumerate(values)
     ]
-    first, second, third = grouped([numbers_of(run) for run in runs])
+    first, second, third = group_by_name([run_numbers(run) for run in runs])
     assert first.seeds == [0, 1] and third.seeds == [0]
     assert first.final_eval_loss is not None and first.final_eval_loss.mean == pytest.approx(2.9, rel=1e-15)
     assert first.final_eval_loss.deviation == stdev([2.4, 3.4])
@@ -84,17 +84,17 @@ def test_means_spreads_and_differences_within_a_seed(tmp_path: Path) -> None:
 def test_an_unfinished_run_is_no_end_result(tmp_path: Path) -> None:
     done = read_run(write_run(tmp_path / "a"))
     under_way = read_run(write_run(tmp_path / "b", losses=[3.0, 2.9], evals={2: 1.0}, finished=False))
-    first, second = grouped([numbers_of(done), numbers_of(under_way)])
+    first, second = group_by_name([run_numbers(done), run_numbers(under_way)])
     assert second.final_eval_loss is None and second.difference is None
     assert first.final_eval_loss is not None
-    assert "a, 2.4000" in _finding(compared([done, under_way]))
+    assert "a, 2.4000" in _finding(compare_runs([done, under_way]))
 
 
 def _finding(comparison: object) -> str:
     from sophia_galore.report.document import Paragraph
-    from sophia_galore.report.sections import document_of
+    from sophia_galore.report.sections import build_document
 
-    opening = document_of(comparison).opening[0]  # type: ignore[arg-type]
+    opening = build_document(comparison).opening[0]  # type: ignore[arg-type]
     assert isinstance(opening, Paragraph)
     return opening.text
 
@@ -116,7 +116,7 @@ def test_runs_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "no folder": (None, None, "is no folder"),
+    "no folder": (None, None, "is not a folder"),
     "no plan": ("plan.json", None, "can't be read"),
     "plan is no JSON": ("plan.json", "{", "is no JSON"),
     "plan is a list": ("plan.json", "[]", "is not what a run writes"),
@@ -143,10 +143,10 @@ def test_a_run_that_ended_early_is_finished_and_its_final_model_counts(tmp_path:
     patient = {"training": {"early_stopping_patience": 2}}
     early = {"losses": (3.0, 2.9, 2.8), "evals": {0: 3.1, 1: 2.5, 2: 2.6, 3: 2.7}, "waited": {2: 1, 3: 2}}
     run = read_run(write_run(tmp_path / "a", **early, config=patient, exported=(1, 2.5)))
-    result = numbers_of(run)
+    result = run_numbers(run)
     assert run.finished and result.ended_early and result.finished
     assert (result.exported_step, result.exported_eval_loss, result.final_eval_loss) == (1, 2.5, 2.5)
-    (group,) = grouped([result])
+    (group,) = group_by_name([result])
     assert group.final_eval_loss is not None and group.final_eval_loss.mean == 2.5
     # One evaluation more of patience, or a run that is still under way: it is not finished.
     more = {"training": {"early_stopping_patience": 3}}
@@ -156,12 +156,12 @@ def test_a_run_that_ended_early_is_finished_and_its_final_model_counts(tmp_path:
     folder = write_run(tmp_path / "d", exported=(1, 2.5), finished=False)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 2.0}\n')
-    assert numbers_of(read_run(folder)).exported_step is None
+    assert run_numbers(read_run(folder)).exported_step is None
 
 
 def test_a_report_says_how_a_run_ended(tmp_path: Path) -> None:
     early = {"losses": (3.0, 2.9, 2.8), "evals": {0: 3.1, 1: 2.5, 3: 2.7}, "waited": {3: 1}, "exported": (1, 2.5)}
     run = read_run(write_run(tmp_path / "a", **early, config={"training": {"early_stopping_patience": 1}}))
-    said = str(document_of(compared([run])))
+    said = str(build_document(compare_runs([run])))
     assert "ended early, after step 3 of 4; the final model is the best one, after step 1, with an eval loss" in said
-    assert "ended early" not in str(document_of(compared([read_run(write_run(tmp_path / "b"))])))
+    assert "ended early" not in str(build_document(compare_runs([read_run(write_run(tmp_path / "b"))])))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from made_runs import write_run
-from sophia_galore.report.comparison import compared
+from sophia_galore.report.comparison import compare_runs
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
 
@@ -70,7 +70,7 @@ def page(tmp_path: Path) -> Path:
         for name, end in (("galore", 2.4), ("adamw", 2.3))
         for seed in (1, 2)
     ]
-    return write_report(compared(runs, command="sophia-galore compare a.yaml b.yaml"), tmp_path / "report")[0]
+    return write_report(compare_runs(runs, command="sophia-galore compare a.yaml b.yaml"), tmp_path / "report")[0]
 
 
 # Continuous integration sets the variable, so that a missing browser is not a test that nobody ran.

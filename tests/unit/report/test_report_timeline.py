@@ -15,10 +15,10 @@ from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.records.memory import MemoryReport, Moment, Timeline
 from sophia_galore.records.metrics import Metrics
 from sophia_galore.report.draw_memory import draw_memory
-from sophia_galore.report.draw_timeline import MOST_MOMENTS, stack, thinned, timeline_figure
+from sophia_galore.report.draw_timeline import MOST_MOMENTS, downsample, stack, timeline_figure
 from sophia_galore.report.plots import plot_memory, plot_timeline
-from sophia_galore.report.style import CATEGORY_COLOURS, in_order, styled
-from sophia_galore.report.timeline_labels import Span, named, spans, spread
+from sophia_galore.report.style import CATEGORY_COLOURS, stack_order, styled
+from sophia_galore.report.timeline_labels import Span, merge_alternating, spans, spread
 
 MIB = 2**20
 
@@ -155,7 +155,7 @@ def test_what_can_t_be_written_is_an_error(tmp_path: Path) -> None:
 
 def test_what_stands_is_at_the_bottom() -> None:
     shuffled = ["logits", "other", "sand", "activations", "weights", "gradients", "projections", "optimizer state"]
-    assert in_order(shuffled) == [*CATEGORY_COLOURS, "sand"]
+    assert stack_order(shuffled) == [*CATEGORY_COLOURS, "sand"]
 
 
 SIZES = st.dictionaries(st.sampled_from(["weights", "optimizer_state", "logits", "other", "sand", "x"]), st.integers(0))
@@ -175,7 +175,7 @@ def test_the_stack_loses_no_byte(categories: list[dict[str, int]]) -> None:
 def test_few_moments_stand_for_many_with_their_extremes(num_moments: int) -> None:
     totals = [(index * 7919) % 10_007 for index in range(num_moments)]
     moments = [Moment(time_s=float(index), categories={"other": total}) for index, total in enumerate(totals)]
-    kept = thinned(moments)
+    kept = downsample(moments)
     assert len(kept) <= MOST_MOMENTS + 4 and (len(kept) == num_moments) == (num_moments <= MOST_MOMENTS)
     assert kept[0] == moments[0] and kept[-1] == moments[-1]
     assert [moment.time_s for moment in kept] == sorted(moment.time_s or 0 for moment in kept)
@@ -199,5 +199,9 @@ def test_phases_leave_no_gap_and_turns_are_named_together() -> None:
     assert [span.name for span in found] == ["forward", "head", "backward", "step", "backward", "step"]
     assert found[0] == Span("forward", 0, 1.5) and found[-1] == Span("step", 5.5, 6)
     assert all(before.end == after.begin for before, after in pairwise(found))
-    assert named(found) == [*found[:2], Span("backward and step", 2.5, 6)]
-    assert [span.name for span in named(spans([0, 1, 2], ["head", "backward", "step"]))] == ["head", "backward", "step"]
+    assert merge_alternating(found) == [*found[:2], Span("backward and step", 2.5, 6)]
+    assert [span.name for span in merge_alternating(spans([0, 1, 2], ["head", "backward", "step"]))] == [
+        "head",
+        "backward",
+        "step",
+    ]

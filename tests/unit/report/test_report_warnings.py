@@ -10,7 +10,7 @@ import pytest
 from made_runs import ROUTE, write_run
 from sophia_galore.records.report import RunWarning
 from sophia_galore.report.run import read_run
-from sophia_galore.report.warnings import warnings_of
+from sophia_galore.report.warnings import find_warnings
 
 OTHER = {"losses": (3.0, 2.8, 2.6, 2.5), "evals": {0: 3.1, 2: 2.5, 4: 2.3}}
 ADAMW = {
@@ -40,17 +40,17 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "evaluation data that repeat the training data": (
         {**OTHER, "plan": {"repetition_share": 0.97, "repetition_loss": 0.08}},
         "repetition",
-        "tells 97% of the counted tokens and reaches a loss of 0.080, less than the untrained model. A low eval loss",
+        "predicts 97% of the counted tokens and reaches a loss of 0.080, less than the untrained model.",
     ),
     "a count of sequences beats the untrained model": (
         {**OTHER, "plan": {"repetition_share": 0.4, "repetition_loss": 3.0}},
         "repetition",
-        "tells 40%",
+        "predicts 40%",
     ),
     "a loss that nothing explains": (
         {"losses": OTHER["losses"], "evals": {0: 3.1, 2: 0.5, 4: 0.0045}},
         "too low",
-        "0.0045 is below what the text's own repetition explains: 90% of the counted tokens are not told by it",
+        "0.0045 is below what the text's own repetition explains: 90% of the counted tokens are not predicted by it",
     ),
     "a run that ended early": (
         {
@@ -94,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
 
 def warnings_between(folder: Path, second: dict[str, Any]) -> list[RunWarning]:
     runs = [read_run(write_run(folder / "first")), read_run(write_run(folder / "second", **second))]
-    return warnings_of(runs)
+    return find_warnings(runs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,7 +125,7 @@ def test_a_model_that_knew_nothing_is_no_sign_of_repetition(tmp_path: Path) -> N
 
 def test_a_failed_run_says_why(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", losses=(3.0,), evals={}, finished=False)
-    (warning,) = warnings_of([read_run(folder, failure="Out of memory in backward")])
+    (warning,) = find_warnings([read_run(folder, failure="Out of memory in backward")])
     assert (warning.kind, warning.message) == (
         "unfinished",
         "a, seed 42: failed after step 1 of 4: Out of memory in backward",
@@ -135,7 +135,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
 def test_what_holds_for_all_is_said_once(tmp_path: Path) -> None:
     shared = {"plan": {"num_shared": 2}}
     runs = [read_run(write_run(tmp_path / "a", **shared)), read_run(write_run(tmp_path / "b", **{**OTHER, **shared}))]
-    (warning,) = warnings_of(runs)
+    (warning,) = find_warnings(runs)
     assert warning.message.startswith("All runs: 2 training records")
     assert warning.runs == ["a, seed 42", "b, seed 42"]
 
@@ -148,4 +148,4 @@ def test_plans_of_earlier_versions_are_not_accused(tmp_path: Path) -> None:
         text = text.replace(f'"{key}"', f'"without {key}"')
     plan.write_text(text)
     (folder / "environment.json").unlink()
-    assert warnings_of([read_run(folder)]) == []
+    assert find_warnings([read_run(folder)]) == []

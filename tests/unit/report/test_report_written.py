@@ -13,15 +13,15 @@ import pytest
 
 from made_runs import write_run
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.report.comparison import compared
-from sophia_galore.report.document import Code, Document, Paragraph, Points, Section, Table, to_html, to_markdown
+from sophia_galore.report.comparison import compare_runs
+from sophia_galore.report.document import Bullets, Code, Document, Paragraph, Section, Table, to_html, to_markdown
 from sophia_galore.report.run import Run, read_run
 from sophia_galore.report.write import write_report
 
 HOSTILE = '<script>alert("1 & 2")</script>'
 PAGE = Document(
     HOSTILE,
-    [Paragraph(HOSTILE), Points([HOSTILE], warns=True)],
+    [Paragraph(HOSTILE), Bullets([HOSTILE], warning=True)],
     [Section(HOSTILE, [Table(["a|b", HOSTILE], [[HOSTILE, "1|2"]]), Code([HOSTILE])])],
 )
 
@@ -65,7 +65,7 @@ def several(folder: Path) -> list[Run]:
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
-    page, text, data = write_report(compared(several(tmp_path / "runs")), tmp_path / "report")
+    page, text, data = write_report(compare_runs(several(tmp_path / "runs")), tmp_path / "report")
     tags = Tags(page.read_text(encoding="utf-8"))
     sources = [attributes.get("src") or attributes.get("href") or "" for tag, attributes in tags.seen if tag != "meta"]
     assert all(source.startswith("data:") for source in sources if source)
@@ -80,7 +80,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     runs = several(tmp_path / "runs")
     for place in ("a", "b"):
-        write_report(compared(runs, command="c"), tmp_path / place)
+        write_report(compare_runs(runs, command="c"), tmp_path / place)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["losses.png", "memory-by-category.png", "report.html", "report.json", "report.md"]
     for name in names:
@@ -88,7 +88,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
-    _, text, _ = write_report(compared(several(tmp_path / "runs"), command="sophia-galore compare x"), tmp_path / "out")
+    _, text, _ = write_report(
+        compare_runs(several(tmp_path / "runs"), command="sophia-galore compare x"), tmp_path / "out"
+    )
     markdown = text.read_text(encoding="utf-8")
     assert "| galore | galore | 2 | 2.6000 ± 0.0000 | 2.4000 ± 0.0000 | - |" in markdown
     assert "| adamw | galore | 2 | 2.5000 ± 0.0000 | 2.3000 ± 0.0000 | -0.1000 ± 0.0000 |" in markdown
@@ -112,18 +114,18 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_run_can_be_reported(kind: str, tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", **KINDS[kind]))
-    page, text, data = write_report(compared([run]), tmp_path / "out")
+    page, text, data = write_report(compare_runs([run]), tmp_path / "out")
     assert text.read_text(encoding="utf-8").startswith("# Run: run\n")
     assert Tags(page.read_text(encoding="utf-8")).open == []
     assert json.loads(data.read_text(encoding="utf-8"))["runs"][0]["name"] == "run"
 
 
 def test_pictures_are_well_formed_and_name_every_run(tmp_path: Path) -> None:
-    from sophia_galore.report.draw_comparison import draw_categories, draw_losses, look
+    from sophia_galore.report.draw_comparison import draw_categories, draw_losses, line_styles
     from sophia_galore.report.style import as_svg, styled
 
     runs = [read_run(write_run(tmp_path / f"run{number}")) for number in range(9)]
-    assert len(set(look([run.name for run in runs]).values())) == 9  # more than there are colours
+    assert len(set(line_styles([run.name for run in runs]).values())) == 9  # more than there are colours
     with styled():
         figure = draw_losses(runs)
         legend = {text.get_text() for text in figure.legends[0].get_texts()}
@@ -136,4 +138,4 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentProblem, match="can't be written"):
-        write_report(compared([run]), tmp_path / "file" / "out")
+        write_report(compare_runs([run]), tmp_path / "file" / "out")

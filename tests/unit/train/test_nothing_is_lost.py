@@ -18,7 +18,7 @@ from sophia_galore.config import RunConfig, load_config
 from sophia_galore.data.stdlib_docs import prepare_sample_data
 from sophia_galore.errors import ConfigError, DataError, EnvironmentProblem, UserError
 from sophia_galore.records import files as names
-from sophia_galore.report.comparison import compared
+from sophia_galore.report.comparison import compare_runs
 from sophia_galore.report.run import read_run
 from sophia_galore.report.write import write_report
 from sophia_galore.train.callback import Callback
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_was_moved_elsewhere_is_not_deleted(tmp_path: Path) ->
 
 
 def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
-    comparison = compared([read_run(write_run(tmp_path / "run"))])
+    comparison = compare_runs([read_run(write_run(tmp_path / "run"))])
     write(tmp_path / "out" / "report.md")
     with pytest.raises(EnvironmentProblem, match=r"report\.md exists"):
         write_report(comparison, tmp_path / "out")
