@@ -126,5 +126,5 @@ def test_following_changes_adds_them_up() -> None:
 
 def test_another_order_of_phases_is_refused() -> None:
     empty: Counter[str] = Counter()
-    with pytest.raises(AssertionError, match="not in the order"):
+    with pytest.raises(AssertionError, match="not in the expected order"):
         split_passes([Segment("forward", empty, empty, empty)], 2)
