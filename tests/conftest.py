@@ -1,7 +1,7 @@
 """For all tests: no progress bars, one thread a process, since they run in parallel, and pictures only if looked at.
 
-A run ends with two pictures, which take as long as its steps when these are tiny. They are put together in each test
-but drawn to pixels only in those of reports and in those marked `drawn`; in the others an empty picture is written.
+A run ends with two pictures, which take as long as its steps when these are tiny. They are drawn only in the tests of
+reports and in those marked `drawn`; in the others an empty picture is written.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import os
 from base64 import b64decode
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn() -> None:
-    """PNG files are empty pictures where no test looks."""
+    """A run's figures are empty where no test looks, and so are all PNG files."""
     from matplotlib.figure import Figure
 
+    from sophia_galore.report import draw_loss, draw_memory
+
+    for module, name in ((draw_loss, "draw_loss"), (draw_memory, "draw_memory")):
+        setattr(module, name, partial(_figure, getattr(module, name)))
     draw = Figure.savefig
 
     def savefig(figure: Figure, file: Any, **how: Any) -> None:
@@ -63,6 +69,12 @@ def undrawn() -> None:
             Path(file).write_bytes(_EMPTY)
 
     Figure.savefig = savefig
+
+
+def _figure(draw: Callable[..., Any], *records: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    return draw(*records) if _drawn else Figure()
 
 
 @pytest.fixture(scope="session", autouse=True)

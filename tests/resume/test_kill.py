@@ -30,13 +30,14 @@ SETTINGS = [
     "optimizer.galore.rank=8",
     "optimizer.galore.update_proj_gap=4",
     "checkpoint.save_every_steps=2",
-    "memory.track_steps=1",
+    "training.probe_step=false",
+    "memory.track_steps=0",
     "memory.predict=false",
 ]
 # What each kind adds: between them every rule's and every format's state goes to disk and comes back, and examples come
 # in every arrangement.
 KINDS: dict[str, list[str]] = {
-    "galore": ["training.max_grad_norm=0.5"],
+    "galore": ["training.max_grad_norm=0.5", "training.probe_step=true", "memory.track_steps=1"],
     "galore, narrow": ["model.store=bf16", "optimizer.state_bits=8", "optimizer.galore.projection_bits=4"],
     "galore, fira": [
         "model.store=bf16",

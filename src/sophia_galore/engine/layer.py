@@ -300,5 +300,12 @@ class Layers:
             yield
             return
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(key(self._seed, "dropout", step, index, which))
+            seed = key(self._seed, "dropout", step, index, which)
+            # Only the generator that is used: torch.manual_seed seeds those of all kinds of devices, which takes longer
+            # than a small layer.
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device):
+                    torch.cuda.manual_seed(seed)
+            else:
+                torch.default_generator.manual_seed(seed)
             yield

@@ -22,7 +22,7 @@ STEPS = "training.max_steps=3"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Wider than other tiny models: its 2.5 MiB of weights are more than the least limit that is taken."""
-    made = World(tmp_path_factory.mktemp("world"))
+    made = World(tmp_path_factory.mktemp("world"), quick=False)
     write_tiny_model(made.model, intermediate_size=1024)
     write_tiny_data(made.data)
     made.config.write_text(SETTINGS.format(model=made.model, data=made.data, output=made.folder / "run"))

@@ -65,6 +65,7 @@ def test_a_packed_run_has_the_losses_of_one_that_is_not(world: World, tmp_path: 
 def test_a_packed_run_that_runs_out_of_memory_goes_on(world: World, tmp_path: Path) -> None:
     """What `memory.on_oom: adapt` does: the same losses, up to rounding."""
     words = ["data.packing=true", "training.batch_size=4", "training.max_steps=2", "optimizer.type=adamw"]
+    words += ["training.probe_step=true", "memory.track_steps=2"]
     whole = world.train(str(tmp_path / "whole"), *words)
     report = json.loads((tmp_path / "whole" / "memory_report.json").read_text())
     limit = int(0.97 * report["peak_allocated_bytes"])

@@ -20,7 +20,7 @@ STEPS = ["training.max_steps=2", "memory.predict=true", "training.batch_size=4",
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """Wider than other tiny models, so that the least limit that is taken, 1 MiB, is far below what it needs."""
-    made = World(tmp_path_factory.mktemp("world"))
+    made = World(tmp_path_factory.mktemp("world"), quick=False)
     write_tiny_model(made.model, intermediate_size=1024)
     write_tiny_data(made.data, num_records=30)
     made.config.write_text(SETTINGS.format(model=made.model, data=made.data, output=made.folder / "run"))

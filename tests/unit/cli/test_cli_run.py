@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ RUNS: dict[str, tuple[list[str], torch.dtype]] = {
 }
 NUMBERS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second")
 BYTES = ("allocated_bytes", "reserved_bytes")
+
+
+@pytest.fixture(scope="module")
+def world(world: World) -> World:
+    """The runs of this file are those that a user gets."""
+    return replace(world, quick=False)
 
 
 @pytest.fixture(scope="module")

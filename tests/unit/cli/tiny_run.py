@@ -27,6 +27,9 @@ training:
 optimizer: {{galore: {{rank: 8, update_proj_gap: 3}}}}
 """
 
+# The forecast of memory, the probe step and the tracking of tensors each take about as long as a tiny run.
+QUICK = ("memory.predict=false", "training.probe_step=false", "memory.track_steps=0")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -39,9 +42,15 @@ class Ended:
 
 @dataclass(frozen=True)
 class World:
-    """A folder with a model, data and a configuration."""
+    """A folder with a model, data and a configuration.
+
+    Attributes:
+        folder: The folder.
+        quick: Whether runs leave out the probe step and the tracking of memory, unless they are asked for.
+    """
 
     folder: Path
+    quick: bool = True
 
     @property
     def model(self) -> Path:
@@ -59,8 +68,8 @@ class World:
         return self.folder / "config.yaml"
 
     def train(self, output: str, *words: str) -> Ended:
-        """`train` into a folder of this world; how much memory it will need is not found out, which takes a second."""
-        asked = (f"training.output_dir={self.folder / output}", "memory.predict=false", *words)
+        """`train` into a folder of this world, without a forecast of its memory unless the words ask for it."""
+        asked = (f"training.output_dir={self.folder / output}", *(QUICK if self.quick else QUICK[:1]), *words)
         return command("train", "--config", str(self.config), *asked)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ INT8 = "quantization.enabled=true"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
+    return replace(make_world(tmp_path_factory.mktemp("world")), quick=False)
 
 
 def assert_refused(ended: Ended, folder: Path, code: int, *words: str) -> None:
