@@ -94,6 +94,7 @@ def decoded_twin(family: str, store: WeightStore) -> Any:
     return model
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("training", [True, False], ids=["decoded", "eight-bit inputs"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @FAMILIES

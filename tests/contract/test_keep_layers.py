@@ -60,6 +60,7 @@ def assert_same_bits(one: tuple[float, dict[str, Tensor]], other: tuple[float, d
     assert not [name for name, grad in one[1].items() if not torch.equal(grad, other[1][name])]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["", "dropout"])

@@ -93,6 +93,7 @@ class Largest(StorageTracker):
         return fits
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",

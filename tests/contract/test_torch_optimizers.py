@@ -33,6 +33,7 @@ def started(variant: str, dtype: torch.dtype = torch.float32, **more: Any) -> tu
     return net, optimizer
 
 
+@pytest.mark.pairwise
 @variants
 @pytest.mark.parametrize("state_bits", [32, 16, 8])
 @formats
