@@ -136,7 +136,7 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
     def visit(tile: Tile) -> None:
         assert tile.weight.dtype == compute and tile.grad.dtype == torch.float32
         normed_grad[tile.tokens] += tile.grad @ tile.weight.float()
-        weight_grad[tile.words] += tile.grad.T @ normed[tile.tokens].float()
+        weight_grad[tile.vocab_slice] += tile.grad.T @ normed[tile.tokens].float()
 
     loss = logits.walk(normed, 1 / 50.0, visit)
     assert loss == logits.loss_sum(normed)

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
-from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
+from sophia_galore.engine.cross_entropy import block_entries, default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
@@ -432,10 +432,10 @@ class LayerwiseEngine:
 
     def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
         weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
-        words, width = weight.shape
+        num_entries, width = weight.shape
         if not weight.is_ready(self._dtype):
-            words = block_words(words, width * self._dtype.itemsize, sizes.logits_bytes)
-        return smaller_logits(sizes, _num_counted(acts.batches), words)
+            num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
+        return smaller_logits(sizes, _num_counted(acts.batches), num_entries)
 
     def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
         return fewer_rows(self.chunk_sizes, acts.batches)

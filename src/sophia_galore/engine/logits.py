@@ -38,13 +38,13 @@ class Tile:
 
     Args:
         tokens: Which tokens.
-        words: Which vocabulary entries.
-        weight: (words, d), the head's rows in compute precision; read only.
-        grad: (tokens, words) float32, the gradient with respect to the logits.
+        vocab_slice: Which vocabulary entries.
+        weight: (vocab_slice, d), the head's rows in compute precision; read only.
+        grad: (tokens, vocab_slice) float32, the gradient with respect to the logits.
     """
 
     tokens: slice
-    words: slice
+    vocab_slice: slice
     weight: Tensor
     grad: Tensor
 
@@ -92,7 +92,7 @@ class Logits(Protocol):
         Args:
             normed: As for `loss_sum`; the same at each walk.
             weight: What each token adds to the gradient: one number for all of them, or (N,) float32.
-            visit: Is shown one tile after the other, and must keep none. All blocks of words have the same chunks
+            visit: Is shown one tile after the other, and must keep none. All blocks of vocab_slice have the same chunks
                 of tokens.
 
         Returns:
@@ -116,7 +116,7 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
 
 
 class WholeLogits(Logits):
-    """Tiles of all words: one computation of the logits gives loss and gradient.
+    """Tiles of all vocab_slice: one computation of the logits gives loss and gradient.
 
     Args:
         store: The weights.
@@ -214,11 +214,11 @@ class BlockLogits(Logits):
         """As `Logits` says."""
         online = self._survey(normed)
 
-        def differentiate(tokens: slice, words: slice, head: Tensor, logits: Tensor) -> None:
+        def differentiate(tokens: slice, vocab_slice: slice, head: Tensor, logits: Tensor) -> None:
             of_tokens = weight if isinstance(weight, float) else weight[tokens]
-            grad = online.grad(tokens, words, logits, of_tokens)
+            grad = online.grad(tokens, vocab_slice, logits, of_tokens)
             self._observer.tag(grad, "logits")
-            visit(Tile(tokens, words, head, grad))
+            visit(Tile(tokens, vocab_slice, head, grad))
 
         self._each(normed, differentiate)
         return online.total()
@@ -227,7 +227,7 @@ class BlockLogits(Logits):
         """The first pass, the first time that it is asked for."""
         if self._online is None:
             online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
-            self._each(normed, lambda tokens, words, _, logits: online.take(tokens, words, logits))
+            self._each(normed, lambda tokens, vocab_slice, _, logits: online.take(tokens, vocab_slice, logits))
             self._online = online
         return self._online
 
@@ -236,16 +236,16 @@ class BlockLogits(Logits):
         every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
         # The same tokens with the last block, which is smaller, as with all others.
         together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
-        for words in self._observer.parts(every):
-            with self._store.borrow_rows(self._name, words, self._dtype) as (weight,):
+        for vocab_slice in self._observer.parts(every):
+            with self._store.borrow_rows(self._name, vocab_slice, self._dtype) as (weight,):
                 self._observer.tag(weight, "weights")
                 for tokens in together:
-                    see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
+                    see(tokens, vocab_slice, weight, _product(normed[tokens], weight, self._observer))
             del weight
 
 
 def _product(normed: Tensor, weight: Tensor, observer: Observer) -> Tensor:
-    """(tokens, words) float32, a new tensor."""
+    """(tokens, vocab_slice) float32, a new tensor."""
     logits = (normed @ weight.T).float()
     observer.tag(logits, "logits")
     return logits

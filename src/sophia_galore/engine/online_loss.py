@@ -1,6 +1,6 @@
 """Cross-entropy of tokens whose logits are seen a block of the vocabulary at a time, and its gradient.
 
-The softmax needs the sum over all words before the first of its values is known. One pass over the blocks
+The softmax needs the sum over all vocab_slice before the first of its values is known. One pass over the blocks
 finds, for each token, that sum and the label's logit (Milakov & Gimelshein, arXiv 1805.02867, algorithm 3);
 with them a second pass gives the gradient of each block by itself.
 """
@@ -31,19 +31,19 @@ class OnlineLoss:
         self._label_logit = torch.full_like(self._largest, torch.nan)
         self._earliest = torch.full_like(self._largest, -torch.inf)
 
-    def take(self, tokens: slice, words: slice, logits: Tensor) -> None:
+    def take(self, tokens: slice, vocab_slice: slice, logits: Tensor) -> None:
         """The first pass: take in a tile. Each must come once.
 
         Args:
             tokens: Which tokens.
-            words: Which words.
-            logits: (tokens, words) float32; used up.
+            vocab_slice: Which vocab_slice.
+            logits: (tokens, vocab_slice) float32; used up.
         """
         capped = logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
         if self._sampler is None:
-            inside, places = self._places(tokens, words)
+            inside, places = self._places(tokens, vocab_slice)
         else:
-            inside, places = self._draw(tokens, words, capped, self._sampler)
+            inside, places = self._draw(tokens, vocab_slice, capped, self._sampler)
         found = capped.gather(1, places[:, None])[:, 0]
         self._label_logit[tokens] = torch.where(inside, found, self._label_logit[tokens])
         before = self._largest[tokens]
@@ -60,17 +60,17 @@ class OnlineLoss:
         """After the first pass: log-probabilities of the labels, (N,) float32."""
         return self._label_logit - self._largest - self._sum.log()
 
-    def grad(self, tokens: slice, words: slice, logits: Tensor, weight: TokenWeight) -> Tensor:
+    def grad(self, tokens: slice, vocab_slice: slice, logits: Tensor, weight: TokenWeight) -> Tensor:
         """The second pass: the gradient of the weighted loss with respect to a tile of logits.
 
         Args:
             tokens: Which tokens.
-            words: Which words.
-            logits: (tokens, words) float32, those of the first pass; used up.
+            vocab_slice: Which vocab_slice.
+            logits: (tokens, vocab_slice) float32, those of the first pass; used up.
             weight: Of these tokens: one number, or (tokens,) float32.
 
         Returns:
-            (tokens, words) float32: weight (softmax - onehot), by the chain rule through the cap.
+            (tokens, vocab_slice) float32: weight (softmax - onehot), by the chain rule through the cap.
         """
         slope = None
         if self._softcap is not None:
@@ -78,24 +78,26 @@ class OnlineLoss:
             logits = slope * self._softcap
             slope.square_().neg_().add_(1)
         grad = logits.sub_(self._largest[tokens][:, None]).exp_().div_(self._sum[tokens][:, None])
-        inside, places = self._places(tokens, words)
+        inside, places = self._places(tokens, vocab_slice)
         grad.scatter_add_(1, places[:, None], -inside[:, None].to(grad.dtype))
         grad.mul_(weight if isinstance(weight, float) else weight[:, None])
         return grad if slope is None else grad.mul_(slope)
 
-    def _places(self, tokens: slice, words: slice) -> tuple[Tensor, Tensor]:
-        """Whether a token's label is one of the words, and its place among them; if it is not, any place."""
+    def _places(self, tokens: slice, vocab_slice: slice) -> tuple[Tensor, Tensor]:
+        """Whether a token's label is one of the vocab_slice, and its place among them; if it is not, any place."""
         labels = self._labels[tokens]
-        inside = (labels >= words.start) & (labels < words.stop)
-        return inside, (labels - words.start).clamp_(0, words.stop - words.start - 1)
+        inside = (labels >= vocab_slice.start) & (labels < vocab_slice.stop)
+        return inside, (labels - vocab_slice.start).clamp_(0, vocab_slice.stop - vocab_slice.start - 1)
 
-    def _draw(self, tokens: slice, words: slice, capped: Tensor, sampler: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Whether one of the words is the label as far as is known, and the place of the one that would be."""
+    def _draw(
+        self, tokens: slice, vocab_slice: slice, capped: Tensor, sampler: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Whether one of the vocab_slice is the label as far as is known, and the place of the one that would be."""
         # The first of all clocks to ring, clock j at rate exp(z_j), has the label. The largest z_j - log(clock at
         # rate 1) is the earliest.
         rings = draw_exponential(capped, sampler).log_().neg_().add_(capped)
         earliest, places = rings.max(1)
         ahead = earliest > self._earliest[tokens]
         self._earliest[tokens] = torch.where(ahead, earliest, self._earliest[tokens])
-        self._labels[tokens] = torch.where(ahead, places + words.start, self._labels[tokens])
+        self._labels[tokens] = torch.where(ahead, places + vocab_slice.start, self._labels[tokens])
         return ahead, places

@@ -60,22 +60,22 @@ def fewer_kept_layers(sizes: ChunkSizes) -> Smaller | None:
     return Smaller(replace(sizes, keep_layers=after), kept)
 
 
-def smaller_logits(sizes: ChunkSizes, num_tokens: int, num_words: int) -> Smaller | None:
+def smaller_logits(sizes: ChunkSizes, num_tokens: int, num_entries: int) -> Smaller | None:
     """Half as many tokens in a tile of the head.
 
     Args:
         sizes: Those of now.
         num_tokens: Counted tokens, which a tile has no more of.
-        num_words: Vocabulary entries of a tile.
+        num_entries: Vocabulary entries of a tile.
 
     Returns:
         None: a tile is as small as it may be.
     """
-    smaller = smaller_chunk_bytes(sizes.logits_bytes, num_tokens, num_words)
+    smaller = smaller_chunk_bytes(sizes.logits_bytes, num_tokens, num_entries)
     if smaller is None:
         return None
-    before = min(num_tokens, chunk_tokens(num_words, sizes.logits_bytes))
-    change = f"the head takes {_count(chunk_tokens(num_words, smaller), 'token')} at once instead of {before}"
+    before = min(num_tokens, chunk_tokens(num_entries, sizes.logits_bytes))
+    change = f"the head takes {_count(chunk_tokens(num_entries, smaller), 'token')} at once instead of {before}"
     return Smaller(replace(sizes, logits_bytes=smaller), change)
 
 
