@@ -92,7 +92,7 @@ class OnlineLoss:
     def _draw(
         self, tokens: slice, vocab_slice: slice, capped: Tensor, sampler: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Sample labels; return whether each token's label so far is in this slice, and the best entry's index in it."""
+        """Sample labels; return whether each token's label so far is in this slice, and its best entry's index."""
         # The label is the first of independent exponential clocks to ring, clock j with the rate exp(z_j). The first
         # one has the largest z_j - log(e_j), with e_j exponential at rate 1.
         rings = draw_exponential(capped, sampler).log_().neg_().add_(capped)

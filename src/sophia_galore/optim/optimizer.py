@@ -194,7 +194,7 @@ class ParamOptimizer:
 
         def choose(grad: LazyGradient) -> Projector:
             state = self._state(name, grad.device)
-            # A curvature is kept in the previous step's basis until `prepare` transforms it; step 1 has no previous one.
+            # A curvature is in the previous step's basis until `prepare` transforms it; step 1 has no previous one.
             due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
             if due:
                 refresh(spec, state, _Refusing(grad, name, step), step, self._seed)
