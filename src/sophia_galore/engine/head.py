@@ -242,10 +242,10 @@ class Head:
 
         def add(tile: Tile) -> None:
             first = tile.tokens.start
-            of_tokens = saved[first] if first in saved else product.save_input(normed[tile.tokens].float())
+            token_input = saved[first] if first in saved else product.save_input(normed[tile.tokens].float())
             if product.saves_less:  # the next vocabulary slice uses it again
-                saved[first] = of_tokens
-            product.add(tile.grad, of_tokens, tile.vocab_slice)
+                saved[first] = token_input
+            product.add(tile.grad, token_input, tile.vocab_slice)
 
         return add
 

@@ -98,8 +98,8 @@ class Layers:
             calls: Per micro-batch, the layer's other arguments.
         """
         weights = self._weights(index)
-        for which, call in enumerate(calls):
-            hidden[which] = self._run(index, weights, call, hidden[which])
+        for micro_batch, call in enumerate(calls):
+            hidden[micro_batch] = self._run(index, weights, call, hidden[micro_batch])
 
     @torch.no_grad()
     def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
@@ -116,9 +116,9 @@ class Layers:
         """
         weights = self._weights(index)
         out: list[Tensor] = []
-        for which, call in enumerate(calls):
-            with self._dropout_stream(step, index, which):
-                out.append(self._run(index, weights, call, inputs[which]))
+        for micro_batch, call in enumerate(calls):
+            with self._dropout_stream(step, index, micro_batch):
+                out.append(self._run(index, weights, call, inputs[micro_batch]))
         return out
 
     def keep(
@@ -137,8 +137,8 @@ class Layers:
             The output, per micro-batch (B, T, d), detached from the graph; and the graph.
         """
         graph = self._begin(index, wants)
-        for which, call in enumerate(calls):
-            graph.kept.append(self._through(index, graph, call, inputs[which], step, which))
+        for micro_batch, call in enumerate(calls):
+            graph.kept.append(self._forward_with_graph(index, graph, call, inputs[micro_batch], step, micro_batch))
         return [out.detach() for _, out in graph.kept], graph
 
     def backward(
@@ -203,14 +203,18 @@ class Layers:
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
-        for which, call in enumerate(calls):
-            arrived, signal = inputs.pop(0), out_grads.pop(0)
-            entering, out = graph.kept.pop(0) if is_kept else self._through(index, graph, call, arrived, step, which)
+        for micro_batch, call in enumerate(calls):
+            layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
+            entering, out = (
+                graph.kept.pop(0)
+                if is_kept
+                else self._forward_with_graph(index, graph, call, layer_input, step, micro_batch)
+            )
             if scale != 1.0:
-                signal = signal * scale
+                out_grad = out_grad * scale
             with strictly_repeatable(self._device):
-                out.backward(signal.to(out.dtype))
-            del arrived, out, signal
+                out.backward(out_grad.to(out.dtype))
+            del layer_input, out, out_grad
             assert entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
@@ -261,13 +265,13 @@ class Layers:
             self._observer.tag(sums[name], "gradients")
         leaf.grad = None
 
-    def _through(
-        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, which: int
+    def _forward_with_graph(
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, micro_batch: int
     ) -> tuple[Tensor, Tensor]:
         """Run a micro-batch with gradients; return its input as a leaf, which shares memory, and its output."""
         leaf = entering.detach().requires_grad_()
         # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
-        with self._dropout_stream(step, index, which), graph.linears if graph.products else nullcontext():
+        with self._dropout_stream(step, index, micro_batch), graph.linears if graph.products else nullcontext():
             return leaf, self._run(index, graph.leaves, call, leaf)
 
     def _products(self, layer: str, leaves: Tensors, wants: Wants) -> dict[str, ProjectedSum]:
@@ -294,11 +298,11 @@ class Layers:
         return result
 
     @contextmanager
-    def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
+    def _dropout_stream(self, step: int, index: int, micro_batch: int) -> Iterator[None]:
         """Seed dropout, so that it draws the same numbers in forward, in recomputation and after a resume."""
         if not self._architecture.has_dropout:
             yield
             return
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            torch.manual_seed(key(self._seed, "dropout", step, index, which))
+            torch.manual_seed(key(self._seed, "dropout", step, index, micro_batch))
             yield

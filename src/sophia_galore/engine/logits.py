@@ -164,8 +164,8 @@ class WholeLogits(Logits):
 
     def _grad(self, normed: Tensor, tokens: slice, head: Tensor, weight: TokenWeight) -> tuple[Tensor, Tensor]:
         logits = self._drawn(normed, tokens, head)
-        of_tokens = weight if isinstance(weight, float) else weight[tokens]
-        loss, grad = loss_sum_and_grad(logits, self._loss.labels[tokens], self._loss.softcap, of_tokens)
+        token_weight = weight if isinstance(weight, float) else weight[tokens]
+        loss, grad = loss_sum_and_grad(logits, self._loss.labels[tokens], self._loss.softcap, token_weight)
         self._observer.tag(grad, "logits")
         return loss, grad
 
@@ -204,43 +204,43 @@ class BlockLogits(Logits):
 
     def loss_sum(self, normed: Tensor) -> float:
         """See `Logits`."""
-        return self._survey(normed).total()
+        return self._first_pass(normed).total()
 
     def log_probs(self, normed: Tensor) -> Tensor:
         """See `Logits`."""
-        return self._survey(normed).log_probs()
+        return self._first_pass(normed).log_probs()
 
     def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
         """See `Logits`."""
-        online = self._survey(normed)
+        online = self._first_pass(normed)
 
         def differentiate(tokens: slice, vocab_slice: slice, head: Tensor, logits: Tensor) -> None:
-            of_tokens = weight if isinstance(weight, float) else weight[tokens]
-            grad = online.grad(tokens, vocab_slice, logits, of_tokens)
+            token_weight = weight if isinstance(weight, float) else weight[tokens]
+            grad = online.grad(tokens, vocab_slice, logits, token_weight)
             self._observer.tag(grad, "logits")
             visit(Tile(tokens, vocab_slice, head, grad))
 
-        self._each(normed, differentiate)
+        self._for_each_tile(normed, differentiate)
         return online.total()
 
-    def _survey(self, normed: Tensor) -> OnlineLoss:
+    def _first_pass(self, normed: Tensor) -> OnlineLoss:
         """Return the result of the first pass, which runs at the first call."""
         if self._online is None:
             online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
-            self._each(normed, lambda tokens, vocab_slice, _, logits: online.take(tokens, vocab_slice, logits))
+            self._for_each_tile(normed, lambda tokens, vocab_slice, _, logits: online.take(tokens, vocab_slice, logits))
             self._online = online
         return self._online
 
-    def _each(self, normed: Tensor, see: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
+    def _for_each_tile(self, normed: Tensor, use: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
         vocab_size, width = self._store[self._name].shape
-        every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
+        slices = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
         # The last slice may be smaller, but has the same chunks of tokens as the others.
-        together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
-        for vocab_slice in self._observer.parts(every):
+        token_chunks = list(chunks(len(normed), slices[0].stop, self._loss.chunk_bytes))
+        for vocab_slice in self._observer.parts(slices):
             with self._store.borrow_rows(self._name, vocab_slice, self._dtype) as (weight,):
                 self._observer.tag(weight, "weights")
-                for tokens in together:
-                    see(tokens, vocab_slice, weight, _product(normed[tokens], weight, self._observer))
+                for tokens in token_chunks:
+                    use(tokens, vocab_slice, weight, _product(normed[tokens], weight, self._observer))
             del weight
 
 

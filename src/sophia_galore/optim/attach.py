@@ -131,7 +131,7 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
         raise ArgumentError(f"This {owner} is attached already.", "Call remove() on the first handle.")
     if optimizer.curved_parameters():
         raise ArgumentError(
-            f"This {owner} estimates a curvature from the gradients of all parameters at once; attach keeps only one.",
+            f"This {owner} estimates a curvature from gradients of all parameters at once; attach keeps only one.",
             "Train with optimizer.step(), or choose a rule without a curvature.",
         )
     refuse_strangers(optimizer, model)

@@ -197,7 +197,7 @@ class ParamOptimizer:
             # A curvature is in the previous step's basis until `prepare` transforms it; step 1 has no previous one.
             due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
             if due:
-                refresh(spec, state, _Refusing(grad, name, step), step, self._seed)
+                refresh(spec, state, _CheckedGradient(grad, name, step), step, self._seed)
             return self._with_probes(spec, state, max(1, step - 1) if observing else step, grad.device)
 
         return choose
@@ -305,7 +305,7 @@ class ParamOptimizer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Refusing:
+class _CheckedGradient:
     """A `LazyGradient` that raises NonFiniteError for products that are not finite."""
 
     grad: LazyGradient

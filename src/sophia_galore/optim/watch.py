@@ -75,8 +75,8 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
 
     Every `curvature_every` steps, beginning with the first, each forward of the model in training mode is followed by
     an extra backward: labels are drawn from the model's softmax, and the gradient of their mean cross-entropy is
-    summed over the micro-batches. `optimizer.step()` squares it (Gauss-Newton-Bartlett; arXiv 2305.14342, algorithm 2). At
-    these steps, a second set of gradients of all parameters is in memory, in float32.
+    summed over the micro-batches. `optimizer.step()` squares it (Gauss-Newton-Bartlett; arXiv 2305.14342, algorithm 2).
+    At these steps, a second set of gradients of all parameters is in memory, in float32.
 
     The model must be a causal language model that returns `logits` (B, T, V), as Hugging Face's do, or logits alone,
     (B, T, V) or (N, V). Which positions count depends on the keyword arguments of forward: `labels` (shifted, as
