@@ -75,8 +75,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Add parameters, such as those of a layer that was frozen until now.
 
         Args:
-            param_group: "params" (with names if the existing ones have names) and settings that differ from the
-                defaults.
+            param_group: "params" (named if the existing ones are) and settings that differ from the defaults.
 
         Raises:
             ArgumentError: A parameter or a setting can't be used.
@@ -187,8 +186,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         fixed = self.defaults.keys() - _LIVE
         saved.check(state_dict, self._identity(), self.param_groups, self._param_optimizer.specs, fixed)
-        # Parameters that were added later have other places than if they had been there from the start.
-        self.places = dict(state_dict["places"])
+        self.places = dict(state_dict["places"])  # they depend on when parameters were added
         for group in self.param_groups:
             self._route(group)
         self._param_optimizer, self._steps = saved.restore(
