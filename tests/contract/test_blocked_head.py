@@ -32,7 +32,7 @@ TOLERANCES = {"fp32": 3e-6, "bf16": 2e-2, "fp16": 3e-3}
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and chunks that do not divide 320 words and the counted tokens."""
     block, chunk = request.param
-    monkeypatch.setattr(cross_entropy, "_MIN_WORDS", block)
+    monkeypatch.setattr(cross_entropy, "_MIN_ENTRIES", block)
     monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 0)
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", {"cpu": 4 * block * chunk})
     monkeypatch.setattr(cross_entropy, "_MIN_TOKENS", 1)
@@ -136,7 +136,7 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
     def visit(tile: Tile) -> None:
         assert tile.weight.dtype == compute and tile.grad.dtype == torch.float32
         normed_grad[tile.tokens] += tile.grad @ tile.weight.float()
-        weight_grad[tile.words] += tile.grad.T @ normed[tile.tokens].float()
+        weight_grad[tile.vocab_slice] += tile.grad.T @ normed[tile.tokens].float()
 
     loss = logits.walk(normed, 1 / 50.0, visit)
     assert loss == logits.loss_sum(normed)

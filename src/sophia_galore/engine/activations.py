@@ -1,4 +1,4 @@
-"""What a step holds between its forward and its backward pass."""
+"""The tensors that a step keeps between its forward and its backward pass."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sophia_galore.optim.request import Wants
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What a step is asked for.
+    """The settings of one optimizer step.
 
     Args:
-        step: Its number.
-        wants: In which form each gradient is wanted.
-        objective: What is minimised.
+        step: Number of the step, counted from 1.
+        wants: Returns the form in which a parameter's gradient is needed.
+        objective: The loss to minimise.
     """
 
     step: int
@@ -33,7 +33,7 @@ class StepRequest:
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """A micro-batch whose tensors are on a device; those that are there already are not copied."""
+    """Move a micro-batch to a device; tensors that are already there are not copied."""
     mask = batch.attention_mask
     return replace(
         batch,
@@ -44,21 +44,21 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
 
 
 class StepActivations:
-    """An effective batch on its way through the layers.
+    """The activations and gradients of an effective batch during one step.
 
     Args:
-        batches: The micro-batches, on the device of the arithmetic.
-        embed: Embeds micro-batches.
-        max_rows: Micro-batches with more rows are split; None: none is.
+        batches: The micro-batches, on the compute device.
+        embed: Runs the embedding over micro-batches.
+        max_rows: Micro-batches with more rows are split; None: none is split.
 
     Attributes:
-        batches: The micro-batches, as they are split by now.
-        inputs: Of each layer that was gone through and not gone back through, per micro-batch (B, T, d), what entered
-            it; last, what came out of the last one of them, until the head takes it.
-        graphs: By the layer's number, those of layers without activation checkpointing.
-        out_grads: Per micro-batch (B, T, d), the gradient with respect to the output of the layer that backward
-            reaches next.
-        head_is_final: Whether the head may not be repeated, since the optimizer has seen its gradients.
+        batches: The micro-batches, after all splits so far.
+        inputs: For each layer whose backward is still to come, its input, per micro-batch (B, T, d). After forward,
+            the last entry is the last layer's output, until the head takes it.
+        graphs: Autograd graphs of the layers without activation checkpointing, by layer number.
+        out_grads: Per micro-batch (B, T, d), the gradient with respect to the output of the layer whose backward is
+            next.
+        head_is_final: True once the optimizer may have used the head's gradients; the head must not be repeated then.
     """
 
     def __init__(
@@ -76,30 +76,30 @@ class StepActivations:
 
     @property
     def embedded(self) -> Embedded:
-        """What entered the first layer, and how the layers are called."""
+        """The embedding's output, and the arguments of each layer."""
         assert self._embedded is not None  # `enter` comes first
         return self._embedded
 
     def enter(self) -> None:
-        """Through the embedding."""
+        """Run the embedding; its output becomes the first layer's input."""
         self._embedded = self.embed(self.batches)
         self.inputs = [[first.detach() for first in self._embedded.hidden]]
 
     def calls(self, index: int) -> list[LayerCall]:
-        """Per micro-batch, how a layer is called."""
+        """Return the arguments of a layer, per micro-batch."""
         return [layer_calls[index] for layer_calls in self.embedded.calls]
 
     def drop_graphs(self, first_kept: int) -> None:
-        """Drop the graphs of the layers before one; backward computes these once more."""
+        """Drop the graphs of all layers before `first_kept`; backward recomputes these layers."""
         for index in [index for index in self.graphs if index < first_kept]:
             del self.graphs[index]
 
     def split(self, max_rows: int, *, anew: bool = False) -> None:
-        """Split micro-batches, and with them all that is kept of them; no graph may be.
+        """Split micro-batches and the tensors kept for them. No graph may be kept at this point.
 
         Args:
-            max_rows: Those with more rows are split; where none has, nothing happens.
-            anew: Begin anew with the embedding, because the layers would draw other numbers.
+            max_rows: Micro-batches with more rows are split.
+            anew: Restart at the embedding, because dropout would draw different numbers for the smaller micro-batches.
         """
         if all(len(batch.input_ids) <= max_rows for batch in self.batches):
             return
@@ -113,7 +113,7 @@ class StepActivations:
         if not self.inputs:
             return
         assert not self.graphs
-        # The calls differ by micro-batch, so they are asked for once more, and what the embedding gives with them.
+        # Layer arguments depend on the micro-batch, so the embedding is run again to record them.
         later = [] if anew else [rows(of_layer) for of_layer in self.inputs[1:]]
         self.out_grads = [] if anew else rows(self.out_grads) if self.out_grads else []
         self._embedded, self.inputs = None, []

@@ -1,11 +1,10 @@
-"""Learning from the model itself how each layer is called.
+"""Record the arguments with which the model calls each layer.
 
-Position embeddings, masks and attention types differ by architecture. Instead of rebuilding them,
-the base model is run once with every layer replaced by a recorder: what it hands to its layers is
-what the engine will hand to them.
+Position embeddings, masks and attention types differ by architecture. Instead of rebuilding them, the base model is
+run once with every layer replaced by a recorder. The engine then calls the layers with the recorded arguments.
 
-Where several examples lie in a row, the model is told where in its own example each token stands, and once more it is
-asked how it would mask the longest one, which is all that `segments.py` needs to attend within each.
+If several examples are packed into one row, position ids restart at each example. A second run over the longest
+example alone records its mask, which `segments.py` needs for attention within each example.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ Lengths = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """Arguments of one layer beside the hidden states."""
+    """The arguments of one layer, apart from the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def is_packed(self) -> bool:
-        """Whether attention is to be within the examples of a row."""
+        """Whether rows are packed, so that attention must stay within each example."""
         return isinstance(self.kwargs.get("attention_mask"), Segments)
 
 
 class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        # Some models ask the layer for its attention type while they loop over the layers.
+        # Some models read the layer's attention type while they loop over the layers.
         self.attention_type = getattr(layer, "attention_type", None)
         self.hidden: Tensor | None = None
         self.call: LayerCall | None = None
@@ -53,7 +52,7 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def _recorders(architecture: Architecture) -> Iterator[list[_Recorder]]:
-    """The base model with recorders for layers and nothing for the final norm."""
+    """Replace the base model's layers by recorders, and its final norm by the identity."""
     recorders = [_Recorder(layer) for layer in architecture.layers]
     base: Any = architecture.base
     layers, norm = base.layers, base.norm
@@ -65,7 +64,7 @@ def _recorders(architecture: Architecture) -> Iterator[list[_Recorder]]:
 
 
 def capture_calls(architecture: Architecture, embedded: Tensor, batch: MicroBatch) -> tuple[Tensor, list[LayerCall]]:
-    """Record what the model hands to its layers for one micro-batch.
+    """Record the arguments of each layer for one micro-batch.
 
     Args:
         architecture: The model.
@@ -73,8 +72,7 @@ def capture_calls(architecture: Architecture, embedded: Tensor, batch: MicroBatc
         batch: The micro-batch, on the same device.
 
     Returns:
-        (B, T, d) hidden states that enter the first layer, part of the autograd graph of `embedded`,
-        and one call a layer.
+        The first layer's input, (B, T, d), part of the autograd graph of `embedded`; and one call per layer.
     """
     if batch.lengths is None:
         return _record(architecture, embedded, attention_mask=batch.attention_mask)
@@ -95,10 +93,10 @@ def _record(architecture: Architecture, embedded: Tensor, **inputs: Tensor | Non
 
 
 def _record_positions(architecture: Architecture, embedded: Tensor, lengths: Lengths) -> tuple[Tensor, list[LayerCall]]:
-    """As if each token stood where it stands in its own example; no masks.
+    """Record the calls with position ids that restart at each example, without masks.
 
-    Phi-3's longrope turns all positions of a micro-batch in another way as soon as one of them is beyond a threshold.
-    An example's own length decides here, as if it were alone.
+    Phi-3's longrope changes the rotation of all positions of a micro-batch once one position passes a threshold. Here
+    the length of each example decides, as if the example were alone.
     """
     positions = _by_token(lengths, embedded, range)
     with attending_within(architecture):
@@ -114,7 +112,7 @@ def _record_positions(architecture: Architecture, embedded: Tensor, lengths: Len
 
 
 def _by_token(lengths: Lengths, embedded: Tensor, of_example: Callable[[int], Sequence[int]]) -> Tensor:
-    """A number for each token, (B, T), by the length of its example; 0 for padding."""
+    """Return a number for each token, (B, T), computed from the length of its example; 0 for padding."""
     rows = [[value for length in row for value in of_example(length)] for row in lengths]
     width = embedded.shape[1]
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=embedded.device)

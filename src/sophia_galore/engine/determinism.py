@@ -1,4 +1,4 @@
-"""The same bits from the same run, on a GPU too. A CPU's algorithms all repeat to the bit."""
+"""Deterministic algorithms, so that the same run gives the same bits on a GPU too. On a CPU it always does."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Inside the context torch takes algorithms that repeat to the bit, where it has them; else it warns.
+    """Make torch use deterministic algorithms inside the context; where it has none, it warns.
 
-    On CUDA some (sums by atomic additions) are chosen for speed otherwise; cuBLAS needs a fixed
-    workspace, set before its first use.
+    By default, CUDA uses faster algorithms that are not deterministic, such as sums by atomic additions. cuBLAS also
+    needs a fixed workspace, which must be set before its first use.
 
     Args:
-        device: Where the arithmetic runs.
+        device: The compute device.
     """
     if device.type != "cuda":
         yield
@@ -29,13 +29,12 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def strictly_repeatable(device: torch.device) -> Iterator[None]:
-    """Inside the context, within that of `repeatable`, what can't repeat to the bit is an error.
+    """Turn warnings about algorithms that are not deterministic into errors; for use inside `repeatable`.
 
-    CUDA's attention takes its repeatable backward only if its other one is forbidden, not if it is
-    warned of.
+    CUDA's attention uses its deterministic backward only in this strict mode.
 
     Args:
-        device: Where the arithmetic runs.
+        device: The compute device.
     """
     if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
         yield

@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and how much of it the model still reads."""
+"""A conversation of several turns with a model that has a limited context."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Turn:
     """A question and its answer.
 
     Args:
-        question: The user's.
-        answer: The model's, as it was said; not only spaces.
-        is_whole: Whether the model itself ended it.
+        question: The user's question.
+        answer: The model's answer, unchanged; not only whitespace.
+        is_whole: Whether the model ended the answer itself.
     """
 
     question: str
@@ -29,12 +29,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as the model will read it.
+    """A question together with its prompt.
 
     Args:
-        question: The user's.
-        prompt: (1, T) token ids, with the history that fits.
-        num_forgotten: Turns of the history that are left out from now on.
+        question: The user's question.
+        prompt: (1, T) token ids of the question and as much of the history as fits.
+        num_forgotten: Number of turns that this question pushed out of the context.
     """
 
     question: str
@@ -43,14 +43,14 @@ class Asked:
 
 
 class Dialogue:
-    """Several turns with one model.
+    """A conversation with one model.
 
     Args:
         loaded: The model.
         system: The system prompt; "" for none.
 
     Raises:
-        ModelError: There is a system message and no place for one.
+        ModelError: There is a system message, but the model has no chat template.
     """
 
     def __init__(self, loaded: Loaded, system: str = "") -> None:
@@ -60,10 +60,10 @@ class Dialogue:
         self.tell(system)
 
     def tell(self, system: str) -> None:
-        """Set the system message; the turns so far stay.
+        """Set the system message; keep the turns so far.
 
         Raises:
-            ModelError: The model has no chat template, and so no place for one.
+            ModelError: The model has no chat template.
         """
         if system and not self.loaded.has_chat_template:
             raise ModelError(
@@ -77,14 +77,14 @@ class Dialogue:
         self.turns, self._num_forgotten = [], 0
 
     def ask(self, question: str, *, max_new_tokens: int) -> Asked:
-        """Put a question behind the history; of that, the oldest turns are left out if it does not fit.
+        """Build the prompt of a question; leave out the oldest turns if it does not fit.
 
         Args:
-            question: The user's.
-            max_new_tokens: So many positions stay free for the answer, as long as there is history to leave out.
+            question: The user's question.
+            max_new_tokens: Positions to keep free for the answer, as far as leaving out turns makes this possible.
 
         Raises:
-            ModelError: Not even the question fits, it is empty, or the chat template refuses the conversation.
+            ModelError: The question is empty or too long, or the chat template refuses the conversation.
         """
         room = self.loaded.num_positions - max_new_tokens
         num_forgotten = self._num_forgotten
@@ -97,20 +97,20 @@ class Dialogue:
         return Asked(question, prompt, newly)
 
     def answer(self, asked: Asked, settings: Settings, stream: Stream) -> Answer:
-        """Answer a question; it does not belong to the history before `keep`."""
+        """Generate an answer; `keep` adds it to the history."""
         return self.loaded.answer(asked.prompt, settings, stream)
 
     def keep(self, asked: Asked, given: Answer) -> bool:
-        """Make a question and its answer part of the history; False: the answer is empty, so they are not."""
+        """Add a question and its answer to the history, unless the answer is empty; return whether they were added."""
         says_something = bool(given.text.strip())
         if says_something:
             self.turns.append(Turn(asked.question, given.text, given.end == "done"))
         return says_something
 
     def record(self) -> str:
-        """The whole conversation as a line of a JSONL file that a run can train on.
+        """Return the conversation as a line of a JSONL file that a run can train on.
 
-        It has the field `messages`; for a model without chat template, which could not be trained on that, `text`.
+        The line has the field `messages`, or `text` if the model has no chat template.
         """
         if self.loaded.has_chat_template:
             turns = [{"role": role, "content": text} for role, text in self._messages(None, 0)]
@@ -121,7 +121,7 @@ class Dialogue:
     def _messages(self, question: str | None, first: int) -> list[Message]:
         messages: list[Message] = [("system", self.system)] if self.system else []
         for turn in self.turns[first:]:
-            # A template puts its own marks around an answer; in plain text, the space before it belongs to it.
+            # A template adds its own separators; in plain text, the leading space is part of the answer.
             said = turn.answer.strip() if self.loaded.has_chat_template else turn.answer
             messages += [("user", turn.question), ("assistant", said)]
         return messages if question is None else [*messages, ("user", question)]

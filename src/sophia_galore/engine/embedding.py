@@ -1,4 +1,4 @@
-"""The embedding, of which only the rows of the batch's own tokens are ever touched."""
+"""The embedding. Only the rows of tokens that occur in the batch are read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sophia_galore.weights.store import WeightStore
 
 @dataclass(frozen=True)
 class Embedded:
-    """What enters the first layer.
+    """The embedding's output for an effective batch.
 
     Args:
-        tokens: (U,) the different token ids of the effective batch, sorted.
-        rows: (U, d) their embeddings in compute precision; a leaf of the graph, unless they are frozen.
-        hidden: Per micro-batch (B, T, d), part of the graph of `rows`.
-        calls: Per micro-batch one call a layer.
+        tokens: (U,) int64, the distinct token ids of the effective batch, sorted.
+        rows: (U, d) their embeddings in compute precision; a leaf of the autograd graph, unless they are frozen.
+        hidden: Per micro-batch (B, T, d), the first layer's input, part of the graph of `rows`.
+        calls: Per micro-batch, one call per layer.
     """
 
     tokens: Tensor
@@ -34,11 +34,11 @@ class Embedded:
     calls: list[list[LayerCall]]
 
     def rows_grad(self, hidden_grads: Sequence[Tensor], padding_idx: int | None) -> Tensor:
-        """Gradient of the looked-up rows.
+        """Compute the gradient of the embedding rows in use.
 
         Args:
             hidden_grads: Per micro-batch (B, T, d), the gradient with respect to `hidden`.
-            padding_idx: Token that gets no gradient; None: all get theirs.
+            padding_idx: Token that gets no gradient; None: every token gets one.
 
         Returns:
             (U, d) float32.
@@ -54,14 +54,14 @@ class Embedded:
 
 @dataclass(frozen=True)
 class EmbeddingNoise:
-    """Noise on embeddings in training (NEFTune, Jain et al., arXiv 2310.05914, algorithm 1).
+    """Noise on the embeddings during training (NEFTune, Jain et al., arXiv 2310.05914, algorithm 1).
 
-    Uniform in (-1, 1), times alpha / sqrt(L d): L are the tokens of the example itself, without padding. It is a
-    function of seed, step and the row's place in the effective batch, so that it is the same however rows are padded,
-    split or gone through again, and after a resume. Gradients take it for a constant.
+    The noise is uniform in (-1, 1), times alpha / sqrt(L d), where L is the number of tokens of the example without
+    padding. It is a function of seed, step and the row's position in the effective batch, so that it is the same
+    however rows are padded, split or recomputed, and after a resume. It is a constant in the gradient.
 
     Args:
-        alpha: Its size.
+        alpha: Its scale.
         seed: The run's seed.
         step: Number of the optimizer step.
     """
@@ -72,12 +72,12 @@ class EmbeddingNoise:
 
     @torch.no_grad()
     def add_to(self, embedded: Tensor, batch: MicroBatch, first_row: int) -> None:
-        """Add it to the embeddings of a micro-batch, in place; padding gets none.
+        """Add the noise to the embeddings of a micro-batch, in place, except at padding.
 
         Args:
             embedded: (B, T, d).
             batch: The micro-batch.
-            first_row: Rows of the effective batch that come before it.
+            first_row: Number of rows in the micro-batches before it.
         """
         width = embedded.shape[-1]
         for row, lengths in enumerate(_example_lengths(batch)):
@@ -90,7 +90,7 @@ class EmbeddingNoise:
 
 
 def _example_lengths(batch: MicroBatch) -> list[tuple[int, ...]]:
-    """For each row, the tokens of the examples that lie in it."""
+    """Return, for each row, the lengths in tokens of the examples in it."""
     if batch.lengths is not None:
         return list(batch.lengths)
     if batch.attention_mask is None:
@@ -107,18 +107,18 @@ def embed(
     trains: bool = True,
     noise: EmbeddingNoise | None = None,
 ) -> Embedded:
-    """Look up the tokens of an effective batch, and learn how the layers are called.
+    """Look up the embeddings of an effective batch, and record the arguments of each layer.
 
     Args:
         architecture: The model.
         store: The weights.
         batches: Micro-batches on the device of the weights.
         dtype: Compute precision.
-        trains: Whether the embedding's weight wants a gradient.
-        noise: What is added to the embeddings; None: nothing.
+        trains: Whether the embedding's weight is trained.
+        noise: Noise to add to the embeddings; None: no noise.
 
     Returns:
-        Hidden states and calls, with a graph back to the rows if gradients are enabled.
+        Hidden states and calls; the hidden states have a graph back to the rows if gradients are enabled.
     """
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True

@@ -1,4 +1,4 @@
-"""Answers of a model, by Hugging Face's own `generate`, and their text as it comes."""
+"""Generate answers with Hugging Face's `generate`, and stream their text."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sophia_galore.model.architecture import Architecture
 from sophia_galore.weights.store import WeightStore
 
 Message = tuple[str, str]
-"""Who speaks (system, user or assistant), and what is said."""
+"""Role (system, user or assistant) and text."""
 
 _HALF_A_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an answer is drawn.
+    """Sampling settings of an answer.
 
     Args:
         max_new_tokens: Longest answer in tokens.
-        temperature: 0: always the likeliest token.
-        top_p: Above temperature 0, draw from the likeliest tokens that together have this probability.
-        seed: Of the draws at temperatures above 0.
+        temperature: Sampling temperature; 0: greedy decoding.
+        top_p: At temperatures above 0, sample from the most likely tokens that together have this probability.
+        seed: Seed of the sampling.
     """
 
     max_new_tokens: int
@@ -39,12 +39,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A generated answer.
 
     Args:
-        text: Without special tokens.
-        tokens: All that were generated, the one that ended the answer among them.
-        end: Whether the model ended it, `max_new_tokens` cut it, or the user did.
+        text: The text without special tokens.
+        tokens: All generated token ids, including the end token.
+        end: done: the model ended it; cut: it reached `max_new_tokens`; interrupted: the user stopped it.
     """
 
     text: str
@@ -53,14 +53,14 @@ class Answer:
 
 
 class Stream:
-    """The text of an answer, as soon as it is certain; what transformers calls a streamer.
+    """Decodes the tokens of an answer as they are generated; a streamer for transformers.
 
-    A character may take several tokens, and a token's space depends on the one before it. So a token is shown as
-    what it adds to the text of its neighbours before it, once that text does not end within a character.
+    A character may take several tokens, and the space before a token depends on the previous token. So each token is
+    decoded together with the previous ones, and its text is shown once it ends with a complete character.
 
     Args:
         tokenizer: The model's tokenizer.
-        on_text: Takes each new part of the text.
+        on_text: Receives each new part of the text.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None = None) -> None:
@@ -72,7 +72,7 @@ class Stream:
         self._is_prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Take (1, T) tokens of the prompt, then (1,) token at a time."""
+        """Receive the prompt's tokens, (1, T), at the first call; then one token, (1,), at each call."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -80,11 +80,15 @@ class Stream:
         self._show(certain=False)
 
     def end(self) -> None:
-        """Show what is left; also where a character never became whole."""
+        """Show the remaining text, even if its last character is incomplete."""
         self._show(certain=True)
 
     def given(self, end: Literal["done", "cut", "interrupted"]) -> Answer:
-        """What has been said so far."""
+        """Return the answer so far.
+
+        Args:
+            end: How it ended.
+        """
         self._show(certain=True)
         return Answer("".join(self._parts), tuple(self._tokens), end)
 
@@ -112,21 +116,21 @@ def answer(
     device: torch.device,
     generation_config: Any = None,
 ) -> list[str]:
-    """Answer questions greedily, in the store's own precision, so that no second copy of the weights is made.
+    """Answer questions by greedy decoding, in the precision of the stored weights, without a second copy of them.
 
-    Weights in eight bits are decoded one at a time.
+    8-bit weights are decoded one at a time.
 
     Args:
         architecture: The model's modules; parameters on the meta device, before and after.
         store: The weights.
         tokenizer: The model's tokenizer.
-        questions: What a user would ask; put into the chat template if there is one.
+        questions: The user's questions; each is put into the chat template if there is one.
         max_new_tokens: Longest answer in tokens.
-        device: Where the store lives.
-        generation_config: The settings that come with the model, or None.
+        device: The device of the store.
+        generation_config: The generation settings that come with the model, or None.
 
     Returns:
-        One answer a question.
+        One answer per question.
     """
     answers: list[str] = []
     if not questions:
@@ -142,12 +146,12 @@ def answer(
 
 
 def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
-    """A conversation as the model expects it, up to where its next answer begins.
+    """Tokenize a conversation, up to where the model's next answer begins.
 
     Args:
         tokenizer: The model's tokenizer.
-        messages: The conversation, the last message the user's. Without a chat template it is one text: an answer
-            follows its question at once, and the next question begins a line.
+        messages: The conversation; the last message is the user's. Without a chat template the messages are joined:
+            an answer follows its question directly, and the next question begins on a new line.
 
     Returns:
         (1, T) token ids.
@@ -155,7 +159,7 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
     Raises:
         ModelError: The model's chat template refuses the conversation.
     """
-    # What a terminal could not decode has no place in a tokenizer.
+    # Input that the terminal could not decode holds surrogates, which tokenizers refuse.
     clean = [(role, text.encode("utf-8", "replace").decode("utf-8")) for role, text in messages]
     if tokenizer.chat_template:
         turns = [{"role": role, "content": text} for role, text in clean]
@@ -179,14 +183,14 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
 
 
 def stop_tokens(*holders: Any) -> list[int]:
-    """The tokens that end an answer.
+    """Return the ids of the tokens that end an answer.
 
     Args:
-        holders: What may name them as `eos_token_id`: a tokenizer, generation settings, a model's configuration;
-            None names none.
+        holders: Objects with an optional `eos_token_id`: a tokenizer, generation settings, a model's configuration,
+            or None.
 
     Returns:
-        Their ids in order.
+        The ids, sorted.
     """
     found: set[int] = set()
     for holder in holders:
@@ -204,21 +208,21 @@ def generate(
     tokenizer: Any,
     generation_config: Any = None,
 ) -> Answer:
-    """Answer once.
+    """Generate one answer.
 
     Args:
         model: A whole Hugging Face model.
-        prompt: (1, T) token ids, where the model is.
-        settings: How the answer is drawn.
-        stream: Takes the tokens; after an interruption it has what was said until then.
+        prompt: (1, T) token ids, on the model's device.
+        settings: Sampling settings.
+        stream: Receives the tokens; after an interruption it holds the partial answer.
         tokenizer: The model's tokenizer.
-        generation_config: The settings that come with the model, such as a penalty for repetition; those of
-            `settings` go before them. None: it has none.
+        generation_config: The generation settings that come with the model, such as a repetition penalty; `settings`
+            takes precedence. None: the model has none.
 
     Returns:
         The answer.
     """
-    # As transformers has it: what generation_config.json says goes before config.json.
+    # As in transformers, generation_config.json takes precedence over config.json.
     stops = stop_tokens(tokenizer, generation_config if stop_tokens(generation_config) else model.config)
     asked = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
     samples = settings.temperature > 0

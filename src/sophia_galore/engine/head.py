@@ -1,7 +1,7 @@
-"""The head: norm, projection to the vocabulary, objective; logits never exist as a whole.
+"""The head: final norm, projection to the vocabulary and loss. The full logits are never in memory.
 
-Only positions whose label counts are computed, a tile of logits at a time. An objective whose token weights depend on
-the log-probabilities costs one more pass over the logits, which comes first.
+Logits are computed tile by tile, and only at counted positions. An objective whose token weights depend on the
+log-probabilities needs one more pass over the logits, before the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Project
 from sophia_galore.optim.request import GradientRequest, Wants, whole_gradients
 from sophia_galore.weights.store import WeightStore
 
-# Tokens that go back through the norm at once: its float32 temporaries are some ten times as large as they are.
+# Tokens per backward through the norm: its float32 temporaries are about ten times as large as its input.
 _NORM_TOKENS = 1024
 _MEAN_CROSS_ENTROPY = Objective()
 
@@ -39,16 +39,16 @@ class Head:
         observer: Receives the category of each tensor.
         hidden: Per micro-batch (B, T, d), the output of the last layer.
         batches: The micro-batches.
-        objective: What is minimised.
+        objective: The loss to minimise.
         sampler: Draws the labels, if the objective samples them.
-        wants: In which form the gradients of the head's and the embedding's weight are wanted. Where the basis comes
-            from the gradient, each product with it takes the logits once more.
-        chunk_bytes: Bytes of the float32 logits that are worked on at once.
+        wants: Returns the form in which the gradient of the head's or the embedding's weight is needed. If the basis
+            is made from the gradient, each product with the gradient computes the logits once more.
+        chunk_bytes: Size of the float32 logits that are computed at once, in bytes.
         frozen: Names of weights that get no gradient.
 
     Attributes:
-        labels: (N,) int64, the labels of the counted positions, micro-batch after micro-batch; drawn ones are
-            here once `backward` is done.
+        labels: (N,) int64, the labels of the counted positions, in the order of the micro-batches; sampled labels are
+            here after `backward`.
     """
 
     def __init__(
@@ -78,22 +78,22 @@ class Head:
         self._product = self._product_of(architecture.head_name, self._request)
         self._normed: Tensor | None = None
         self._weight: TokenWeight = 0.0
-        # fp16 works on the gradient of the summed loss, since divided by the tokens it would underflow.
+        # fp16 computes the gradient of the summed loss: divided by the number of tokens it would underflow.
         self._scale = float(len(self.labels)) if dtype == torch.float16 else 1.0
         loss = LossOf(self.labels, architecture.logit_softcap, sampler, chunk_bytes)
         self._logits = logits_of(store, architecture.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
-        """Summed cross-entropy in nats, without gradients."""
+        """Compute the summed cross-entropy in nats, without gradients."""
         return self._logits.loss_sum(self._norm(self._entering, self._norm_weights()))
 
     def backward(self) -> tuple[float, list[Tensor], Gradients]:
-        """Forward and backward through the head.
+        """Run forward and backward through the head.
 
         Returns:
-            The loss; per micro-batch (B, T, d) the gradient with respect to the hidden states (float32 if the compute
-            precision is float16, else in compute precision); float32 gradients of the norm and, if it can be known
-            now, of the untied head's weight.
+            The loss; the gradient with respect to the hidden states, per micro-batch (B, T, d) (float32 if the compute
+            precision is float16, else in compute precision); and the float32 gradients of the norm and of an untied
+            head's weight, unless `late_gradient` computes the latter.
         """
         architecture = self._architecture
         now, trains = self._product, architecture.head_name not in self._frozen
@@ -101,14 +101,14 @@ class Head:
         with torch.no_grad():
             normed = self._norm(self._entering, self._norm_weights())
             if later:
-                self._normed = normed  # for the weight's gradient
+                self._normed = normed  # needed for the weight's gradient
             loss, self._weight = self._weigh(normed)
             weight_grad = self._zero_grad() if trains and not (now or later) else None
             loss_sum, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
                 if architecture.tied and self._dtype != torch.float32:
-                    now.narrow()  # the layers' turn is before the embedding's
+                    now.narrow()  # it waits until the backward of all layers is done
                     self._observer.tag(now.sum, "gradients")
             del normed
         in_grads, norm_grads = self._through_norm(normed_grad)
@@ -122,9 +122,12 @@ class Head:
 
     @torch.no_grad()
     def late_gradient(self) -> Gradients:
-        """The gradient of the untied head's weight whose basis had to come from the gradient first.
+        """Compute the gradient of an untied head's weight whose basis is made from the gradient.
 
-        After `backward`, before that weight changes, and only if the loss was finite.
+        Call it after `backward`, before that weight changes, and only if the loss was finite.
+
+        Returns:
+            The projected gradient by the weight's name; empty if there is none.
         """
         architecture = self._architecture
         if architecture.tied or self._normed is None:
@@ -135,14 +138,16 @@ class Head:
 
     @torch.no_grad()
     def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Gradient:
-        """Gradient of the embedding, that of the tied head included; after `backward`, before that weight changes.
+        """Compute the gradient of the embedding's weight, including a tied head's part.
+
+        Call it after `backward`, before that weight changes.
 
         Args:
-            tokens: (U,) int64, different tokens.
-            rows_grad: (U, d) float32, the gradient of their rows as the embedding's.
+            tokens: (U,) int64, distinct token ids.
+            rows_grad: (U, d) float32, the gradient with respect to the embeddings of these tokens.
 
         Returns:
-            (V, d) float32, or its product.
+            (V, d) float32, or the projected gradient.
         """
         architecture = self._architecture
         request = self._request if architecture.tied else self._request_of(architecture.embed_name)
@@ -165,7 +170,7 @@ class Head:
         return grad.index_add_(0, tokens, rows_grad)
 
     def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
-        """The loss, None where it is the mean of what the next pass finds; and the tokens' weights, scaled."""
+        """Return the loss (None: it is the mean over the next pass) and the scaled token weights."""
         if not self._objective.needs_log_probs:
             return None, self._scale / len(self.labels)
         tokens = CountedTokens(self.labels, sequence_numbers(self._batches))
@@ -173,8 +178,8 @@ class Head:
         return loss, weights * self._scale
 
     def _walk(self, normed: Tensor, product: ProjectedSum | None, weight_grad: Tensor | None) -> tuple[float, Tensor]:
-        """Summed cross-entropy, and the gradient with respect to the normed states; the weight's is added up."""
-        # Rounding each part of a sum to half precision is one thing, rounding the sum after each part another.
+        """Return the summed cross-entropy and the gradient with respect to `normed`; add up the weight's gradient."""
+        # If the gradient comes in several parts, they are summed in float32: rounding each partial sum loses too much.
         dtype = torch.float32 if self._logits.in_parts else self._dtype
         normed_grad = torch.zeros(normed.shape, dtype=dtype, device=normed.device)
         add = self._adder(product, normed) if product is not None else None
@@ -190,7 +195,7 @@ class Head:
         return loss, normed_grad
 
     def _through_norm(self, normed_grad: Tensor) -> tuple[list[Tensor], Tensors]:
-        """Gradients with respect to the hidden states and the norm's weights; a part of its graph exists at a time."""
+        """Backward through the norm, by chunks of tokens, so that only a part of its graph exists at a time."""
         entering, sums = self._entering, Tensors()
         del self._entering
         norm = self._architecture.norm_name
@@ -203,7 +208,7 @@ class Head:
             with torch.enable_grad():
                 self._norm(leaf, leaves).backward(part_grad.to(self._dtype))
             assert leaf.grad is not None  # the norm depends on its input
-            part.copy_(leaf.grad)  # which takes the place of what entered
+            part.copy_(leaf.grad)  # the gradient overwrites the input, which is not needed any more
             for key, weight in leaves.items():
                 if weight.grad is not None:
                     sums[key] = sums[key].add_(weight.grad) if key in sums else weight.grad.float()
@@ -214,7 +219,7 @@ class Head:
     def _with_basis_from(
         self, request: GradientRequest, name: str, add_to: Callable[[ProjectedSum], None]
     ) -> ProjectedGradient | None:
-        """A weight's projected gradient, where the basis is made from the gradient; None: that is not wanted."""
+        """Return a projected gradient whose basis is made from the gradient; None if the request is of another kind."""
         if request is None or isinstance(request, Projector):
             return None
 
@@ -226,21 +231,21 @@ class Head:
         return ProjectedGradient(gradient.of(request(gradient)))
 
     def _add_terms(self, product: ProjectedSum) -> None:
-        """The head's terms of a projected gradient, by the logits once more."""
+        """Add the head's terms to a projected gradient, by another pass over the logits."""
         assert self._normed is not None
         self._logits.walk(self._normed, self._weight, self._adder(product, self._normed))
         self._unscale(product)
 
     def _adder(self, product: ProjectedSum, normed: Tensor) -> Callable[[Tile], None]:
-        """Adds a tile's term to a projected gradient."""
+        """Return a function that adds a tile's term to a projected gradient."""
         saved: dict[int, Tensor] = {}
 
         def add(tile: Tile) -> None:
             first = tile.tokens.start
-            of_tokens = saved[first] if first in saved else product.save_input(normed[tile.tokens].float())
-            if product.saves_less:  # so that the next vocabulary slice need not make it again
-                saved[first] = of_tokens
-            product.add(tile.grad, of_tokens, tile.words)
+            token_input = saved[first] if first in saved else product.save_input(normed[tile.tokens].float())
+            if product.saves_less:  # the next vocabulary slice uses it again
+                saved[first] = token_input
+            product.add(tile.grad, token_input, tile.vocab_slice)
 
         return add
 
@@ -249,7 +254,7 @@ class Head:
             product.sum.div_(self._scale)
 
     def _tied_weight_grad(self) -> Tensor:
-        """Gradient of the tied head's weight, (V, d) float32, by the logits once more."""
+        """Compute the gradient of the tied head's weight, (V, d) float32, by another pass over the logits."""
         normed, grad = self._normed, self._zero_grad()
         assert normed is not None
         self._logits.walk(normed, self._weight, lambda tile: self._add_weight_grad(grad, tile, normed))
@@ -259,7 +264,7 @@ class Head:
         return self._wants(name) if name not in self._frozen else None
 
     def _product_of(self, name: str, request: GradientRequest) -> ProjectedSum | None:
-        """For the weight of the head or the embedding, an empty sum if one is wanted; float32, as the logits are."""
+        """Return an empty sum for a projected gradient, float32 like the logits; None if it is not wanted projected."""
         if not isinstance(request, Projector):
             return None
         product = ProjectedSum(request, self._store[name].shape, torch.float32, self._device)
@@ -267,14 +272,14 @@ class Head:
         return product
 
     def _zero_grad(self) -> Tensor:
-        """Zeros for the gradient of the head or the embedding, (V, d) float32."""
+        """Return zeros for the gradient of the head or the embedding, (V, d) float32."""
         shape = self._store[self._architecture.embed_name].shape
         grad = torch.zeros(shape, dtype=torch.float32, device=self._device)
         self._observer.tag(grad, "gradients")
         return grad
 
     def _add_weight_grad(self, grad: Tensor, tile: Tile, normed: Tensor) -> None:
-        grad[tile.words].addmm_(tile.grad.T, normed[tile.tokens].float(), alpha=1 / self._scale)
+        grad[tile.vocab_slice].addmm_(tile.grad.T, normed[tile.tokens].float(), alpha=1 / self._scale)
 
     def _scatter(self, grads: Tensor) -> list[Tensor]:
         dtype = torch.float32 if self._dtype == torch.float16 else self._dtype

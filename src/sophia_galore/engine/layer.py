@@ -1,11 +1,11 @@
 """One layer over all micro-batches: forward, and backward with or without activation checkpointing.
 
-A layer's weights are there in compute precision while it works, for all micro-batches. Its gradients, whole or
-projected, are summed over the micro-batches; they are finished when its backward is.
+A layer's weights exist in compute precision only while the layer runs, once for all micro-batches. Its gradients, full
+or projected, are summed over the micro-batches and are finished when its backward ends.
 
-With activation checkpointing backward computes the layer once more. Without it the layer's graph is kept from forward:
-it begins at the layer's own leaves, cut off from the layer before. Backward goes through it once, micro-batch by
-micro-batch, and what it has passed is freed at once.
+With activation checkpointing, backward recomputes the layer. Without it, the layer's autograd graph is kept from
+forward; the graph begins at the layer's input, which is detached from the previous layer. Backward uses it once,
+micro-batch by micro-batch, and frees each part at once.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from sophia_galore.weights.store import WeightStore
 
 Tensors = dict[str, Tensor]
 Gradients = dict[str, Gradient]
-"""Finished gradients by their parameters' full names."""
+"""Finished gradients, full or projected, by the full names of their parameters."""
 
-# In fp16 the gradient with respect to a layer's output is scaled so that its largest entry is 1; where sums over
-# tokens overflow nevertheless, the layer is done again with a scale so many times smaller.
+# In fp16 the gradient with respect to a layer's output is scaled so that its largest entry is about 1. If sums over
+# tokens still overflow, the layer's backward is repeated with a scale that is smaller by this factor.
 _FP16_BACKOFF = 16.0
 _FP16_MAX_TRIES = 6
 
 
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
-    """A layer that is computed with gradients.
+    """The autograd graph of one layer.
 
     Args:
-        leaves: The weights in compute precision; what the store holds in it already is not copied. Those that are
-            trained want a gradient.
-        products: By name, the sums for those of them whose gradient is wanted projected.
-        linears: Puts these sums in place of the gradients while it is entered.
-        kept: Per micro-batch that was gone through and not gone back through, what entered and what came out.
+        leaves: The weights in compute precision, by name; those that are trained require a gradient. A weight that is
+            stored in compute precision is not copied.
+        products: Sums for the weights whose gradients are projected, by name.
+        linears: Context manager that adds to these sums in place of forming the gradients.
+        kept: The layer's input and output, for each micro-batch between its forward and its backward.
         sums: In half precision, float32 sums of the gradients so far.
     """
 
@@ -70,7 +70,7 @@ class Layers:
         architecture: The model's modules; parameters on the meta device.
         store: The weights.
         dtype: Compute precision.
-        device: Where the arithmetic runs.
+        device: The compute device.
         seed: The run's seed, for dropout.
         observer: Receives the category of each tensor.
         frozen: Names of weights that get no gradient.
@@ -90,55 +90,55 @@ class Layers:
         self._seed, self._observer, self._frozen = seed, observer, frozen
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
-        """A layer without dropout, in place of what entered it.
+        """Run a layer for evaluation; its output replaces its input.
 
         Args:
-            index: Which layer.
+            index: Layer number.
             hidden: Per micro-batch (B, T, d); replaced by the layer's output.
-            calls: Per micro-batch.
+            calls: Per micro-batch, the layer's other arguments.
         """
         weights = self._weights(index)
-        for which, call in enumerate(calls):
-            hidden[which] = self._run(index, weights, call, hidden[which])
+        for micro_batch, call in enumerate(calls):
+            hidden[micro_batch] = self._run(index, weights, call, hidden[micro_batch])
 
     @torch.no_grad()
     def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
-        """A layer without a graph.
+        """Run a layer without a graph.
 
         Args:
-            index: Which layer.
+            index: Layer number.
             inputs: Per micro-batch (B, T, d).
-            calls: Per micro-batch.
+            calls: Per micro-batch, the layer's other arguments.
             step: Number of the optimizer step, for dropout.
 
         Returns:
-            Per micro-batch (B, T, d).
+            The output, per micro-batch (B, T, d).
         """
         weights = self._weights(index)
         out: list[Tensor] = []
-        for which, call in enumerate(calls):
-            with self._dropout_stream(step, index, which):
-                out.append(self._run(index, weights, call, inputs[which]))
+        for micro_batch, call in enumerate(calls):
+            with self._dropout_stream(step, index, micro_batch):
+                out.append(self._run(index, weights, call, inputs[micro_batch]))
         return out
 
     def keep(
         self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, wants: Wants
     ) -> tuple[list[Tensor], LayerGraph]:
-        """A layer whose graph is kept for `backward`.
+        """Run a layer and keep its graph for `backward`.
 
         Args:
-            index: Which layer.
-            inputs: Per micro-batch (B, T, d); no graph goes on before them.
-            calls: Per micro-batch.
+            index: Layer number.
+            inputs: Per micro-batch (B, T, d), without a graph.
+            calls: Per micro-batch, the layer's other arguments.
             step: Number of the optimizer step, for dropout.
-            wants: In which form gradients are wanted.
+            wants: Returns the form in which a parameter's gradient is needed.
 
         Returns:
-            Per micro-batch (B, T, d), no part of the graph; and the graph.
+            The output, per micro-batch (B, T, d), detached from the graph; and the graph.
         """
         graph = self._begin(index, wants)
-        for which, call in enumerate(calls):
-            graph.kept.append(self._through(index, graph, call, inputs[which], step, which))
+        for micro_batch, call in enumerate(calls):
+            graph.kept.append(self._forward_with_graph(index, graph, call, inputs[micro_batch], step, micro_batch))
         return [out.detach() for _, out in graph.kept], graph
 
     def backward(
@@ -153,18 +153,18 @@ class Layers:
         *,
         spends: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
-        """Go back through one layer for every micro-batch.
+        """Run the backward pass of a layer for all micro-batches.
 
         Args:
-            index: Which layer.
-            inputs: Per micro-batch (B, T, d), what entered the layer.
-            calls: Per micro-batch.
+            index: Layer number.
+            inputs: Per micro-batch (B, T, d), the layer's input.
+            calls: Per micro-batch, the layer's other arguments.
             out_grads: Per micro-batch (B, T, d), the gradient with respect to the layer's output.
             step: As in forward.
-            wants: In which form gradients are wanted.
-            graph: What `keep` gave; used up. None: the layer is computed once more.
-            spends: Whether `inputs` and `out_grads` may be let go of, a micro-batch after the other: nobody will go
-                through the layer again.
+            wants: Returns the form in which a parameter's gradient is needed.
+            graph: From `keep`; used up. None: the layer is recomputed.
+            spends: Whether to remove the entries of `inputs` and `out_grads` as they are used, which frees memory but
+                makes a repetition impossible.
 
         Returns:
             The layer's gradients (float32) and, per micro-batch, the gradient with respect to its input.
@@ -181,7 +181,7 @@ class Layers:
             if all(bool(torch.isfinite(grad).all()) for grad in [*map(tensor_of, grads.values()), *in_grads]):
                 break
             scale /= _FP16_BACKOFF
-            graph = None  # which can be gone through once
+            graph = None  # a graph can be used only once
         return grads, in_grads
 
     def _backward_scaled(
@@ -195,7 +195,7 @@ class Layers:
         scale: float,
         graph: LayerGraph | None,
     ) -> tuple[Gradients, list[Tensor]]:
-        """`backward`, which uses up what it is given: of a micro-batch that is done nothing stays."""
+        """Run `backward` with one loss scale; remove each micro-batch from its arguments once it is done."""
         name = self._architecture.layer_names[index]
         is_kept = graph is not None
         graph = graph or self._begin(index, wants)
@@ -203,14 +203,18 @@ class Layers:
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
-        for which, call in enumerate(calls):
-            arrived, signal = inputs.pop(0), out_grads.pop(0)
-            entering, out = graph.kept.pop(0) if is_kept else self._through(index, graph, call, arrived, step, which)
+        for micro_batch, call in enumerate(calls):
+            layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
+            entering, out = (
+                graph.kept.pop(0)
+                if is_kept
+                else self._forward_with_graph(index, graph, call, layer_input, step, micro_batch)
+            )
             if scale != 1.0:
-                signal = signal * scale
+                out_grad = out_grad * scale
             with strictly_repeatable(self._device):
-                out.backward(signal.to(out.dtype))
-            del arrived, out, signal
+                out.backward(out_grad.to(out.dtype))
+            del layer_input, out, out_grad
             assert entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
@@ -245,15 +249,15 @@ class Layers:
         return graph
 
     def _take_gradient(self, name: str, product: ProjectedSum | None, sums: Tensors, leaf: Tensor) -> None:
-        """A weight has its gradient of one micro-batch: in half precision it is added before the next one comes."""
+        """Add a weight's gradient of one micro-batch to its sum; a hook that autograd calls."""
         grad = leaf.grad
         if grad is None:
-            return  # a projected sum got it
+            return  # the projected sum took it
         self._observer.tag(grad, "gradients")
         if product is not None:
-            product.add_whole(grad)  # a module used the weight in another way than as linear
+            product.add_whole(grad)  # the weight was used outside of functional.linear
         elif self._dtype == torch.float32:
-            return  # where they add up by themselves
+            return  # autograd itself sums float32 gradients
         elif name in sums:
             sums[name].add_(grad)
         else:
@@ -261,17 +265,17 @@ class Layers:
             self._observer.tag(sums[name], "gradients")
         leaf.grad = None
 
-    def _through(
-        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, which: int
+    def _forward_with_graph(
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, micro_batch: int
     ) -> tuple[Tensor, Tensor]:
-        """A micro-batch with gradients; returns a leaf that shares memory with what enters, and what comes out."""
+        """Run a micro-batch with gradients; return its input as a leaf, which shares memory, and its output."""
         leaf = entering.detach().requires_grad_()
-        # A mode costs some microseconds at every operation: only where it has something to do.
-        with self._dropout_stream(step, index, which), graph.linears if graph.products else nullcontext():
+        # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
+        with self._dropout_stream(step, index, micro_batch), graph.linears if graph.products else nullcontext():
             return leaf, self._run(index, graph.leaves, call, leaf)
 
     def _products(self, layer: str, leaves: Tensors, wants: Wants) -> dict[str, ProjectedSum]:
-        """Empty sums for those of a layer's weights whose gradient is wanted projected."""
+        """Return empty sums for those of a layer's weights whose gradients are wanted projected."""
         products: dict[str, ProjectedSum] = {}
         for name, leaf in leaves.items():
             wanted = wants(f"{layer}.{name}") if leaf.requires_grad else None
@@ -294,13 +298,13 @@ class Layers:
         return result
 
     @contextmanager
-    def _dropout_stream(self, step: int, index: int, which: int) -> Iterator[None]:
-        """Dropout draws the same numbers in forward and recomputation, and after a resume."""
+    def _dropout_stream(self, step: int, index: int, micro_batch: int) -> Iterator[None]:
+        """Seed dropout, so that it draws the same numbers in forward, in recomputation and after a resume."""
         if not self._architecture.has_dropout:
             yield
             return
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            seed = key(self._seed, "dropout", step, index, which)
+            seed = key(self._seed, "dropout", step, index, micro_batch)
             # Only the generator that is used: torch.manual_seed seeds those of all kinds of devices, which takes longer
             # than a small layer.
             if self._device.type == "cuda":

@@ -2,36 +2,34 @@
 
     forward, no grad:  for layer: for micro-batch: hidden = layer(hidden)          layer inputs are kept
     head:              for tile of logits: loss, gradient with respect to the hidden states
-    backward:          for layer, last to first: for micro-batch: recompute, backward; then the layer's weights step
-    embedding:         scatter; step
+    backward:          for layer, last to first: for micro-batch: recompute, backward; then update the layer's weights
+    embedding:         scatter; update
 
-Gradients are summed over the whole effective batch while only those of one layer exist. `forward` goes as far as the
-loss; `backward` is a generator, which yields the finished gradients of one layer after the other while that layer's
-weights are borrowed. Each is whole or projected, as the optimizer said beforehand.
+Gradients are summed over the whole effective batch, and only those of one layer exist at a time. `forward` computes
+the loss. `backward` is a generator: it yields the finished gradients of one layer after the other while that layer's
+weights are borrowed. Each gradient is full or projected, as the optimizer requested.
 
-A tied head and embedding are one weight with two gradients: the head's is formed last, beside the embedding's, so
-that it need not stay alive while the layers work; that costs computing the logits once more. A projected one is small:
-it is formed with the head and waits for the embedding's part. Where its basis comes from the gradient, head and
-embedding are asked for several products, one after the other.
+A tied head and embedding are one weight whose gradient has two parts. The head's part is formed last, together with
+the embedding's, so that it does not take memory during the layers' backward; this costs one more computation of the
+logits. A projected gradient is small, so the head's part is formed with the head and kept. If the basis is made from
+the gradient, head and embedding compute several products one after the other.
 
-The last layers may go without activation checkpointing: their graphs are kept in forward and nothing of them is
-computed twice.
+The last layers may run without activation checkpointing: their graphs are kept in forward and they are not recomputed.
 
-An observer sees a step of L layers in these phases, each a context of its own, none within another; planning of memory
-relies on it:
+An observer sees a step of L layers as these phases, none inside another. The memory forecast relies on this order:
 
     forward            the embedding
-    forward      x L   a layer, first to last; with its graph where that is kept
-    head               loss, gradients with respect to the hidden states, of the norm and of an untied head
-    step               these are used
-    backward, step     x L: a layer, last to first, and its gradients are used
+    forward      x L   a layer, first to last; with its graph if it is kept
+    head               the loss; the gradients with respect to the hidden states, the norm and an untied head
+    step               the update with these gradients
+    backward, step     x L: a layer, last to first, and the update with its gradients
     backward           the gradient with respect to the embedding's rows
-    head or backward   the embedding's gradient; `head` if it is tied, since then there are logits once more
-    step               it is used
+    head or backward   the embedding's gradient; `head` if it is tied, since the logits are computed once more
+    step               the update with it
 
-Whoever iterates over `backward` enters the phase `step` by `using`. A part that is repeated enters its phase again.
-Evaluation is one phase `eval`. Layers in and before which all weights are frozen are not gone back through, but are
-phases all the same.
+The caller of `backward` enters the phase `step` with `using`. A part that is repeated enters its phase again.
+Evaluation is one phase, `eval`. There is no backward through the first layers if they and all weights before them are
+frozen, but their phases are entered all the same.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
-from sophia_galore.engine.cross_entropy import block_words, default_chunk_bytes
+from sophia_galore.engine.cross_entropy import block_entries, default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
@@ -76,11 +74,11 @@ _CROSS_ENTROPY = CrossEntropy()
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found.
+    """The loss and the token counts of one step.
 
     Args:
         loss: The objective's loss over the counted tokens of the effective batch; for cross-entropy the mean, in nats.
-        num_tokens: Tokens of the effective batch, padding not included.
+        num_tokens: Tokens of the effective batch, without padding.
         num_counted: Tokens whose loss counts.
     """
 
@@ -91,14 +89,14 @@ class StepResult:
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """A step up to the head: the loss is known, and the way back is prepared.
+    """The result of `LayerwiseEngine.forward`, from which `backward` continues.
 
     Args:
-        result: The loss, and what it is over.
-        request: What the step was asked for.
-        activations: What backward starts from.
+        result: The loss and the token counts.
+        request: The settings of the step.
+        activations: The kept activations.
         head: The head, which still has to form a tied weight's gradient.
-        gradients: Those of the norm and of an untied head.
+        gradients: The gradients of the norm and of an untied head.
     """
 
     result: StepResult
@@ -110,11 +108,11 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class FinishedGradients:
-    """Gradients over the whole effective batch, and the weights that they belong to, while these are borrowed.
+    """Gradients over the whole effective batch, with the borrowed weights that they belong to.
 
     Args:
-        weights: The borrowed weights; those of the gradients may be written.
-        gradients: By the parameter's name; to be taken out one by one, so that each is freed as soon as it was used.
+        weights: The borrowed weights; weights that have a gradient may be written.
+        gradients: By the parameter's name. Pop them one by one, so that each is freed as soon as it was used.
     """
 
     weights: Borrowed
@@ -128,16 +126,16 @@ class LayerwiseEngine:
         architecture: The model's modules; parameters on the meta device.
         store: The weights.
         compute_dtype: float32, bfloat16 or float16.
-        device: Where the arithmetic runs.
+        device: The compute device.
         seed: The run's seed, for dropout and drawn labels.
         observer: Receives phases and the category of each tensor.
-        logits_chunk_bytes: Bytes of the float32 logits that are worked on at once; 0: as suits the device.
-        keep_layers: So many last layers go without activation checkpointing in a step. More than there are: all.
-        on_oom: When memory runs out in forward, in the head or in backward: stop; or adapt, which repeats that part
-            with smaller chunks (`engine/retry.py`), and goes on with these.
+        logits_chunk_bytes: Size of the float32 logits that are computed at once, in bytes; 0: the device's default.
+        keep_layers: Number of last layers that run without activation checkpointing; at most all of them.
+        on_oom: When memory runs out in forward, in the head or in backward: "stop", or "adapt", which repeats that part
+            with smaller chunks (`engine/retry.py`) and keeps these sizes.
         say: Receives a sentence about each adaptation.
         frozen: Names of weights that get no gradient.
-        neftune_alpha: Size of the noise on embeddings in a step (`EmbeddingNoise`); 0: none.
+        neftune_alpha: Scale of the noise on embeddings in a step (`EmbeddingNoise`); 0: no noise.
     """
 
     def __init__(
@@ -173,7 +171,7 @@ class LayerwiseEngine:
 
     @property
     def chunk_sizes(self) -> ChunkSizes:
-        """How much is in memory at once, as was asked or as was learned since."""
+        """The current chunk sizes: as configured, or smaller after memory ran out."""
         return self._retry.sizes
 
     def forward(
@@ -184,19 +182,19 @@ class LayerwiseEngine:
         wants: Wants = whole_gradients,
         objective: Objective = _CROSS_ENTROPY,
     ) -> ForwardPass:
-        """Through embedding, layers and head.
+        """Run the embedding, the layers and the head, and compute the loss.
 
         Args:
             batches: The micro-batches of one optimizer step.
-            step: Number of the optimizer step, for dropout and drawn labels.
-            wants: In which form each gradient is wanted: whole, (m, n); or as a product, G A (m, k) or A^T G (k, n).
-                In half precision A is rounded to it; in fp16 its columns should be of about unit length, or products
-                may leave the range. A basis from the gradient is made for head and embedding only; a layer's gradient
-                is whole then.
-            objective: What is minimised; drawn labels are a function of seed and step.
+            step: Number of the optimizer step, for dropout and sampled labels.
+            wants: Returns the form in which a parameter's gradient is needed: full, (m, n); or as a product, G A (m, k)
+                or A^T G (k, n). In half precision A is rounded to it; in fp16 its columns should have about unit
+                length, or products may overflow. A basis is made from the gradient for head and embedding only; the
+                gradient of a layer's weight is full in this case.
+            objective: The loss to minimise; sampled labels are a function of seed and step.
 
         Returns:
-            What `backward` goes on from, once.
+            The state from which `backward` continues; for one use.
 
         Raises:
             NonFiniteError: The loss is not finite.
@@ -229,15 +227,15 @@ class LayerwiseEngine:
         return ForwardPass(result, request, acts, head, gradients)
 
     def backward(self, done: ForwardPass) -> Generator[FinishedGradients]:
-        """Back through head, layers and embedding.
+        """Run backward through the layers and the embedding.
 
         Args:
             done: From `forward`; used up.
 
         Yields:
-            The finished gradients, float32, of head and norm, of one layer after the other, last to first, and of the
-            embedding; where all of these are frozen, none. Their weights may be changed until the next ones are asked
-            for. Close the generator if you do not exhaust it.
+            The finished float32 gradients: of head and norm; of each layer, last to first; and of the embedding. They
+            are empty if all weights of that part are frozen. The weights may be changed until the generator is
+            resumed. Close the generator if you do not exhaust it.
         """
         architecture, store, acts, step = self._architecture, self._store, done.activations, done.request.step
         with store.borrow(architecture.norm_name, architecture.head_name) as weights:
@@ -257,7 +255,7 @@ class LayerwiseEngine:
 
     @contextmanager
     def using(self, finished: FinishedGradients) -> Iterator[Gradients]:
-        """The phase in which finished gradients are used, without autograd; what is left of them is dropped after."""
+        """Enter the phase `step`, without autograd; drop the gradients that are left at its end."""
         with self._observer.phase("step"), torch.no_grad():
             for name in finished.gradients:  # no name for a gradient itself: it would live as long as the context
                 self._observer.tag(tensor_of(finished.gradients[name]), "gradients")
@@ -266,10 +264,10 @@ class LayerwiseEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Loss only, dropout off.
+        """Compute the loss only, without dropout.
 
         Args:
-            batches: Micro-batches that are taken through the layers together.
+            batches: Micro-batches that go through the layers together.
 
         Returns:
             Summed cross-entropy in nats and the number of counted tokens.
@@ -306,7 +304,7 @@ class LayerwiseEngine:
             acts.enter()
 
     def _forward_layer(self, acts: StepActivations, request: StepRequest) -> None:
-        """The next layer; another one, once a retry began anew with smaller micro-batches."""
+        """Run the next layer, which is the first one again if a retry restarted with smaller micro-batches."""
         with self._observer.phase("forward"):
             index = len(acts.inputs) - 1
             inputs, calls = acts.inputs[-1], acts.calls(index)
@@ -317,7 +315,7 @@ class LayerwiseEngine:
             acts.inputs.append(out)
 
     def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
-        """The loss, and back through the head."""
+        """Run forward and backward through the head."""
         with self._observer.phase("head"):
             acts.out_grads, acts.head_is_final = [], False
             samples = request.objective.samples_labels
@@ -327,12 +325,12 @@ class LayerwiseEngine:
             del hidden
             loss, acts.out_grads, gradients = head.backward()
             if math.isfinite(loss):
-                acts.head_is_final = True  # the optimizer's basis may be refreshed from here on
+                acts.head_is_final = True  # from here on, the optimizer may refresh its basis
                 gradients |= head.late_gradient()
             return head, loss, gradients
 
     def _take_output(self, acts: StepActivations, step: int) -> list[Tensor]:
-        """What came out of the last layer; at a repetition it is computed once more, since nobody kept it."""
+        """Return the last layer's output; a repetition of the head computes it again, since it was not kept."""
         last = len(self._architecture.layers) - 1
         if len(acts.inputs) > last + 1:
             return acts.inputs.pop()
@@ -362,7 +360,7 @@ class LayerwiseEngine:
         )
 
     def _backward_layer(self, acts: StepActivations, index: int, request: StepRequest) -> Gradients:
-        """One layer back; returns its gradients."""
+        """Run the backward pass of one layer and return its gradients."""
         with self._observer.phase("backward"):
             if index < self._num_idle:
                 acts.inputs.pop()
@@ -384,7 +382,7 @@ class LayerwiseEngine:
             if rows_grad is None:
                 return {}
             gradients: Gradients = {architecture.embed_name: head.embedding_grad(acts.embedded.tokens, rows_grad)}
-            del rows_grad  # within the phase, so that its end is seen there
+            del rows_grad  # inside the phase, so that the observer sees it freed there
             return gradients
 
     def _evaluate_layers(self, acts: StepActivations) -> list[Tensor]:
@@ -394,7 +392,7 @@ class LayerwiseEngine:
             self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
         return hidden
 
-    # What is tried when memory runs out in a part.
+    # Which chunks become smaller when memory runs out in a part.
 
     def _run(
         self,
@@ -408,7 +406,7 @@ class LayerwiseEngine:
     def _shrink(self, acts: StepActivations, sizes: ChunkSizes) -> None:
         acts.drop_graphs(self._first_kept())
         if sizes.max_rows is not None:
-            # Dropout draws other numbers for smaller micro-batches, so all layers have to see these.
+            # Dropout draws different numbers for smaller micro-batches, so forward restarts at the embedding.
             acts.split(sizes.max_rows, anew=self._architecture.has_dropout)
 
     def _first_kept(self) -> int:
@@ -424,18 +422,18 @@ class LayerwiseEngine:
         return fewer_kept_layers(self.chunk_sizes) if acts.graphs else self._smaller_logits(acts)
 
     def _smaller_backward(self, acts: StepActivations, index: int) -> Smaller | None:
-        # A layer that can't be computed once more has no room for its graph beside others either.
+        # If there is no memory to recompute this layer, there is none to keep its graph beside others either.
         if acts.graphs or index >= self._first_kept():
             return fewer_kept_layers(self.chunk_sizes)
-        # In forward, dropout drew for the micro-batches as they are.
+        # Dropout in forward drew its numbers for the micro-batches of the current size.
         return None if self._architecture.has_dropout else self._fewer_rows(acts)
 
     def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
         weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
-        words, width = weight.shape
+        num_entries, width = weight.shape
         if not weight.is_ready(self._dtype):
-            words = block_words(words, width * self._dtype.itemsize, sizes.logits_bytes)
-        return smaller_logits(sizes, _num_counted(acts.batches), words)
+            num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
+        return smaller_logits(sizes, _num_counted(acts.batches), num_entries)
 
     def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
         return fewer_rows(self.chunk_sizes, acts.batches)

@@ -1,4 +1,4 @@
-"""A model folder, loaded to answer: whatever its weights are in, in the format that was asked for."""
+"""Load a model folder for generation, from any weight format, in the requested format."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from sophia_galore.weights.row_int8 import ABSMAX
 from sophia_galore.weights.safetensors_header import TensorHeader
 
 Held = Literal["auto", "int8", "bf16", "fp16", "fp32"]
-"""How weights are held while answering; auto: as they lie in the folder."""
+"""Format of the weights in memory; auto: the same as in the folder."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that answers.
+    """A loaded model that can generate answers.
 
     Args:
-        title: What the user knows it as.
+        title: Its name in messages.
         model: The whole Hugging Face model.
         tokenizer: Its tokenizer.
         generation_config: Its generation settings, or None.
-        device: Where it is.
-        num_positions: Most tokens of a conversation, question and answer, that it can read.
+        device: Its device.
+        num_positions: Its context length: the most tokens of prompt and answer together.
     """
 
     title: str
@@ -48,14 +48,14 @@ class Loaded:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether it was made for conversations."""
+        """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     def prompt(self, messages: Sequence[Message]) -> torch.Tensor:
-        """(1, T) token ids of a conversation, up to where the next answer begins.
+        """Return the token ids of a conversation, (1, T), up to where the next answer begins.
 
         Raises:
-            ModelError: There is nothing in it, or the chat template refuses it.
+            ModelError: The last message is empty, or the chat template refuses the conversation.
         """
         tokens = prompt_tokens(self.tokenizer, messages)
         if not tokens.shape[1] or not messages[-1][1].strip():
@@ -63,7 +63,7 @@ class Loaded:
         return tokens.to(self.device)
 
     def refuse_too_long(self, prompt: torch.Tensor) -> None:
-        """Refuse (1, T) token ids that leave no position for an answer."""
+        """Refuse a prompt, (1, T), that leaves no position for an answer."""
         if prompt.shape[1] >= self.num_positions:
             raise ModelError(
                 f"The question is {prompt.shape[1]} tokens long, and {self.title} reads {self.num_positions} at most, "
@@ -72,12 +72,12 @@ class Loaded:
             )
 
     def answer(self, prompt: torch.Tensor, settings: Settings, stream: Stream) -> Answer:
-        """Answer once.
+        """Generate one answer.
 
         Args:
             prompt: (1, T), from `prompt`.
-            settings: How the answer is drawn; where fewer positions are left than it allows tokens, so many.
-            stream: Takes the answer as it comes.
+            settings: Sampling settings; the answer also ends at the last position of the context.
+            stream: Receives the tokens as they are generated.
         """
         left = min(settings.max_new_tokens, self.num_positions - prompt.shape[1])
         return generate(
@@ -92,16 +92,16 @@ class Loaded:
 
 @contextmanager
 def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -> Iterator[Loaded]:
-    """Load a model folder for the time of a context; each weight is converted as it is read.
+    """Load a model folder for the duration of a context; each weight is converted as it is read.
 
     Args:
         folder: A model folder or a checkpoint.
-        held: The format of its weights. What is in eight bits is decoded one matrix at a time, as it works.
-        device: Where it answers.
-        title: What the user knows it as; "": the folder.
+        held: Format of the weights in memory. 8-bit matrices are decoded one at a time, when they are used.
+        device: The compute device.
+        title: Name of the model in messages; "": the folder.
 
     Raises:
-        ModelError: It is no whole model of a supported architecture, or can't be held in that format.
+        ModelError: The folder holds no complete model of a supported architecture, or its weights can't be converted.
     """
     config = load_model_config(folder)
     tokenizer, generation_config = load_tokenizer(folder), read_generation_config(folder)
@@ -132,7 +132,7 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
 
 
 def _refuse_frozen(folder: Path, headers: Mapping[str, TensorHeader], held: Held) -> None:
-    """Refuse to hold what bitsandbytes made in another format: answers would not be those of the run."""
+    """Refuse to convert bitsandbytes weights: the answers would differ from those of the trained model."""
     if held == "auto" or not any(name.endswith(ABSMAX) for name in headers):
         return
     target = "bf16" if held == "int8" else held
@@ -144,7 +144,7 @@ def _refuse_frozen(folder: Path, headers: Mapping[str, TensorHeader], held: Held
 
 
 def _own_dtype(headers: Mapping[str, TensorHeader], shapes: Mapping[str, torch.Size]) -> torch.dtype:
-    """The precision of the weights that a folder holds as they are; the one of most numbers, if there are several."""
+    """Return the precision of the folder's plain weights; of several, the one with the most elements."""
     plain = [headers[name] for name in shapes if name in headers and headers[name].dtype.startswith(("F", "BF"))]
     own = main_dtype(plain)
     return own if own is not None and own in DTYPES.values() else torch.float32

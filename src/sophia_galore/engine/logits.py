@@ -1,9 +1,9 @@
-"""The head's logits over the counted tokens of an effective batch, a tile at a time, and their gradient.
+"""The head's logits and their gradient over the counted tokens of an effective batch, tile by tile.
 
-Where the store holds the head's weight as it is computed with, a tile is a chunk of tokens by the whole vocabulary:
-its loss and gradient come from one computation of its logits. Where the weight must be decoded first, a tile is a
-chunk of tokens by a vocabulary slice, so that no more than the slice is ever decoded; the softmax then takes a pass
-of its own (`OnlineLoss`), and the logits are computed once more than otherwise.
+If the head's weight is stored in compute precision, a tile is a chunk of tokens by the whole vocabulary; one
+computation of its logits gives loss and gradient. If the weight must be decoded first, a tile is a chunk of tokens by a
+vocabulary slice, so that only one slice is decoded at a time. The softmax then needs a pass of its own (`OnlineLoss`),
+and the logits are computed once more.
 
 The gradient of a token's logits is its weight in the objective times (softmax - onehot).
 """
@@ -34,30 +34,30 @@ from sophia_galore.weights.store import WeightStore
 
 @dataclass(frozen=True)
 class Tile:
-    """Gradients of some tokens' logits for a vocabulary slice.
+    """The gradient with respect to the logits of t tokens and v vocabulary entries.
 
     Args:
-        tokens: Which tokens.
-        words: Which vocabulary entries.
-        weight: (words, d), the head's rows in compute precision; read only.
-        grad: (tokens, words) float32, the gradient with respect to the logits.
+        tokens: The tokens, a slice of the counted tokens.
+        vocab_slice: The vocabulary entries.
+        weight: (v, d), their rows of the head's weight in compute precision; read only.
+        grad: (t, v) float32, the gradient with respect to the logits.
     """
 
     tokens: slice
-    words: slice
+    vocab_slice: slice
     weight: Tensor
     grad: Tensor
 
 
 @dataclass(frozen=True)
 class LossOf:
-    """What the loss is made of.
+    """The settings of the loss.
 
     Args:
-        labels: (N,) int64; drawn ones are written here in the first pass.
+        labels: (N,) int64; sampled labels are written here in the first pass.
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
-        sampler: Draws the labels from softmax(logits); None: they are given.
-        chunk_bytes: Bytes of a tile's float32 logits.
+        sampler: Draws the labels from softmax(logits); None: the labels are given.
+        chunk_bytes: Size of a tile's float32 logits in bytes.
     """
 
     labels: Tensor
@@ -67,47 +67,47 @@ class LossOf:
 
 
 class Logits(Protocol):
-    """Ways to go over the logits."""
+    """Passes over the logits of all counted tokens."""
 
     in_parts: bool
-    """Whether the gradient of a token comes in several tiles."""
+    """Whether the logits of one token are divided among several tiles."""
 
     def loss_sum(self, normed: Tensor) -> float:
-        """Summed cross-entropy in nats, not divided.
+        """Compute the summed cross-entropy in nats.
 
         Args:
-            normed: (N, d), what enters the head, in compute precision.
+            normed: (N, d), the normed hidden states, in compute precision.
         """
 
     def log_probs(self, normed: Tensor) -> Tensor:
-        """Log-probabilities of the labels, (N,) float32.
+        """Compute the log-probabilities of the labels, (N,) float32.
 
         Args:
             normed: As for `loss_sum`.
         """
 
     def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
-        """Go over all tiles; labels are drawn in the first walk, and kept for the later ones.
+        """Go over all tiles. Labels are sampled in the first pass and kept for later ones.
 
         Args:
-            normed: As for `loss_sum`; the same at each walk.
-            weight: What each token adds to the gradient: one number for all of them, or (N,) float32.
-            visit: Is shown one tile after the other, and must keep none. All blocks of words have the same chunks
-                of tokens.
+            normed: As for `loss_sum`; the same in each pass.
+            weight: Factor of each token's loss in the gradient: one number for all tokens, or (N,) float32.
+            visit: Receives one tile after the other, and must keep none. All vocabulary slices have the same chunks of
+                tokens.
 
         Returns:
-            Summed cross-entropy in nats, not divided.
+            The summed cross-entropy in nats.
         """
 
 
 def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> Logits:
-    """The logits by a stored weight.
+    """Return the logits for a head's weight, with tiles that suit its format.
 
     Args:
         store: The weights.
-        name: The head's weight, (V, d).
+        name: Name of the head's weight, (V, d).
         dtype: Compute precision.
-        loss: What the loss is made of.
+        loss: The settings of the loss.
         observer: Receives the category of each tensor.
     """
     if store[name].is_ready(dtype):
@@ -116,13 +116,13 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
 
 
 class WholeLogits(Logits):
-    """Tiles of all words: one computation of the logits gives loss and gradient.
+    """Tiles over the whole vocabulary: one computation of the logits gives loss and gradient.
 
     Args:
         store: The weights.
-        name: The head's weight, (V, d).
+        name: Name of the head's weight, (V, d).
         dtype: Compute precision, in which it is stored.
-        loss: What the loss is made of.
+        loss: The settings of the loss.
         observer: Receives the category of each tensor.
     """
 
@@ -133,7 +133,7 @@ class WholeLogits(Logits):
         self._sampler = loss.sampler
 
     def loss_sum(self, normed: Tensor) -> float:
-        """As `Logits` says; of given labels."""
+        """See `Logits`; for given labels only."""
         labels, softcap, total = self._loss.labels, self._loss.softcap, 0.0
         with self._whole() as head:
             for tokens in self._chunks():
@@ -141,7 +141,7 @@ class WholeLogits(Logits):
         return total
 
     def log_probs(self, normed: Tensor) -> Tensor:
-        """As `Logits` says."""
+        """See `Logits`."""
         found = torch.empty(len(normed), dtype=torch.float32, device=normed.device)
         with self._whole() as head:
             for tokens in self._chunks():
@@ -151,7 +151,7 @@ class WholeLogits(Logits):
         return found
 
     def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
-        """As `Logits` says."""
+        """See `Logits`."""
         total = 0.0
         with self._whole() as head:
             for tokens in self._chunks():
@@ -164,13 +164,13 @@ class WholeLogits(Logits):
 
     def _grad(self, normed: Tensor, tokens: slice, head: Tensor, weight: TokenWeight) -> tuple[Tensor, Tensor]:
         logits = self._drawn(normed, tokens, head)
-        of_tokens = weight if isinstance(weight, float) else weight[tokens]
-        loss, grad = loss_sum_and_grad(logits, self._loss.labels[tokens], self._loss.softcap, of_tokens)
+        token_weight = weight if isinstance(weight, float) else weight[tokens]
+        loss, grad = loss_sum_and_grad(logits, self._loss.labels[tokens], self._loss.softcap, token_weight)
         self._observer.tag(grad, "logits")
         return loss, grad
 
     def _drawn(self, normed: Tensor, tokens: slice, head: Tensor) -> Tensor:
-        """A chunk's logits; its labels are drawn by them, if that is still to be done."""
+        """Return the logits of a chunk; sample its labels from them if they are to be sampled."""
         logits = _product(normed[tokens], head, self._observer)
         if self._sampler is not None:
             self._loss.labels[tokens] = draw_labels(logits, self._loss.softcap, self._sampler)
@@ -186,13 +186,13 @@ class WholeLogits(Logits):
 
 
 class BlockLogits(Logits):
-    """Tiles of a vocabulary slice, whose rows of the weight are decoded for as long as they are worked on.
+    """Tiles over vocabulary slices; the rows of a slice are decoded only while its tiles are computed.
 
     Args:
         store: The weights.
-        name: The head's weight, (V, d).
+        name: Name of the head's weight, (V, d).
         dtype: Compute precision.
-        loss: What the loss is made of.
+        loss: The settings of the loss.
         observer: Receives the category of each tensor.
     """
 
@@ -203,49 +203,49 @@ class BlockLogits(Logits):
         self._online: OnlineLoss | None = None
 
     def loss_sum(self, normed: Tensor) -> float:
-        """As `Logits` says."""
-        return self._survey(normed).total()
+        """See `Logits`."""
+        return self._first_pass(normed).total()
 
     def log_probs(self, normed: Tensor) -> Tensor:
-        """As `Logits` says."""
-        return self._survey(normed).log_probs()
+        """See `Logits`."""
+        return self._first_pass(normed).log_probs()
 
     def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
-        """As `Logits` says."""
-        online = self._survey(normed)
+        """See `Logits`."""
+        online = self._first_pass(normed)
 
-        def differentiate(tokens: slice, words: slice, head: Tensor, logits: Tensor) -> None:
-            of_tokens = weight if isinstance(weight, float) else weight[tokens]
-            grad = online.grad(tokens, words, logits, of_tokens)
+        def differentiate(tokens: slice, vocab_slice: slice, head: Tensor, logits: Tensor) -> None:
+            token_weight = weight if isinstance(weight, float) else weight[tokens]
+            grad = online.grad(tokens, vocab_slice, logits, token_weight)
             self._observer.tag(grad, "logits")
-            visit(Tile(tokens, words, head, grad))
+            visit(Tile(tokens, vocab_slice, head, grad))
 
-        self._each(normed, differentiate)
+        self._for_each_tile(normed, differentiate)
         return online.total()
 
-    def _survey(self, normed: Tensor) -> OnlineLoss:
-        """The first pass, the first time that it is asked for."""
+    def _first_pass(self, normed: Tensor) -> OnlineLoss:
+        """Return the result of the first pass, which runs at the first call."""
         if self._online is None:
             online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
-            self._each(normed, lambda tokens, words, _, logits: online.take(tokens, words, logits))
+            self._for_each_tile(normed, lambda tokens, vocab_slice, _, logits: online.take(tokens, vocab_slice, logits))
             self._online = online
         return self._online
 
-    def _each(self, normed: Tensor, see: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
+    def _for_each_tile(self, normed: Tensor, use: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
         vocab_size, width = self._store[self._name].shape
-        every = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
-        # The same tokens with the last block, which is smaller, as with all others.
-        together = list(chunks(len(normed), every[0].stop, self._loss.chunk_bytes))
-        for words in self._observer.parts(every):
-            with self._store.borrow_rows(self._name, words, self._dtype) as (weight,):
+        slices = list(blocks(vocab_size, width * self._dtype.itemsize, self._loss.chunk_bytes))
+        # The last slice may be smaller, but has the same chunks of tokens as the others.
+        token_chunks = list(chunks(len(normed), slices[0].stop, self._loss.chunk_bytes))
+        for vocab_slice in self._observer.parts(slices):
+            with self._store.borrow_rows(self._name, vocab_slice, self._dtype) as (weight,):
                 self._observer.tag(weight, "weights")
-                for tokens in together:
-                    see(tokens, words, weight, _product(normed[tokens], weight, self._observer))
+                for tokens in token_chunks:
+                    use(tokens, vocab_slice, weight, _product(normed[tokens], weight, self._observer))
             del weight
 
 
 def _product(normed: Tensor, weight: Tensor, observer: Observer) -> Tensor:
-    """(tokens, words) float32, a new tensor."""
+    """Return the float32 logits of some tokens and vocabulary entries, as a new tensor."""
     logits = (normed @ weight.T).float()
     observer.tag(logits, "logits")
     return logits

@@ -1,7 +1,7 @@
-"""What a step minimises: from the log-probabilities of the counted tokens to a loss and a weight for each token.
+"""The losses that a step can minimise: functions of the log-probabilities of the counted tokens.
 
-The gradient of any such loss L with respect to the logits of token t is w_t (softmax - onehot) with
-w_t = -dL / d log p_t, so the head needs nothing but the weights. A new way of training is a new class here.
+The gradient of such a loss L with respect to the logits of token t is w_t (softmax - onehot) with
+w_t = -dL / d log p_t, so the head needs only these weights. A new loss is a new class here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class CountedTokens:
     """The tokens of an effective batch whose loss counts, in the order of micro-batches, rows and positions.
 
     Args:
-        labels: (N,) int64, what each is to be.
-        sequences: (N,) int64, the example that each belongs to, numbered through the effective batch.
+        labels: (N,) int64, the labels.
+        sequences: (N,) int64, the example that each belongs to, numbered over the effective batch.
     """
 
     labels: Tensor
@@ -29,26 +29,27 @@ class CountedTokens:
 
 
 class Objective:
-    """The base of all objectives: here the mean cross-entropy over the counted tokens.
+    """The base class of all objectives; by itself the mean cross-entropy over the counted tokens.
 
     Attributes:
-        samples_labels: Labels are drawn from the model's own distribution instead of taken from the data.
-        needs_log_probs: The weights depend on the log-probabilities, so that the head finds these in a pass of their
-            own and asks `weigh`; else every token has the weight 1 / N, and one pass is enough.
+        samples_labels: Whether labels are sampled from the model's distribution instead of taken from the data.
+        needs_log_probs: Whether the weights depend on the log-probabilities. If so, the head computes these in an extra
+            pass and calls `weigh`; if not, every token has the weight 1 / N.
     """
 
     samples_labels: bool = False
     needs_log_probs: bool = False
 
     def weigh(self, tokens: CountedTokens, log_probs: Tensor) -> tuple[float, Tensor]:
-        """The loss, and what each token adds to its gradient. Asked only where `needs_log_probs` is true.
+        """Compute the loss and the token weights. Called only if `needs_log_probs` is true.
 
         Args:
             tokens: The counted tokens.
             log_probs: (N,) float32, log p of each token's label.
 
         Returns:
-            The loss, and (N,) float32 weights: minus the derivative of the loss by each log-probability.
+            The loss, and the weights, (N,) float32: minus the derivative of the loss with respect to each
+            log-probability.
         """
         return float(-log_probs.mean()), torch.full_like(log_probs, 1 / len(log_probs))
 
@@ -58,17 +59,16 @@ class CrossEntropy(Objective):
 
 
 class SampledCrossEntropy(Objective):
-    """The mean cross-entropy of labels that are drawn from the model's own distribution.
+    """The mean cross-entropy of labels that are sampled from the model's distribution.
 
-    Its gradient is what Sophia's Gauss-Newton-Bartlett estimate of the curvature is made of (arXiv 2305.14342,
-    algorithm 2).
+    Sophia's Gauss-Newton-Bartlett estimate of the curvature is made from its gradient (arXiv 2305.14342, algorithm 2).
     """
 
     samples_labels = True
 
 
 def sequence_numbers(batches: Sequence[MicroBatch]) -> Tensor:
-    """(N,) int64: the example that each counted token of an effective batch belongs to, numbered through it."""
+    """Return the number of the example that each counted token belongs to, (N,) int64."""
     found, first = [], 0
     for batch in batches:
         lengths = batch.lengths or [(batch.input_ids.shape[1],)] * len(batch.input_ids)

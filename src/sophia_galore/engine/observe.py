@@ -1,4 +1,4 @@
-"""What the engine tells whoever watches it: phases, and what a tensor is."""
+"""The interface through which the engine reports its phases and the categories of its tensors."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ PHASE_CATEGORY: dict[Phase, Category] = {
     "step": "other",
     "eval": "activations",
 }
-"""What a tensor that is made in a phase counts as, as long as nobody says what it is."""
+"""Category of a tensor that was made in a phase and has no tag."""
 
 
 class Observer:
-    """Watches nothing; the memory monitor overrides it."""
+    """Base class of observers, which ignores everything; the memory monitor overrides it."""
 
     watches_tensors: bool = False
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """The engine is in this phase inside the context; contexts nest, the innermost counts.
+        """Mark the code inside the context as a phase; of nested phases, the innermost counts.
 
-        In which order a step goes through them, `engine/layerwise.py` says.
+        `engine/layerwise.py` describes the order of phases in a step.
         """
         yield
 
     def tag(self, tensor: Tensor, category: Category) -> None:
-        """This tensor's storage belongs to this category from now on."""
+        """Assign a tensor's storage to a category from now on."""
 
     def parts(self, parts: Sequence[slice]) -> Sequence[slice]:
-        """Which of the parts are gone through, where each leaves the memory behind that it found; all of them.
+        """Return the parts of a loop that are to be run: here, all of them.
 
-        One that watches memory only, and no numbers, may leave out those that are like the ones before.
+        An observer that only measures memory may leave out parts that need the same memory as earlier ones. After each
+        part of such a loop, memory use is the same as before it.
         """
         return parts

@@ -1,8 +1,8 @@
-"""Cross-entropy of tokens whose logits are seen a block of the vocabulary at a time, and its gradient.
+"""Cross-entropy and its gradient from logits that are computed one vocabulary slice at a time.
 
-The softmax needs the sum over all words before the first of its values is known. One pass over the blocks
-finds, for each token, that sum and the label's logit (Milakov & Gimelshein, arXiv 1805.02867, algorithm 3);
-with them a second pass gives the gradient of each block by itself.
+The softmax needs a sum over the whole vocabulary. A first pass over the slices computes this sum and the label's logit
+for each token (Milakov & Gimelshein, arXiv 1805.02867, algorithm 3). A second pass then computes the gradient of each
+slice independently.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from sophia_galore.numerics.random import draw_exponential
 
 
 class OnlineLoss:
-    """Losses of some tokens.
+    """The cross-entropy of N tokens, computed in two passes over vocabulary slices.
 
     Args:
-        labels: (N,) int64; where a sampler draws them, changed in place.
+        labels: (N,) int64; sampled labels are written here.
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
-        sampler: Draws the labels from softmax(logits), on the device of `labels`; None: they are given.
+        sampler: Draws the labels from softmax(logits), on the device of `labels`; None: the labels are given.
     """
 
     def __init__(self, labels: Tensor, softcap: float | None, sampler: torch.Generator | None = None) -> None:
         self._labels, self._softcap, self._sampler = labels, softcap, sampler
         self._largest = torch.full(labels.shape, -torch.inf, device=labels.device)
-        # Of exp(z - largest): a sum that is neither too large nor too small for float32, whatever the logits are.
+        # The sum of exp(z - largest), which neither overflows nor underflows float32, whatever the logits are.
         self._sum = torch.zeros_like(self._largest)
         self._label_logit = torch.full_like(self._largest, torch.nan)
         self._earliest = torch.full_like(self._largest, -torch.inf)
 
-    def take(self, tokens: slice, words: slice, logits: Tensor) -> None:
-        """The first pass: take in a tile. Each must come once.
+    def take(self, tokens: slice, vocab_slice: slice, logits: Tensor) -> None:
+        """Add a tile to the first pass. Each tile must be added exactly once.
 
         Args:
-            tokens: Which tokens.
-            words: Which words.
-            logits: (tokens, words) float32; used up.
+            tokens: The t tokens of the tile.
+            vocab_slice: Its v vocabulary entries.
+            logits: (t, v) float32; used up.
         """
         capped = logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
         if self._sampler is None:
-            inside, places = self._places(tokens, words)
+            inside, places = self._places(tokens, vocab_slice)
         else:
-            inside, places = self._draw(tokens, words, capped, self._sampler)
+            inside, places = self._draw(tokens, vocab_slice, capped, self._sampler)
         found = capped.gather(1, places[:, None])[:, 0]
         self._label_logit[tokens] = torch.where(inside, found, self._label_logit[tokens])
         before = self._largest[tokens]
@@ -53,24 +53,24 @@ class OnlineLoss:
         self._largest[tokens] = largest
 
     def total(self) -> float:
-        """After the first pass: the summed cross-entropy in nats."""
+        """Return the summed cross-entropy in nats; after the first pass."""
         return float((self._sum.log() + (self._largest - self._label_logit)).sum(dtype=torch.float64))
 
     def log_probs(self) -> Tensor:
-        """After the first pass: log-probabilities of the labels, (N,) float32."""
+        """Return the log-probabilities of the labels, (N,) float32; after the first pass."""
         return self._label_logit - self._largest - self._sum.log()
 
-    def grad(self, tokens: slice, words: slice, logits: Tensor, weight: TokenWeight) -> Tensor:
-        """The second pass: the gradient of the weighted loss with respect to a tile of logits.
+    def grad(self, tokens: slice, vocab_slice: slice, logits: Tensor, weight: TokenWeight) -> Tensor:
+        """Compute the gradient of the weighted loss with respect to a tile of logits; the second pass.
 
         Args:
-            tokens: Which tokens.
-            words: Which words.
-            logits: (tokens, words) float32, those of the first pass; used up.
-            weight: Of these tokens: one number, or (tokens,) float32.
+            tokens: The t tokens of the tile.
+            vocab_slice: Its v vocabulary entries.
+            logits: (t, v) float32, the same as in the first pass; used up.
+            weight: Weight of these tokens: one number, or (t,) float32.
 
         Returns:
-            (tokens, words) float32: weight (softmax - onehot), by the chain rule through the cap.
+            (t, v) float32: weight (softmax - onehot), with the chain rule through the cap.
         """
         slope = None
         if self._softcap is not None:
@@ -78,24 +78,26 @@ class OnlineLoss:
             logits = slope * self._softcap
             slope.square_().neg_().add_(1)
         grad = logits.sub_(self._largest[tokens][:, None]).exp_().div_(self._sum[tokens][:, None])
-        inside, places = self._places(tokens, words)
+        inside, places = self._places(tokens, vocab_slice)
         grad.scatter_add_(1, places[:, None], -inside[:, None].to(grad.dtype))
         grad.mul_(weight if isinstance(weight, float) else weight[:, None])
         return grad if slope is None else grad.mul_(slope)
 
-    def _places(self, tokens: slice, words: slice) -> tuple[Tensor, Tensor]:
-        """Whether a token's label is one of the words, and its place among them; if it is not, any place."""
+    def _places(self, tokens: slice, vocab_slice: slice) -> tuple[Tensor, Tensor]:
+        """Return whether each token's label is in the slice, and its index there (arbitrary if it is not)."""
         labels = self._labels[tokens]
-        inside = (labels >= words.start) & (labels < words.stop)
-        return inside, (labels - words.start).clamp_(0, words.stop - words.start - 1)
+        inside = (labels >= vocab_slice.start) & (labels < vocab_slice.stop)
+        return inside, (labels - vocab_slice.start).clamp_(0, vocab_slice.stop - vocab_slice.start - 1)
 
-    def _draw(self, tokens: slice, words: slice, capped: Tensor, sampler: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Whether one of the words is the label as far as is known, and the place of the one that would be."""
-        # The first of all clocks to ring, clock j at rate exp(z_j), has the label. The largest z_j - log(clock at
-        # rate 1) is the earliest.
+    def _draw(
+        self, tokens: slice, vocab_slice: slice, capped: Tensor, sampler: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Sample labels; return whether each token's label so far is in this slice, and its best entry's index."""
+        # The label is the first of independent exponential clocks to ring, clock j with the rate exp(z_j). The first
+        # one has the largest z_j - log(e_j), with e_j exponential at rate 1.
         rings = draw_exponential(capped, sampler).log_().neg_().add_(capped)
         earliest, places = rings.max(1)
         ahead = earliest > self._earliest[tokens]
         self._earliest[tokens] = torch.where(ahead, earliest, self._earliest[tokens])
-        self._labels[tokens] = torch.where(ahead, places + words.start, self._labels[tokens])
+        self._labels[tokens] = torch.where(ahead, places + vocab_slice.start, self._labels[tokens])
         return ahead, places

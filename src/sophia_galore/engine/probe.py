@@ -1,12 +1,11 @@
-"""The probe step: what a step forms in memory, on the largest batch there can be, and nothing changes.
+"""The probe step: forward and backward on the largest possible batch, which shows whether a step fits into memory.
 
-Forward and backward as in a first step: full gradients, also where later steps form products only, and products
-where even a first step needs no more. Each gradient is looked at and dropped. Where gradients are kept until their
-norm is known, as much is kept here. What the optimizer forms by itself while it moves a weight is not: it lives after
-the layer's activations are gone.
+Gradients are formed as in a first step: full ones, even if later steps form products only, and products where a first
+step needs no more. Each gradient is checked and dropped. If a step keeps gradients until their norm is known, tensors
+of the same size are kept here. The optimizer's temporary tensors are not allocated: in a step, they exist after the
+layer's activations were freed.
 
-No state is touched: neither weights nor optimizer nor a generator of random numbers, so a run with a probe has the
-bits of one without.
+Weights, optimizer states and random generators do not change, so a run has the same bits with and without a probe.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ WHAT_HELPS = (
     "Lower training.max_length or training.batch_size, or use quantization.enabled=true or "
     "optimizer.state_bits=8; where graphs are kept, keep fewer of them (engine.keep_layers)."
 )
-"""Against too little memory."""
+"""Remedy for too little memory."""
 
 _PRECISION = "Compute in fp32 (training.compute_dtype=fp32); if it is that already, the model's weights are broken."
 
@@ -48,19 +47,19 @@ def take_probe(
     stopped: Callable[[], bool],
     explain: Callable[[Exception, str], OutOfMemory] | None = None,
 ) -> None:
-    """Try out a step.
+    """Run forward and backward on the largest batch, and check that every gradient is finite.
 
     Args:
-        engine: Finds gradients.
+        engine: Computes the gradients.
         batches: The micro-batches of the largest effective batch.
-        step: Number of the step that comes next.
-        optimizer: Knows what it wants of which gradient; is asked, not changed.
+        step: Number of the next step, counted from 1.
+        optimizer: Says in which form it needs each gradient; not changed.
         trained: Names of the parameters that must get a gradient.
-        held_shapes: By name, the shape of what is kept of a gradient until the step ends; left out: nothing.
-        max_length: The longest example that was asked for.
-        stopped: Whether the user asked the run to stop.
-        explain: Makes what is raised where memory runs out, of what happened and of words for the step that was too
-            large; None: what happened is repeated.
+        held_shapes: By name, the shape of what a step keeps of a gradient until its end; names left out keep nothing.
+        max_length: Longest example in tokens, as configured.
+        stopped: Returns whether the user asked the run to stop.
+        explain: Makes the error to raise when memory runs out, from the original error and a description of the step;
+            None: the original error's message is used.
 
     Raises:
         NonFiniteError: The loss or a gradient is not finite.
@@ -88,7 +87,7 @@ def take_probe(
                             )
                         seen.add(name)
                         if name in held_shapes:
-                            # Filled, since a system may give out memory that it does not have until it is written to.
+                            # Filled with values, since a system may hand out memory that it lacks until it is written.
                             kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
                         del grad
     except NonFiniteError as error:
@@ -105,12 +104,12 @@ def take_probe(
     if without:
         raise RunError(
             f"{without[0]} (and {len(without) - 1} more) got no gradient in the probe step.",
-            "This architecture is not run as it should be; another model may work.",
+            "The program does not support this model's architecture correctly. Use another model.",
         )
 
 
 def _trial(optimizer: ParamOptimizer, name: str, step: int) -> BasisFromGradient | None:
-    """Makes a basis of the products that a refresh takes, and drops it; None where a first step forms the gradient."""
+    """Return a function that makes a basis as a refresh does, without storing it; None: the gradient is formed."""
     subspace = optimizer.specs[name].subspace
     if subspace is None or optimizer.basis_from_gradient(name, step) is None:
         return None

@@ -1,7 +1,7 @@
-"""A projected gradient, added up from the gradient's factors; the gradient itself is never formed.
+"""Projected gradients, computed from the factors of a gradient without forming the gradient itself.
 
 A weight W of shape (m, n) that maps x (T, n) to x W^T has the gradient G = d^T x, with d (T, m) the gradient
-with respect to its output. Where only G A or A^T G is wanted, the order of multiplication is free:
+with respect to its output. If only G A or A^T G is needed, the products can be computed in a cheaper order:
 
     side right, A is (n, k):  G A   = d^T (x A)      k (n + m) T operations instead of m n T, and only x A is kept
     side left,  A is (m, k):  A^T G = (d A)^T x
@@ -27,7 +27,7 @@ class ProjectedSum:
         projector: A and its side.
         shape: (m, n), the weight's shape.
         dtype: Precision of the factors; A is rounded to it.
-        device: Where the factors are.
+        device: Device of the factors.
     """
 
     def __init__(
@@ -39,34 +39,34 @@ class ProjectedSum:
         rank = self._matrix.shape[1]
         self._size, self._device = (shape[0], rank) if self._right else (rank, shape[1]), device
         self._sum: Tensor | None = None
-        # Zeros that nothing was added to are no gradient.
+        # Whether any term was added; without one the zeros are no gradient.
         self.touched = False
 
     @property
     def sum(self) -> Tensor:
-        """The sum, float32; there from when it is first asked for, since in forward it is not needed yet."""
+        """The sum, float32; allocated at the first access, since forward does not need it."""
         if self._sum is None:
             self._sum = torch.zeros(self._size, dtype=torch.float32, device=self._device)
         return self._sum
 
     def narrow(self) -> None:
-        """Nothing is added for a while: the sum takes as little memory as bfloat16 does until it is taken up again.
+        """Store the sum in bfloat16, to save memory until `widen`.
 
-        One rounding by 2^-9 of each entry, once a step: less than what half-precision factors are rounded by.
+        This rounds each entry once per step, by a relative 2^-9: less than the rounding of half-precision factors.
         """
         self._sum = self.sum.to(torch.bfloat16)
 
     def widen(self) -> None:
-        """More is going to be added."""
+        """Store the sum in float32 again, so that terms can be added."""
         self._sum = self.sum.float()
 
     @property
     def saves_less(self) -> bool:
-        """Whether what `save_input` gives is smaller than the input."""
+        """Whether `save_input` returns a tensor smaller than the input."""
         return self._right
 
     def save_input(self, entering: Tensor) -> Tensor:
-        """What `add` will need of the weight's input.
+        """Return what `add` needs of the weight's input.
 
         Args:
             entering: x, (T, n).
@@ -77,12 +77,12 @@ class ProjectedSum:
         return entering @ self._matrix if self._right else entering
 
     def add(self, out_grad: Tensor, kept: Tensor, outputs: slice = _ALL) -> None:
-        """Add the term of some tokens, and of some of the outputs.
+        """Add the term of T tokens and some of the m outputs.
 
         Args:
-            out_grad: d, (T, number of outputs), the other outputs' columns left out.
-            kept: What `save_input` gave for the same tokens.
-            outputs: Which of the m outputs.
+            out_grad: The columns of d for these outputs, (T, number of outputs).
+            kept: From `save_input`, for the same tokens.
+            outputs: The outputs, a slice of the weight's m rows.
         """
         left = out_grad if self._right else out_grad @ self._matrix[outputs]
         total = self.sum[outputs] if self._right else self.sum
@@ -93,11 +93,11 @@ class ProjectedSum:
         self.touched = True
 
     def add_rows(self, rows: Tensor, grads: Tensor) -> None:
-        """Add the term of a gradient of which only some rows are not zero, such as an embedding's.
+        """Add the term of a gradient with few nonzero rows, such as an embedding's.
 
         Args:
-            rows: (U,) int64, different row numbers.
-            grads: (U, n), those rows, in the precision of the factors.
+            rows: (U,) int64, distinct row numbers.
+            grads: (U, n), these rows of the gradient, in the precision of the factors.
         """
         if self._right:
             self.sum.index_add_(0, rows, grads @ self._matrix)
@@ -106,7 +106,7 @@ class ProjectedSum:
         self.touched = True
 
     def add_whole(self, grad: Tensor) -> None:
-        """Add the term of a gradient that was formed after all.
+        """Add the term of a full gradient.
 
         Args:
             grad: (m, n), any float dtype.
@@ -117,12 +117,12 @@ class ProjectedSum:
 
 @dataclass(frozen=True)
 class LazyTerms:
-    """An `LazyGradient`: a gradient that is known by how its terms are added up in a product.
+    """A `LazyGradient` that computes its products from the terms of the gradient, each time anew.
 
     Args:
         shape: (m, n), the weight's shape.
-        device: Where the factors are.
-        add_to: Adds all terms to an empty float32 product; may be asked again.
+        device: Device of the factors.
+        add_to: Adds all terms to an empty float32 product; may be called several times.
     """
 
     shape: torch.Size
@@ -130,7 +130,7 @@ class LazyTerms:
     add_to: Callable[[ProjectedSum], None]
 
     def of(self, projector: Projector) -> Tensor:
-        """G A, (m, k), or A^T G, (k, n), float32."""
+        """Compute G A, (m, k), or A^T G, (k, n), in float32."""
         product = ProjectedSum(projector, self.shape, torch.float32, self.device)
         self.add_to(product)
         return product.sum

@@ -1,8 +1,8 @@
-"""Linear layers whose weight's gradient is wanted only in a product with a known matrix.
+"""Linear layers whose weight's gradient is needed only in a product with a known matrix.
 
-The modules are those of Hugging Face and stay as they are: a mode around the layer's forward sees each call of
-`torch.nn.functional.linear` and, where the weight is one of the projected ones, puts a function in its place that
-gives the same output, and in backward adds to a `ProjectedSum` instead of forming the weight's gradient.
+The modules of Hugging Face stay unchanged. A `TorchFunctionMode` around the layer's forward intercepts the calls of
+`torch.nn.functional.linear` with one of the projected weights. It calls a function with the same output instead, whose
+backward adds to a `ProjectedSum` and does not form the weight's gradient.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sophia_galore.numerics.subspace import Projector
 
 
 class _ProjectedLinear(torch.autograd.Function):
-    """x W^T + b, whose backward gives the weight no gradient but its `ProjectedSum` a term."""
+    """x W^T + b; backward adds a term to the `ProjectedSum` and gives the weight no gradient."""
 
     @staticmethod
     def forward(ctx: Any, entering: Tensor, weight: Tensor, bias: Tensor | None, product: ProjectedSum) -> Tensor:
@@ -39,13 +39,13 @@ class _ProjectedLinear(torch.autograd.Function):
 
 
 def projected_linear(entering: Tensor, weight: Tensor, bias: Tensor | None, product: ProjectedSum) -> Tensor:
-    """A linear map; its backward adds G A or A^T G to `product` and leaves the weight without gradient.
+    """Apply a linear map whose backward adds G A or A^T G to `product`, without a gradient for the weight.
 
     Args:
-        entering: (..., n).
+        entering: The input, (..., n).
         weight: (m, n).
         bias: (m,) or None.
-        product: Takes the term of this call's tokens.
+        product: Receives the term of this call's tokens.
 
     Returns:
         (..., m).
@@ -55,10 +55,10 @@ def projected_linear(entering: Tensor, weight: Tensor, bias: Tensor | None, prod
 
 
 def plain_product(entering: Tensor, out_grad: Tensor, projector: Projector) -> Tensor:
-    """What `projected_linear` adds, the plain way: form G, then multiply. The tests compare the two.
+    """Compute what `projected_linear` adds from the full gradient G; a reference for tests.
 
     Args:
-        entering: (..., n).
+        entering: The input, (..., n).
         out_grad: (..., m), the gradient with respect to the linear map's output.
         projector: A and its side.
 
@@ -69,10 +69,10 @@ def plain_product(entering: Tensor, out_grad: Tensor, projector: Projector) -> T
 
 
 class ProjectedLinears(TorchFunctionMode):
-    """While it is entered, linear maps by some weights are `projected_linear`; a context manager.
+    """A context manager in which linear maps with given weights are replaced by `projected_linear`.
 
     Args:
-        products: Weight and product; weights are known by identity, as they are handed to the module.
+        products: Pairs of weight and sum; weights are recognized by identity.
     """
 
     def __init__(self, products: Iterable[tuple[Tensor, ProjectedSum]]) -> None:
@@ -94,5 +94,5 @@ class ProjectedLinears(TorchFunctionMode):
 def _linear_arguments(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments of `torch.nn.functional.linear`, by place or by name; hence the names."""
+    """Bind the arguments of `torch.nn.functional.linear`, whose parameter names it has."""
     return input, weight, bias

@@ -1,8 +1,8 @@
-"""What happens when memory runs out: the part of a step that failed is repeated with smaller chunks.
+"""Repeat a part of a step with smaller chunks when memory runs out.
 
-Fewer layers without activation checkpointing, fewer tokens' logits at once, smaller micro-batches: the effective batch
-and its sums stay the same, so numbers do up to rounding. What was learned stays for the rest of the run, and is said
-once. A part that may be repeated must have changed nothing that lasts.
+Smaller chunks are: fewer layers without activation checkpointing, logits of fewer tokens at once, or smaller
+micro-batches. The effective batch and its sums stay the same, so results agree up to rounding. The smaller sizes stay
+for the rest of the run, and each change is reported once. A part may be repeated only if it leaves no lasting changes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """How much an engine has in memory at once.
+    """The sizes that determine how much memory the engine needs at once.
 
     Args:
-        keep_layers: So many last layers go without activation checkpointing.
-        logits_bytes: Bytes of the float32 logits that are worked on at once.
-        max_rows: Rows of the largest micro-batch that is not split; None: none is.
+        keep_layers: Number of last layers without activation checkpointing.
+        logits_bytes: Size of the float32 logits that are computed at once, in bytes.
+        max_rows: Micro-batches with more rows are split; None: none is split.
     """
 
     keep_layers: int
@@ -43,7 +43,7 @@ class Smaller:
 
     Args:
         sizes: The new sizes.
-        change: What changes from here on, as text.
+        change: What changes, as text.
     """
 
     sizes: ChunkSizes
@@ -51,7 +51,7 @@ class Smaller:
 
 
 def fewer_kept_layers(sizes: ChunkSizes) -> Smaller | None:
-    """Half as many layers without activation checkpointing; None: there are none."""
+    """Halve the number of layers without activation checkpointing; return None if there are none."""
     before = sizes.keep_layers
     if before == 0:
         return None
@@ -60,27 +60,27 @@ def fewer_kept_layers(sizes: ChunkSizes) -> Smaller | None:
     return Smaller(replace(sizes, keep_layers=after), kept)
 
 
-def smaller_logits(sizes: ChunkSizes, num_tokens: int, num_words: int) -> Smaller | None:
-    """Half as many tokens in a tile of the head.
+def smaller_logits(sizes: ChunkSizes, num_tokens: int, num_entries: int) -> Smaller | None:
+    """Halve the number of tokens in a tile of the head's logits.
 
     Args:
-        sizes: Those of now.
-        num_tokens: Counted tokens, which a tile has no more of.
-        num_words: Vocabulary entries of a tile.
+        sizes: The current sizes.
+        num_tokens: Number of counted tokens; a tile never has more.
+        num_entries: Vocabulary entries of a tile.
 
     Returns:
-        None: a tile is as small as it may be.
+        The new sizes; None: the tile is already as small as possible.
     """
-    smaller = smaller_chunk_bytes(sizes.logits_bytes, num_tokens, num_words)
+    smaller = smaller_chunk_bytes(sizes.logits_bytes, num_tokens, num_entries)
     if smaller is None:
         return None
-    before = min(num_tokens, chunk_tokens(num_words, sizes.logits_bytes))
-    change = f"the head takes {_count(chunk_tokens(num_words, smaller), 'token')} at once instead of {before}"
+    before = min(num_tokens, chunk_tokens(num_entries, sizes.logits_bytes))
+    change = f"the head takes {_count(chunk_tokens(num_entries, smaller), 'token')} at once instead of {before}"
     return Smaller(replace(sizes, logits_bytes=smaller), change)
 
 
 def fewer_rows(sizes: ChunkSizes, batches: Sequence[MicroBatch]) -> Smaller | None:
-    """The largest micro-batches in two; None: they have one row."""
+    """Halve the rows of the largest micro-batches; return None if they have one row."""
     before = max(len(batch.input_ids) for batch in batches)
     if before == 1:
         return None
@@ -90,14 +90,14 @@ def fewer_rows(sizes: ChunkSizes, batches: Sequence[MicroBatch]) -> Smaller | No
 
 
 def split_rows(batch: MicroBatch, max_rows: int) -> list[MicroBatch]:
-    """A micro-batch in halves, and these in halves, until none has more rows than asked.
+    """Split a micro-batch into halves, repeatedly, until no part has more than `max_rows` rows.
 
     Args:
-        batch: B rows, padded to T tokens; the parts stay padded to T, so that their numbers are the same.
+        batch: B rows, padded to T tokens; the parts stay padded to T, so that their results are the same.
         max_rows: At least 1.
 
     Returns:
-        The parts in the order of their rows: views; of B rows two with ceil(B / 2) and floor(B / 2), and so on.
+        The parts in the order of their rows, as views. B rows become ceil(B / 2) and floor(B / 2) rows, and so on.
     """
     num_rows, length = batch.input_ids.shape
     if num_rows <= max_rows:
@@ -122,16 +122,17 @@ def split_rows(batch: MicroBatch, max_rows: int) -> list[MicroBatch]:
 
 
 class Retry:
-    """Repeats parts of a step that memory was too small for, and remembers the chunk sizes that fitted.
+    """Repeats parts of a step that ran out of memory, and remembers the smaller chunk sizes.
 
     Args:
-        sizes: Those to begin with.
-        on_oom: adapt; or stop: nothing is ever repeated.
+        sizes: The initial sizes.
+        on_oom: "adapt"; or "stop": nothing is repeated.
         say: Receives a sentence about each change.
-        device: Where memory ran out.
+        device: The compute device.
 
     Attributes:
-        adapts: Whether something may be repeated.
+        sizes: The current chunk sizes.
+        adapts: Whether parts may be repeated.
     """
 
     def __init__(self, sizes: ChunkSizes, on_oom: OnOom, say: Callable[[str], None], device: torch.device) -> None:
@@ -146,16 +147,16 @@ class Retry:
         smaller: Callable[[], Smaller | None],
         shrink: Callable[[ChunkSizes], None],
     ) -> Made:
-        """Run a part of a step, again and again as long as memory runs out and chunks can be smaller.
+        """Run a part of a step; repeat it while memory runs out and chunks can become smaller.
 
         Args:
-            part: May be run again after it failed: it changes nothing but what a repetition sets anew.
-            where: The part and the step; continues "ran out in".
-            smaller: The chunk sizes to try next; None: there are none that would help.
-            shrink: Cuts what is in memory between the parts to new sizes.
+            part: The part; it must be repeatable after a failure.
+            where: Returns the part and the step as text, to follow "Memory ran out in".
+            smaller: Returns the chunk sizes to try next; None: no smaller sizes would help.
+            shrink: Splits or drops kept tensors to fit the new sizes.
 
         Returns:
-            What the part returns.
+            The result of `part`.
         """
         while True:
             try:
@@ -165,7 +166,7 @@ class Retry:
                 if found is None:
                     raise
                 place = where()
-                # What the part had made is alive in its frames, and would be during the repetition.
+                # The traceback's frames still hold the part's tensors, which would take memory during the repetition.
                 clear_frames(error.__traceback__)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -175,7 +176,7 @@ class Retry:
 
 
 def silent(sentence: str) -> None:
-    """Says nothing to anybody."""
+    """Ignore a sentence."""
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,11 +1,11 @@
-"""Attention within each of the examples that lie side by side in a row.
+"""Attention within each example, for rows into which several examples are packed.
 
-All of a layer but its attention works on each token by itself and does not mind what lies beside it. So only the
-attention is called anew for every example, on its own queries, keys and values: exactly what the model does with that
-example alone, in whatever way it attends (sliding windows, capped scores), and no work for pairs of tokens that don't
-see each other. A mask over the whole row would come to the same numbers, at the cost of the square of the row's length.
+Every part of a layer except attention treats each token independently. So only the attention is called separately for
+each example, on its queries, keys and values. This computes exactly what the model computes for that example alone,
+for any kind of attention (sliding windows, capped scores), and does no work for pairs of tokens of different examples.
+A mask over the whole row would give the same numbers, at a cost that grows with the square of the row's length.
 
-Transformers lets a model's attention be chosen by name, and hands on to it what a layer is given as its mask.
+Transformers selects a model's attention function by name, and passes the layer's mask argument on to it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _NAME = "within_examples"
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """What a layer is given in place of a mask.
+    """The positions of the examples in packed rows; layers receive it in place of a mask.
 
     Args:
-        lengths: For each row, the lengths of its examples; what is left of the row is padding.
-        mask: How the model masks the longest of them, (1, 1, L, L); None: by no tensor, its attention is causal. The
-            masks of shorter ones are its beginnings.
-        attention: The name of the model's own attention.
+        lengths: For each row, the lengths of its examples in tokens; the rest of the row is padding.
+        mask: The model's mask for the longest example, (1, 1, L, L); None: attention is causal without a mask tensor.
+            The mask of a shorter example is the top left part of it.
+        attention: Name of the model's own attention function.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -40,19 +40,19 @@ class Segments:
     attention: str
 
     def mask_of(self, length: int) -> Tensor | None:
-        """How the model masks one of the examples, (1, 1, length, length)."""
+        """Return the mask of an example, (1, 1, length, length), or None."""
         return None if self.mask is None else self.mask[..., :length, :length]
 
 
 def own_attention(architecture: Architecture) -> str:
-    """What a model calls its attention, such as sdpa or eager."""
+    """Return the name of a model's attention function, such as sdpa or eager."""
     name: str = architecture.base.config._attn_implementation  # type: ignore[union-attr, assignment]
     return name
 
 
 @contextmanager
 def attending_within(architecture: Architecture) -> Iterator[None]:
-    """While it is entered, the model's layers take `Segments` for a mask.
+    """Let the model's layers accept `Segments` in place of a mask, inside the context.
 
     Args:
         architecture: The model.
@@ -72,18 +72,18 @@ def attending_within(architecture: Architecture) -> Iterator[None]:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Segments, **settings: Any
 ) -> tuple[Tensor, None]:
-    """The attention of one layer, in the form in which transformers asks for it.
+    """Compute the attention of one layer, example by example; an attention function for transformers.
 
     Args:
-        module: The layer's attention.
+        module: The layer's attention module.
         query: (B, heads, T, k).
         key: (B, key heads, T, k).
         value: (B, key heads, T, v).
-        attention_mask: Where the examples are.
+        attention_mask: The positions of the examples.
         settings: Further arguments of the model's own attention.
 
     Returns:
-        (B, T, heads, v), zeros where there is padding; and no weights.
+        The output, (B, T, heads, v), with zeros at padding; and None for the attention weights.
     """
     segments = attention_mask
     attend = _function(segments.attention, module)
@@ -100,7 +100,7 @@ def _attend(
 
 
 def _function(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
-    """The model's own attention: every model's code brings the plain form of its own."""
+    """Return the model's own attention function; its eager form is defined in the model's module."""
     from transformers import AttentionInterface
 
     eager = sys.modules[type(module).__module__].eager_attention_forward

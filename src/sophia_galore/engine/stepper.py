@@ -21,15 +21,15 @@ ClipBy = Literal["nothing", "model", "layer"]
 
 
 class Stepper:
-    """Takes steps. Weights whose updates are deferred come to stand in the store together with these.
+    """Runs optimizer steps. It first joins weights in the store with their deferred updates, if there are any.
 
     Args:
-        engine: Finds gradients.
-        optimizer: Moves weights.
+        engine: Computes the gradients.
+        optimizer: Updates the weights.
         store: The weights.
-        clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
+        clip_by: Clip gradients by their norm over the whole model, by their norm over each layer, or not at all.
         curvature_every: Steps between two estimates of the curvature; 0: no rule needs it.
-        max_grad_norm: Largest gradient norm, of what `clip_by` says.
+        max_grad_norm: Largest norm, for `clip_by`.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class Stepper:
             store[name] = optimizer.with_deferred_update(name, store[name])
 
     def take(self, batches: Sequence[MicroBatch], *, step: int, factor: float) -> tuple[StepResult, float]:
-        """One optimizer step.
+        """Run one optimizer step.
 
         Args:
             batches: The micro-batches of its effective batch.
-            step: Its number, counted from 1.
-            factor: The schedule's value.
+            step: Number of the step, counted from 1.
+            factor: The schedule's value, a factor on the learning rate.
 
         Returns:
-            What the engine found, and the norm of the gradient over the whole model before clipping.
+            The loss with the token counts, and the norm of the gradient over the whole model before clipping.
 
         Raises:
             NonFiniteError: The loss or a gradient is not finite.
@@ -76,7 +76,7 @@ class Stepper:
             for layer in layers:
                 with engine.using(layer) as gradients:
                     norms.append(grad_norm(map(tensor_of, gradients.values())))
-                    # Where it is not finite, `prepare` names the gradient that is to blame.
+                    # If the norm is not finite, `prepare` raises an error that names the gradient.
                     if self._clip_by == "layer" and math.isfinite(norms[-1]):
                         clip_(map(tensor_of, gradients.values()), norms[-1], self._max_grad_norm)
                     for name in list(gradients):
@@ -85,14 +85,14 @@ class Stepper:
                             held[name] = prepared
                         else:
                             optimizer.apply(name, layer.weights[name], prepared, step=step, factor=factor)
-                        del prepared  # or it would live as long as the next layer works
+                        del prepared  # else it would stay in memory during the next layer's backward
         norm = math.hypot(*norms)
         if held:
             self._apply_all(held, norm, step, factor)
         return result, norm
 
     def _apply_all(self, held: dict[str, PreparedGradient], norm: float, step: int, factor: float) -> None:
-        """Clip by the norm over the whole model, then move every weight."""
+        """Clip by the norm over the whole model, then update every weight."""
         if not math.isfinite(norm):
             raise NonFiniteError(f"The gradient's norm is {norm} at step {step}.", "Lower training.learning_rate.")
         for name in list(held):
@@ -102,7 +102,7 @@ class Stepper:
                 self._optimizer.apply(name, weights[name], prepared, step=step, factor=factor)
 
     def _estimate_curvature(self, batches: Sequence[MicroBatch], step: int) -> None:
-        """Let the rules that need it see a gradient whose labels are the model's own."""
+        """Update curvature estimates with a gradient whose labels are sampled from the model."""
         engine, optimizer = self._engine, self._optimizer
         wants = partial(optimizer.request, step=step, observing=True)
         forward = engine.forward(batches, step=step, wants=wants, objective=SampledCrossEntropy())

@@ -1,4 +1,4 @@
-"""The whole model over a weight store, as Hugging Face's own code runs it; eight bits are decoded one at a time."""
+"""The whole Hugging Face model with the weights of a store; packed weights are decoded one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sophia_galore.weights.weight import Weight
 
 @contextmanager
 def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]:
-    """The model with the stored weights in their places; those that must be decoded are there while they work only.
+    """Put the stored weights into the model; a packed weight is decoded only while its module runs.
 
     Args:
         architecture: The model's modules; parameters on the meta device, before and after.
@@ -29,7 +29,7 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
     names = {
         id(parameter): name
         for name, parameter in architecture.model.named_parameters()
-        if not store[name].held_by_module  # which its module holds and decodes itself
+        if not store[name].held_by_module  # its module holds and decodes such a weight itself
     }
     places = [
         (module, key, parameter)
@@ -45,7 +45,7 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
         if not stored.is_packed:
             whole.setdefault(id(meta), nn.Parameter(stored.values(stored.dtype), requires_grad=False))
             continue
-        # It says shape, precision and device, which the model is asked for, and takes no memory.
+        # The placeholder has the right shape, precision and device, and takes no memory.
         empty = torch.empty((), dtype=dtype, device=stored.device).expand(stored.shape)
         placeholder = whole.setdefault(id(meta), nn.Parameter(empty, requires_grad=False))
         hooks += _decode_while_working(module, key, stored, placeholder)
@@ -66,11 +66,11 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
 def _decode_while_working(
     module: nn.Module, key: str, stored: Weight, placeholder: nn.Parameter
 ) -> list[RemovableHandle]:
-    """Hooks that put a module's decoded weight in its place before its forward, and take it away after."""
+    """Add hooks that decode a module's weight before its forward and remove it after."""
     dtype = placeholder.dtype
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if isinstance(module, nn.Embedding):  # of which a few rows will do
+        if isinstance(module, nn.Embedding):  # decode only the rows in use
             tokens, places = torch.unique(args[0], return_inverse=True)
             setattr(module, key, nn.Parameter(stored[tokens].values(dtype), requires_grad=False))
             return (places, *args[1:])
@@ -78,7 +78,7 @@ def _decode_while_working(
         return args
 
     def after(module: nn.Module, args: Any, out: Any) -> None:
-        # Not what was found there before: Ctrl-C in between leaves a decoded weight, until the module's next turn.
+        # Always the placeholder: after Ctrl-C, the module's previous weight may still be a decoded one.
         setattr(module, key, placeholder)
 
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]

@@ -1,1 +1,1 @@
-"""Named states and the one door through which a weight changes."""
+"""Optimizer states and update steps, and the `torch.optim` classes."""

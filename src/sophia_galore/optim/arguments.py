@@ -1,4 +1,4 @@
-"""Settings that the `torch.optim` classes are called with, and whether they make sense."""
+"""Check the settings of the `torch.optim` classes, and turn them into specs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sophia_galore.optim.recipes import LARGEST, MOST, SMALLEST_EPS
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
 
 Group = dict[str, Any]
-"""A parameter group: settings, and under "params" pairs of name and parameter."""
+"""A parameter group of torch: settings by name, and the parameters under "params"."""
 
 
 def _is_real(value: object) -> bool:
@@ -49,7 +49,7 @@ _SWITCH = (lambda value: isinstance(value, bool), "True or False")
 
 
 def _check_of(kind: Any) -> tuple[Callable[[Any], bool], str]:
-    """The check of a setting by its type."""
+    """Return the check for a setting's type, and a description of valid values."""
     if values := get_args(kind):
         return _one_of(*values)
     return {bool: _SWITCH, int: _COUNT, float: _ABOVE_0}[kind]
@@ -76,14 +76,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that make no sense.
+    """Refuse settings with invalid values.
 
     Args:
-        owner: Whose settings they are, for the message.
-        settings: By name; names that are not known are passed over.
+        owner: Name of the class or function that has the settings, for the message.
+        settings: Values by name; unknown names are ignored.
 
     Raises:
-        ArgumentError: Naming the first one.
+        ArgumentError: A value is invalid; the message names the first one.
     """
     for key, (is_right, wanted) in _CHECKS.items():
         # Only Apollo has a default scale.
@@ -93,15 +93,15 @@ def check_settings(owner: str, settings: Mapping[str, Any]) -> None:
     if settings.get("adaptive_gap") and settings["subspace"] not in recipes.STORED_BASES:
         raise ArgumentError(
             f"{owner}: adaptive_gap looks at how far a subspace turns, but subspace='random' is drawn anew each time.",
-            "Set adaptive_gap=False, or take subspace='tracked'.",
+            "Set adaptive_gap=False or subspace='tracked'.",
         )
 
 
 def plain(value: Any) -> Any:
-    """A setting with NumPy's numbers as Python's own, since `torch.load(weights_only=True)` knows no others.
+    """Convert NumPy numbers in a setting to Python numbers, since `torch.load(weights_only=True)` refuses them.
 
     Args:
-        value: A number, some of them, or anything else, which is handed through.
+        value: A number, a list or tuple of numbers, or anything else, which is returned unchanged.
     """
     if isinstance(value, (tuple, list)):
         return tuple(plain(one) for one in value)
@@ -111,16 +111,16 @@ def plain(value: Any) -> Any:
 
 
 def dense_ratio(lr: float, dense_lr: float | None, scale: float, rule: str) -> float:
-    """What `lr` is multiplied with for parameters that are not projected.
+    """Return the factor on `lr` for parameters that are not projected.
 
     Args:
-        lr: Rate of the group at its start.
-        dense_lr: Rate of its dense parameters at its start; None: by `scale`, so that both move alike.
-        scale: GaLore's factor.
+        lr: Initial learning rate of the group.
+        dense_lr: Initial learning rate of its parameters that are not projected; None: `lr * scale`.
+        scale: GaLore's scale.
         rule: GaLore's rule.
 
     Raises:
-        ArgumentError: There is no such factor, since `lr` is 0.
+        ArgumentError: `lr` is 0 and `dense_lr` is not, so there is no such factor.
     """
     dense_lr = recipes.fixed_dense_rate(rule, dense_lr)
     if dense_lr is None:
@@ -136,9 +136,9 @@ def spec_of(name: str, shape: tuple[int, ...], group: Group, rule: str, subspace
     Args:
         name: Its name.
         shape: Its shape.
-        group: Settings that were checked and completed.
-        rule: What turns its gradient into a direction.
-        subspace: How its gradient is projected, if it is.
+        group: The group, with checked and completed settings.
+        rule: Name of the update rule.
+        subspace: How its gradient is projected; None: it is not.
     """
     beta1, beta2 = group["betas" if subspace or "dense_betas" not in group else "dense_betas"]
     return ParamSpec(

@@ -1,7 +1,7 @@
-"""Update in backward: each parameter steps, and its gradient goes, the moment the gradient is ready.
+"""Update parameters during backward: each is updated, and its gradient freed, as soon as its gradient is ready.
 
-So one gradient is alive at a time, in place of all of them. What needs all of them at once can't be had: a norm over
-the model to clip by, gradient accumulation, loss scaling, Sophia's curvature.
+So only one gradient exists at a time. Whatever needs all gradients at once is not possible: clipping by the norm over
+the model, gradient accumulation, loss scaling, and Sophia's curvature.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Weak references to the attachment that steps a parameter, by parameter."""
+"""By parameter, a weak reference to the attachment that updates it."""
 
 
 class Attachment:
-    """An optimizer that steps in backward until `remove` is called, or the `with` block ends.
+    """The handle of an optimizer that updates in backward, until `remove` is called or the `with` block ends.
 
     Args:
-        optimizer: It.
-        max_grad_norm: Largest norm of one parameter's gradient; 0: any.
+        optimizer: The optimizer.
+        max_grad_norm: Largest norm of one parameter's gradient; 0: no limit.
     """
 
     def __init__(self, optimizer: TorchOptimizer, max_grad_norm: float) -> None:
@@ -40,13 +40,13 @@ class Attachment:
         self._hooks: list[RemovableHandle] = []
         for group, name, param in optimizer.members():
             _ATTACHED[param] = weakref.ref(self)
-            # torch refuses the hook on what needs no gradient; that can't get one either.
+            # torch allows the hook only on parameters that require a gradient; others get none.
             if param.requires_grad:
                 self._hooks.append(param.register_post_accumulate_grad_hook(partial(self._ready, group, name)))
         optimizer.end_attached_step = self.end_step
 
     def remove(self) -> None:
-        """Let the optimizer step in `step()` again."""
+        """Make the optimizer update in `step()` again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -55,16 +55,16 @@ class Attachment:
         self._optimizer.end_attached_step = None
 
     def end_step(self) -> None:
-        """What is left of `step()`: the next backward may move parameters again.
+        """End the step, so that the next backward may update parameters again; `step()` calls this.
 
         Raises:
-            StepError: A parameter has a gradient, but was not there, or was frozen, when this was attached.
+            StepError: A parameter has an unused gradient: it was frozen, or not in the optimizer, at `attach`.
         """
         for _, name, param in self._optimizer.members():
             if param.grad is not None and name not in self._stepped and param.numel():
                 raise StepError(
-                    f"{name} has a gradient that nothing used: it was frozen, or not there, when attach was called.",
-                    "Call remove() on the handle and attach again after parameters were added or unfrozen.",
+                    f"{name} has a gradient that nothing used: it was frozen or missing when attach was called.",
+                    "Call remove() on the handle, and attach again after parameters were added or unfrozen.",
                 )
         self._stepped.clear()
 
@@ -96,47 +96,47 @@ class Attachment:
 
 
 def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_norm: float = 0.0) -> Attachment:
-    """Move the update into backward: each parameter steps, and its gradient is dropped, as soon as it is ready.
+    """Move the update into backward: each parameter is updated, and its gradient freed, as soon as it is ready.
 
     `optimizer.step()` then only ends the step, and must still be called once after each backward, before the
-    scheduler; `zero_grad()` does no harm. In the `Trainer` set `gradient_accumulation_steps=1` and `max_grad_norm=0`
-    (there is nothing left to clip when it comes to clipping). Accumulation is refused at the second backward, before
-    any weight moves twice. Don't scale the loss (`GradScaler`, fp16): use bfloat16. Gradients of other processes
-    are not waited for, so train in one process.
+    scheduler; `zero_grad()` does no harm. In the `Trainer`, set `gradient_accumulation_steps=1` and `max_grad_norm=0`
+    (no gradients are left when the `Trainer` clips). Accumulation is refused at the second backward, before any
+    weight is updated twice. Don't scale the loss (`GradScaler`, fp16): use bfloat16. Gradients are not averaged over
+    processes, so train in one process.
 
-    A gradient that is not finite raises `NonFiniteError` in backward; parameters whose gradients came before it have
-    moved then. Call `optimizer.step()` to end such a step if you want to go on.
+    A gradient that is not finite raises `NonFiniteError` in backward; parameters whose gradients came before it are
+    already updated. To go on, call `optimizer.step()`, which ends this step.
 
     Args:
-        optimizer: A `GaLore` or an `Apollo` over parameters of `model`. Rules with a curvature are refused: it is
-            estimated from the gradients of all parameters, which this is here to avoid.
+        optimizer: A `GaLore` or an `Apollo` over parameters of `model`. Rules with a curvature are refused, since its
+            estimate needs the gradients of all parameters at once.
         model: The model.
         max_grad_norm: Scale each parameter's gradient by itself to at most this norm; 0: no limit.
 
     Returns:
-        A handle: its `remove()`, or the end of a `with` block, brings `step()` back to what it was.
+        A handle: its `remove()`, or the end of a `with` block, restores the normal `step()`.
 
     Raises:
-        ArgumentError: The optimizer is none of ours or a Sophia, is attached already, or does not fit the model; or
-            another one is attached to the model.
+        ArgumentError: The optimizer is neither a `GaLore` nor an `Apollo`, has a curvature, is attached already, or
+            does not fit the model; or another one is attached to the model.
     """
     if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
             f"attach can't move the update of a {type(optimizer).__name__} into backward.",
-            "Give it a sophia_galore.GaLore or Apollo itself, not one that accelerate has wrapped.",
+            "Pass the sophia_galore.GaLore or Apollo itself, not the object in which accelerate wraps it.",
         )
     owner = type(optimizer).__name__
     check_settings("attach", {"max_grad_norm": max_grad_norm})
     if optimizer.end_attached_step is not None:
-        raise ArgumentError(f"This {owner} is attached already.", "Call remove() on the first handle before.")
+        raise ArgumentError(f"This {owner} is attached already.", "Call remove() on the first handle.")
     if optimizer.curved_parameters():
         raise ArgumentError(
-            f"This {owner} estimates a curvature from gradients of all parameters at once, which attach never has.",
+            f"This {owner} estimates a curvature from gradients of all parameters at once; attach keeps only one.",
             "Train with optimizer.step(), or choose a rule without a curvature.",
         )
     refuse_strangers(optimizer, model)
     if any(holder() is not None for param in model.parameters() if (holder := _ATTACHED.get(param))):
-        raise ArgumentError("Another optimizer is attached to this model.", "Call remove() on its handle before.")
+        raise ArgumentError("Another optimizer is attached to this model.", "Call remove() on its handle first.")
     return Attachment(optimizer, max_grad_norm)
 
 
@@ -144,11 +144,11 @@ def refuse_strangers(optimizer: TorchOptimizer, model: Any) -> None:
     """Refuse an optimizer whose parameters are not those of a model.
 
     Args:
-        optimizer: It.
+        optimizer: The optimizer.
         model: The model.
 
     Raises:
-        ArgumentError: Naming the first parameter that the model lacks.
+        ArgumentError: The model lacks a parameter of the optimizer; the message names the first one.
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"A {type(model).__name__} was given in place of the model.", "Give the torch.nn.Module.")

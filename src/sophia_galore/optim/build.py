@@ -1,4 +1,4 @@
-"""Makes specs from settings, for a run's configuration and for the `torch.optim` classes."""
+"""Build specs from settings, for a run's configuration and for the `torch.optim` classes."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ from fractions import Fraction
 from sophia_galore.optim.recipes import ApolloSettings, GaLoreSettings, StateBits
 from sophia_galore.optim.spec import SubspaceSpec
 
-# A smaller state saves nothing worth its rounding (bitsandbytes draws the line at the same size).
+# In elements. For smaller states, the saved memory is not worth the rounding (bitsandbytes has the same limit).
 _SMALLEST_ROUNDED_STATE = 4096
 
 
 def settled_bits(shape: tuple[int, ...], asked: StateBits) -> StateBits:
-    """The format of a parameter's state: what was asked for, or fp32 where the parameter is small.
+    """Return the bits of a parameter's state: the requested ones, or 32 if the parameter is small.
 
     Args:
-        shape: The parameter's.
-        asked: `state_bits` of the run.
+        shape: The parameter's shape.
+        asked: The requested `state_bits`.
     """
     return asked if math.prod(shape) >= _SMALLEST_ROUNDED_STATE else 32
 
 
 def settled_decay(shape: tuple[int, ...], asked: float) -> float:
-    """A parameter's weight decay: what was asked for, or none for vectors and scalars.
+    """Return a parameter's weight decay: the requested one, or 0 for vectors and scalars.
 
     Args:
-        shape: The parameter's.
-        asked: `weight_decay` of the run.
+        shape: The parameter's shape.
+        asked: The requested `weight_decay`.
     """
     return asked if len(shape) > 1 else 0.0
 
 
 def galore_subspace(settings: GaLoreSettings, place: float | Fraction) -> SubspaceSpec:
-    """How GaLore projects a matrix.
+    """Return how GaLore projects a matrix.
 
     Args:
-        settings: GaLore's.
-        place: In [0, 1); spreads refreshes over the gap, if they are staggered.
+        settings: GaLore's settings.
+        place: The matrix's relative position among all projected ones, in [0, 1); it spreads refreshes over the gap,
+            if they are staggered.
     """
     return SubspaceSpec(
         rank=settings.rank,
@@ -53,12 +54,13 @@ def galore_subspace(settings: GaLoreSettings, place: float | Fraction) -> Subspa
 
 
 def apollo_subspace(settings: ApolloSettings, shape: tuple[int, ...], place: float | Fraction) -> SubspaceSpec:
-    """How APOLLO projects a matrix.
+    """Return how APOLLO projects a matrix.
 
     Args:
-        settings: APOLLO's.
+        settings: APOLLO's settings.
         shape: (m, n) of the matrix.
-        place: In [0, 1); spreads new projections over the gap.
+        place: The matrix's relative position among all projected ones, in [0, 1); it spreads new projections over the
+            gap.
     """
     return SubspaceSpec(
         rank=settings.rank,
@@ -71,9 +73,10 @@ def apollo_subspace(settings: ApolloSettings, shape: tuple[int, ...], place: flo
 
 
 def apollo_scale(shape: tuple[int, ...], rank: int) -> float:
-    """The factor with which APOLLO's update is as long as AdamW's.
+    """Return the factor that makes APOLLO's update about as long as AdamW's.
 
-    A channel's factor is |N| / |R| with sqrt(r) entries of about 1 in |N|, where AdamW's step has sqrt(n).
+    A channel's factor is |N| / |R|. |N| is about sqrt(r), from r entries of about 1; AdamW's step has n of them, so its
+    norm is about sqrt(n).
 
     Args:
         shape: (m, n) of the matrix.

@@ -1,4 +1,4 @@
-"""The step of a parameter whose rule sees the full gradient."""
+"""The update of a parameter from its full gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dense_step(
     noise: Noise,
     state_noise: Noise,
 ) -> None:
-    """Move a weight by its rule, by blocks of rows where the rule allows.
+    """Update a weight from its full gradient, by blocks of rows if the rule works elementwise.
 
     Args:
         spec: The parameter.
@@ -34,8 +34,8 @@ def dense_step(
         grad: float32, of the shape of `weight`.
         step: Number of the parameter's step, counted from 1.
         rate: Learning rate.
-        noise: For rounding the weight.
-        state_noise: For rounding the state.
+        noise: Noise for rounding the weight.
+        state_noise: Noise for rounding the state.
     """
     rule = RULES[spec.rule]
     columns = grad[0].numel()
@@ -49,7 +49,7 @@ def dense_step(
             norms += direction.square().sum(0)
     if norms is None:
         return
-    # A second pass, since a column's norm is known only when all of its rows were seen.
+    # A second pass, since a column's norm is known only after all of its rows.
     inverse = torch.where(norms > 0, norms.rsqrt(), 0.0)
     for rows in row_blocks(weight.shape):
         direction = state.read("exp_avg", rows) if rule.slots else grad[rows]

@@ -1,7 +1,7 @@
-"""`GaLore` and `Apollo`, for training loops of your own: gradients of large matrices are projected.
+"""`GaLore` and `Apollo` as `torch.optim` classes: gradients of large matrices are projected.
 
-The routes are those of `plan/routes.py`. A matrix with both sides above the rank is projected; what is left (norms,
-biases, smaller matrices) is trained by AdamW. Names are keys and are never looked into.
+As in `plan/routes.py`, a matrix with both sides larger than the rank is projected, and everything else (norms, biases,
+smaller matrices) is trained by AdamW. Parameter names serve only as keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
 
 class _Projecting(TorchOptimizer):
-    """Projects the gradients of large matrices."""
+    """The base of the optimizers that project the gradients of large matrices."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], **more: Any) -> None:
         super().__init__(params, defaults, **more)
@@ -41,43 +41,46 @@ class _Projecting(TorchOptimizer):
 class GaLore(_Projecting):
     """GaLore (Zhao et al., arXiv 2403.03507): full-parameter training with moments in a subspace.
 
-    The gradient of each matrix is projected to `rank` columns, `rule` turns that into a direction, and the weight
-    moves by `lr * scale` times what comes back. The subspace is renewed every `update_proj_gap` steps. Matrices with a
-    side that is not above `rank`, and everything that is no matrix, are trained by AdamW in full size. bfloat16
-    weights are rounded stochastically, so that small updates are not lost.
+    The gradient of each matrix is projected to `rank` columns, `rule` computes an update direction from it, and the
+    weight moves by `lr * scale` times this direction, projected back to full size. The subspace is recomputed every
+    `update_proj_gap` steps. Matrices with a side that is not above `rank`, and all other parameters, are trained by
+    AdamW without projection. bfloat16 weights are rounded stochastically, so that small updates are not lost.
 
-    Parameters without a gradient at a step are left as they are, as are their states; each counts its own steps.
-    `lr`, `weight_decay`, `betas`, `eps` and `rho` are read from `param_groups` at each step, so schedulers work. A
-    group may have settings of its own, by the names below. A parameter that a second optimizer of these steps as well
-    is warned about once.
+    A parameter without a gradient does not change at a step, nor does its state; each parameter counts its own steps.
+    `lr`, `weight_decay`, `betas`, `eps` and `rho` are read from `param_groups` at each step, so schedulers work. Each
+    group may set any of the settings below. If two of these optimizers update the same parameter, a warning is given
+    once.
 
     Args:
         params: `model.named_parameters()`; or `model.parameters()`, as trainers hand them over; or a list of groups:
-            dicts whose "params" are either. States and random draws are kept by name. What comes without one is named
-            by its position over all groups, "parameter 0" and so on, and a saved state is given back by position.
-            float32, bfloat16 and float64 are trained; parameters that need no gradient may be of any kind. With
-            float64, moments and directions are float32, and what is added to the weight is added in float64.
+            dicts whose "params" are either. States and random numbers are kept by name. Parameters without names are
+            named by their position over all groups, "parameter 0" and so on, and a saved state is restored by position.
+            Trained parameters must be float32, bfloat16 or float64; others may have any dtype. With float64, moments
+            and directions are float32, and the update is added to the weight in float64.
         lr: Learning rate of projected matrices.
         rank: Columns of the basis.
         update_proj_gap: Steps between two refreshes of a basis.
-        scale: Factor on the update that comes back from the subspace.
-        rule: What turns a projected gradient into a direction. "sophia" needs `watch` or `observe_curvature`.
-        subspace: How a basis is chosen: one power iteration from the last one, singular vectors (as published), these
-            from a random sketch, or at random from the seed, so that nothing is stored.
-        residual: What is done about the gradient outside of the subspace: nothing, or Fira (arXiv 2410.01623).
-        moment_transport: Whether moments move with the basis when it is refreshed.
-        stagger: Whether refreshes are spread over the gap, so that no step stalls.
-        adaptive_gap: Whether a matrix's gap doubles while its subspace holds still.
+        scale: Factor on the update from the subspace.
+        rule: The rule that computes a direction from the projected gradient. "sophia" needs `watch` or
+            `observe_curvature`.
+        subspace: How a basis is computed: "tracked", one power iteration from the last basis; "svd", singular vectors
+            (as published); "randomized", singular vectors from a random sketch; "random", random from the seed, so that
+            nothing is stored.
+        residual: Use of the gradient outside of the subspace: "none", or "fira" (arXiv 2410.01623).
+        moment_transport: Whether moments are transformed to the new basis at a refresh.
+        stagger: Whether the refreshes of different matrices are spread over the gap, so that no step is slow.
+        adaptive_gap: Whether a matrix's gap doubles while its subspace hardly changes.
         projection_bits: Format of stored bases: float32, bfloat16 or packed four-bit integers.
         state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
-        betas: Decays of the first and the second moment; None: the rule's own, such as (0.9, 0.999) for AdamW,
-            and AdamW's for what is not projected.
+        betas: Decay rates of the first and the second moment; None: the rule's defaults, such as (0.9, 0.999) for
+            AdamW, and AdamW's for parameters that are not projected.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of everything but vectors and scalars.
+        weight_decay: Decoupled weight decay, not applied to vectors and scalars.
         rho: Sophia's factor on the curvature; smaller: more entries of a step are clipped.
-        dense_lr: Rate of what is not projected; it then follows `lr` in proportion. None: `lr * scale`.
+        dense_lr: Initial learning rate of parameters that are not projected; it changes in proportion to `lr`. None:
+            `lr * scale`.
         curvature_every: Steps between two estimates of the curvature, for the rule "sophia".
-        seed: Everything random is a function of it.
+        seed: Seed of all random numbers.
 
     Raises:
         ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.
@@ -144,8 +147,8 @@ class GaLore(_Projecting):
 class Apollo(_Projecting):
     """APOLLO and APOLLO-Mini (Zhu et al., arXiv 2412.05270): SGD-like memory, AdamW-like steps.
 
-    AdamW runs on a random projection of the gradient; by how much it scales each channel there (APOLLO) or the
-    whole matrix (Mini), the full gradient is scaled. What is said of parameters and groups at `GaLore` holds here.
+    AdamW runs on a random projection of the gradient. The factor by which it scales each channel there (APOLLO), or the
+    whole matrix (Mini), is applied to the full gradient. Parameters and groups work as in `GaLore`.
 
     Args:
         params: As for `GaLore`.
@@ -153,12 +156,13 @@ class Apollo(_Projecting):
         rank: Columns of the random projection; None: 128, or 1 for Mini.
         mini: Whether one factor scales a whole matrix.
         update_proj_gap: Steps between two random projections.
-        scale: Factor on the scaled gradient; None: sqrt(shorter side / rank), as long as AdamW's step.
-        betas: Decays of the first and the second moment.
+        scale: Factor on the scaled gradient; None: sqrt(shorter side / rank), which makes the update about as long as
+            AdamW's.
+        betas: Decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
-        weight_decay: Decoupled decay of everything but vectors and scalars.
+        weight_decay: Decoupled weight decay, not applied to vectors and scalars.
         state_bits: Format of moments: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
-        seed: Everything random is a function of it.
+        seed: Seed of all random numbers.
 
     Raises:
         ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.

@@ -1,4 +1,4 @@
-"""What the `torch.optim` classes ask of gradients before they move a weight."""
+"""The checks of parameters and gradients before the `torch.optim` classes change a weight."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sophia_galore.optim.members import TRAINABLE_DTYPES, param_shape, untrainab
 
 
 def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a parameter or a gradient that can't be stepped as it is now.
+    """Refuse a parameter that can't be updated because its dtype, shape or gradient is unsuitable.
 
     Args:
         name: The parameter's name.
-        param: It, with a gradient.
-        shape: The `param_shape` that it had when the optimizer was made.
+        param: The parameter, with a gradient.
+        shape: Its `param_shape` when the optimizer was made.
 
     Raises:
-        StepError: Its dtype or its shape is another one by now, or its gradient is sparse.
+        StepError: Its dtype can't be trained, its shape changed, or its gradient is sparse.
     """
     if param.dtype not in TRAINABLE_DTYPES:
         raise StepError(*untrainable(name, param))
@@ -35,36 +35,36 @@ def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None
 
 
 def refuse_valueless(name: str, param: Tensor) -> None:
-    """Refuse a parameter that has no values, though it is to be trained.
+    """Refuse a trained parameter on the meta device, which has no values.
 
     Args:
         name: The parameter's name.
-        param: It.
+        param: The parameter.
 
     Raises:
-        StepError: It is on the meta device. Whoever loaded weights since then made other parameters, which would
-            never be stepped.
+        StepError: It is on the meta device. Loading weights replaced it by another parameter, which this optimizer
+            would never update.
     """
     if param.is_meta and param.requires_grad:
         raise StepError(
-            f"{name} is on the meta device, where it has no values; weights that were loaded made other parameters.",
-            "Make the optimizer after the weights were loaded.",
+            f"{name} is on the meta device, where it has no values; loading weights replaces such parameters.",
+            "Make the optimizer after loading the weights.",
         )
 
 
 def refuse_non_finite(grads: Iterable[tuple[str, Tensor]], step: int) -> None:
-    """Refuse a NaN or an infinity in any of several gradients.
+    """Refuse gradients with a NaN, an infinity or an entry above 1e15.
 
     Args:
-        grads: Names and gradients, each with an element.
+        grads: Pairs of name and gradient; no gradient is empty.
         step: Number of the step, counted from 1, for the message.
 
     Raises:
-        NonFiniteError: Naming the first parameter that has one.
+        NonFiniteError: A gradient has such an entry; the message names the first one.
     """
     looked_at = list(grads)
     flags = [is_usable(grad) for _, grad in looked_at]
-    # One answer for all, since for each the host would wait for the device.
+    # One transfer for all gradients, since each one makes the host wait for the device.
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     for (name, _), is_finite in zip(looked_at, finite, strict=True):
         if not is_finite:
@@ -75,15 +75,15 @@ def refuse_non_finite(grads: Iterable[tuple[str, Tensor]], step: int) -> None:
 
 
 def in_vectors(tensor: Tensor) -> Tensor:
-    """A scalar as a vector of one element, anything else as it is; a view."""
+    """Return a scalar as a vector of one element (a view), and any other tensor unchanged."""
     return tensor.view(1) if tensor.ndim == 0 else tensor
 
 
 class SampledGradients:
-    """Gradients with labels that were sampled from the model, summed over the micro-batches of a step.
+    """Gradients for labels that were sampled from the model, summed over the micro-batches of a step.
 
-    The Gauss-Newton-Bartlett estimate squares the gradient of the mean loss over all labels of the effective
-    batch, so means of micro-batches are weighted by their labels and squared only when all are there.
+    The Gauss-Newton-Bartlett estimate squares the gradient of the mean loss over all labels of the effective batch. So
+    the gradients of micro-batches are weighted by their numbers of labels and summed before they are squared.
     """
 
     def __init__(self) -> None:
@@ -92,11 +92,11 @@ class SampledGradients:
         self.num_batches = 0
 
     def add(self, grads: Mapping[str, Tensor], count: int) -> None:
-        """Take in a micro-batch.
+        """Add a micro-batch.
 
         Args:
             grads: Gradients of the mean loss over its sampled labels, by the parameter's name.
-            count: How many labels these were.
+            count: Number of these labels.
         """
         for name, grad in grads.items():
             if name not in self.sums:
@@ -106,7 +106,7 @@ class SampledGradients:
         self.num_batches += 1
 
     def take(self) -> tuple[dict[str, Tensor], int]:
-        """Gradients of the mean loss over all sampled labels, and how many these were; begins anew."""
+        """Return the gradients of the mean loss over all sampled labels and the number of labels, and reset."""
         sums, count = self.sums, self.count
         self.sums, self.count, self.num_batches = {}, 0, 0
         return {name: total.div_(count) for name, total in sums.items()}, count

@@ -1,8 +1,8 @@
-"""The step of a parameter whose rule sees its gradient in a subspace.
+"""The update of a parameter whose gradient is projected to a subspace.
 
-refresh        choose a new basis from the gradient; moments move along
+refresh        compute a new basis from the gradient, and transform the moments to it
 basis_at       the basis of a step
-lowrank_step   rule in the subspace, back to full size, and what becomes of the rest of the gradient
+lowrank_step   the rule in the subspace, the projection back to full size, and the residual outside of the subspace
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from sophia_galore.weights.deferred import DeferredWeight, deferred_of, deferrin
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.weight import Weight
 
-# Mean squared cosine of the principal angles from which on a subspace counts as holding still.
+# A subspace counts as unchanged if the mean squared cosine of its principal angles is at least this.
 _STILL = 0.5
-# An adaptive gap grows to this many times the one that was asked for.
+# An adaptive gap grows to at most this many times the configured one.
 _LARGEST_GROWTH = 16
 
 
 def subspace_of(spec: ParamSpec) -> SubspaceSpec:
-    """The subspace of a parameter that is known to have one."""
+    """Return the subspace of a parameter that has one."""
     assert spec.subspace is not None
     return spec.subspace
 
 
 def refresh_is_due(spec: ParamSpec, state: ParamState, step: int) -> bool:
-    """Whether the basis is made anew at this step.
+    """Return whether the basis is recomputed at this step.
 
     Args:
         spec: The parameter.
-        state: Its state, which knows the next refresh where the gap is adaptive.
+        state: Its state, which holds the next refresh if the gap is adaptive.
         step: Number of the parameter's step, counted from 1.
     """
     subspace = subspace_of(spec)
@@ -52,14 +52,14 @@ def refresh_is_due(spec: ParamSpec, state: ParamState, step: int) -> bool:
 
 
 def basis_at(spec: ParamSpec, state: ParamState, step: int, seed: int, device: torch.device) -> Tensor:
-    """The basis by which the gradient of a step is projected.
+    """Return the basis that projects the gradient at a step.
 
     Args:
         spec: The parameter.
         state: Its state.
         step: Number of the parameter's step, counted from 1.
         seed: The run's seed.
-        device: Where the basis is needed.
+        device: Device of the returned basis.
 
     Returns:
         (min(m, n), r), float32.
@@ -73,12 +73,12 @@ def basis_at(spec: ParamSpec, state: ParamState, step: int, seed: int, device: t
 
 
 def refresh(spec: ParamSpec, state: ParamState, grad: Grad, step: int, seed: int) -> None:
-    """Make the basis anew, and move the moments along.
+    """Recompute the basis, and transform the moments to it.
 
     Args:
         spec: The parameter.
         state: Its state, changed in place.
-        grad: Full gradient over the effective batch, (m, n) float32. Need not be formed but for an svd.
+        grad: Gradient over the effective batch, (m, n) float32; a tensor, or only its products (not for an svd).
         step: Number of the parameter's step, counted from 1.
         seed: The run's seed.
     """
@@ -88,17 +88,17 @@ def refresh(spec: ParamSpec, state: ParamState, grad: Grad, step: int, seed: int
             old = basis_at(spec, state, step - 1, seed, device)
             _move_moments(spec, state, change_of_basis(old, basis_at(spec, state, step, seed, device)), step, seed)
         return
-    old = state.basis().clone()  # in an fp32 format it is the stored tensor itself, which the new one overwrites
+    old = state.basis().clone()  # `basis` may return the stored tensor itself, which the new basis overwrites
     draw = generator(seed, "basis", spec.name, step, device=device)
     if subspace.kind == "svd":
-        assert isinstance(grad, Tensor)  # a decomposition is of all of it
+        assert isinstance(grad, Tensor)  # the decomposition needs the full gradient
         new = bases.svd_basis(grad, subspace.rank)
     elif subspace.kind == "randomized":
         new = bases.randomized_basis(grad, subspace.rank, draw)
     else:
         new = bases.tracked_basis(grad, old if old.any() else bases.random_basis(old.shape[0], subspace.rank, draw))
     state.store_basis(new)
-    # At the first step the only moment is a curvature by the basis that its own gradient gave.
+    # At the first step, the only moment is a curvature in the basis that was made from the curvature's gradient.
     if subspace.transport or step == 1:
         _move_moments(spec, state, change_of_basis(old, state.basis()), step, seed)
     if subspace.adaptive and not subspace.refreshes_early_at(step):
@@ -121,19 +121,19 @@ def lowrank_step(
     noise: Noise,
     state_noise: Noise,
 ) -> None:
-    """Move a weight by what its rule makes of the projected gradient.
+    """Update a weight from its projected gradient.
 
     Args:
         spec: The parameter.
         state: Its state, changed in place.
         weight: The stored weight, (m, n), changed in place.
         projected: R = G P, (m, r), or P^T G, (r, n); used up.
-        grad: G, (m, n) float32; None where no residual is wanted.
+        grad: G, (m, n) float32; None if the residual is not used.
         basis: P, (min(m, n), r).
         step: Number of the parameter's step, counted from 1.
         rate: Learning rate.
-        noise: For rounding the weight.
-        state_noise: For rounding the state.
+        noise: Noise for rounding the weight.
+        state_noise: Noise for rounding the state.
     """
     subspace, side = subspace_of(spec), spec.side
     direction, scales = _directions(spec, state, projected, step, state_noise)
@@ -141,7 +141,7 @@ def lowrank_step(
         if subspace.residual == "fira":
             norm = residual.residual_norm(grad, projected, basis.T @ basis, scales, side)
             scales = scales * _limited(subspace, state, norm)
-            # N P^T + s (G - R P^T) = (N - s R) P^T + s G: one product, and no second matrix of full size.
+            # N P^T + s (G - R P^T) = (N - s R) P^T + s G needs one matrix product and no second full-size matrix.
             direction.addcmul_(scales, projected, value=-1)
         else:
             scales = scales * _limited(subspace, state, residual.scaled_norm(grad, scales, side))
@@ -154,7 +154,7 @@ def lowrank_step(
     for rows in row_blocks(weight.shape):
         stored = weight[rows]
         values = read_decayed(stored, rate, spec.weight_decay)
-        # Added in place: the update of full size is never formed.
+        # Added in place, so that the full-size update is never formed.
         if subspace.residual in ("none", "fira"):
             left, right = (direction[rows], basis.T) if side == "right" else (basis[rows], direction)
             values.addmm_(left.to(values.dtype), right.to(values.dtype), alpha=length)
@@ -167,9 +167,9 @@ def lowrank_step(
 def _directions(
     spec: ParamSpec, state: ParamState, projected: Tensor, step: int, state_noise: Noise
 ) -> tuple[Tensor, Tensor | None]:
-    """What the rule makes of R, and the factors by which it scaled the channels, if these are wanted."""
+    """Return the direction N that the rule computes from R; and the factors |N| / |R|, if the residual needs them."""
     rule, subspace = RULES[spec.rule], subspace_of(spec)
-    # Where R itself is not needed any more, N takes its place.
+    # If R is not needed afterwards, N overwrites it.
     direction = projected if subspace.residual == "none" else torch.empty_like(projected)
     for rows in row_blocks(projected.shape) if rule.elementwise else [slice(None)]:
         direction[rows], new = rule.update(projected[rows], state.read_all(rows), spec.hyper, step)
@@ -183,7 +183,7 @@ def _directions(
 
 
 def with_deferred_update(spec: ParamSpec, state: ParamState, weight: Weight) -> Weight:
-    """A weight together with the update that its state holds for it.
+    """Join a weight with the deferred update that its state holds.
 
     Args:
         spec: The parameter, whose updates are deferred.
@@ -208,7 +208,7 @@ def _defer(
     length: float,
     noise: Noise,
 ) -> None:
-    """Move the deferred update by length * direction; weight decay concerns it and the codes."""
+    """Add length * direction to the deferred update; apply weight decay to it and, by a factor, to the codes."""
     remainder, noise = state.tensors["remainder"], noise.part("remainder")
     for rows in row_blocks(remainder.shape):
         stored = PlainWeight(remainder[rows])
@@ -218,7 +218,7 @@ def _defer(
 
 
 def _round_in(weight: DeferredWeight, state: ParamState, noise: Noise) -> None:
-    """Round the deferred update into the codes, before the basis that it is in is made anew."""
+    """Round the deferred update into the codes, before its basis is recomputed."""
     for rows in row_blocks(weight.shape):
         weight.base[rows].write(weight[rows].values(torch.float32), noise.rows(rows, weight.shape[1]))
     state.tensors["remainder"].zero_()
@@ -226,7 +226,7 @@ def _round_in(weight: DeferredWeight, state: ParamState, noise: Noise) -> None:
 
 
 def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
-    """The factor of the growth limiter, which remembers the norm."""
+    """Return the growth limiter's factor, and store the limited norm."""
     if not subspace.growth_limit:
         return torch.ones_like(norm)
     previous = state.tensors["update_norm"]
@@ -238,21 +238,21 @@ def _limited(subspace: SubspaceSpec, state: ParamState, norm: Tensor) -> Tensor:
 def _move_moments(spec: ParamSpec, state: ParamState, change: Tensor, step: int, seed: int) -> None:
     noise = Noise.of(seed, "transport", spec.name, step)
     slots = RULES[spec.rule].slots
-    # A factor along the long side says nothing about directions in the subspace.
+    # A factor along the side that is not projected does not depend on the basis.
     along = [name for name, slot in slots.items() if slot.extent == ("rows" if spec.side == "right" else "columns")]
     for name, slot in slots.items():
         if name in along:
             continue
         move = move_first_moment if slot.moment == 1 else move_second_moment
         if slot.extent == "full" and spec.side == "right":
-            # Each row moves by itself: a vocabulary's moments need not be wide all at once.
+            # Rows are independent, so a large vocabulary's moments are not decoded to float32 all at once.
             for rows in row_blocks(state.stored(name).shape):
                 state.write(name, move(state.read(name, rows), change, spec.side), noise, rows)
             continue
         before = state.read(name)
         after = move(before, change, spec.side)
         if slot.extent != "full":
-            # Both factors have the mean of the whole moment, which changed.
+            # Both factors share the mean of the whole moment, which changed.
             for other in along:
                 state.tensors[other].mul_(torch.where(before.mean() > 0, after.mean() / before.mean(), 1.0))
         state.write(name, after, noise)

@@ -1,7 +1,7 @@
-"""The parameters that the `torch.optim` classes are given: in groups or not, with names or without.
+"""Read and check the parameters of the `torch.optim` classes: with or without groups, with or without names.
 
-States and everything random are kept by name. Parameters that come without names, as trainers hand them over, are
-named by their position over all groups, as torch's own state dicts do.
+States and random numbers are kept by name. Parameters without names, such as those from trainers, are named by their
+position over all groups, as in torch's state dicts.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from sophia_galore.optim.arguments import Group
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 _GIVE = "Pass model.named_parameters() or model.parameters(), or a list of groups whose 'params' are either."
-# What torch's learning rate schedulers write into groups, so that groups may be given with it.
+# Keys that torch's learning rate schedulers write into groups; groups may contain them.
 _SCHEDULERS_KEYS = {"initial_lr"}
 
 
 def position_name(position: int) -> str:
-    """The name of a parameter that came without one.
+    """Return the name of a parameter that was passed without one.
 
     Args:
-        position: How many parameters came before it, over all groups.
+        position: Its position over all groups, counted from 0.
     """
     return f"parameter {position}"
 
 
 def read_groups(owner: str, given: Any) -> list[Group]:
-    """The parameter groups of what an optimizer was given.
+    """Return an optimizer's argument as parameter groups.
 
     Args:
         owner: The optimizer's name, for messages.
         given: Parameters, pairs of name and parameter, or groups.
 
     Returns:
-        Groups, whose parameters are not looked at yet.
+        The groups; their parameters are not checked yet.
 
     Raises:
-        ArgumentError: Nothing, or nothing of that kind, was given.
+        ArgumentError: The argument is empty or of another kind.
     """
     items = _in_order(owner, given)
     refuse_nothing(owner, items)
@@ -52,25 +52,25 @@ def read_groups(owner: str, given: Any) -> list[Group]:
 
 
 def refuse_nothing(owner: str, params: Collection[object]) -> None:
-    """Raise `ArgumentError` where there is nothing to train."""
+    """Raise `ArgumentError` if there are no parameters."""
     if not params:
         raise ArgumentError(f"{owner} was given no parameters.", _GIVE)
 
 
 def read_pairs(owner: str, group: Group, known: Sequence[str]) -> list[tuple[str, Tensor]]:
-    """The pairs of name and parameter of one group.
+    """Return the pairs of name and parameter of one group.
 
     Args:
         owner: The optimizer's name, for messages.
-        group: As the user gave it. Its "params" are parameters or pairs; "param_names", which groups of a finished
-            optimizer have beside plain parameters, are honoured.
-        known: Names of the parameters before it, in all groups.
+        group: The user's group. Its "params" are parameters or pairs. If they are parameters, "param_names" may hold
+            their names, as in the groups of an existing optimizer.
+        known: Names of the parameters in earlier groups.
 
     Returns:
-        The pairs; what has no name is named by its position.
+        The pairs; parameters without names are named by their position.
 
     Raises:
-        ArgumentError: Some have names and others have none; or one is no parameter, or can't be trained.
+        ArgumentError: Only some have names, one is not a parameter, or one can't be trained.
     """
     given = group["params"]
     items: list[Any] = [given] if isinstance(given, Tensor) else _in_order(owner, given)
@@ -79,7 +79,7 @@ def read_pairs(owner: str, group: Group, known: Sequence[str]) -> list[tuple[str
         if len(names) != len(items):
             raise ArgumentError(f"{owner} was given {len(names)} names for {len(items)} parameters.", _GIVE)
         items = list(zip(names, items, strict=True))
-    # An optimizer whose names are positions was given none.
+    # If the known names are positions, the earlier parameters had no names.
     nameless = [name == position_name(place) for place, name in enumerate(known)]
     nameless += [isinstance(item, Tensor) for item in items]
     if any(nameless) and not all(nameless):
@@ -92,8 +92,8 @@ def read_pairs(owner: str, group: Group, known: Sequence[str]) -> list[tuple[str
 
 
 def _in_order(owner: str, given: Any) -> list[Any]:
-    """What was given, as a list."""
-    is_list = isinstance(given, torch.nn.ParameterList)  # the one module that torch's optimizers take
+    """Return parameters, pairs or groups as a list; refuse what has no order or is of another kind."""
+    is_list = isinstance(given, torch.nn.ParameterList)  # the only module that torch's optimizers accept
     if isinstance(given, (Tensor, Mapping, str, set, frozenset)) or (
         not is_list and (isinstance(given, torch.nn.Module) or not isinstance(given, Iterable))
     ):
@@ -102,11 +102,11 @@ def _in_order(owner: str, given: Any) -> list[Any]:
 
 
 def _refuse_odd(owner: str, item: Any) -> None:
-    """Raise `ArgumentError` for what is no pair of a name and a parameter that can be trained."""
+    """Raise `ArgumentError` unless an item is a pair of a name and a parameter that can be trained."""
     if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
         raise ArgumentError(f"{owner} was given a {type(item).__name__} in place of a parameter.", _GIVE)
     name, param = item
-    # Only a leaf gets a gradient; and what retains one for a user was computed as well.
+    # Only leaves accumulate gradients; a computed tensor with retain_grad() is not a parameter either.
     if not isinstance(param, Tensor) or not param.is_leaf:
         raise ArgumentError(f"{owner}: {name} is not a parameter, but a computed tensor or no tensor at all.", _GIVE)
     if param.requires_grad and param.dtype not in TRAINABLE_DTYPES:
@@ -114,15 +114,15 @@ def _refuse_odd(owner: str, item: Any) -> None:
 
 
 def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
-    """Refuse a group with settings that nobody would read.
+    """Refuse a group with unknown settings.
 
     Args:
         owner: The optimizer's name, for the message.
-        group: As the user gave it.
-        known: Settings that it reads.
+        group: The user's group.
+        known: Names of the known settings.
 
     Raises:
-        ArgumentError: A setting is not known, or "params" is missing.
+        ArgumentError: A setting is unknown, or "params" is missing.
     """
     if not isinstance(group, dict):
         raise ArgumentError(f"{owner} was given a {type(group).__name__} as a parameter group.", _GIVE)
@@ -134,25 +134,27 @@ def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
 
 
 def param_shape(param: Tensor) -> tuple[int, ...]:
-    """A parameter's shape as a `ParamSpec` has it; a scalar is a vector of one element."""
+    """Return a parameter's shape for a `ParamSpec`, in which a scalar is a vector of one element."""
     return tuple(param.shape) or (1,)
 
 
 def refuse_doubles(owner: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse a name or a parameter that comes twice.
+    """Refuse a name or a parameter that occurs twice.
 
     Args:
         owner: The optimizer's name, for messages.
-        pairs: All names and parameters.
+        pairs: All pairs of name and parameter.
 
     Raises:
-        ArgumentError: Naming the first one.
+        ArgumentError: One occurs twice; the message names the first one.
     """
     names: dict[int, str] = {}
     seen: set[str] = set()
     for name, param in pairs:
         if name in seen:
-            raise ArgumentError(f"{owner} was given two parameters named {name}.", "Give each a name of its own.")
+            raise ArgumentError(
+                f"{owner} was given two parameters named {name}.", "Give each parameter a different name."
+            )
         if id(param) in names:
             cause = f"{owner} was given the same parameter twice, as {names[id(param)]} and as {name}."
             raise ArgumentError(cause, "Give tied parameters once, as model.named_parameters() does.")
@@ -161,7 +163,7 @@ def refuse_doubles(owner: str, pairs: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def untrainable(name: str, param: Tensor) -> tuple[str, str]:
-    """Cause and remedy where a parameter's dtype can't be trained."""
+    """Return the cause and the remedy for a parameter whose dtype can't be trained."""
     kind = str(param.dtype).removeprefix("torch.")
     why = ", whose steps would be lost below its smallest numbers" if param.dtype == torch.float16 else ""
     return (

@@ -1,4 +1,4 @@
-"""The last step of every route: rows of a weight are read, moved and written back."""
+"""Write an update into a weight: read rows, change them, and round them back into the weight's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sophia_galore.weights.weight import Weight
 
 
 def read_decayed(weight: Weight, rate: float, weight_decay: float) -> Tensor:
-    """Rows of a weight, decayed: (1 - rate * weight_decay) weight. To be changed, then written back.
+    """Return (1 - rate * weight_decay) weight, to be changed by the caller and written back.
 
     Args:
         weight: Rows of the stored weight.
@@ -18,20 +18,21 @@ def read_decayed(weight: Weight, rate: float, weight_decay: float) -> Tensor:
         weight_decay: Decoupled decay.
 
     Returns:
-        float32, of a float64 weight float64; in these formats the stored rows themselves.
+        float32, or float64 for a float64 weight. If the weight is stored in this precision, these are the stored rows
+        themselves, decayed in place.
     """
     values = weight.values(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     return values.mul_(1 - rate * weight_decay) if weight_decay else values
 
 
 def move(weight: Weight, direction: Tensor, rate: float, weight_decay: float, noise: Noise) -> None:
-    """weight <- round((1 - rate * weight_decay) weight - rate * direction), in place.
+    """Update rows in place: weight <- round((1 - rate * weight_decay) weight - rate * direction).
 
     Args:
         weight: Rows of the stored weight.
         direction: float32, of the same shape.
         rate: Learning rate.
         weight_decay: Decoupled decay.
-        noise: For the rounding of these rows.
+        noise: Noise for rounding these rows.
     """
     weight.write(read_decayed(weight, rate, weight_decay).sub_(direction, alpha=rate), noise)

@@ -1,8 +1,7 @@
-"""One door: `ParamOptimizer.step_param` is the only place where a weight changes.
+"""`ParamOptimizer` holds all optimizer states and is the only place where a weight changes.
 
-The layer-wise engine hands it one parameter after the other; so do the `torch.optim`
-classes, in `step()` and in backward. It fetches the parameter's state, takes the parameter's route (dense or
-in a subspace), and the updated weight is rounded back into its stored format.
+The layer-wise engine and the `torch.optim` classes call it for one parameter after the other. It looks up the
+parameter's state, runs the dense or the low-rank step, and rounds the updated weight into its stored format.
 """
 
 from __future__ import annotations
@@ -35,34 +34,34 @@ from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.plain import as_weight
 from sophia_galore.weights.weight import Weight
 
-# Random directions outside of the subspace, by which the norm of what is never formed is estimated.
+# Number of random directions outside of the subspace that estimate the norm of a gradient that is never formed.
 _NUM_PROBES = 8
 
 
 @dataclass(eq=False)
 class PreparedGradient:
-    """A gradient as far as its step needs it.
+    """The parts of a gradient that the second half of a step needs.
 
     Args:
-        full: G; None where the projected gradient is enough.
-        projected: R; None where the gradient is not projected.
+        full: G, of the weight's shape; None if the projected gradient is enough.
+        projected: R, (m, r) or (r, n); None if the gradient is not projected.
     """
 
     full: Tensor | None
     projected: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """What is held."""
+        """Return the tensors it holds."""
         return [tensor for tensor in (self.full, self.projected) if tensor is not None]
 
 
 class ParamOptimizer:
-    """States of all parameters, and the one function that steps a parameter.
+    """The optimizer states of all parameters, and the functions that update a parameter.
 
     Args:
-        specs: One a parameter; names must be distinct.
+        specs: One per parameter; names must be distinct.
         seed: The run's seed, for random bases and stochastic rounding.
-        device: Where the states live; None: each is made where its parameter is, when it is first needed.
+        device: Device of the states; None: each is created at its first use, on its parameter's device.
     """
 
     def __init__(self, specs: Iterable[ParamSpec], *, seed: int, device: torch.device | None = None) -> None:
@@ -73,15 +72,15 @@ class ParamOptimizer:
             self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
 
     def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
-        """Move one weight by one step.
+        """Update one weight.
 
         Args:
             name: The parameter's name.
-            weight: The stored weight, in any format, changed in place; a tensor is one in its own precision.
-            grad: Gradient over the whole effective batch, float32: of the shape of `weight`, or its product with what
+            weight: The stored weight, in any format, changed in place; a tensor is a weight in its own dtype.
+            grad: Gradient over the whole effective batch, float32: of the shape of `weight`, or the product that
                 `request` asked for.
             step: Number of the optimizer step, counted from 1.
-            factor: The schedule's value; multiplies the parameter's own learning rate.
+            factor: The schedule's value, a factor on the parameter's learning rate.
 
         Raises:
             NonFiniteError: The gradient holds a NaN or an infinity; weight and state are untouched.
@@ -89,7 +88,7 @@ class ParamOptimizer:
         self.apply(name, as_weight(weight), self.prepare(name, grad, step=step), step=step, factor=factor)
 
     def prepare(self, name: str, grad: Gradient, *, step: int) -> PreparedGradient:
-        """The first half of a step: keep of a gradient what its second half needs. Refreshes the basis if it is due.
+        """Run the first half of a step: refresh the basis if it is due, and project the gradient.
 
         Args:
             name: The parameter's name.
@@ -97,7 +96,7 @@ class ParamOptimizer:
             step: As for `step_param`.
 
         Returns:
-            What is needed; scaling it scales the gradient.
+            What the second half needs; scaling its tensors scales the gradient.
 
         Raises:
             NonFiniteError: As for `step_param`.
@@ -115,7 +114,7 @@ class ParamOptimizer:
         return PreparedGradient(None if spec.subspace.residual == "none" else grad, low)
 
     def apply(self, name: str, weight: Weight, prepared: PreparedGradient, *, step: int, factor: float) -> None:
-        """The second half of a step.
+        """Run the second half of a step: update state and weight.
 
         Args:
             name: The parameter's name.
@@ -146,30 +145,30 @@ class ParamOptimizer:
         )
 
     def request(self, name: str, step: int, *, observing: bool = False) -> GradientRequest:
-        """In which form the gradient of a parameter is wanted at a step.
+        """Return in which form the gradient of a parameter is needed at a step.
 
         Args:
             name: The parameter's name.
             step: Number of the step, counted from 1.
-            observing: The gradient is for `observe_curvature`, else for `prepare`.
+            observing: Whether the gradient is for `observe_curvature`; if not, it is for `prepare`.
         """
         projector = self.projector(name, step)
         return self.basis_from_gradient(name, step, observing=observing) if projector is None else projector
 
     def projector(self, name: str, step: int) -> Projector | None:
-        """What the gradient of a parameter is wanted times at a step, if it is not wanted itself.
+        """Return the matrix whose product with the gradient is enough for a step, if it is known in advance.
 
-        The first columns are the basis. A few more are random directions Z outside of the subspace with
-        E |G Z|^2 = |G (I - P P^T)|^2 (Meyer et al., Hutch++, arXiv 2010.09649), so that the norm of the whole
-        product is an unbiased estimate of the gradient's own norm, squared; with a basis in four bits, which is only
-        nearly orthonormal, of up to a few percent more.
+        The first columns are the basis P. A few more are random directions Z outside of the subspace with
+        E |G Z|^2 = |G (I - P P^T)|^2 (Meyer et al., Hutch++, arXiv 2010.09649). So the squared norm of the whole
+        product is an unbiased estimate of the gradient's squared norm; with a 4-bit basis, which is only nearly
+        orthonormal, the estimate is up to a few percent too large.
 
         Args:
             name: The parameter's name.
             step: Number of the step, counted from 1.
 
         Returns:
-            The projector, or None: the full gradient is wanted.
+            The projector; None: the full gradient, or a basis made from it, is needed.
         """
         spec = self.specs[name]
         state = self._states.get(name)
@@ -178,7 +177,7 @@ class ParamOptimizer:
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
 
     def basis_from_gradient(self, name: str, step: int, *, observing: bool = False) -> BasisFromGradient | None:
-        """How a basis is made from a gradient that is not formed, at a step at which `projector` can't know it.
+        """Return a function that makes the basis of a step from products of a gradient that is never formed.
 
         Args:
             name: The parameter's name.
@@ -186,8 +185,8 @@ class ParamOptimizer:
             observing: As for `request`.
 
         Returns:
-            A function that refreshes the basis by products of the gradient, if that is due, and then says what
-            `projector` would. It raises NonFiniteError, with the state untouched. None: the full gradient is wanted.
+            A function that refreshes the basis if it is due, and returns the projector of the step. It raises
+            NonFiniteError, with the state unchanged, if a product is not finite. None: the full gradient is needed.
         """
         spec = self.specs[name]
         if not _wants_products(spec) or subspace_of(spec).kind == "svd":
@@ -195,24 +194,25 @@ class ParamOptimizer:
 
         def choose(grad: LazyGradient) -> Projector:
             state = self._state(name, grad.device)
-            # A curvature is in the basis of the step before, from which `prepare` moves it; at first there is none.
+            # A curvature is in the previous step's basis until `prepare` transforms it; step 1 has no previous one.
             due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
             if due:
-                refresh(spec, state, _Refusing(grad, name, step), step, self._seed)
+                refresh(spec, state, _CheckedGradient(grad, name, step), step, self._seed)
             return self._with_probes(spec, state, max(1, step - 1) if observing else step, grad.device)
 
         return choose
 
     def observe_curvature(self, name: str, grad: Gradient, *, step: int, num_samples: int) -> None:
-        """Take in a gradient whose labels were sampled from the model; no weight moves.
+        """Update the curvature from a gradient whose labels were sampled from the model; no weight changes.
 
-        Rules without a curvature pass over it.
+        Rules without a curvature ignore it.
 
         Args:
             name: The parameter's name.
-            grad: Gradient of the mean loss over the sampled labels, float32; whole, or as `request` asked for it.
-            step: Number of the optimizer step that comes next, counted from 1.
-            num_samples: How many labels the loss was a mean over.
+            grad: Gradient of the mean loss over the sampled labels, float32; full, or the product that `request` asked
+                for.
+            step: Number of the next optimizer step, counted from 1.
+            num_samples: Number of labels in that mean.
 
         Raises:
             NonFiniteError: As for `step_param`.
@@ -227,7 +227,7 @@ class ParamOptimizer:
         elif spec.subspace is not None:
             if step == 1:
                 refresh(spec, state, grad, step, self._seed)  # there is no basis yet
-            # Where the basis is drawn anew at this step, the state is still in the last one until `prepare` moves it.
+            # If a random basis changes at this step, the state is in the previous one until `prepare` transforms it.
             grad = project(grad, basis_at(spec, state, max(1, step - 1), self._seed, grad.device))
         first = state.is_empty("curvature")
         noise = Noise.of(self._seed, "curvature rounding", name, step)
@@ -236,19 +236,19 @@ class ParamOptimizer:
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
 
     def named_state(self) -> dict[str, Tensor]:
-        """All state tensors by "parameter/state" name: the live tensors, not copies."""
+        """Return all state tensors by their "parameter/state" names; they are not copies."""
         return {
             f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.tensors.items()
         }
 
     def load_named_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a saved state, exactly.
+        """Load a saved state exactly.
 
         Args:
-            tensors: As given by `named_state`.
+            tensors: From `named_state`.
 
         Raises:
-            CheckpointError: A tensor is missing, too many, or of another shape or dtype; nothing was changed.
+            CheckpointError: A tensor is missing, unexpected, or of another shape or dtype; nothing was changed.
         """
         own = self.named_state()
         odd = sorted(own.keys() ^ tensors.keys()) or sorted(
@@ -263,14 +263,14 @@ class ParamOptimizer:
             tensor.copy_(tensors[key])
 
     def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """The live state tensors of a parameter, made on a device or moved there.
+        """Create a parameter's state on a device, or move it there.
 
         Args:
             name: The parameter's name.
-            device: Where the parameter is now.
+            device: The parameter's device.
 
         Returns:
-            The tensors by the state's names; what only the host reads stays on the host.
+            The state tensors by name, not copies; int64 tensors, which only the CPU reads, stay on the CPU.
         """
         tensors = self._state(name, device).tensors
         for key, tensor in tensors.items():
@@ -279,11 +279,11 @@ class ParamOptimizer:
         return tensors
 
     def with_deferred_update(self, name: str, weight: Weight) -> Weight:
-        """The weight as it is to be used from now on: together with the update that its state keeps, if it does.
+        """Return the weight, joined with the deferred update in its state if its updates are deferred.
 
         Args:
             name: The parameter's name.
-            weight: The stored weight; of one that has a remainder already, the codes and scales alone are taken over.
+            weight: The stored weight. If it is already joined with an update, only its codes and scales are used.
         """
         spec = self.specs[name]
         if spec.subspace is None or not spec.subspace.folds_late:
@@ -305,8 +305,8 @@ class ParamOptimizer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Refusing:
-    """A gradient that was not formed, none of whose products is handed on unless it is usable."""
+class _CheckedGradient:
+    """A `LazyGradient` that raises NonFiniteError for products that are not finite."""
 
     grad: LazyGradient
     name: str
@@ -327,13 +327,13 @@ class _Refusing:
 
 
 def _inside(spec: ParamSpec, grad: ProjectedGradient) -> Tensor:
-    """R, from the product with a projector whose first columns are the basis."""
+    """Return R, from the product with a projector whose first columns are the basis."""
     rank = subspace_of(spec).rank
     return grad.product[:, :rank].contiguous() if spec.side == "right" else grad.product[:rank]
 
 
 def _wants_products(spec: ParamSpec) -> bool:
-    """Whether products are enough for a parameter, once it has a basis."""
+    """Return whether products with the gradient are enough for a parameter that has a basis."""
     return spec.subspace is not None and spec.subspace.fast and spec.subspace.residual == "none"
 
 

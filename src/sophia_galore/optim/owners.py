@@ -1,4 +1,4 @@
-"""Who stepped a parameter last: two optimizers on one parameter are almost always a mistake."""
+"""Warn about two optimizers that update the same parameter, which is almost always a mistake."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _WARNED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def note_owner(name: str, param: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Remember who steps a parameter, and warn once if somebody else, who still lives, did before.
+    """Record which optimizer updates a parameter; warn once if another one that still exists did so before.
 
     Args:
         name: The parameter's name.
-        param: It.
-        optimizer: Who steps it now.
+        param: The parameter.
+        optimizer: The optimizer that updates it now.
     """
     last = _LAST_STEPPED_BY.get(param)
     if last is not None and last() is optimizer:
         return
     if last is not None and last() is not None and not {optimizer, last()} & set(_WARNED):
-        # One that was left behind may merely wait for the collector: schedulers keep their optimizer in a cycle.
+        # A deleted optimizer may not be collected yet, since schedulers form a reference cycle with it.
         gc.collect()
         if last() is not None:
             warnings.warn(
-                f"{name} is stepped by a second {type(optimizer).__name__}; each keeps moments of its own, and neither "
-                "knows of the other's steps. Use one optimizer, or delete the old one.",
+                f"{name} is stepped by a second {type(optimizer).__name__}. Each keeps its own moments and ignores the "
+                "other's steps. Use one optimizer, or delete the old one.",
                 stacklevel=4,
             )
             _WARNED.add(optimizer)

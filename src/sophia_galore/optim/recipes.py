@@ -1,6 +1,6 @@
-"""What can be asked of an optimizer, and what holds where nothing is asked: names, defaults, limits and rates.
+"""The settings of the optimizers: names, default values, limits and learning rates.
 
-The configuration and the `torch.optim` classes both take these from here. This file is data and needs no torch.
+The configuration and the `torch.optim` classes share them. This file does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STORED_BASES: tuple[SubspaceName, ...] = ("svd", "randomized", "tracked")
 """Bases that are made from gradients and so must be stored; the others are functions of the seed."""
 
 LARGEST, MOST, SMALLEST_EPS = 1e9, 10**9, 1e-30
-"""Limits of numbers, of counts and of `eps`: beyond them a step leaves float32, or an index its type."""
+"""Limits of numbers, of counts and of `eps`: beyond them a step overflows float32, or an index its integer type."""
 
 NUM_SEEDS = 2**63
 """Seeds are whole numbers below this."""
@@ -32,7 +32,7 @@ STATE_BITS: StateBits = 32
 CURVATURE_EVERY = 10
 """Steps between two estimates of Sophia's curvature."""
 
-# Peak rates where the user gives none; README, Measured, has what they reach.
+# Default peak learning rates; README, Measured, shows their results.
 DEFAULT_LEARNING_RATES: dict[OptimizerName, float] = {
     "galore": 1.6e-3,
     "adamw": 2e-4,
@@ -41,13 +41,13 @@ DEFAULT_LEARNING_RATES: dict[OptimizerName, float] = {
     "apollo_mini": 2e-4,
     "scale": 1e-2,
 }
-# Where GaLore's rule needs another.
+# GaLore's rules that need another default rate.
 _GALORE_LEARNING_RATES: dict[RuleName, float] = {"sophia": 4e-4, "sgd": 4.0}
 
 
 @dataclass(frozen=True)
 class GaLoreSettings:
-    """What GaLore does with a matrix; the configuration and `GaLore` say what each setting means."""
+    """GaLore's settings for a matrix; the configuration and `GaLore` describe each of them."""
 
     rank: int = 128
     update_proj_gap: int = 200
@@ -63,7 +63,7 @@ class GaLoreSettings:
 
 @dataclass(frozen=True)
 class ApolloSettings:
-    """What APOLLO does with a matrix; the configuration and `Apollo` say what each setting means."""
+    """APOLLO's settings for a matrix; the configuration and `Apollo` describe each of them."""
 
     rank: int
     update_proj_gap: int = 200
@@ -75,12 +75,12 @@ T = TypeVar("T", GaLoreSettings, ApolloSettings)
 
 
 def settings_among(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Those of many settings, by name, that are of one kind."""
+    """Build settings of one kind from a mapping that may hold others too."""
     return kind(**{field.name: values[field.name] for field in fields(kind)})
 
 
 def default_rate(optimizer: OptimizerName, rule: RuleName) -> float:
-    """Peak rate of an optimizer where none is asked for; `rule` is GaLore's."""
+    """Return the default peak learning rate of an optimizer; `rule` is GaLore's rule."""
     rate = DEFAULT_LEARNING_RATES[optimizer]
     return _GALORE_LEARNING_RATES.get(rule, rate) if optimizer == "galore" else rate
 
@@ -91,6 +91,6 @@ def apollo_rank(rank: int | None, *, mini: bool) -> int:
 
 
 def fixed_dense_rate(rule: str, asked: float | None) -> float | None:
-    """GaLore's rate of what is not projected; None: it is `scale` times the rate of what is."""
-    # The length of SGD's step is the gradient's own: its rate says nothing about AdamW's.
+    """Return GaLore's learning rate for parameters that are not projected; None: `scale` times the main rate."""
+    # The length of SGD's step depends on the gradient's norm, so its rate is no guide to AdamW's.
     return DEFAULT_LEARNING_RATES["adamw"] if asked is None and rule == "sgd" else asked

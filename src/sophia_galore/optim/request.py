@@ -1,4 +1,4 @@
-"""In which form the optimizer wants a gradient; it says so before the gradient is computed."""
+"""The forms in which an optimizer can request a gradient, before the gradient is computed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from sophia_galore.numerics.subspace import LazyGradient, Projector
 
 BasisFromGradient = Callable[[LazyGradient], Projector]
-"""Makes a new basis from products of a gradient that is never formed, and says what it is wanted times then."""
+"""Computes a new basis from products of a gradient that is never formed, and returns the projector to use."""
 
 GradientRequest = None | Projector | BasisFromGradient
-"""None: the whole gradient. A projector: the product with its matrix. Else the basis comes first; who can't form the
-products of a gradient gives the whole one."""
+"""None: the full gradient. A projector: the product with its matrix. A function: first the basis, then the product;
+code that can't compute products of a gradient returns the full one instead."""
 
 Wants = Callable[[str], GradientRequest]
-"""For a parameter's name, its request; asked when backward reaches the parameter."""
+"""Returns the request for a parameter's name; called when backward reaches the parameter."""
 
 
 def whole_gradients(name: str) -> GradientRequest:
-    """Wants every gradient as it is."""
+    """Request the full gradient of every parameter."""
     return None

@@ -1,4 +1,4 @@
-"""The `state_dict` of the `torch.optim` classes: by name, exact in every dtype, plain values and tensors alone."""
+"""The `state_dict` of the `torch.optim` classes: states by name, exact, from plain values and tensors only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KEYS = {
     *("format", "optimizer", "seed", "curvature_every", "curvature_seen", "num_steps", "places"),
     *("state", "shapes", "param_groups"),
 }
-# Which parameters a group has is checked, never taken over.
+# The members of a group are compared, but not loaded.
 _MEMBERS = {"params", "param_names"}
 _ALIKE = "Make the optimizer with the model and the settings that the state was saved with."
 _NAMES = (
@@ -31,16 +31,16 @@ _NAMES = (
 def to_dict(
     facts: Mapping[str, Any], groups: Iterable[Group], param_optimizer: ParamOptimizer, steps: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What an optimizer knows.
+    """Return an optimizer's `state_dict`.
 
     Args:
         facts: Its settings and its progress, as plain values.
         groups: Its parameter groups.
         param_optimizer: Its states.
-        steps: Steps of each parameter so far.
+        steps: Number of steps of each parameter so far.
 
     Returns:
-        Tensors, numbers, strings, lists and dicts; the tensors are the live ones.
+        Tensors, numbers, strings, lists and dicts; the tensors are not copies.
     """
     state: dict[str, dict[str, Any]] = {}
     for full_name, tensor in param_optimizer.named_state().items():
@@ -57,7 +57,7 @@ def to_dict(
 
 
 def settings_of(saved_group: Mapping[str, Any]) -> Group:
-    """The settings of a saved group, as a live group has them."""
+    """Return the settings of a saved group, with tuples instead of lists."""
     settings = {key: value for key, value in saved_group.items() if key not in _MEMBERS}
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
@@ -69,17 +69,17 @@ def check(
     specs: Mapping[str, ParamSpec],
     fixed_settings: Iterable[str],
 ) -> None:
-    """Refuse a saved state that does not fit, in whole.
+    """Refuse a saved state that does not fit an optimizer.
 
     Args:
-        state_dict: As given by `to_dict`.
-        identity: What has to be equal of the facts that `to_dict` was given; "optimizer" is among them.
-        groups: Parameter groups of the optimizer that shall take the state over.
+        state_dict: From `to_dict`.
+        identity: The facts that must be equal, among them "optimizer".
+        groups: Parameter groups of the optimizer that loads the state.
         specs: Its parameters.
-        fixed_settings: Names of settings of groups that have to be equal.
+        fixed_settings: Names of the group settings that must be equal.
 
     Raises:
-        CheckpointError: Naming the first difference.
+        CheckpointError: They differ; the message names the first difference.
     """
     if not isinstance(state_dict, Mapping) or state_dict.get("format") != _FORMAT or not state_dict.keys() >= _KEYS:
         raise CheckpointError(
@@ -90,7 +90,7 @@ def check(
         _refuse_difference(key, state_dict[key], own)
     _refuse_difference("number of groups", len(state_dict["param_groups"]), len(groups))
     for group, saved_group in zip(groups, state_dict["param_groups"], strict=True):
-        # Their order counts too: it is what spreads the refreshes over the gap.
+        # The order of parameters must be equal too: it spreads the refreshes over the gap.
         for saved_name, name in zip_longest(saved_group.get("param_names", []), group["param_names"]):
             _refuse_difference("the name of a parameter", saved_name, name, _NAMES)
         for key in sorted(fixed_settings):
@@ -108,16 +108,16 @@ def check(
 def restore(
     state_dict: Mapping[str, Any], specs: Mapping[str, ParamSpec], params: Mapping[str, Tensor], seed: int
 ) -> tuple[ParamOptimizer, dict[str, int]]:
-    """States as they were saved, on the devices on which the parameters are now.
+    """Restore saved states on the current devices of the parameters.
 
     Args:
-        state_dict: One that `check` found to fit.
-        specs: The parameters, by name.
-        params: The parameters themselves, by name.
-        seed: The optimizer's.
+        state_dict: A state that passed `check`.
+        specs: The specs, by name.
+        params: The parameters, by name.
+        seed: The optimizer's seed.
 
     Returns:
-        The states, which share no memory with what was saved, and the steps of each parameter so far.
+        The states, which share no memory with the saved ones, and the number of steps of each parameter so far.
     """
     param_optimizer = ParamOptimizer(specs.values(), seed=seed)
     for name, entry in state_dict["state"].items():
@@ -136,7 +136,7 @@ def _refuse_difference(what: str, saved: object, own: object, remedy: str = _ALI
 
 
 def _plain(group: Group) -> dict[str, Any]:
-    """A group without its parameters, tuples as lists and a rate in a tensor as a number."""
+    """Return a group with indices instead of parameters, lists instead of tuples, numbers instead of tensors."""
     plain: dict[str, Any] = {"params": list(range(len(group["params"])))}
     for key, value in group.items():
         if key == "params":

@@ -8,10 +8,10 @@ import torch
 
 
 def schedule(name: str, *, warmup_steps: int, num_steps: int) -> Callable[[int], float]:
-    """The factor on the peak learning rate at each step.
+    """Return the factor on the peak learning rate as a function of the step.
 
-    The shapes are those of `transformers.get_scheduler`, so that a run here and one of the Trainer
-    with the same settings use the same rates.
+    The shapes are those of `transformers.get_scheduler`, so a run uses the same rates as a `Trainer` with the same
+    settings.
 
     Args:
         name: A `lr_scheduler_type`, such as "cosine".
@@ -23,7 +23,7 @@ def schedule(name: str, *, warmup_steps: int, num_steps: int) -> Callable[[int],
     """
     from transformers import get_scheduler
 
-    # get_scheduler wants an optimizer to write to; all we want of it is its function of the step.
+    # get_scheduler needs an optimizer, but only its function of the step is used.
     carrier = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     made = get_scheduler(name, carrier, num_warmup_steps=warmup_steps, num_training_steps=num_steps)
     factor = made.lr_lambdas[0]

@@ -1,4 +1,4 @@
-"""`Sophia`, for training loops of your own: a curvature in place of squared gradients, and no projection."""
+"""`Sophia` as a `torch.optim` class: a curvature in place of squared gradients, without projection."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
 
 
 class Sophia(TorchOptimizer):
-    """Sophia-G (Liu et al., arXiv 2305.14342): the first moment over a curvature, each entry clipped to 1.
+    """Sophia-G (Liu et al., arXiv 2305.14342): the first moment divided by a curvature, each entry clipped to 1.
 
-    The curvature is estimated every `curvature_every` steps, and first before the first step, from labels that are
-    sampled from the model itself: call `sophia_galore.watch(optimizer, model)` once, or `observe_curvature` by hand.
-    What is said of parameters and groups at `GaLore` holds here; nothing is projected.
+    The curvature is estimated before the first step and then every `curvature_every` steps, from labels that are
+    sampled from the model: call `sophia_galore.watch(optimizer, model)` once, or `observe_curvature` yourself.
+    Parameters and groups work as in `GaLore`; nothing is projected.
 
     Args:
         params: As for `GaLore`.
-        lr: Learning rate, which is also the largest change of a weight at a step.
-        betas: Decays of the first moment and of the curvature (per estimate).
+        lr: Learning rate, which is also the largest change of a weight in a step.
+        betas: Decay rates of the first moment (per step) and of the curvature (per estimate).
         rho: Factor on the curvature (gamma in the paper); smaller: more entries of a step are clipped.
         eps: Smallest denominator.
-        weight_decay: Decoupled decay of everything but vectors and scalars.
+        weight_decay: Decoupled weight decay, not applied to vectors and scalars.
         state_bits: Format of moment and curvature: float32, bfloat16, or eight-bit blocks; small tensors stay float32.
         curvature_every: Steps between two estimates of the curvature.
-        seed: Everything random is a function of it.
+        seed: Seed of all random numbers.
 
     Raises:
         ArgumentError: A setting or a parameter can't be used; it is a `ValueError` too.

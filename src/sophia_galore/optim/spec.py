@@ -24,17 +24,18 @@ class SubspaceSpec:
     Args:
         rank: Columns of the basis.
         gap: Steps between two refreshes of the basis.
-        offset: Steps by which this parameter's refreshes come early, so that they are spread over the gap.
-        scale: Factor on the update that comes back from the subspace (alpha in GaLore, algorithm 1).
-        kind: How the basis is chosen.
-        adaptive: Whether the gap doubles while the subspace holds still.
-        transport: Whether moments move with the basis.
-        projection_bits: Format in which the basis is stored.
-        residual: What is done about the part of the gradient outside of the subspace.
-        growth_limit: Largest growth of the residual's norm (of the update's, for APOLLO) from step to step; 0: any.
-        fast: Whether `ParamOptimizer.projector` asks for products in place of gradients, where that is enough.
-        folds_late: Whether updates are summed up in the subspace, and go into the weight when the basis is refreshed.
-            For weights in eight bits and bases that are stored, without a residual.
+        offset: Number of steps by which this parameter's refreshes are earlier, to spread them over the gap.
+        scale: Factor on the update from the subspace (alpha in GaLore, algorithm 1).
+        kind: How the basis is computed.
+        adaptive: Whether the gap doubles while the subspace hardly changes.
+        transport: Whether moments are transformed to the new basis at a refresh.
+        projection_bits: Bits in which the basis is stored.
+        residual: How the part of the gradient outside of the subspace is used.
+        growth_limit: Largest ratio of the residual's norm (for APOLLO: the update's) to that of the previous step; 0:
+            no limit.
+        fast: Whether to request products instead of full gradients when they are enough.
+        folds_late: Whether updates are summed in the subspace and added to the weight only when the basis is refreshed.
+            For 8-bit weights with a stored basis and without a residual.
     """
 
     rank: int
@@ -51,38 +52,38 @@ class SubspaceSpec:
     folds_late: bool = False
 
     def refreshes_at(self, step: int) -> bool:
-        """Whether the basis is made anew at this step (counted from 1), if the gap is not adaptive.
+        """Return whether the basis is recomputed at this step (counted from 1), if the gap is not adaptive.
 
-        At the first step it always is. A tracked basis, which is cheap and begins at random, is also refreshed
-        once in each octave of steps (2-3, 4-7, 8-15, ...) below the gap, early or late in it as `offset` says.
+        It always is at the first step. A tracked basis, which is cheap and begins at random, is also refreshed once in
+        each octave of steps (2-3, 4-7, 8-15, ...) below the gap; `offset` determines the step within the octave.
         """
         return self.refreshes_early_at(step) or (step - 1 + self.offset) % self.gap == 0
 
     def refreshes_early_at(self, step: int) -> bool:
-        """Whether the refresh at this step is one of those from before the first gap is over."""
+        """Return whether this step has one of the additional refreshes before the end of the first gap."""
         if step == 1:
             return True
         octave = 1 << (step.bit_length() - 1)
         return self.kind == "tracked" and step < self.gap and step == octave + self.offset * octave // self.gap
 
     def period(self, step: int) -> int:
-        """Number of the gap that a step lies in, for bases that are a function of the seed."""
+        """Return the number of the gap that contains a step, for bases that are a function of the seed."""
         return (step - 1 + self.offset) // self.gap
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """How one parameter is stepped.
+    """How one parameter is updated.
 
     Args:
-        name: The parameter's name; a key, never looked into.
+        name: The parameter's name, used only as a key.
         shape: Its shape.
-        learning_rate: Peak rate; the schedule multiplies it.
-        weight_decay: Decoupled decay; 0: none.
+        learning_rate: Peak learning rate; the schedule multiplies it.
+        weight_decay: Decoupled weight decay; 0: none.
         hyper: Hyper-parameters of the rule.
         rule: Name of the rule, in `RULES`.
-        state_bits: Format of the rule's state.
-        subspace: How the gradient is projected; None: the rule sees the full gradient.
+        state_bits: Bits in which the rule's state is stored.
+        subspace: How the gradient is projected; None: the rule gets the full gradient.
     """
 
     name: str
@@ -96,27 +97,27 @@ class ParamSpec:
 
     @property
     def side(self) -> Side:
-        """The side on which a matrix of this shape is projected."""
+        """The side on which this matrix is projected."""
         return projection_side((self.shape[0], self.shape[1]))
 
     @property
     def held_shape(self) -> tuple[int, ...]:
-        """Shape of what a step needs of the gradient, where no residual is wanted."""
+        """Shape of the part of the gradient that a step keeps, if the residual is not used."""
         if self.subspace is None:
             return self.shape
         return projected_shape((self.shape[0], self.shape[1]), self.subspace.rank)
 
     def slot_shape(self, slot: Slot) -> tuple[int, ...]:
-        """Shape of the values of a rule's slot."""
+        """Return the shape of the values in a slot of the rule."""
         shape = self.held_shape
         if slot.extent == "full":
             return shape
         return (shape[0], 1) if slot.extent == "rows" else (1, shape[1])
 
     def state_tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each state tensor as it is stored, by name.
+        """Return shape and dtype of each state tensor as it is stored, by name.
 
-        A slot in eight bits is two tensors, `NAME.codes` and `NAME.scales`; so is a packed basis.
+        An 8-bit slot is two tensors, `NAME.codes` and `NAME.scales`; a 4-bit basis, `basis.packed` and `basis.scales`.
         """
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, slot in RULES[self.rule].slots.items():
@@ -152,5 +153,5 @@ class ParamSpec:
 
 
 def state_bytes(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes of state tensors as given by `ParamSpec.state_tensors`."""
+    """Return the total size in bytes of the tensors from `ParamSpec.state_tensors`."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())

@@ -1,4 +1,4 @@
-"""The state of one parameter: named tensors, read and written in float32 whatever they are stored in."""
+"""The state of one parameter: named tensors, read and written in float32 whatever their stored format."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ _EVERYTHING = slice(None)
 
 
 class ParamState:
-    """State tensors of one parameter, zero at first.
+    """The state tensors of one parameter, initially zero.
 
     Args:
         spec: The parameter.
-        device: Where they live; what only the host reads stays there.
+        device: Their device; int64 tensors, which only the CPU reads, are on the CPU.
+
+    Attributes:
+        tensors: The stored tensors, by name.
     """
 
     def __init__(self, spec: ParamSpec, device: torch.device) -> None:
@@ -36,11 +39,11 @@ class ParamState:
             self.tensors["shrink"].fill_(1)
 
     def read(self, slot: str, rows: slice = _EVERYTHING) -> Tensor:
-        """Rows of a slot in float32; in an fp32 format the stored tensor itself.
+        """Return rows of a slot in float32; if it is stored in float32, a view of the stored tensor.
 
         Args:
-            slot: Its name.
-            rows: Which rows; from `row_blocks`.
+            slot: Name of the slot.
+            rows: The rows, from `row_blocks`.
         """
         if slot in self.tensors:
             return self.tensors[slot][rows].float()
@@ -49,13 +52,13 @@ class ParamState:
         return decode(codes[rows], scales, signed=self._slots[slot].moment == 1)
 
     def write(self, slot: str, values: Tensor, noise: Noise, rows: slice = _EVERYTHING) -> None:
-        """Store rows of a slot, rounded without bias where the format is narrower than float32.
+        """Store rows of a slot, with stochastic rounding if its format is narrower than float32.
 
         Args:
-            slot: Its name.
+            slot: Name of the slot.
             values: float32.
-            noise: For the rounding of the whole slot; each slot takes its own part of it.
-            rows: Which rows; from `row_blocks`.
+            noise: Noise for rounding; each slot uses a separate part of it.
+            rows: The rows, from `row_blocks`.
         """
         of_rows = noise.part(slot).rows(rows, values[0].numel())
         if slot in self.tensors:
@@ -67,15 +70,15 @@ class ParamState:
         self.tensors[f"{slot}.scales"][_blocks(stored, rows)] = scales
 
     def stored(self, slot: str) -> Tensor:
-        """The tensor whose rows are a slot's, as they are stored: codes, where these need scales to be read."""
+        """Return the stored tensor that has the slot's rows: its values, or its 8-bit codes."""
         return self.tensors[slot if slot in self.tensors else f"{slot}.codes"]
 
     def is_empty(self, slot: str) -> bool:
-        """Whether nothing but zeros was ever stored in a slot."""
+        """Return whether a slot holds only zeros."""
         return not any(tensor.any() for name, tensor in self.tensors.items() if name in (slot, f"{slot}.codes"))
 
     def read_all(self, rows: slice = _EVERYTHING) -> dict[str, Tensor]:
-        """The same rows of every slot of the rule."""
+        """Return the same rows of every slot of the rule, by name, in float32."""
         return {slot: self.read(slot, rows) for slot in self._slots}
 
     def write_all(self, new: dict[str, Tensor], noise: Noise, rows: slice = _EVERYTHING) -> None:
@@ -84,10 +87,10 @@ class ParamState:
             self.write(slot, values, noise, rows)
 
     def basis(self) -> Tensor:
-        """The stored basis, (min(m, n), r) float32.
+        """Return the stored basis, (min(m, n), r) float32.
 
         Raises:
-            KeyError: The basis is a function of the seed, so none is stored.
+            KeyError: No basis is stored, because it is a function of the seed.
         """
         if "basis.packed" in self.tensors:
             assert self._spec.subspace is not None  # what has a basis has a subspace
@@ -97,7 +100,7 @@ class ParamState:
 
     def store_basis(self, basis: Tensor) -> None:
         """Store a basis, rounded to nearest into its format."""
-        assert self._spec.subspace is not None and self._spec.subspace.kind in STORED_BASES  # others need no store
+        assert self._spec.subspace is not None and self._spec.subspace.kind in STORED_BASES  # others are not stored
         if "basis.packed" in self.tensors:
             packed, scales = pack(basis)
             self.tensors["basis.packed"].copy_(packed)
@@ -107,7 +110,7 @@ class ParamState:
 
 
 def _blocks(codes: Tensor, rows: slice) -> slice:
-    """The scales that belong to some rows of codes."""
+    """Return the slice of scales that belong to some rows of codes."""
     if rows == _EVERYTHING:
         return _EVERYTHING
     columns = codes[0].numel()

@@ -1,8 +1,8 @@
 """The base of `GaLore`, `Apollo` and `Sophia`: a `torch.optim.Optimizer` for any training loop.
 
-It keeps a `ParamSpec` for each parameter in step with the parameter groups, checks all gradients before the first
-weight moves, and then calls `ParamOptimizer.step_param` for one parameter after the other. States are kept by name.
-Its subclasses say which parameter is trained how.
+It updates the `ParamSpec` of each parameter when its parameter group changes. A step checks all gradients before any
+weight changes, and then calls `ParamOptimizer.step_param` for one parameter after the other. States are kept by name.
+Subclasses define how each parameter is trained.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from sophia_galore.optim.spec import SubspaceSpec
 
 Betas = tuple[float, float]
 
-# Settings that a group gets from its others.
+# Group settings that are computed from other settings.
 _DERIVED = ("dense_ratio", "dense_betas")
-# Settings that may change from step to step; all others decide about states that exist already.
+# Settings that may change between steps; all others determine the format of existing states.
 _LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
 _KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_param_optimizer", "_steps", "places")
 
 
 class TorchOptimizer(torch.optim.Optimizer):
-    """What all of our `torch.optim` optimizers share.
+    """The base class of the `torch.optim` classes of this package.
 
     Args:
         params: Pairs of name and parameter, or parameters alone, or groups of either.
-        defaults: Settings of groups that don't say otherwise.
-        seed: For random bases, stochastic rounding and sampled labels.
+        defaults: Default settings of the groups.
+        seed: Seed of random bases, stochastic rounding and sampled labels.
         curvature_every: Steps between two estimates of the curvature, for the rule "sophia".
 
     Raises:
@@ -72,45 +72,45 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._join(self.param_groups)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, such as those of a layer that was frozen so far.
+        """Add parameters, such as those of a layer that was frozen until now.
 
         Args:
-            param_group: "params" (with names, or without, as those before) and settings that differ from the defaults.
+            param_group: "params" (named if the existing ones are) and settings that differ from the defaults.
 
         Raises:
             ArgumentError: A parameter or a setting can't be used.
         """
         owner = type(self).__name__
-        # What a group of a finished GaLore holds beside its settings is taken over with them.
+        # The group may come from an existing GaLore, whose groups also hold derived settings.
         check_keys(owner, param_group, {*self.defaults, *(_DERIVED if "dense_lr" in self.defaults else ())})
         group = {**self.defaults, **param_group}
         group["params"] = pairs = read_pairs(owner, group, list(self.named_parameters()))
-        group["param_names"] = []  # torch writes them, but not where a group is empty
-        # None stands for the rule's own betas here, and only here.
+        group["param_names"] = []  # torch sets them, except in an empty group
+        # betas=None, the rule's defaults, is valid only here.
         check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
         group |= {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
         self._complete(group)
         refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
         super().add_param_group(group)
-        if "_param_optimizer" in self.__dict__:  # else torch's constructor runs, and there are more groups to come
+        if "_param_optimizer" in self.__dict__:  # if not, torch's constructor is still adding groups
             self._join(self.param_groups[-1:])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every parameter that has a gradient; the others, and their states, stay as they are.
+        """Update every parameter that has a gradient; the others and their states do not change.
 
-        All gradients are looked at before the first weight moves. While the update is done in backward (`attach`),
-        this only ends the step.
+        All gradients are checked before any weight changes. If the updates are done in backward (`attach`), this only
+        ends the step.
 
         Args:
             closure: Computes the loss and its gradients.
 
         Returns:
-            What the closure returned.
+            The closure's result, or None.
 
         Raises:
             NonFiniteError: A gradient holds a NaN or an infinity; no weight and no state was changed.
-            StepError: A parameter or its gradient can't be stepped; no weight and no state was changed.
+            StepError: A parameter or its gradient is unsuitable; no weight and no state was changed.
         """
         loss = None
         if closure is not None:
@@ -130,16 +130,16 @@ class TorchOptimizer(torch.optim.Optimizer):
         return loss
 
     def observe_curvature(self, num_samples: int) -> None:
-        """Take the gradients in `.grad` for those of sampled labels, and clear them; no weight moves.
+        """Estimate the curvature from the gradients in `.grad`, and clear them; no weight changes.
 
-        The manual form of `watch`: draw labels from the model's own softmax, call backward on the mean
-        cross-entropy with them, then this, then go on with the step as usual.
+        The manual form of `watch`: draw labels from the model's softmax, call backward on the mean cross-entropy with
+        these labels, call this method, and then train as usual.
 
         Args:
-            num_samples: How many labels the loss was a mean over.
+            num_samples: Number of labels in that mean.
 
         Raises:
-            ArgumentError: `num_samples` is no number of labels.
+            ArgumentError: `num_samples` is not a positive whole number.
             NonFiniteError: A gradient holds a NaN or an infinity; no state was changed.
             StepError: There is no gradient, or one that can't be used.
         """
@@ -150,17 +150,18 @@ class TorchOptimizer(torch.optim.Optimizer):
         if not grads:
             raise StepError(
                 "No parameter with the rule 'sophia' has a gradient to take the curvature from.",
-                "Call backward on the loss with sampled labels before.",
+                "Call backward on the loss with sampled labels first.",
             )
         refuse_non_finite(grads.items(), self.num_steps + 1)
         self._observe(grads, num_samples)
         self.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, as tensors, numbers, strings, lists and dicts, by name.
+        """Return everything that later steps depend on.
 
         Returns:
-            What `torch.save` and `torch.load(weights_only=True)` bring back exactly. Tensors are not copies.
+            Tensors (not copies), numbers, strings, lists and dicts, which `torch.save` and
+            `torch.load(weights_only=True)` restore exactly.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -172,7 +173,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state exactly; rates and decays become those that were saved, as in torch.
+        """Load a saved state exactly. As in torch, this also sets the saved learning rates and weight decays.
 
         Args:
             state_dict: From `state_dict` of an optimizer with the same names, shapes and settings.
@@ -185,7 +186,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             state_dict = state_dict if changed is None else changed
         fixed = self.defaults.keys() - _LIVE
         saved.check(state_dict, self._identity(), self.param_groups, self._param_optimizer.specs, fixed)
-        self.places = dict(state_dict["places"])  # what joined later has another one than at once
+        self.places = dict(state_dict["places"])  # they depend on when parameters were added
         for group in self.param_groups:
             self._route(group)
         self._param_optimizer, self._steps = saved.restore(
@@ -201,40 +202,40 @@ class TorchOptimizer(torch.optim.Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles are made of: neither hooks nor an attachment."""
+        """Return the attributes for copies and pickles, without hooks and without an attachment."""
         return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT_BY_COPIES}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy."""
+        """Set the attributes of a copy."""
         super().__setstate__(state)
         self.sampled, self.end_attached_step = SampledGradients(), None
         self._settings = [self._settings_of(group) for group in self.param_groups]
 
     def curvature_is_due(self) -> bool:
-        """Whether the step to come is one that the curvature is estimated for."""
+        """Return whether the curvature is to be estimated before the next step."""
         return self.num_steps % self.curvature_every == 0
 
     def curved_parameters(self) -> dict[str, Tensor]:
-        """Parameters whose rule has a curvature, by name."""
+        """Return the parameters whose rule has a curvature, by name."""
         specs = self._param_optimizer.specs
         return {name: param for _, name, param in self.members() if specs[name].rule == "sophia"}
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """The parameters by name."""
+        """Return the parameters by name."""
         return {name: param for _, name, param in self.members()}
 
     def members(self) -> Iterator[tuple[Group, str, Tensor]]:
-        """Each parameter with its group and its name."""
+        """Yield each parameter, as its group, its name and itself."""
         for group in self.param_groups:
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
     def follow_settings(self) -> None:
-        """Let the specs follow what schedulers and users wrote into the parameter groups.
+        """Update the specs with settings that schedulers or users changed in the parameter groups.
 
         Raises:
-            ArgumentError: What was written makes no sense.
-            StepError: A setting was changed that existing states were made by.
+            ArgumentError: A new value is invalid.
+            StepError: A setting was changed on which existing states depend.
         """
         for index, group in enumerate(self.param_groups):
             settings, old = self._settings_of(group), self._settings[index]
@@ -251,18 +252,18 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._settings[index] = settings
 
     def check(self, name: str, param: Tensor) -> None:
-        """Raise `StepError` for a parameter or a gradient of a kind that can't be stepped."""
+        """Raise `StepError` if the dtype, shape or gradient of a parameter is unsuitable."""
         refuse_untrainable(name, param, self._param_optimizer.specs[name].shape)
 
     @torch.no_grad()
     def step_one(self, group: Group, name: str, param: Tensor, grad: Tensor) -> None:
-        """Move one parameter.
+        """Update one parameter.
 
         Args:
             group: Its group.
             name: Its name.
-            param: It.
-            grad: Its gradient, known to be dense and finite.
+            param: The parameter.
+            grad: Its gradient, dense and finite.
         """
         note_owner(name, param, self)
         self._param_optimizer.place_state(name, param.device)
@@ -272,11 +273,11 @@ class TorchOptimizer(torch.optim.Optimizer):
         self._steps[name] = step
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be the same in a saved state."""
+        """Return the settings that must be equal in a saved state."""
         return {"optimizer": type(self).__name__, "seed": self.seed, "curvature_every": self.curvature_every}
 
     def _gradients(self) -> dict[str, Tensor]:
-        """The gradients there are, by name; what has no elements has nothing to learn."""
+        """Return the existing gradients by name, without those of empty parameters."""
         grads = {}
         for name, param in self.named_parameters().items():
             refuse_valueless(name, param)
@@ -286,7 +287,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         return grads
 
     def _take_curvature(self, grads: Mapping[str, Tensor]) -> None:
-        """Give new gradients with sampled labels to the states."""
+        """Update the curvature from new gradients for sampled labels; refuse a first step without a curvature."""
         if self.sampled.count:
             sampled, count = self.sampled.take()
             refuse_non_finite(sampled.items(), self.num_steps + 1)
@@ -308,23 +309,23 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.curvature_seen = True
 
     def _complete(self, group: Group) -> None:
-        """Fill in settings of a group that follow from others."""
+        """Set the derived settings of a group."""
         group["betas"] = group["betas"] or RULES[self._rule(group, is_projected=True)].betas
 
     def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
-        """Whether the gradients of a parameter are projected."""
+        """Return whether the gradients of a parameter are projected."""
         return False
 
     def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
-        """How they are; `place` in [0, 1) spreads the refreshes over the gap."""
+        """Return how a parameter's gradients are projected; `place` in [0, 1) spreads the refreshes over the gap."""
         raise NotImplementedError
 
     def _rule(self, group: Group, is_projected: bool) -> str:
-        """What turns a gradient into a direction."""
+        """Return the name of a parameter's update rule."""
         return "adamw"
 
     def _join(self, groups: list[Group]) -> None:
-        """Route the parameters of new groups; their refreshes are spread over the gap."""
+        """Make specs for the parameters of new groups; spread their refreshes over the gap."""
         matrices = [
             name
             for group in groups
@@ -345,5 +346,5 @@ class TorchOptimizer(torch.optim.Optimizer):
             self._param_optimizer.specs[name] = spec_of(name, shape, group, rule, subspace)
 
     def _settings_of(self, group: Group) -> dict[str, Any]:
-        """The settings of a group that specs are made of."""
+        """Return the settings of a group on which its specs depend."""
         return {key: group[key] for key in (*self.defaults, *_DERIVED) if key in group and key != "lr"}

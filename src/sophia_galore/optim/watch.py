@@ -1,4 +1,4 @@
-"""Curvature for Sophia in training loops of others: labels are sampled from the logits that pass by."""
+"""Estimate Sophia's curvature in any training loop, with labels sampled from the logits of the model's forward."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _WATCHING: weakref.WeakSet[TorchOptimizer] = weakref.WeakSet()
 
 
 class Watch:
-    """A look at a model's logits that lasts until `remove` is called, or the `with` block ends.
+    """The handle of a forward hook that estimates the curvature, until `remove` or the end of the `with` block.
 
     Args:
-        optimizer: Whose curvature is estimated.
+        optimizer: The optimizer whose curvature is estimated.
         model: The model.
     """
 
@@ -33,7 +33,7 @@ class Watch:
         _WATCHING.add(optimizer)
 
     def remove(self) -> None:
-        """Look no more; the curvature stays as it is."""
+        """Remove the hook; the last estimate of the curvature stays in use."""
         self._hook.remove()
         _WATCHING.discard(self._optimizer)
 
@@ -71,18 +71,18 @@ class Watch:
 
 
 def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
-    """Estimate Sophia's curvature whenever it is due, in whatever loop trains the model.
+    """Estimate Sophia's curvature whenever it is due, in any training loop.
 
-    Every `curvature_every` steps, beginning with the first, each forward of the model in training mode is followed by a
-    backward of its own: labels are drawn from the model's softmax and the gradient of their mean cross-entropy is
-    summed over the micro-batches; `optimizer.step()` squares it (Gauss-Newton-Bartlett; arXiv 2305.14342, algorithm 2).
-    At these steps, gradients of all parameters are held once more, in float32.
+    Every `curvature_every` steps, beginning with the first, each forward of the model in training mode is followed by
+    an extra backward: labels are drawn from the model's softmax, and the gradient of their mean cross-entropy is
+    summed over the micro-batches. `optimizer.step()` squares it (Gauss-Newton-Bartlett; arXiv 2305.14342, algorithm 2).
+    At these steps, a second set of gradients of all parameters is in memory, in float32.
 
     The model must be a causal language model that returns `logits` (B, T, V), as Hugging Face's do, or logits alone,
     (B, T, V) or (N, V). Which positions count depends on the keyword arguments of forward: `labels` (shifted, as
     Hugging Face does, and -100 is left out) or `shift_labels`; else `attention_mask`; else all count. The `Trainer`
-    passes labels. TRL's `SFTTrainer` makes no logits: use the `Trainer` with its data, or give it a
-    `compute_loss_func`. Checkpointing has to be the kind with `use_reentrant=False`, and training runs in one process.
+    passes labels. TRL's `SFTTrainer` computes no logits: use the `Trainer` with its data, or pass a
+    `compute_loss_func`. Activation checkpointing needs `use_reentrant=False`. Train in one process.
 
     Args:
         optimizer: A `Sophia`, or a `GaLore` with rule="sophia".
@@ -97,7 +97,7 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
     if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
             f"A {type(optimizer).__name__} has no curvature to watch.",
-            "Give the sophia_galore.Sophia itself, not one that accelerate has wrapped.",
+            "Pass the sophia_galore.Sophia itself, not the object in which accelerate wraps it.",
         )
     if not optimizer.curved_parameters():
         raise ArgumentError(
@@ -106,7 +106,7 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
         )
     refuse_strangers(optimizer, model)
     if optimizer in _WATCHING:
-        raise ArgumentError("This optimizer is watched already.", "Call remove() on the first handle before.")
+        raise ArgumentError("This optimizer is watched already.", "Call remove() on the first handle.")
     return Watch(optimizer, model)
 
 
@@ -123,7 +123,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _counted(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Which positions count, in the shape of the logits without their last dimension; None: all."""
+    """Return which positions count, in the shape of the logits without their last dimension; None: all."""
     labels, shifted, mask = (inputs.get(key) for key in ("labels", "shift_labels", "attention_mask"))
     places = logits.shape[:-1]
     counted: Tensor | None = None
@@ -146,13 +146,13 @@ def _counted(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
 
 def _grads(loss: Tensor, params: list[Tensor]) -> tuple[Tensor | None, ...]:
     try:
-        # The graph is needed again, by the backward of the training loss.
+        # The backward of the training loss needs the graph again.
         return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "checkpoint" not in str(error):
             raise
         raise StepError(
-            "The curvature needs gradients of its own, which reentrant checkpointing can't give.",
+            "The curvature needs an extra backward, which reentrant checkpointing does not support.",
             "Use gradient_checkpointing_kwargs={'use_reentrant': False}.",
         ) from error
 
@@ -161,6 +161,6 @@ def _refuse_processes() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise StepError(
-            "Each process would see another curvature, and the copies of the model would drift apart.",
+            "Each process would estimate a different curvature, and the copies of the model would diverge.",
             "Train with Sophia in one process.",
         )

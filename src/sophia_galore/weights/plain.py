@@ -34,12 +34,12 @@ class PlainWeight(Weight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the tensor."""
+        """Dtype of the tensor, which holds its values exactly."""
         return self.tensor.dtype
 
     @property
     def is_packed(self) -> bool:
-        """No."""
+        """False: its values need no decoding."""
         return False
 
     def __getitem__(self, rows: Rows) -> PlainWeight:

@@ -15,7 +15,7 @@ Rows = slice | Tensor
 
 
 class Weight(ABC):
-    """A stored weight. Computations read `values`; an optimizer changes the weight by `write`."""
+    """A stored weight. Computations read it with `values`; an optimizer changes it with `write`."""
 
     @property
     @abstractmethod
@@ -56,7 +56,7 @@ class Weight(ABC):
 
     @abstractmethod
     def problem(self) -> str | None:
-        """Return what is wrong with it, as a predicate for its name; None: nothing."""
+        """Return what is wrong with it, as text to follow its name; None: nothing is wrong."""
 
     @property
     def first(self) -> Tensor:
@@ -95,7 +95,7 @@ class Weight(ABC):
 
     @property
     def held_by_module(self) -> bool:
-        """Whether a module holds it and uses it directly."""
+        """Whether the module itself holds the weight and decodes it."""
         return False
 
     def numel(self) -> int:
@@ -113,6 +113,6 @@ class Weight(ABC):
         return all(math.isfinite(extreme) for tensor in floats for extreme in torch.aminmax(tensor))
 
     def copy_(self, other: Weight) -> None:
-        """Take over another weight of the same format exactly."""
+        """Copy another weight of the same format exactly, in place."""
         for own, theirs in zip(self.tensors().values(), other.tensors().values(), strict=True):
             own.copy_(theirs)
