@@ -36,19 +36,19 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
+        architecture = prepared.architecture
         frozen = [route.name for route in plan.routes if route.format == "bnb8"]
+        freezer = Freezer(architecture.model, architecture.linear_names(), frozen, prepared.device) if frozen else None
         store = load_store(
             prepared.folder,
-            prepared.architecture.parameter_shapes(),
-            tied_head=HEAD if prepared.architecture.tied else None,
+            architecture.parameter_shapes(),
+            tied_head=HEAD if architecture.tied else None,
             dtype=DTYPES[config.model.store],
             device=prepared.device,
             int8=[route.name for route in plan.routes if route.format == "int8"],
             form=int8_format(config.quantization),
             without_updates=checkpoint is not None,
-            frozen=Freezer(prepared.architecture.model, prepared.architecture.linear_names(), frozen, prepared.device)
-            if frozen
-            else None,
+            frozen=freezer,
         )
         specs = (route.spec for route in plan.routes if route.spec)
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=prepared.device)
@@ -63,7 +63,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         callback.say(change)
 
     engine = LayerwiseEngine(
-        prepared.architecture,
+        architecture,
         store,
         compute_dtype=prepared.compute_dtype,
         device=prepared.device,
