@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Frozen8bit(Weight):
             RunError: Always.
         """
         self.held().write(values, noise)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> RowInt8Weight:
+        """See `Weight`; the result is not part of a module."""
+        return self.held().with_tensors(tensors)
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
         """See `Weight`; the copy is not part of a module."""

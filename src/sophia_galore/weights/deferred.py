@@ -9,7 +9,7 @@ weight decay since then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +27,12 @@ class DeferredWeight(Weight):
     """A matrix in eight bits with a low-rank update that is not rounded into its codes yet.
 
     Args:
-        base: The codes and scales.
+        base: The codes and scales, in eight bits.
         decay: (1,) float32, a factor on `base`.
         factors: Returns (m, r) and (r, n), whose product is added; called each time, since they change.
     """
 
-    base: Int8Weight
+    base: Weight
     decay: Tensor
     factors: Factors
 
@@ -42,12 +42,17 @@ class DeferredWeight(Weight):
         return self.base.format
 
     @property
+    def int8_block(self) -> int | None:
+        """See `Weight`."""
+        return self.base.int8_block
+
+    @property
     def first(self) -> Tensor:
         """The codes."""
         return self.base.first
 
     @property
-    def settled(self) -> Int8Weight:
+    def settled(self) -> Weight:
         """See `Weight`."""
         return self.base
 
@@ -74,6 +79,10 @@ class DeferredWeight(Weight):
         """Return codes, scales and the update, with factors in bfloat16."""
         left, right = (factor.to(torch.bfloat16).contiguous() for factor in self.factors())
         return {**self.base.tensors(), ".left": left, ".right": right, ".shrink": self.decay}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> DeferredWeight:
+        """See `Weight`; the update stays."""
+        return DeferredWeight(self.base.with_tensors(tensors), self.decay, self.factors)
 
     def copied_to(self, device: torch.device) -> DeferredWeight:
         """See `Weight`."""
@@ -118,7 +127,7 @@ def deferring(weight: Weight, decay: Tensor, factors: Factors) -> Weight:
         factors: Returns (m, r) and (r, n), whose product is added.
     """
     base = weight.settled
-    return DeferredWeight(base, decay, factors) if isinstance(base, Int8Weight) else base
+    return base if base.int8_block is None else DeferredWeight(base, decay, factors)
 
 
 def deferred_of(weight: Weight) -> DeferredWeight | None:

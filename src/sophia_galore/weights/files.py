@@ -115,7 +115,7 @@ def convert(weight: Weight, target: torch.dtype | Int8Format | None, device: tor
     if not isinstance(target, Int8Format):
         # A copy: a tensor that is not converted would still be a view of the mapped file.
         return PlainWeight(weight.values(target).to(device, copy=weight.is_ready(target)))
-    if isinstance(weight, DeferredWeight) and weight.base.form.block == target.block:
+    if isinstance(weight, DeferredWeight) and weight.int8_block == target.block:
         return weight.rounded_in(target, device)
     if isinstance(weight, Int8Weight) and weight.form.block == target.block:
         return Int8Weight.copy_of(weight, target, device)
@@ -188,8 +188,8 @@ def save_weights(folder: Path, weights: Mapping[str, Weight | Tensor]) -> None:
         if weight.held_by_module and (problem := weight.problem()):
             raise RunError(f"{name} {problem}, so it is not saved.")
     tensors = {key: tensor.to("cpu").contiguous() for key, tensor in store.tensors().items()}
-    forms = [weight.settled.form for _, weight in store.items() if isinstance(weight.settled, Int8Weight)]
+    blocks = [weight.int8_block for _, weight in store.items() if weight.int8_block is not None]
     # At most one entry: safetensors writes several in random order.
-    metadata = {_BLOCK_SIZE: str(forms[0].block)} if forms else {"format": "pt"}
+    metadata = {_BLOCK_SIZE: str(blocks[0])} if blocks else {"format": "pt"}
     is_packed = any(weight.is_packed for _, weight in store.items())
     save_file(tensors, folder / (INT8_FILE if is_packed else "model.safetensors"), metadata=metadata)

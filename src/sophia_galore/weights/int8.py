@@ -13,7 +13,7 @@ every write gives 1.9 times the error. For the same reason a new scale leaves so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +69,24 @@ class Int8Weight(Weight):
         """int8."""
         return "int8"
 
+    @property
+    def int8_block(self) -> int:
+        """See `Weight`."""
+        return self.form.block
+
     def __getitem__(self, rows: Rows) -> Int8Weight:
         """See `Weight`."""
         return Int8Weight(self.codes[rows], self.scales[rows], self.form)
 
     @classmethod
-    def copy_of(cls, other: Int8Weight, form: Int8Format, device: torch.device) -> Int8Weight:
-        """Return a copy on a device, in a format with the same blocks."""
-        return cls(other.codes.to(device, copy=True), other.scales.to(device, copy=True), form)
+    def copy_of(cls, other: Weight, form: Int8Format, device: torch.device) -> Int8Weight:
+        """Return a copy of codes and scales on a device, in a format with the same blocks."""
+        codes, scales = (tensor.to(device, copy=True) for tensor in other.tensors().values())
+        return cls(codes, scales, form)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Int8Weight:
+        """See `Weight`."""
+        return Int8Weight(tensors[""], tensors[".scales"], self.form)
 
     def copied_to(self, device: torch.device) -> Int8Weight:
         """See `Weight`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ class PlainWeight(Weight):
     def tensors(self) -> dict[str, Tensor]:
         """See `Weight`."""
         return {"": self.tensor}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> PlainWeight:
+        """See `Weight`."""
+        return PlainWeight(tensors[""])
 
     def copied_to(self, device: torch.device) -> PlainWeight:
         """See `Weight`."""

@@ -5,6 +5,7 @@ w = code * absmax / 127        code an integer in [-127, 127], absmax a float32 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,10 @@ class RowInt8Weight(Weight):
     def __getitem__(self, rows: Rows) -> RowInt8Weight:
         """See `Weight`."""
         return RowInt8Weight(self.codes[rows], self.absmax[rows])
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> RowInt8Weight:
+        """See `Weight`."""
+        return RowInt8Weight(tensors[""], tensors[ABSMAX])
 
     def copied_to(self, device: torch.device) -> RowInt8Weight:
         """See `Weight`."""

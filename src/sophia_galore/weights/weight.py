@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -51,6 +52,14 @@ class Weight(ABC):
         """Return its tensors by the suffix of their name in a file; the first has the suffix ""."""
 
     @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """Return a weight of the same format that consists of other tensors.
+
+        Args:
+            tensors: By suffix, as `tensors` of the settled weight returns them; not copied.
+        """
+
+    @abstractmethod
     def copied_to(self, device: torch.device) -> Weight:
         """Return a copy in the same format, which shares no memory with this one."""
 
@@ -87,6 +96,11 @@ class Weight(ABC):
     def is_packed(self) -> bool:
         """Whether it must be decoded before use in computations."""
         return True
+
+    @property
+    def int8_block(self) -> int | None:
+        """Number of neighbouring elements of a row that share a scale, in trainable eight bits; else None."""
+        return None
 
     @property
     def settled(self) -> Weight:

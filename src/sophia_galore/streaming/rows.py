@@ -1,0 +1,316 @@
+"""A weight that never visits the compute device as a whole: an embedding or a head, block of rows by block of rows.
+
+Blocks that follow each other are fetched ahead, into the other one of two buffers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sophia_galore.numerics.noise import Noise
+from sophia_galore.numerics.row_blocks import row_blocks
+from sophia_galore.streaming.homes import Home
+from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
+from sophia_galore.streaming.streams import result_of, view_of
+from sophia_galore.streaming.units import Key, Piece
+from sophia_galore.weights.weight import Rows, Weight
+
+
+@dataclass(eq=False)
+class Visit:
+    """A buffer and the rows in it."""
+
+    buffer: DeviceBuffer
+    rows: slice | None = None
+    fetch: Future[object] | None = None
+    writes: list[Future[object]] = field(default_factory=list)
+    released: object = None
+
+
+class RowStream:
+    """Fetches and writes back rows of one weight.
+
+    Args:
+        home: The home of the weight's unit.
+        name: The weight.
+        lane: Copies.
+        jobs: Runs the copies.
+        device: The compute device.
+        most_rows: Rows of the largest block that a buffer takes.
+    """
+
+    def __init__(self, home: Home, name: str, lane: Lane, jobs: Jobs, device: torch.device, most_rows: int) -> None:
+        self._home, self._lane, self._jobs, self.device = home, lane, jobs, device
+        spans = home.unit.layouts["weights"].spans
+        # In the order of the file: wide dtypes first, so that each tensor is aligned in a buffer.
+        self._spans = {key.removeprefix(name): span for key, span in spans.items()}
+        self._name, self._most_rows = name, most_rows
+        size = most_rows * sum(span.row_bytes for span in spans.values())
+        self._visits = [Visit(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(2)]
+        starts = itertools.accumulate((most_rows * span.row_bytes for span in self._spans.values()), initial=0)
+        self._starts = dict(zip(self._spans, starts, strict=False))
+        self._turn = 0
+        self._num_rows = next(iter(spans.values())).shape[0]
+
+    def buffers(self) -> list[Tensor]:
+        """Return the buffers on the compute device."""
+        return [visit.buffer.tensor for visit in self._visits]
+
+    def read(self, rows: slice) -> tuple[dict[str, Tensor], Visit]:
+        """Return a block of rows by suffix, in a buffer; it stays valid until the second block after it is read."""
+        start, stop, _ = rows.indices(self._num_rows)
+        rows = slice(start, stop)
+        visit = next((visit for visit in self._visits if visit.rows == rows), None)
+        if visit is None:
+            self._turn = 1 - self._turn
+            visit = self._visits[self._turn]
+            self._fetch(visit, rows)
+        else:
+            self._turn = self._visits.index(visit)
+        if visit.fetch is not None:
+            self._lane.wait_here(result_of(visit.fetch))
+            visit.fetch = None
+        following = slice(stop, min(stop + stop - start, self._num_rows))
+        other = self._visits[1 - self._turn]
+        other.released = self._lane.now()
+        if following.start < following.stop and other.rows != following:
+            self._fetch(other, following)
+        tensors = {
+            suffix: view_of(visit.buffer.tensor, self._starts[suffix], span.dtype, (stop - start, *span.shape[1:]))
+            for suffix, span in self._spans.items()
+        }
+        return tensors, visit
+
+    def gather(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return single rows by suffix, as new tensors.
+
+        Args:
+            rows: (k,) int64, sorted.
+        """
+        numbers = rows.tolist()
+        found: dict[str, Tensor] = {}
+        orders: list[tuple[Key, DeviceBuffer]] = []
+        for suffix, span in self._spans.items():
+            buffer = torch.empty(len(numbers) * span.row_bytes, dtype=torch.uint8, device=self.device)
+            orders.append((Key("weights", self._name + suffix), DeviceBuffer(buffer)))
+            found[suffix] = view_of(buffer, 0, span.dtype, (len(numbers), *span.shape[1:]))
+
+        def job() -> None:
+            for key, buffer in orders:
+                self._lane.fetch_rows(self._home, key, numbers, buffer)
+
+        self._lane.wait_here(result_of(self._jobs.give(job, after=self._lane.now())))
+        return found
+
+    def write_back(self, visit: Visit, rows: slice) -> None:
+        """Write a block of rows back, which was changed in its buffer.
+
+        Args:
+            visit: Its buffer, from `read`.
+            rows: The rows.
+        """
+        for other in self._visits:
+            if other is not visit and other.rows is not None and _overlap(other.rows, rows):
+                other.rows = None  # it was fetched before the change
+        visit.released = self._lane.now()
+
+        def job() -> None:
+            for suffix, span in self._spans.items():
+                key, start = Key("weights", self._name + suffix), self._starts[suffix]
+                piece = Piece(key, rows.start, rows.stop - rows.start)
+                place = slice(start, start + (rows.stop - rows.start) * span.row_bytes)
+                self._lane.write_back(self._home, piece, visit.buffer, place)
+
+        visit.writes = [write for write in visit.writes if not write.done()]
+        visit.writes.append(self._jobs.give(job, after=visit.released))
+
+    def commit(self) -> None:
+        """Finish the writes since the last call, and wait for them."""
+        result_of(self._jobs.give(self._home.commit))
+
+    def forget(self) -> None:
+        """Forget what is in the buffers, because the home was changed."""
+        for visit in self._visits:
+            if visit.fetch is not None:
+                result_of(visit.fetch)
+            visit.rows = visit.fetch = None
+
+    def _fetch(self, visit: Visit, rows: slice) -> None:
+        if rows.stop - rows.start > self._most_rows:
+            raise ValueError(f"{self._name}: a block of {rows.stop - rows.start} rows does not fit into its buffer")
+        visit.rows = rows
+
+        def job() -> None:
+            for suffix, span in self._spans.items():
+                piece = Piece(Key("weights", self._name + suffix), rows.start, rows.stop - rows.start)
+                start = self._starts[suffix]
+                place = slice(start, start + (rows.stop - rows.start) * span.row_bytes)
+                self._lane.fetch(self._home, piece, visit.buffer, place)
+
+        visit.fetch = self._jobs.give(job, after=visit.released)
+
+
+class StreamedRows(Weight):
+    """A weight whose rows are elsewhere. Blocks of them can be read and written; the whole can't.
+
+    Args:
+        form: A weight of the same format and shape without values, on the meta device.
+        stream: Fetches and writes back its rows.
+    """
+
+    def __init__(self, form: Weight, stream: RowStream) -> None:
+        self._form, self._stream = form, stream
+
+    @property
+    def format(self) -> str:
+        """See `Weight`."""
+        return self._form.format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Weight`."""
+        return self._form.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The compute device, on which its rows are used."""
+        return self._stream.device
+
+    @property
+    def is_packed(self) -> bool:
+        """See `Weight`."""
+        return self._form.is_packed
+
+    @property
+    def int8_block(self) -> int | None:
+        """See `Weight`."""
+        return self._form.int8_block
+
+    def is_ready(self, dtype: torch.dtype) -> bool:
+        """See `Weight`; it never is there as a whole."""
+        return False
+
+    def __getitem__(self, rows: Rows) -> Weight:
+        """See `Weight`; a block of rows stays valid until the second block after it is asked for."""
+        if isinstance(rows, Tensor):
+            numbers, places = rows.unique(return_inverse=True)
+            return self._form.with_tensors(self._stream.gather(numbers))[places]
+        tensors, visit = self._stream.read(rows)
+        start, stop, _ = rows.indices(self.shape[0])
+        return _Block(self._form.with_tensors(tensors), self._stream, visit, slice(start, stop))
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Raise an error: it is never there as a whole."""
+        raise TypeError("a weight that is streamed by rows has no values as a whole; ask for its rows")
+
+    def write(self, values: Tensor, noise: Noise | None) -> None:
+        """Raise an error: its rows are written, not the whole."""
+        raise TypeError("a weight that is streamed by rows can't be written as a whole; write its rows")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return tensors without values, on the meta device, for shapes and dtypes."""
+        return self._form.tensors()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """See `Weight`; the result is an ordinary weight."""
+        return self._form.with_tensors(tensors)
+
+    def copied_to(self, device: torch.device) -> Weight:
+        """See `Weight`."""
+        whole = {suffix: torch.empty_like(tensor, device=device) for suffix, tensor in self.tensors().items()}
+        made = self._form.with_tensors(whole)
+        for rows in row_blocks(self.shape):
+            made[rows].copy_(self[rows])
+        return made
+
+    def copy_(self, other: Weight) -> None:
+        """See `Weight`."""
+        for rows in row_blocks(self.shape):
+            self[rows].copy_(other[rows])
+        self._stream.commit()
+
+    def problem(self) -> str | None:
+        """See `Weight`."""
+        return next((found for rows in row_blocks(self.shape) if (found := self[rows].problem())), None)
+
+    def is_finite(self) -> bool:
+        """See `Weight`."""
+        return all(self[rows].is_finite() for rows in row_blocks(self.shape))
+
+
+class _Block(Weight):
+    """A block of rows in a buffer; what is written to it is written back.
+
+    Args:
+        inner: The rows as an ordinary weight, in the buffer.
+        stream: Writes them back.
+        visit: The buffer.
+        rows: Which rows they are.
+    """
+
+    def __init__(self, inner: Weight, stream: RowStream, visit: Visit, rows: slice) -> None:
+        self._inner, self._stream, self._visit, self._rows = inner, stream, visit, rows
+
+    @property
+    def format(self) -> str:
+        """See `Weight`."""
+        return self._inner.format
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Weight`."""
+        return self._inner.dtype
+
+    @property
+    def is_packed(self) -> bool:
+        """See `Weight`."""
+        return self._inner.is_packed
+
+    @property
+    def int8_block(self) -> int | None:
+        """See `Weight`."""
+        return self._inner.int8_block
+
+    def __getitem__(self, rows: Rows) -> Weight:
+        """See `Weight`; to be read only."""
+        return self._inner[rows]
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """See `Weight`."""
+        return self._inner.values(dtype)
+
+    def write(self, values: Tensor, noise: Noise | None) -> None:
+        """See `Weight`."""
+        self._inner.write(values, noise)
+        self._stream.write_back(self._visit, self._rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Weight`."""
+        return self._inner.tensors()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """See `Weight`; the result is an ordinary weight."""
+        return self._inner.with_tensors(tensors)
+
+    def copied_to(self, device: torch.device) -> Weight:
+        """See `Weight`."""
+        return self._inner.copied_to(device)
+
+    def copy_(self, other: Weight) -> None:
+        """See `Weight`."""
+        self._inner.copy_(other)
+        self._stream.write_back(self._visit, self._rows)
+
+    def problem(self) -> str | None:
+        """See `Weight`."""
+        return self._inner.problem()
+
+
+def _overlap(one: slice, other: slice) -> bool:
+    return bool(one.start < other.stop and other.start < one.stop)

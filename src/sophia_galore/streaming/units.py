@@ -1,0 +1,106 @@
+"""Units: the tensors of a layer, or of the embedding or head, which move together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sophia_galore.weights.safetensors_layout import FileLayout, Span
+
+Placement = Literal["device", "host", "disk"]
+"""Where tensors are between uses: on the compute device, in host memory, or in files."""
+
+Part = Literal["weights", "state"]
+
+# Where the state begins in a buffer: enough for every dtype and every vector load.
+_ALIGNMENT = 512
+
+
+@dataclass(frozen=True)
+class Key:
+    """A tensor of a unit.
+
+    Args:
+        part: Whether it is a part of a weight or of an optimizer's state.
+        name: Its name in files: the weight's with a suffix, or "parameter/state".
+    """
+
+    part: Part
+    name: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor of a unit.
+
+    Args:
+        key: The tensor.
+        first_row: The first row.
+        num_rows: Number of rows; None: all of them.
+    """
+
+    key: Key
+    first_row: int = 0
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The tensors of one layer, of the embedding or of the head.
+
+    Args:
+        name: Name of the layer, or of the weight.
+        placement: host or disk.
+        layouts: The two parts, as they are laid out in files, in host memory and in a buffer.
+        early: Names of the state tensors without which the weights can't be read, because they hold an update that is
+            not in the weights yet.
+        by_rows: Whether the weights never visit as a whole: only blocks of their rows do.
+    """
+
+    name: str
+    placement: Placement
+    layouts: Mapping[Part, FileLayout]
+    early: frozenset[str] = frozenset()
+    by_rows: bool = False
+    _starts: dict[Part, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        weights_bytes = 0 if self.by_rows else self.layouts["weights"].data_bytes
+        self._starts.update({"weights": 0, "state": -(-weights_bytes // _ALIGNMENT) * _ALIGNMENT})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(layout.data_bytes for layout in self.layouts.values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of a buffer that it visits in."""
+        return self._starts["state"] + self.layouts["state"].data_bytes
+
+    def keys(self, *, trains: bool) -> list[Key]:
+        """Return the tensors that visit together.
+
+        Args:
+            trains: Whether the weights are to be updated; if not, they are only read.
+        """
+        weights = [] if self.by_rows else [Key("weights", name) for name in self.layouts["weights"].spans]
+        state = [Key("state", name) for name in self.layouts["state"].spans if trains or name in self.early]
+        return weights + state
+
+    def span(self, key: Key) -> Span:
+        """Return a tensor's place in its part."""
+        return self.layouts[key.part].spans[key.name]
+
+    def place(self, key: Key) -> slice:
+        """Return the bytes of a buffer that a tensor takes."""
+        span, start = self.span(key), self._starts[key.part]
+        return slice(start + span.start, start + span.stop)
+
+    def rows_of(self, piece: Piece) -> tuple[int, int]:
+        """Return the first byte of a piece, counted from the beginning of its tensor, and its number of bytes."""
+        span = self.span(piece.key)
+        if piece.num_rows is None:
+            return 0, span.num_bytes
+        return piece.first_row * span.row_bytes, piece.num_rows * span.row_bytes
