@@ -6,7 +6,7 @@ Blocks that follow each other are fetched ahead, into the other one of two buffe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics.noise import Noise
-from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
 from sophia_galore.streaming.streams import result_of, view_of
@@ -61,6 +60,11 @@ class RowStream:
     def buffers(self) -> list[Tensor]:
         """Return the buffers on the compute device."""
         return [visit.buffer.tensor for visit in self._visits]
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield slices over all rows, each as large as a buffer."""
+        for start in range(0, self._num_rows, self._most_rows):
+            yield slice(start, min(start + self._most_rows, self._num_rows))
 
     def read(self, rows: slice) -> tuple[dict[str, Tensor], Visit]:
         """Return a block of rows by suffix, in a buffer; it stays valid until the second block after it is read."""
@@ -225,23 +229,23 @@ class StreamedRows(Weight):
         """See `Weight`."""
         whole = {suffix: torch.empty_like(tensor, device=device) for suffix, tensor in self.tensors().items()}
         made = self._form.with_tensors(whole)
-        for rows in row_blocks(self.shape):
+        for rows in self._stream.blocks():
             made[rows].copy_(self[rows])
         return made
 
     def copy_(self, other: Weight) -> None:
         """See `Weight`."""
-        for rows in row_blocks(self.shape):
+        for rows in self._stream.blocks():
             self[rows].copy_(other[rows])
         self._stream.commit()
 
     def problem(self) -> str | None:
         """See `Weight`."""
-        return next((found for rows in row_blocks(self.shape) if (found := self[rows].problem())), None)
+        return next((found for rows in self._stream.blocks() if (found := self[rows].problem())), None)
 
     def is_finite(self) -> bool:
         """See `Weight`."""
-        return all(self[rows].is_finite() for rows in row_blocks(self.shape))
+        return all(self[rows].is_finite() for rows in self._stream.blocks())
 
 
 class _Block(Weight):
