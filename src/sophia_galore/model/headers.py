@@ -11,20 +11,9 @@ import torch
 
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
 from sophia_galore.weights.safetensors_header import TensorHeader, read_file_header
+from sophia_galore.weights.safetensors_layout import DTYPE_NAMES
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -26,7 +26,7 @@ TensorKind = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 
 # In the order in which the library sorts them: wide ones first, so that each tensor is aligned.
-_NAMES = {
+DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
@@ -34,11 +34,15 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
+"""Dtypes that torch and the format share, and what the format calls them."""
+
+_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES)}
 _ALIGNMENT = 8
 
 
@@ -108,7 +112,7 @@ class FileLayout:
         entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         for name, span in spans.items():
             entries[name] = {
-                "dtype": _NAMES[span.dtype],
+                "dtype": DTYPE_NAMES[span.dtype],
                 "shape": list(span.shape),
                 "data_offsets": [span.start, span.stop],
             }

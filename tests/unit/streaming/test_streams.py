@@ -12,7 +12,7 @@ import torch
 
 from sophia_galore.errors import EnvironmentProblem, RunError
 from sophia_galore.numerics.noise import Noise
-from sophia_galore.streaming.homes import DiskHome, Home, HostHome, host_bytes
+from sophia_galore.streaming.homes import DiskHome, Home, HostHome
 from sophia_galore.streaming.lanes import CpuLane, Jobs
 from sophia_galore.streaming.rows import RowStream, StreamedRows
 from sophia_galore.streaming.streams import Streams, group_bytes
@@ -32,7 +32,7 @@ PLACEMENTS: tuple[Placement, Placement] = ("host", "disk")
 def home_of(unit: Unit, folder: Path, number: int = 0) -> Home:
     lane = CpuLane()
     if unit.placement == "host":
-        return HostHome(unit, lane.host_buffer(host_bytes(unit)))
+        return HostHome(unit, lane.host_buffer(unit.host_bytes))
     return DiskHome(unit, folder, number)
 
 
