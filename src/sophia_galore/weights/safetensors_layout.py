@@ -141,12 +141,18 @@ class TensorWriter:
     def __init__(self, path: Path, layout: FileLayout) -> None:
         self._layout = layout
         self._left = {name: span.num_bytes for name, span in layout.spans.items()}
+        self._left_bytes = layout.data_bytes
         self._file = path.open("wb", buffering=0)
 
     def __enter__(self) -> Self:
         """Write the header."""
         write_all(self._file, memoryview(self._layout.header), 0)
         return self
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes were written."""
+        return self._left_bytes == 0
 
     def write(self, name: str, values: Tensor, first_row: int = 0) -> None:
         """Write a tensor, or some of its rows.
@@ -162,6 +168,7 @@ class TensorWriter:
         content = bytes_of(values.detach().to("cpu").contiguous())
         write_all(self._file, content, len(self._layout.header) + span.start + first_row * span.row_bytes)
         self._left[name] -= len(content)
+        self._left_bytes -= len(content)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
