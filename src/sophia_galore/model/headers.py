@@ -10,10 +10,7 @@ from pathlib import Path
 import torch
 
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
-from sophia_galore.weights.safetensors_header import TensorHeader, read_file_header
-from sophia_galore.weights.safetensors_layout import DTYPE_NAMES
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from sophia_galore.weights.safetensors_header import TORCH_DTYPES, TensorHeader, read_file_header
 
 
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -40,7 +37,7 @@ def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
     count: Counter[str] = Counter()
     for header in headers:
         count[header.dtype] += math.prod(header.shape)
-    return _DTYPES.get(count.most_common(1)[0][0]) if count else None
+    return TORCH_DTYPES.get(count.most_common(1)[0][0]) if count else None
 
 
 def count_numbers(headers: Mapping[str, TensorHeader], *, tied: bool) -> int:
