@@ -306,11 +306,11 @@ def test_an_error_in_a_step_leaves_nothing_open(
     generators: list[Generator[FinishedGradients]] = []
 
     @contextmanager
-    def counted(store: WeightStore, *names: str) -> Iterator[Borrowed]:
+    def counted(store: WeightStore, *names: str, **more: Any) -> Iterator[Borrowed]:
         nonlocal num_borrowed
         num_borrowed += 1
         try:
-            with borrow(store, *names) as weights:
+            with borrow(store, *names, **more) as weights:
                 yield weights
         finally:
             num_borrowed -= 1

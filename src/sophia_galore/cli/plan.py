@@ -37,6 +37,10 @@ def plan(
     optimizer: OptimizerOption = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Short for model.name=...; needs no file.")] = None,
     memory: Annotated[str | None, typer.Option(help="The card's memory, such as 4GiB; short for memory.limit.")] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory for weights and states, such as 16GiB; short for memory.host_limit."),
+    ] = None,
     device: Annotated[
         Literal["cuda", "cpu"] | None,
         typer.Option(help="Plan for a CUDA card, which need not be here, or for this CPU; short for training.device."),
@@ -61,9 +65,10 @@ def plan(
 ) -> None:
     """Tell what a run will need, by phase and category, without weights and without a GPU; nothing is downloaded."""
     short = {"optimizer.type": optimizer, "model.name": model, "memory.limit": memory, "training.device": device}
-    words = given_overrides(short, overrides)
-    if memory is not None:
-        parse_size(memory, name="--memory")
+    words = given_overrides({**short, "memory.host_limit": host_memory}, overrides)
+    for name, size in (("--memory", memory), ("--host-memory", host_memory)):
+        if size is not None:
+            parse_size(size, name=name)
     asked = load_config(None if config is None and (model or all_models) else there(config or DEFAULT_CONFIG), words)
     if all_models:
         _show_matrix(asked, output)
@@ -99,7 +104,7 @@ def _fit(
     if budget is None:
         raise ArgumentError("--fit needs a limit to fit into.", "Say how much there is: --memory 4GiB.")
     found = find_settings(planner, asked, budget, may_shorten=may_shorten)
-    estimate = MemoryEstimate(found.forecast, budget)
+    estimate = found.estimate
     if as_json:
         print(json.dumps(plan_of(planner, found.config or asked, estimate, found), indent=2))
     else:
@@ -110,8 +115,7 @@ def _fit(
         raise UserError(
             f"No settings fit into {bytes_in_words(budget.limit_bytes)}: the least found needs "
             f"{bytes_in_words(needed)}, {bytes_in_words(budget.reserve_bytes)} in reserve included.",
-            f"{hint or 'Take '}{'take ' if hint else ''}a smaller model or a larger card. Weights that wait in host "
-            "memory or on disk are not supported yet.",
+            f"{hint or 'Take '}{'take ' if hint else ''}a smaller model or a larger card.",
         )
     path = write_config(found.config, output or _FITTED)
     if not as_json:

@@ -16,7 +16,7 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.memory.budget import Budget
 from sophia_galore.memory.fitting import Fit, as_overrides
 from sophia_galore.memory.planner import MemoryEstimate, Planner
-from sophia_galore.plan.decisions import standing_bytes
+from sophia_galore.plan.placements import device_bytes
 
 # The keys that memory depends on.
 _SETTINGS = (
@@ -38,6 +38,9 @@ _SETTINGS = (
     "memory.limit",
     "memory.reserve",
     "memory.logits_chunk_mib",
+    "memory.placement",
+    "memory.resident_layers",
+    "memory.host_limit",
 )
 
 
@@ -51,6 +54,7 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         found: The search that found them, with --fit.
     """
     decided, forecast, budget = planner.decide(config), estimate.forecast, estimate.budget
+    streamed = estimate.streamed
     values = flatten(config)
     plan: dict[str, Any] = {
         "model": config.model.name,
@@ -62,11 +66,16 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "predicted_peak_bytes": forecast.peak_bytes,
         "phases": dict(forecast.phases),
         "categories": dict(forecast.categories),
-        "standing_bytes": standing_bytes(decided.routes),
+        "standing_bytes": device_bytes(decided.routes, streamed),
         "limit_bytes": budget.limit_bytes if budget else None,
         "reserve_bytes": budget.reserve_bytes if budget else None,
         "left_bytes": budget.tensor_bytes - forecast.peak_bytes if budget else None,
         "fits": estimate.fits,
+        "host_bytes": streamed.bytes_in("host"),
+        "host_limit_bytes": estimate.host_limit_bytes,
+        "disk_bytes": streamed.bytes_in("disk"),
+        "resident_layers": streamed.num_resident_layers,
+        "buffer_bytes": streamed.buffer_bytes,
         "settings": {key: values[key] for key in _SETTINGS} | {"engine.keep_layers": forecast.keep_layers},
         "notes": [verdict.sentence() for verdict in decided.verdicts],
     }
@@ -76,8 +85,9 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
             {
                 "changed": tried.name,
                 "changes": dict(tried.changes),
-                "predicted_peak_bytes": tried.peak_bytes,
-                "at_least": not tried.is_known,
+                "predicted_peak_bytes": tried.need.peak_bytes,
+                "at_least": not tried.need.is_known,
+                "host_bytes": tried.need.host_bytes,
                 "fits": tried.fits,
                 "slowdown": round(tried.slowdown, 3),
             }
@@ -131,13 +141,14 @@ def show_fit(console: Console, found: Fit, budget: Budget) -> None:
     """Print the settings that were tried, with memory and time of each."""
     console.print(f"Fitting into {_limit(budget)}:", markup=False)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("changed", "to", "need", "fits", "time"):
+    for name in ("changed", "to", "need", "host", "fits", "time"):
         table.add_column(name, justify="left" if name in ("changed", "to") else "right", no_wrap=True)
     for tried in found.tries:
         table.add_row(
             tried.name,
             as_overrides(tried.changes).replace(" ", "\n"),
-            ("" if tried.is_known else "> ") + bytes_in_words(tried.peak_bytes),
+            ("" if tried.need.is_known else "> ") + bytes_in_words(tried.need.peak_bytes),
+            bytes_in_words(tried.need.host_bytes) if tried.need.host_bytes else "",
             Text("yes", "green") if tried.fits else Text("no", "red"),
             f"x {tried.slowdown:.2f}",
         )

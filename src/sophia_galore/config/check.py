@@ -69,6 +69,16 @@ def _native_options(config: RunConfig) -> str:
     return ", ".join(f"quantization.{key}" for key, value in given.items() if value != getattr(default, key))
 
 
+def _keeps_more_than_stay(config: RunConfig) -> bool:
+    stay = config.memory.resident_layers
+    if config.memory.placement not in ("host", "disk"):
+        return False
+    if not config.training.gradient_checkpointing:
+        return True
+    kept = config.engine.keep_layers
+    return isinstance(kept, int) and isinstance(stay, int) and kept > stay
+
+
 def keeps_projected_gradients(config: RunConfig) -> bool:
     """Return whether a step needs only the projected gradients, which are small enough to keep for all layers."""
     return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
@@ -209,6 +219,29 @@ RULES: dict[str, Rule] = {
         ("data.group_by_length", "data.packing"),
         "data.packing fills rows with examples of all lengths, data.group_by_length puts those of one length together",
         "Leave out data.group_by_length: packed rows have next to no padding.",
+    ),
+    "resident_without_streaming": Rule(
+        lambda c: c.memory.resident_layers != "auto" and c.memory.placement not in ("host", "disk"),
+        ("memory.resident_layers", "memory.placement"),
+        "memory.resident_layers: {c.memory.resident_layers} says which layers do not stream, but memory.placement is "
+        "{c.memory.placement}",
+        "Set memory.placement to host or disk, or leave out memory.resident_layers.",
+    ),
+    "keeps_what_streams": Rule(
+        lambda c: _keeps_more_than_stay(c),
+        ("memory.resident_layers", "engine.keep_layers", "training.gradient_checkpointing"),
+        "memory.resident_layers: {c.memory.resident_layers} lets layers stream whose graphs are to be kept: a graph "
+        "needs its layer's weights until backward",
+        "Lower engine.keep_layers to that number at most (0: no graph is kept), or raise memory.resident_layers.",
+    ),
+    "bitsandbytes_streams": Rule(
+        lambda c: (
+            c.memory.placement in ("host", "disk") and c.quantization.int8 and c.quantization.backend == "bitsandbytes"
+        ),
+        ("memory.placement", "quantization.backend"),
+        "memory.placement: {c.memory.placement} moves layers, but bitsandbytes holds their weights in "
+        "modules of its own",
+        "Use quantization.backend: native, or memory.placement: device.",
     ),
     "reserve_takes_all": Rule(
         lambda c: c.memory.limit is not None and (c.memory.reserve or 0) >= c.memory.limit,

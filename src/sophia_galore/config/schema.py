@@ -233,6 +233,27 @@ class MemoryConfig(Section):
         "effective batch and same numbers up to rounding, and say so.",
     )
 
+    placement: Literal["auto", "device", "host", "disk"] = Field(
+        "auto",
+        description="Where layers, embedding and head live between uses, with their optimizer states: on the device, "
+        "in host memory, or in files of the run's folder. auto: on the device what fits into `limit`, the rest in host "
+        "memory up to `host_limit`, what is left on disk. Changes no number.",
+    )
+    resident_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="With placement host or disk: so many of the last layers stay on the device; auto: as many as "
+        "`limit` leaves room for, none without a limit.",
+    )
+    host_limit: SizeOrZero | None = Field(
+        None,
+        description="What weights and states may take of the host's memory; null: with a GPU what this machine has, "
+        "less a quarter; on a CPU nothing for placement auto, since its tensors are in that memory already.",
+    )
+    prefetch: bool = Field(
+        True,
+        description="Fetch the next layer while one computes; false: only when it is needed, which is slower.",
+    )
+
     predict: bool = Field(
         True,
         description="Find out before the run what it will need, in some seconds, and compare that with what it took; "

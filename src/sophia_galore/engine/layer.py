@@ -97,9 +97,9 @@ class Layers:
             hidden: Per micro-batch (B, T, d); replaced by the layer's output.
             calls: Per micro-batch, the layer's other arguments.
         """
-        weights = self._weights(index)
-        for micro_batch, call in enumerate(calls):
-            hidden[micro_batch] = self._run(index, weights, call, hidden[micro_batch])
+        with self._weights(index, then=self._after(index)) as weights:
+            for micro_batch, call in enumerate(calls):
+                hidden[micro_batch] = self._run(index, weights, call, hidden[micro_batch])
 
     @torch.no_grad()
     def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
@@ -114,17 +114,17 @@ class Layers:
         Returns:
             The output, per micro-batch (B, T, d).
         """
-        weights = self._weights(index)
         out: list[Tensor] = []
-        for micro_batch, call in enumerate(calls):
-            with self._dropout_stream(step, index, micro_batch):
-                out.append(self._run(index, weights, call, inputs[micro_batch]))
+        with self._weights(index, then=self._after(index)) as weights:
+            for micro_batch, call in enumerate(calls):
+                with self._dropout_stream(step, index, micro_batch):
+                    out.append(self._run(index, weights, call, inputs[micro_batch]))
         return out
 
     def keep(
         self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, wants: Wants
     ) -> tuple[list[Tensor], LayerGraph]:
-        """Run a layer and keep its graph for `backward`.
+        """Run a layer and keep its graph for `backward`. Its weights must stay on the device until then.
 
         Args:
             index: Layer number.
@@ -154,6 +154,8 @@ class Layers:
         spends: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
         """Run the backward pass of a layer for all micro-batches.
+
+        The caller lends the layer's weights together with their optimizer state.
 
         Args:
             index: Layer number.
@@ -235,10 +237,11 @@ class Layers:
 
     def _begin(self, index: int, wants: Wants) -> LayerGraph:
         layer = self._architecture.layer_names[index]
-        leaves = {
-            key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
-            for key, weight in self._weights(index).items()
-        }
+        with self._weights(index) as weights:
+            leaves = {
+                key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
+                for key, weight in weights.items()
+            }
         products = self._products(layer, leaves, wants)
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
         graph = LayerGraph(leaves, products, linears)
@@ -283,13 +286,23 @@ class Layers:
                 products[name] = ProjectedSum(wanted, leaf.shape, self._dtype, self._device)
         return products
 
-    def _weights(self, index: int) -> dict[str, Tensor]:
+    @contextmanager
+    def _weights(self, index: int, *, then: str = "") -> Iterator[Tensors]:
+        """Lend a layer's weights in compute precision; `then` is the layer or weight that is needed next."""
         name = self._architecture.layer_names[index]
-        with self._store.borrow(name) as borrowed:
+        with self._store.borrow(name, then=then) as borrowed:
             weights = borrowed.values_of(name, self._dtype)
-        for weight in weights.values():
-            self._observer.tag(weight, "weights")
-        return weights
+            for weight in weights.values():
+                self._observer.tag(weight, "weights")
+            try:
+                yield weights
+            finally:
+                weights.clear()
+
+    def _after(self, index: int) -> str:
+        """Return what forward needs after a layer."""
+        names = self._architecture.layer_names
+        return names[index + 1] if index + 1 < len(names) else self._architecture.head_name
 
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
         with attending_within(self._architecture) if call.is_packed else nullcontext():

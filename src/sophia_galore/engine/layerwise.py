@@ -49,6 +49,7 @@ from sophia_galore.engine.cross_entropy import block_entries, default_chunk_byte
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
+from sophia_galore.engine.logits import comes_whole
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.retry import (
@@ -238,10 +239,12 @@ class LayerwiseEngine:
             resumed. Close the generator if you do not exhaust it.
         """
         architecture, store, acts, step = self._architecture, self._store, done.activations, done.request.step
-        with store.borrow(architecture.norm_name, architecture.head_name) as weights:
+        names = architecture.layer_names
+        with store.borrow(architecture.norm_name, architecture.head_name, trains=True, then=names[-1]) as weights:
             yield FinishedGradients(weights, done.gradients)
-        for index in reversed(range(len(architecture.layers))):
-            with store.borrow(architecture.layer_names[index]) as weights:
+        for index in reversed(range(self._num_idle, len(names))):
+            then = names[index - 1] if index > self._num_idle else architecture.embed_name
+            with store.borrow(names[index], trains=True, then=then) as weights:
                 gradients = self._run(
                     partial(self._backward_layer, acts, index, done.request),
                     acts,
@@ -250,7 +253,9 @@ class LayerwiseEngine:
                 )
                 yield FinishedGradients(weights, gradients)
                 del gradients
-        with store.borrow(architecture.embed_name) as weights:
+        for index in reversed(range(self._num_idle)):
+            yield FinishedGradients(Borrowed({}), self._backward_layer(acts, index, done.request))
+        with store.borrow(architecture.embed_name, trains=True) as weights:
             yield FinishedGradients(weights, self._through_embedding(acts, done.head))
 
     @contextmanager
@@ -281,7 +286,7 @@ class LayerwiseEngine:
                     partial(self._evaluate_layers, acts), acts, lambda: "evaluation", partial(self._fewer_rows, acts)
                 )
                 loss = self._run(
-                    lambda: self._head(hidden, acts).loss_sum(),
+                    partial(self._evaluate_head, hidden, acts),
                     acts,
                     lambda: "the head in evaluation",
                     partial(self._smaller_logits, acts),
@@ -316,7 +321,11 @@ class LayerwiseEngine:
 
     def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
         """Run forward and backward through the head."""
-        with self._observer.phase("head"):
+        architecture = self._architecture
+        with (
+            self._observer.phase("head"),
+            self._store.borrow(architecture.norm_name, architecture.head_name, trains=True),
+        ):
             acts.out_grads, acts.head_is_final = [], False
             samples = request.objective.samples_labels
             sampler = generator(self._seed, "sampled labels", request.step, device=self._device) if samples else None
@@ -392,6 +401,10 @@ class LayerwiseEngine:
             self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
         return hidden
 
+    def _evaluate_head(self, hidden: list[Tensor], acts: StepActivations) -> float:
+        with self._store.borrow(self._architecture.head_name):
+            return self._head(hidden, acts).loss_sum()
+
     # Which chunks become smaller when memory runs out in a part.
 
     def _run(
@@ -431,7 +444,7 @@ class LayerwiseEngine:
     def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
         weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
         num_entries, width = weight.shape
-        if not weight.is_ready(self._dtype):
+        if not comes_whole(weight, self._dtype):
             num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
         return smaller_logits(sizes, _num_counted(acts.batches), num_entries)
 

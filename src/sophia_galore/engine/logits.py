@@ -1,9 +1,9 @@
 """The head's logits and their gradient over the counted tokens of an effective batch, tile by tile.
 
-If the head's weight is stored in compute precision, a tile is a chunk of tokens by the whole vocabulary; one
-computation of its logits gives loss and gradient. If the weight must be decoded first, a tile is a chunk of tokens by a
-vocabulary slice, so that only one slice is decoded at a time. The softmax then needs a pass of its own (`OnlineLoss`),
-and the logits are computed once more.
+If the head's weight is stored in compute precision and not very large, a tile is a chunk of tokens by the whole
+vocabulary; one computation of its logits gives loss and gradient. Else a tile is a chunk of tokens by a vocabulary
+slice, so that only one slice is decoded, or on the device, at a time. The softmax then needs a pass of its own
+(`OnlineLoss`), and the logits are computed once more.
 
 The gradient of a token's logits is its weight in the objective times (softmax - onehot).
 """
@@ -30,6 +30,11 @@ from sophia_galore.engine.cross_entropy import (
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.online_loss import OnlineLoss
 from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.weight import Weight
+
+# A larger head's weight is used slice by slice even in compute precision: where it streams, only slices of it are on
+# the device, and a run must have the same bits wherever its weights live.
+_MOST_WHOLE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,16 @@ class Logits(Protocol):
         """
 
 
+def comes_whole(weight: Weight, dtype: torch.dtype) -> bool:
+    """Return whether a head's weight is used as a whole; else slice by slice of the vocabulary.
+
+    Args:
+        weight: The head's weight.
+        dtype: Compute precision.
+    """
+    return weight.is_ready(dtype) and weight.num_bytes <= _MOST_WHOLE_BYTES
+
+
 def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> Logits:
     """Return the logits for a head's weight, with tiles that suit its format.
 
@@ -110,7 +125,7 @@ def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, o
         loss: The settings of the loss.
         observer: Receives the category of each tensor.
     """
-    if store[name].is_ready(dtype):
+    if comes_whole(store[name], dtype):
         return WholeLogits(store, name, dtype, loss, observer)
     return BlockLogits(store, name, dtype, loss, observer)
 

@@ -16,7 +16,24 @@ from sophia_galore.memory.budget import Budget
 from sophia_galore.memory.forecast import Forecast
 from sophia_galore.memory.ladder import RUNGS, SHORTER, Changes, Rung, slowdown
 from sophia_galore.memory.out_of_memory import with_usual_remedies
-from sophia_galore.memory.planner import Planner
+from sophia_galore.memory.planner import MemoryEstimate, Planner
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory that a configuration needs.
+
+    Args:
+        peak_bytes: Peak memory on the device, or only what stays there all the time if that does not fit already.
+        is_known: Whether `peak_bytes` is the peak; False: the peak is higher.
+        host_bytes: Bytes of weights and states in host memory.
+        excess_bytes: Bytes beyond the limits of both.
+    """
+
+    peak_bytes: int
+    is_known: bool
+    host_bytes: int
+    excess_bytes: int
 
 
 @dataclass(frozen=True)
@@ -26,16 +43,14 @@ class Try:
     Args:
         name: Name of the setting that was changed.
         changes: The changed keys with their values.
-        peak_bytes: Peak memory, or only weights and states if these do not fit already.
-        is_known: Whether `peak_bytes` is the peak; False: the peak is higher.
-        fits: Whether it is within the limit.
+        need: The memory that it needs.
+        fits: Whether that is within the limits.
         slowdown: Expected time for a token, relative to the settings that were asked for.
     """
 
     name: str
     changes: Mapping[str, Any]
-    peak_bytes: int
-    is_known: bool
+    need: Need
     fits: bool
     slowdown: float
 
@@ -48,13 +63,18 @@ class Fit:
         tries: All tried configurations in order, the first one as asked.
         config: The configuration that fits; None if none does.
         changes: Its differences from what was asked for.
-        forecast: Its forecast or, if none fits, that of the smallest one.
+        estimate: Its memory or, if none fits, that of the smallest one.
     """
 
     tries: tuple[Try, ...]
     config: RunConfig | None
     changes: Mapping[str, Any]
-    forecast: Forecast
+    estimate: MemoryEstimate
+
+    @property
+    def forecast(self) -> Forecast:
+        """The memory on the device."""
+        return self.estimate.forecast
 
 
 def find_settings(
@@ -74,11 +94,11 @@ def find_settings(
     """
     search = _Search(planner, config, budget)
     search.descend((*RUNGS, SHORTER) if may_shorten else RUNGS)
-    fits = budget.fits(search.needed)
+    fits = not search.need.excess_bytes
     if fits:
         search.ascend(fills=fills)
     found = search.config
-    return Fit(tuple(search.tries), found if fits else None, _difference(config, found), search.forecast(found))
+    return Fit(tuple(search.tries), found if fits else None, _difference(config, found), search.estimate(found))
 
 
 class _Search:
@@ -88,20 +108,20 @@ class _Search:
         self._planner, self._asked, self._budget = planner, asked, budget
         self._taken: dict[Rung, Changes] = {}
         self.tries: list[Try] = []
-        self._take("as asked", asked, {}, *self._need(asked))
+        self._take("as asked", asked, {}, self._need(asked))
 
     def descend(self, rungs: tuple[Rung, ...]) -> None:
         """Reduce memory until the run fits."""
         for rung, changes in self._steps(rungs):
-            if self._budget.fits(self.needed):
+            if not self.need.excess_bytes:
                 return
             candidate = changed(self.config, changes)
             try:
-                needed, is_known = self._need(candidate)
+                need = self._need(candidate)
             except UserError:
                 continue  # it contradicts another setting
-            if not is_known or needed < self.needed:
-                self._take(rung.name, candidate, changes, needed, is_known)
+            if not (need.is_known and self.need.is_known) or need.excess_bytes < self.need.excess_bytes:
+                self._take(rung.name, candidate, changes, need)
                 self._taken[rung] = {**self._taken.get(rung, {}), **changes}
 
     def ascend(self, *, fills: bool) -> None:
@@ -109,42 +129,58 @@ class _Search:
         values = flatten(self._asked)
         # The last change was needed, or the search would have stopped before it.
         for rung, changes in list(self._taken.items())[:-1]:
+            if self.config.memory.placement == "disk" and not rung.costs_time_only:
+                continue  # more bytes would be read and written in each step
             richer = changed(self.config, {key: values[key] for key in changes})
-            if self._budget.fits(self._need(richer)[0]):
+            if not self._need(richer).excess_bytes:
                 self._take_richer(f"{rung.name} (back)", richer)
-        if not fills:
+        if not fills or self._planner.streamed(_alone(self.config)).units:
             return
         most, wanted = self._planner.most_kept_layers(self.config, self._budget), self.config.engine.keep_layers
         if self.config.training.gradient_checkpointing and (wanted == "auto" or most > wanted):
             self._take_richer("kept layers (rest)", changed(self.config, {"engine.keep_layers": most}))
 
-    def forecast(self, config: RunConfig) -> Forecast:
-        """Return the forecast; for keep_layers=auto, with activation checkpointing in all layers."""
+    def estimate(self, config: RunConfig) -> MemoryEstimate:
+        """Return the memory of a configuration; for keep_layers=auto, with activation checkpointing in all layers."""
+        config = _alone(config)
+        streamed = self._planner.streamed(config)
         is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
-        return self._planner.forecast(config, 0 if is_open else self._planner.keep_layers(config))
+        kept = 0 if is_open else self._planner.keep_layers(config, streamed)
+        forecast = self._planner.forecast(config, kept, streamed)
+        return MemoryEstimate(forecast, self._budget, streamed, self._planner.host_limit_bytes(config))
 
-    def _need(self, config: RunConfig) -> tuple[int, bool]:
-        """Return the peak and True or, if weights and states alone do not fit, their bytes and False."""
-        standing = self._planner.standing_bytes(config)
-        if not self._budget.fits(standing):
-            return standing, False
-        return self.forecast(config).peak_bytes, True
+    def _need(self, config: RunConfig) -> Need:
+        config = _alone(config)
+        streamed = self._planner.streamed(config)
+        peak = self._planner.standing_bytes(config, streamed)
+        if is_known := self._budget.fits(peak):
+            peak = self.estimate(config).forecast.peak_bytes
+        host, limit = streamed.bytes_in("host"), self._planner.host_limit_bytes(config)
+        excess = max(0, peak - self._budget.tensor_bytes) + (0 if limit is None else max(0, host - limit))
+        return Need(peak, is_known, host, excess)
 
     def _steps(self, rungs: tuple[Rung, ...]) -> Iterator[tuple[Rung, Changes]]:
         """Yield all changes of each rung in turn."""
         config = self._asked
         for rung in rungs:
+            if rung.uses_host and self._planner.host_limit_bytes(config) == 0:
+                continue
             while (changes := rung.step(config)) is not None:
                 yield rung, changes
                 config = changed(config, changes)
 
     def _take_richer(self, name: str, config: RunConfig) -> None:
-        self._take(name, config, _difference(self.config, config), self.forecast(config).peak_bytes, True)
+        self._take(name, config, _difference(self.config, config), self._need(config))
 
-    def _take(self, name: str, config: RunConfig, changes: Mapping[str, Any], needed: int, is_known: bool) -> None:
-        self.config, self.needed = config, needed
+    def _take(self, name: str, config: RunConfig, changes: Mapping[str, Any], need: Need) -> None:
+        self.config, self.need = config, need
         factor = slowdown(self._asked, config, self._planner.num_layers)
-        self.tries.append(Try(name, changes, needed, is_known, self._budget.fits(needed), factor))
+        self.tries.append(Try(name, changes, need, not need.excess_bytes, factor))
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """Return a configuration with placement device for auto: the search itself tries where else weights may live."""
+    return changed(config, {"memory.placement": "device"}) if config.memory.placement == "auto" else config
 
 
 def advice(planner: Planner, config: RunConfig) -> str:

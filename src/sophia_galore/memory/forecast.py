@@ -14,11 +14,11 @@ from typing import Any, get_args
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
 from sophia_galore.memory.composition import Layout, PassTrace, add, choose_layers, extrapolate, to_segments
-from sophia_galore.memory.simulation import by_layer, simulate, take_layers
+from sophia_galore.memory.simulation import simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
 from sophia_galore.memory.workload import Workload, batch_bytes, sample, steps_to_simulate
 from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
-from sophia_galore.plan.route import Route
+from sophia_galore.plan.route import Route, by_layer
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelTrace:
     """The simulated memory of single layers, which gives the forecast for any number of layers without checkpointing.
 
     Args:
-        standing: Bytes by category that stay for the whole run.
+        standing: Bytes by category of weights and states.
         layout: Which simulated layer represents which layer.
         steps: The steps that may have the highest peak, by number.
         probe: The probe step, if it may need more.
@@ -73,13 +73,16 @@ class ModelTrace:
     probe: StepTrace | None
     evaluation: Sizes | None
 
-    def forecast(self, keep_layers: int = 0) -> Forecast:
+    def forecast(self, keep_layers: int = 0, standing: Mapping[Category, int] | None = None) -> Forecast:
         """Return the forecast.
 
         Args:
             keep_layers: Number of last layers without activation checkpointing; above 0 only if such layers were
                 simulated.
+            standing: Bytes by category that stay on the device for the whole run; None: all weights and states.
         """
+        if standing is not None:
+            return replace(self, standing=Counter(standing)).forecast(keep_layers)
         steps = {number: self._segments(trace, keep_layers) for number, trace in self.steps.items()}
         step = max(steps, key=lambda number: max(segment.peak.total() for segment in steps[number]))
         probe = self._segments(self.probe, keep_layers) if self.probe else []

@@ -3,11 +3,13 @@
     1  kept layers       only time: activations of all layers are computed again in backward
     2  micro-batch       only time: the same effective batch in smaller pieces
     3  logits            only time: smaller tiles of the vocabulary's logits
-    4  weight format     fp32, bf16, int8: stochastic rounding, without bias
-    5  state bits        32, 16, 8: the same for the optimizer's state
-    6  projection bits   32, 16, 4: coarser bases
-    7  rank              halves: less of each gradient is seen
-    8  max_length        halves: less of each example is seen; only if that is allowed
+    4  host memory       only time: layers wait in host memory and visit the device
+    5  weight format     fp32, bf16, int8: stochastic rounding, without bias
+    6  state bits        32, 16, 8: the same for the optimizer's state
+    7  projection bits   32, 16, 4: coarser bases
+    8  disk              only time, but much of it where the disk is slow, and wear: layers wait in files
+    9  rank              halves: less of each gradient is seen
+    10 max_length        halves: less of each example is seen; only if that is allowed
 
 A rung returns the next change of a configuration, or None if nothing is left to change. Each rung is used up before
 the next one is tried.
@@ -48,10 +50,14 @@ class Rung:
     Args:
         name: What it changes.
         step: Returns its next change of a configuration; None if there is none.
+        costs_time_only: Whether it changes no number, except by the order of sums.
+        uses_host: Whether it takes memory of the host.
     """
 
     name: str
     step: Callable[[RunConfig], Changes | None]
+    costs_time_only: bool = False
+    uses_host: bool = False
 
 
 def _keep_fewer(config: RunConfig) -> Changes | None:
@@ -72,6 +78,14 @@ def _smaller_tile(config: RunConfig) -> Changes | None:
     tile = config.memory.logits_chunk_mib
     smaller = next((size for size in (16, _LEAST_TILE_MIB) if tile == 0 or size < tile), None)
     return None if smaller is None else {"memory.logits_chunk_mib": smaller}
+
+
+def _to_host(config: RunConfig) -> Changes | None:
+    return {"memory.placement": "host"} if config.memory.placement == "auto" else None
+
+
+def _to_disk(config: RunConfig) -> Changes | None:
+    return {"memory.placement": "disk"} if config.memory.placement in ("auto", "host") else None
 
 
 def _smaller_format(config: RunConfig) -> Changes | None:
@@ -117,12 +131,14 @@ SHORTER = Rung("max_length", _shorter)
 """The last rung, which is used only if the user allows it."""
 
 RUNGS: tuple[Rung, ...] = (
-    Rung("kept layers", _keep_fewer),
-    Rung("micro-batch", _smaller_batch),
-    Rung("logits", _smaller_tile),
+    Rung("kept layers", _keep_fewer, costs_time_only=True),
+    Rung("micro-batch", _smaller_batch, costs_time_only=True),
+    Rung("logits", _smaller_tile, costs_time_only=True),
+    Rung("host memory", _to_host, costs_time_only=True, uses_host=True),
     Rung("weight format", _smaller_format),
     Rung("state bits", _fewer_state_bits),
     Rung("projection bits", _fewer_projection_bits),
+    Rung("disk", _to_disk, costs_time_only=True),
     Rung("rank", _lower_rank),
 )
 """The ladder, cheapest rung first."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import psutil
 import torch
 
 from sophia_galore.config import RunConfig
@@ -23,19 +24,32 @@ from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
-from sophia_galore.plan.decisions import Decisions, decide_step, num_idle_layers, standing_bytes
+from sophia_galore.plan.decisions import Decisions, decide_step, num_idle_layers
 from sophia_galore.plan.detect import detect_bitsandbytes, model_facts, parameter_facts, planned_device
 from sophia_galore.plan.facts import Facts, MemoryFacts
+from sophia_galore.plan.placements import Parts, Streamed, choose, device_bytes, parts_of
 from sophia_galore.plan.plan import count_steps
 from sophia_galore.plan.rules import RULES
 from sophia_galore.plan.verdicts import decide
 
 _CPU = torch.device("cpu")
 # A simulation does not depend on these keys, so one serves for all of their values.
-_WITHOUT_EFFECT = ("memory.limit", "memory.reserve", "engine.keep_layers", "training.gradient_checkpointing")
+_WITHOUT_EFFECT = (
+    "memory.limit",
+    "memory.reserve",
+    "memory.placement",
+    "memory.resident_layers",
+    "memory.host_limit",
+    "memory.prefetch",
+    "engine.keep_layers",
+    "training.gradient_checkpointing",
+)
 # Layers without activation checkpointing only save time and must not make a run fail, so this share of the memory is
 # left free: more than any forecast error that was seen.
 _MARGIN = 0.01
+# Without memory.host_limit: the share of the host's memory that weights and states may take beside a GPU. The rest is
+# for the system, Python and libraries.
+_HOST_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -45,15 +59,27 @@ class MemoryEstimate:
     Args:
         forecast: The forecast.
         budget: The available memory; None without a limit.
+        streamed: What lives elsewhere than on the device.
+        host_limit_bytes: What that may take of the host's memory; None: as much as it needs.
     """
 
     forecast: Forecast
     budget: Budget | None
+    streamed: Streamed
+    host_limit_bytes: int | None = None
 
     @property
     def fits(self) -> bool | None:
-        """Whether the run fits; None without a limit."""
-        return None if self.budget is None else self.budget.fits(self.forecast.peak_bytes)
+        """Whether the run fits, on the device and on the host; None without a limit."""
+        if self.budget is None:
+            return None
+        return self.budget.fits(self.forecast.peak_bytes) and not self.host_excess_bytes
+
+    @property
+    def host_excess_bytes(self) -> int:
+        """Bytes beyond the limit of the host's memory."""
+        limit = self.host_limit_bytes
+        return 0 if limit is None else max(0, self.streamed.bytes_in("host") - limit)
 
     def sentence(self) -> str:
         """Return the estimate as a sentence for the user."""
@@ -110,37 +136,88 @@ class Planner:
         """
         if replace(self.facts, config=config).freezes_layers:
             return None
-        return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config))
+        streamed = self.streamed(config)
+        forecast = self.forecast(config, self.keep_layers(config, streamed), streamed)
+        return MemoryEstimate(forecast, self.budget(config), streamed, self.host_limit_bytes(config))
 
-    def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
+    def streamed(self, config: RunConfig) -> Streamed:
+        """Return what lives elsewhere than on the device.
+
+        Raises:
+            UserError: The configuration is refused.
+        """
+        if config.memory.placement == "device" or replace(self.facts, config=config).freezes_layers:
+            return Streamed(self.parts)
+        budget = self.budget(config) if config.memory.predict else None
+        if budget is None and config.memory.placement == "auto":
+            return Streamed(self.parts)
+        decided, num_kept = self.decide(config), self._num_kept(config)
+
+        def fits(streamed: Streamed) -> bool:
+            assert budget is not None
+            standing = device_bytes(decided.routes, streamed)
+            if not budget.fits(sum(standing.values())):
+                return False  # known without a simulation
+            return budget.fits(self.forecast(config, num_kept, streamed).peak_bytes)
+
+        return choose(
+            decided,
+            self.parts,
+            fits=None if budget is None else fits,
+            host_bytes=self.host_limit_bytes(config),
+            num_kept=num_kept,
+        )
+
+    def host_limit_bytes(self, config: RunConfig) -> int | None:
+        """Return what weights and states may take of the host's memory; None: as much as they need."""
+        asked = config.memory.host_limit
+        if asked is not None:
+            return asked
+        if not self.facts.device.is_cpu:
+            return int(_HOST_SHARE * psutil.virtual_memory().total)
+        return 0 if config.memory.placement == "auto" else None
+
+    def forecast(self, config: RunConfig, keep_layers: int, streamed: Streamed | None = None) -> Forecast:
         """Return the forecast of a configuration.
 
         Args:
             config: The configuration.
             keep_layers: Number of layers without activation checkpointing; overrides the configuration.
+            streamed: What lives elsewhere than on the device; None: nothing. Overrides the configuration.
 
         Raises:
             UserError: The configuration is refused.
         """
-        return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers)
+        standing = device_bytes(self.decide(config).routes, streamed or Streamed(self.parts))
+        return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers, standing)
 
-    def standing_bytes(self, config: RunConfig) -> int:
-        """Return the bytes that stay in memory for the whole run.
+    def standing_bytes(self, config: RunConfig, streamed: Streamed) -> int:
+        """Return the bytes that stay on the device for the whole run.
+
+        Args:
+            config: The configuration.
+            streamed: What lives elsewhere.
 
         Raises:
             UserError: The configuration is refused.
         """
-        return sum(standing_bytes(self.decide(config).routes).values())
+        return sum(device_bytes(self.decide(config).routes, streamed).values())
 
     def budget(self, config: RunConfig) -> Budget | None:
         """Return the available memory; None without a limit."""
         return budget_of(config, self.facts.device)
 
-    def keep_layers(self, config: RunConfig) -> int:
+    @property
+    def parts(self) -> Parts:
+        """The parts of the model that can stream."""
+        return parts_of(self.facts.parameters, self.layer_names)
+
+    def keep_layers(self, config: RunConfig, streamed: Streamed | None = None) -> int:
         """Return how many layers run without activation checkpointing.
 
         Args:
             config: The configuration.
+            streamed: What lives elsewhere than on the device; None: nothing.
 
         Raises:
             ConfigError: engine.keep_layers is auto, but there is no limit.
@@ -156,11 +233,20 @@ class Planner:
                 "engine.keep_layers: auto keeps as many graphs as memory.limit leaves room for, but there is no limit.",
                 "Set memory.limit, such as 4GiB, or say how many layers.",
             )
+        if streamed is not None and streamed.units:
+            return 0  # the memory that is left keeps layers on the device
         return self.most_kept_layers(config, budget)
 
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
         """Return how many layers can run without activation checkpointing, with a margin; 0 also if nothing fits."""
         return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
+
+    def _num_kept(self, config: RunConfig) -> int:
+        """Return how many layers keep their graphs for certain; those of keep_layers: auto come after all else."""
+        if not config.training.gradient_checkpointing:
+            return self._num_active_layers(config)
+        asked = config.engine.keep_layers
+        return 0 if asked == "auto" else min(asked, self._num_active_layers(config))
 
     def _num_active_layers(self, config: RunConfig) -> int:
         """Return the number of layers that have a backward."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import Stepper
@@ -22,14 +21,11 @@ from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.numerics.row_blocks import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.plan.decisions import Decisions
-from sophia_galore.plan.facts import Facts
-from sophia_galore.plan.route import Route, frozen_names
-from sophia_galore.plan.routes import int8_format
-from sophia_galore.weights.int8 import Int8Format, Int8Weight
-from sophia_galore.weights.plain import DTYPES
+from sophia_galore.plan.decisions import Decisions, logits_chunk_bytes
+from sophia_galore.plan.route import Route, by_layer, frozen_names
+from sophia_galore.plan.routes import empty_weight, int8_format
+from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.store import WeightStore
-from sophia_galore.weights.weight import Weight
 
 _CPU = torch.device("cpu")
 
@@ -58,21 +54,6 @@ class Simulated:
 
     steps: tuple[tuple[PassTrace, ...], ...]
     evaluation: Sizes | None
-
-
-def by_layer(routes: Sequence[Route], names: Sequence[str]) -> tuple[dict[str, list[Route]], list[Route]]:
-    """Routes of each layer, and of what is in no layer.
-
-    Args:
-        routes: The model's routes.
-        names: Its layers, as prefixes of their parameters' names without the final dot.
-    """
-    of_layer: dict[str, list[Route]] = {name: [] for name in names}
-    around: list[Route] = []
-    for route in routes:
-        layer = next((name for name in names if route.name.startswith(f"{name}.")), None)
-        (around if layer is None else of_layer[layer]).append(route)
-    return of_layer, around
 
 
 def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]) -> FewLayers:
@@ -144,7 +125,7 @@ def simulate(
             device=_CPU,
             seed=config.training.seed,
             observer=recorder,
-            logits_chunk_bytes=_logits_chunk_bytes(decided.facts),
+            logits_chunk_bytes=logits_chunk_bytes(decided.facts),
             keep_layers=keep_layers,
             on_oom=config.memory.on_oom,
             frozen=frozen_names(model.routes),
@@ -184,12 +165,6 @@ def simulate(
     return Simulated(tuple(passes), evaluation)
 
 
-def _logits_chunk_bytes(facts: Facts) -> int:
-    """Bytes of float32 logits that are worked on at once: as asked, or as suits the device."""
-    asked = facts.config.memory.logits_chunk_mib * 2**20
-    return asked or default_chunk_bytes(torch.device(facts.device.place))
-
-
 def _copy(batch: MicroBatch) -> MicroBatch:
     """Tensors of its own, which are counted."""
     mask = batch.attention_mask
@@ -202,13 +177,4 @@ def _copy(batch: MicroBatch) -> MicroBatch:
 
 
 def _empty_store(routes: Sequence[Route], form: Int8Format) -> WeightStore:
-    weights: dict[str, Weight | torch.Tensor] = {}
-    for route in routes:
-        if route.format == "int8":
-            rows, columns = route.shape
-            codes = torch.empty(rows, columns, dtype=torch.int8)
-            scales = torch.empty(rows, form.num_scales(columns), dtype=torch.bfloat16)
-            weights[route.name] = Int8Weight(codes, scales, form)
-        else:
-            weights[route.name] = torch.empty(route.shape, dtype=DTYPES[route.format])
-    return WeightStore(weights)
+    return WeightStore({route.name: empty_weight(route, form, _CPU) for route in routes})

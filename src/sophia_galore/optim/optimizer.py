@@ -6,7 +6,7 @@ parameter's state, runs the dense or the low-rank step, and rounds the updated w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from sophia_galore.optim.lowrank import (
 )
 from sophia_galore.optim.request import BasisFromGradient, GradientRequest
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.optim.state import ParamState
+from sophia_galore.optim.state import COUNTER, ParamState
 from sophia_galore.weights.plain import as_weight
 from sophia_galore.weights.tensor_stream import TensorStream, blocks_of
 from sophia_galore.weights.weight import Weight
@@ -63,14 +63,23 @@ class ParamOptimizer:
         specs: One per parameter; names must be distinct.
         seed: The run's seed, for random bases and stochastic rounding.
         device: Device of the states; None: each is created at its first use, on its parameter's device.
+        elsewhere: Names of the parameters whose states are on the meta device, until something else replaces them.
     """
 
-    def __init__(self, specs: Iterable[ParamSpec], *, seed: int, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        specs: Iterable[ParamSpec],
+        *,
+        seed: int,
+        device: torch.device | None = None,
+        elsewhere: Collection[str] = (),
+    ) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self._seed = seed
         self._states: dict[str, ParamState] = {}
         if device is not None:
-            self._states = {name: ParamState(spec, device) for name, spec in self.specs.items()}
+            places = {name: torch.device("meta") if name in elsewhere else device for name in self.specs}
+            self._states = {name: ParamState(spec, places[name]) for name, spec in self.specs.items()}
 
     def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
         """Update one weight.
@@ -236,6 +245,10 @@ class ParamOptimizer:
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
 
+    def states(self) -> dict[str, MutableMapping[str, Tensor]]:
+        """Return the live state tensors of each parameter by their names; to replace one changes the state."""
+        return {name: state.tensors for name, state in self._states.items()}
+
     def named_state(self) -> dict[str, Tensor]:
         """Return all state tensors by their "parameter/state" names; they are not copies."""
         return {
@@ -285,7 +298,7 @@ class ParamOptimizer:
         """
         tensors = self._state(name, device).tensors
         for key, tensor in tensors.items():
-            if tensor.dtype != torch.int64:
+            if tensor.dtype != COUNTER:
                 tensors[key] = tensor.to(device)
         return tensors
 

@@ -14,6 +14,9 @@ from sophia_galore.numerics.subspace import basis_shape
 from sophia_galore.optim.recipes import STORED_BASES
 from sophia_galore.optim.spec import ParamSpec
 
+COUNTER = torch.int64
+"""Dtype of state tensors that only the processor reads; they are always in its memory."""
+
 _EVERYTHING = slice(None)
 
 
@@ -32,7 +35,7 @@ class ParamState:
         self._spec = spec
         self._slots = RULES[spec.rule].slots
         self.tensors: dict[str, Tensor] = {
-            name: torch.zeros(shape, dtype=dtype, device="cpu" if dtype == torch.int64 else device)
+            name: torch.zeros(shape, dtype=dtype, device="cpu" if dtype == COUNTER else device)
             for name, (shape, dtype) in spec.state_tensors().items()
         }
         if "shrink" in self.tensors:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.architecture import count_idle_layers
@@ -63,8 +64,13 @@ def decide_step(facts: Facts) -> Decisions:
     )
 
 
+def logits_chunk_bytes(facts: Facts) -> int:
+    """Return the size of the float32 logits that are computed at once, in bytes: as asked, or as suits the device."""
+    return facts.config.memory.logits_chunk_mib * 2**20 or default_chunk_bytes(torch.device(facts.device.place))
+
+
 def standing_bytes(routes: Iterable[Route]) -> dict[Category, int]:
-    """Return the bytes that stay in memory for the whole run, by category.
+    """Return the bytes of weights and optimizer states, by category, wherever they live.
 
     Args:
         routes: One a parameter.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,3 +105,18 @@ class Route:
 def frozen_names(routes: Iterable[Route]) -> frozenset[str]:
     """Return the names of the parameters that are not trained."""
     return frozenset(route.name for route in routes if not route.trained)
+
+
+def by_layer(routes: Sequence[Route], names: Sequence[str]) -> tuple[dict[str, list[Route]], list[Route]]:
+    """Routes of each layer, and of what is in no layer.
+
+    Args:
+        routes: The model's routes.
+        names: Its layers, as prefixes of their parameters' names without the final dot.
+    """
+    of_layer: dict[str, list[Route]] = {name: [] for name in names}
+    around: list[Route] = []
+    for route in routes:
+        layer = next((name for name in names if route.name.startswith(f"{name}.")), None)
+        (around if layer is None else of_layer[layer]).append(route)
+    return of_layer, around

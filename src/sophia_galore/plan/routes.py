@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
+import torch
+
 from sophia_galore.config import RunConfig
 from sophia_galore.config.schema import QuantizationConfig
 from sophia_galore.numerics.hyper import Hyper
@@ -20,8 +22,11 @@ from sophia_galore.plan.parameters import PROJECTED, Routing, is_held_frozen, is
 from sophia_galore.plan.route import FROZEN, Format, Route
 from sophia_galore.plan.rules import RULES, optimizer
 from sophia_galore.plan.verdicts import decide
-from sophia_galore.weights.int8 import Int8Format
-from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.int8 import Int8Format, Int8Weight
+from sophia_galore.weights.plain import DTYPES, PlainWeight
+from sophia_galore.weights.weight import Weight
+
+_META = torch.device("meta")
 
 
 def peak_learning_rate(config: RunConfig) -> float:
@@ -89,6 +94,22 @@ def route_all(facts: Facts) -> tuple[Route, ...]:
 def int8_format(config: QuantizationConfig) -> Int8Format:
     """Return the int8 format of a configuration."""
     return Int8Format(config.block_size, config.rounding == "stochastic")
+
+
+def empty_weight(route: Route, form: Int8Format, device: torch.device = _META) -> Weight:
+    """Return a weight without values, in the format of a route that is not held by bitsandbytes.
+
+    Args:
+        route: The route.
+        form: The format of eight-bit weights.
+        device: Its device.
+    """
+    if route.format != "int8":
+        return PlainWeight(torch.empty(route.shape, dtype=DTYPES[route.format], device=device))
+    rows, columns = route.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=device)
+    scales = torch.empty(rows, form.num_scales(columns), dtype=torch.bfloat16, device=device)
+    return Int8Weight(codes, scales, form)
 
 
 def _route(facts: Facts, param: Param, routing: Routing, place: Fraction) -> Route:

@@ -17,7 +17,7 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
 from sophia_galore.streaming.streams import result_of, view_of
-from sophia_galore.streaming.units import Key, Piece
+from sophia_galore.streaming.units import Key, Piece, Unit
 from sophia_galore.weights.weight import Rows, Weight
 
 
@@ -26,9 +26,46 @@ class Visit:
     """A buffer and the rows in it."""
 
     buffer: DeviceBuffer
+    owner: RowStream | None = None
     rows: slice | None = None
     fetch: Future[object] | None = None
     released: object = None
+
+
+class RowBuffers:
+    """Two buffers for blocks of rows, which several weights use in turn.
+
+    Args:
+        num_bytes: Size of each.
+        device: The compute device.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.device = device
+        self.visits = [Visit(DeviceBuffer(torch.empty(num_bytes, dtype=torch.uint8, device=device))) for _ in range(2)]
+        self.turn = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Return the buffers."""
+        return [visit.buffer.tensor for visit in self.visits]
+
+    def find(self, owner: RowStream, rows: slice) -> Visit | None:
+        """Return the buffer that holds a block of rows, and make it the last one in use; None: no buffer does."""
+        for number, visit in enumerate(self.visits):
+            if visit.owner is owner and visit.rows == rows:
+                self.turn = number
+                return visit
+        return None
+
+    def next(self) -> Visit:
+        """Return the buffer that was not used last, and make it the last one in use."""
+        self.turn = 1 - self.turn
+        return self.visits[self.turn]
+
+    @property
+    def other(self) -> Visit:
+        """The buffer that was not used last."""
+        return self.visits[1 - self.turn]
 
 
 class RowStream:
@@ -36,25 +73,26 @@ class RowStream:
 
     Args:
         home: The home of the weight's unit.
-        name: The weight.
         lane: Copies.
         jobs: Runs the copies.
-        device: The compute device.
-        most_rows: Rows of the largest block that a buffer takes.
+        buffers: Where blocks of rows visit; large enough for `most_rows` rows.
+        most_rows: Rows of the largest block.
     """
 
-    def __init__(self, home: Home, name: str, lane: Lane, jobs: Jobs, device: torch.device, most_rows: int) -> None:
-        self._home, self._lane, self._jobs, self.device = home, lane, jobs, device
+    def __init__(self, home: Home, lane: Lane, jobs: Jobs, buffers: RowBuffers, most_rows: int) -> None:
+        self._home, self._lane, self._jobs, self._buffers = home, lane, jobs, buffers
         spans = home.unit.layouts["weights"].spans
         # In the order of the file: wide dtypes first, so that each tensor is aligned in a buffer.
-        self._spans = {key.removeprefix(name): span for key, span in spans.items()}
-        self._name, self._most_rows = name, most_rows
-        size = most_rows * sum(span.row_bytes for span in spans.values())
-        self._visits = [Visit(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(2)]
+        self._name, self._most_rows = home.unit.name, most_rows
+        self._spans = {key.removeprefix(self._name): span for key, span in spans.items()}
         starts = itertools.accumulate((most_rows * span.row_bytes for span in self._spans.values()), initial=0)
         self._starts = dict(zip(self._spans, starts, strict=False))
-        self._turn = 0
         self._num_rows = next(iter(spans.values())).shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The compute device."""
+        return self._buffers.device
 
     def blocks(self) -> Iterator[slice]:
         """Yield slices over all rows, each as large as a buffer."""
@@ -65,20 +103,17 @@ class RowStream:
         """Return a block of rows by suffix, in a buffer; it stays valid until the second block after it is read."""
         start, stop, _ = rows.indices(self._num_rows)
         rows = slice(start, stop)
-        visit = next((visit for visit in self._visits if visit.rows == rows), None)
+        visit = self._buffers.find(self, rows)
         if visit is None:
-            self._turn = 1 - self._turn
-            visit = self._visits[self._turn]
+            visit = self._buffers.next()
             self._fetch(visit, rows)
-        else:
-            self._turn = self._visits.index(visit)
         if visit.fetch is not None:
             self._lane.wait_here(result_of(visit.fetch))
             visit.fetch = None
         following = slice(stop, min(stop + stop - start, self._num_rows))
-        other = self._visits[1 - self._turn]
+        other = self._buffers.other
         other.released = self._lane.now()
-        if following.start < following.stop and other.rows != following:
+        if following.start < following.stop and (other.owner, other.rows) != (self, following):
             self._fetch(other, following)
         tensors = {
             suffix: view_of(visit.buffer.tensor, self._starts[suffix], span.dtype, (stop - start, *span.shape[1:]))
@@ -114,8 +149,8 @@ class RowStream:
             visit: Its buffer, from `read`.
             rows: The rows.
         """
-        for other in self._visits:
-            if other is not visit and other.rows is not None and _overlap(other.rows, rows):
+        for other in self._buffers.visits:
+            if other is not visit and other.owner is self and other.rows is not None and _overlap(other.rows, rows):
                 other.rows = None  # it was fetched before the change
         visit.released = self._lane.now()
 
@@ -132,7 +167,7 @@ class RowStream:
     def _fetch(self, visit: Visit, rows: slice) -> None:
         if rows.stop - rows.start > self._most_rows:
             raise ValueError(f"{self._name}: a block of {rows.stop - rows.start} rows does not fit into its buffer")
-        visit.rows = rows
+        visit.owner, visit.rows = self, rows
 
         def job() -> None:
             for piece, place in self._pieces(rows):
@@ -215,7 +250,8 @@ class StreamedRows(_InForm):
         """See `Weight`; a block of rows stays valid until the second block after it is asked for."""
         if isinstance(rows, Tensor):
             numbers, places = rows.unique(return_inverse=True)
-            return self._form.with_tensors(self._stream.gather(numbers))[places]
+            found = self._form.with_tensors(self._stream.gather(numbers))
+            return found if torch.equal(numbers, rows) else found[places]
         tensors, visit = self._stream.read(rows)
         start, stop, _ = rows.indices(self.shape[0])
         return _Block(self._form.with_tensors(tensors), self._stream, visit, slice(start, stop))
@@ -290,6 +326,11 @@ class _Block(_InForm):
     def problem(self) -> str | None:
         """See `Weight`."""
         return self._form.problem()
+
+
+def row_bytes(unit: Unit) -> int:
+    """Return the bytes of one row of a unit whose weight comes by rows."""
+    return sum(span.row_bytes for span in unit.layouts["weights"].spans.values())
 
 
 def _overlap(one: slice, other: slice) -> bool:

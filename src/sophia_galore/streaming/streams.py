@@ -88,13 +88,12 @@ class Streams:
         return [slot.buffer.tensor for slot in self._slots]
 
     @contextmanager
-    def lend(self, name: str, *, trains: bool = False, then: str | None = None) -> Iterator[dict[Key, Tensor]]:
+    def lend(self, name: str, *, trains: bool = False) -> Iterator[dict[Key, Tensor]]:
         """Lend a unit.
 
         Args:
             name: The unit.
             trains: Whether its weights are to be updated: the whole state comes too.
-            then: The unit that is needed next, which is fetched meanwhile.
 
         Yields:
             Its tensors; those that are changed in place are written back at the end.
@@ -107,12 +106,21 @@ class Streams:
         slot.users += 1
         before = {key: tensor._version for key, tensor in slot.tensors.items()}
         try:
-            if then is not None and then != name and then in self._homes:
-                self._prefetch(self._homes[then].unit, trains=trains)
             yield {key: slot.tensors[key] for key in slot.loaded}
         finally:
             slot.users -= 1
             self._write_back(slot, [key for key, tensor in slot.tensors.items() if tensor._version != before[key]])
+
+    def prefetch(self, name: str, *, trains: bool = False) -> None:
+        """Begin to fetch a unit, if a buffer is free.
+
+        Args:
+            name: The unit.
+            trains: As for `lend`.
+        """
+        unit = self._homes[name].unit
+        if any(slot.unit is unit or not slot.users for slot in self._slots_of[name]):
+            self._fetch(self._find_slot(unit), unit, trains=trains)
 
     def settle(self) -> None:
         """Wait until everything is written back.
@@ -136,10 +144,6 @@ class Streams:
         self._clock += 1
         slot.last_use = self._clock
         return slot
-
-    def _prefetch(self, unit: Unit, *, trains: bool) -> None:
-        if any(slot.unit is unit or not slot.users for slot in self._slots_of[unit.name]):
-            self._fetch(self._find_slot(unit), unit, trains=trains)
 
     def _find_slot(self, unit: Unit) -> _Slot:
         """Return the slot that a unit is in, else the free one whose last use is longest ago."""

@@ -89,13 +89,15 @@ class WeightStore:
         return next(weight.dtype for weight in self._weights.values() if not weight.is_packed)
 
     @contextmanager
-    def borrow(self, *names: str) -> Iterator[Borrowed]:
+    def borrow(self, *names: str, trains: bool = False, then: str = "") -> Iterator[Borrowed]:
         """Lend weights, or all weights of modules such as a layer.
 
         Inside the context they can be read and written; changes are permanent.
 
         Args:
             names: Names of weights, or of modules without the final dot.
+            trains: Whether the weights are to be updated, so that their optimizer state is needed too.
+            then: What is borrowed next, a weight or a module; "": it is not known.
         """
         prefixes = tuple(f"{name}." for name in names)
         found = {key: weight for key, weight in self._weights.items() if key in names or key.startswith(prefixes)}
@@ -116,8 +118,9 @@ class WeightStore:
         Yields:
             One tensor (k, n), to be read only, in a list so that its memory can be freed inside the context.
         """
-        lent = [self._weights[name][rows].values(dtype)]
-        try:
-            yield lent
-        finally:
-            lent.clear()
+        with self.borrow(name) as borrowed:
+            lent = [borrowed[name][rows].values(dtype)]
+            try:
+                yield lent
+            finally:
+                lent.clear()

@@ -14,7 +14,7 @@ from sophia_galore.errors import EnvironmentProblem, RunError
 from sophia_galore.numerics.noise import Noise
 from sophia_galore.streaming.homes import DiskHome, Home, HostHome
 from sophia_galore.streaming.lanes import CpuLane, Jobs
-from sophia_galore.streaming.rows import RowStream, StreamedRows
+from sophia_galore.streaming.rows import RowBuffers, RowStream, StreamedRows, row_bytes
 from sophia_galore.streaming.streams import Streams, group_bytes
 from sophia_galore.streaming.units import Key, Piece, Placement, Unit
 from sophia_galore.weights.int8 import Int8Format, quantise
@@ -56,11 +56,15 @@ def test_steps_over_all_units_add_up(placement: Placement, prefetches: bool, tmp
         names = list(made.units)
         for step in range(3):
             for name, then in zip(names, [*names[1:], None], strict=True):
-                with made.lend(name, then=then) as tensors:
+                with made.lend(name) as tensors:
+                    if then:
+                        made.prefetch(then)
                     assert {key.name for key in tensors} >= {"w", "w.scales", "w/basis"}
                     assert all(bool((tensors[Key("weights", key)] == step).all()) for key in ("w", "w.scales"))
             for name, then in zip(reversed(names), [*reversed(names[:-1]), None], strict=True):
-                with made.lend(name, trains=True, then=then) as tensors:
+                with made.lend(name, trains=True) as tensors:
+                    if then:
+                        made.prefetch(then, trains=True)
                     assert len(tensors) == 4
                     for tensor in tensors.values():
                         tensor += 1
@@ -103,7 +107,8 @@ def test_damage_stops_the_borrower_and_everything_after(tmp_path: Path) -> None:
         home = made.homes["layer.2"]
         assert isinstance(home, DiskHome)
         home.files["weights"].path.unlink()
-        with made.lend("layer.1", then="layer.2"):
+        with made.lend("layer.1"):
+            made.prefetch("layer.2")
             pass
         with pytest.raises(RunError, match="it is gone"), made.lend("layer.2"):
             pass
@@ -151,7 +156,10 @@ def streamed_rows(
     jobs = Jobs(lane, in_background=prefetches)
     empty = weight.with_tensors({key: tensor.to("meta") for key, tensor in weight.tensors().items()})
     try:
-        yield StreamedRows(empty, RowStream(home, "embed", lane, jobs, CPU, most_rows)), weight.values(torch.float32)
+        yield (
+            StreamedRows(empty, RowStream(home, lane, jobs, RowBuffers(most_rows * row_bytes(unit), CPU), most_rows)),
+            weight.values(torch.float32),
+        )
     finally:
         jobs.close()
 

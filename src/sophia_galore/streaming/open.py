@@ -1,0 +1,99 @@
+"""Open the homes of units, and what moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sophia_galore.streaming.homes import DiskHome, Home, HostHome
+from sophia_galore.streaming.lanes import CpuLane, CudaLane, Jobs, Lane
+from sophia_galore.streaming.rows import RowBuffers, RowStream, row_bytes
+from sophia_galore.streaming.streams import Streams, group_bytes
+from sophia_galore.streaming.units import Unit
+
+# While a layer works in one buffer, the last one leaves the other one and the next one comes into it.
+_LAYER_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What moves the units of a run.
+
+    Args:
+        streams: Lends them.
+        rows: For each unit whose weight comes by rows, what fetches them, by its name.
+        buffers: All buffers on the compute device.
+    """
+
+    streams: Streams
+    rows: Mapping[str, RowStream]
+    buffers: Sequence[Tensor]
+
+
+def open_streaming(
+    units: Sequence[Unit],
+    ends: Collection[str],
+    *,
+    folder: Path,
+    device: torch.device,
+    prefetches: bool = True,
+    most_rows: int = 1,
+) -> Streaming:
+    """Create the homes of units, all zero, and the buffers that they visit.
+
+    Args:
+        units: The units.
+        ends: Names of those that are no layers: the embedding and the head, of which one is in use at a time.
+        folder: Where files are written; made if there is need. Files of an earlier run in it are replaced.
+        device: The compute device.
+        prefetches: Whether bytes move in the background.
+        most_rows: Rows of the largest block of a weight that comes by rows.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    lane = _lane(units, device)
+    if any(unit.placement == "disk" for unit in units):
+        folder.mkdir(parents=True, exist_ok=True)
+    homes = [_home(unit, lane, folder, number) for number, unit in enumerate(units)]
+    jobs = Jobs(lane, in_background=prefetches)
+    layers = [unit.name for unit in units if unit.name not in ends]
+    groups = [(layers, _LAYER_BUFFERS), ([unit.name for unit in units if unit.name in ends], 1)]
+    streams = Streams(homes, lane, jobs, [group for group in groups if group[0]], device)
+    by_rows = [home for home in homes if home.unit.by_rows]
+    buffers = RowBuffers(row_buffer_bytes(units, most_rows), device) if by_rows else None
+    return Streaming(
+        streams,
+        {home.unit.name: RowStream(home, lane, jobs, buffers, most_rows) for home in by_rows if buffers},
+        [*streams.buffers(), *(buffers.tensors() if buffers else [])],
+    )
+
+
+def buffers_bytes(units: Sequence[Unit], ends: Collection[str], most_rows: int) -> int:
+    """Return the bytes of all buffers on the compute device; arguments as for `open_streaming`."""
+    layers = [unit for unit in units if unit.name not in ends]
+    around = [unit for unit in units if unit.name in ends]
+    return _LAYER_BUFFERS * group_bytes(layers) + group_bytes(around) + 2 * row_buffer_bytes(units, most_rows)
+
+
+def row_buffer_bytes(units: Sequence[Unit], most_rows: int) -> int:
+    """Return the bytes of a buffer for blocks of rows."""
+    return max((most_rows * row_bytes(unit) for unit in units if unit.by_rows), default=0)
+
+
+def _lane(units: Sequence[Unit], device: torch.device) -> Lane:
+    if device.type == "cpu":
+        return CpuLane()
+    on_disk = [unit.layouts.values() for unit in units if unit.placement == "disk"]
+    largest = max((span.num_bytes for parts in on_disk for part in parts for span in part.spans.values()), default=0)
+    return CudaLane(device, largest)
+
+
+def _home(unit: Unit, lane: Lane, folder: Path, number: int) -> Home:
+    if unit.placement == "disk":
+        return DiskHome(unit, folder, number)
+    return HostHome(unit, lane.host_buffer(unit.host_bytes))
