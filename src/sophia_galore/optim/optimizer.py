@@ -6,7 +6,8 @@ parameter's state, runs the dense or the low-rank step, and rounds the updated w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,10 @@ class ParamOptimizer:
         specs: One per parameter; names must be distinct.
         seed: The run's seed, for random bases and stochastic rounding.
         device: Device of the states; None: each is created at its first use, on its parameter's device.
-        elsewhere: Names of the parameters whose states are on the meta device, until something else replaces them.
+        elsewhere: Names of the parameters whose states live elsewhere: on the meta device unless they are lent.
+
+    Attributes:
+        lend: Lends the state of a parameter inside a context; by default, all are there.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class ParamOptimizer:
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self._seed = seed
+        self.lend: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
         self._states: dict[str, ParamState] = {}
         if device is not None:
             places = {name: torch.device("meta") if name in elsewhere else device for name in self.specs}
@@ -245,12 +250,32 @@ class ParamOptimizer:
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
 
+    def begin(self, names: Iterable[str]) -> None:
+        """Write the states of parameters that live elsewhere as they are before the first step: not all are zero.
+
+        Args:
+            names: The parameters; those without a state are left out.
+        """
+        for name in names:
+            if name in self._states and self._states[name].begins_above_zero:
+                with self.lend(name):
+                    self._states[name].begin()
+
+    def each_state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """Yield each parameter's name and state tensors; those that live elsewhere are lent until the next one."""
+        for name, state in self._states.items():
+            with self.lend(name):
+                yield name, state.tensors
+
     def states(self) -> dict[str, MutableMapping[str, Tensor]]:
         """Return the live state tensors of each parameter by their names; to replace one changes the state."""
         return {name: state.tensors for name, state in self._states.items()}
 
     def named_state(self) -> dict[str, Tensor]:
-        """Return all state tensors by their "parameter/state" names; they are not copies."""
+        """Return all state tensors by their "parameter/state" names; they are not copies.
+
+        Those that live elsewhere are on the meta device, unless they are lent.
+        """
         return {
             f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.tensors.items()
         }
@@ -262,7 +287,12 @@ class ParamOptimizer:
                 {f"{name}/{key}": (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.tensors.items()}
                 for name, state in self._states.items()
             ],
-            lambda: (block for name, tensor in self.named_state().items() for block in blocks_of(name, tensor)),
+            lambda: (
+                block
+                for name, tensors in self.each_state()
+                for key, tensor in tensors.items()
+                for block in blocks_of(f"{name}/{key}", tensor)
+            ),
         )
 
     def load_named_state(self, saved: TensorStream) -> None:
@@ -284,7 +314,10 @@ class ParamOptimizer:
                 "Resume with the configuration that the checkpoint was made with.",
             )
         for name, rows, first in saved.blocks():
-            (own[name][first : first + len(rows)] if rows.ndim else own[name]).copy_(rows)
+            parameter, _, key = name.rpartition("/")
+            with self.lend(parameter):
+                tensor = self._states[parameter].tensors[key]
+                (tensor[first : first + len(rows)] if rows.ndim else tensor).copy_(rows)
 
     def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """Create a parameter's state on a device, or move it there.

@@ -38,7 +38,16 @@ class ParamState:
             name: torch.zeros(shape, dtype=dtype, device="cpu" if dtype == COUNTER else device)
             for name, (shape, dtype) in spec.state_tensors().items()
         }
-        if "shrink" in self.tensors:
+        self.begin()
+
+    @property
+    def begins_above_zero(self) -> bool:
+        """Whether not all of its tensors are zero before the first step."""
+        return "shrink" in self.tensors
+
+    def begin(self) -> None:
+        """Set what is not zero before the first step."""
+        if self.begins_above_zero:
             self.tensors["shrink"].fill_(1)
 
     def read(self, slot: str, rows: slice = _EVERYTHING) -> Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +24,10 @@ from sophia_galore.plan.route import Route
 from sophia_galore.plan.routes import dense_learning_rate, peak_learning_rate
 from sophia_galore.plan.rules import optimizer
 from sophia_galore.plan.verdicts import Decided
+from sophia_galore.streaming.units import Placement
 
 _OWN_FORMAT = ChatFormat()
+_ALL_HERE: Mapping[str, Placement] = {}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class RunPlan:
         clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
         curvature_every: Steps between two curvature estimates; 0 if no rule needs them.
         keep_layers: Number of last layers that run without activation checkpointing.
+        placements: For each layer, and for the embedding's and the head's weight, where it lives; those that are left
+            out stay on the device.
         chat_format: How conversations are written.
         num_train_examples: Training examples.
         num_eval_examples: Evaluation examples.
@@ -75,6 +80,7 @@ class RunPlan:
     clip_by: ClipBy
     curvature_every: int
     keep_layers: int
+    placements: Mapping[str, Placement]
     chat_format: ChatFormat
     num_train_examples: int
     num_eval_examples: int
@@ -116,7 +122,7 @@ class RunPlan:
 
     @property
     def standing_bytes(self) -> dict[Category, int]:
-        """Bytes that stay in memory for the whole run, by category."""
+        """Bytes of weights and optimizer states, by category, wherever they live."""
         return standing_bytes(self.routes)
 
     def to_json(self) -> dict[str, Any]:
@@ -144,6 +150,7 @@ def make_plan(
     dataset: Dataset,
     chat_format: ChatFormat = _OWN_FORMAT,
     keep_layers: int = 0,
+    placements: Mapping[str, Placement] = _ALL_HERE,
 ) -> RunPlan:
     """Make the plan of a run.
 
@@ -153,6 +160,7 @@ def make_plan(
         dataset: The tokenised data.
         chat_format: How conversations are written.
         keep_layers: Number of last layers that run without activation checkpointing.
+        placements: Which parts of the model live elsewhere than on the device, and where.
 
     Raises:
         UserError: The run is refused; the error names all reasons.
@@ -182,6 +190,7 @@ def make_plan(
         clip_by=decided.clip_by,
         curvature_every=decided.curvature_every,
         keep_layers=keep_layers,
+        placements=dict(placements),
         chat_format=chat_format,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from sophia_galore.streaming.homes import DiskHome, Home, HostHome
 from sophia_galore.streaming.lanes import CpuLane, CudaLane, Jobs, Lane
-from sophia_galore.streaming.rows import RowBuffers, RowStream, row_bytes
+from sophia_galore.streaming.rows import RowBuffers, RowStream, StreamedRows, row_bytes
 from sophia_galore.streaming.streams import Streams, group_bytes
-from sophia_galore.streaming.units import Unit
+from sophia_galore.streaming.units import Key, Piece, Unit
+from sophia_galore.weights.safetensors_layout import bytes_of
+from sophia_galore.weights.weight import Weight
 
 # While a layer works in one buffer, the last one leaves the other one and the next one comes into it.
 _LAYER_BUFFERS = 2
@@ -32,6 +34,28 @@ class Streaming:
     streams: Streams
     rows: Mapping[str, RowStream]
     buffers: Sequence[Tensor]
+
+    def take_in(self, name: str, weight: Weight) -> Weight:
+        """Copy a weight to where it lives, before anything is lent.
+
+        Args:
+            name: The weight.
+            weight: In host memory.
+
+        Returns:
+            What stands for it in a store; the weight itself if it is in no unit.
+
+        Raises:
+            OSError: The disk is full or not writable.
+        """
+        tensors = weight.tensors()
+        home = next((home for home in self.streams.homes.values() if name in home.unit.layouts["weights"].spans), None)
+        if home is None:
+            return weight
+        for ending, tensor in tensors.items():
+            home.write(Piece(Key("weights", name + ending)), bytes_of(tensor.contiguous()))
+        at_rest = weight.with_tensors({ending: tensor.to("meta") for ending, tensor in tensors.items()})
+        return StreamedRows(at_rest, self.rows[name]) if name in self.rows else at_rest
 
 
 def open_streaming(

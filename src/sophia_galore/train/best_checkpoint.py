@@ -169,7 +169,8 @@ def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOpt
     optimizer.load_named_state(checkpoint.optimizer_state())
     for _, name, saved in read_weights(checkpoint.folder):
         # The optimizer's state holds the updates that are not in the codes yet.
-        store[name].settled.copy_(saved.settled)
+        with store.borrow(name) as weights:
+            weights[name].settled.copy_(saved.settled)
 
 
 def _was_saved(folder: Path, evaluation: Evaluation) -> bool:

@@ -51,6 +51,16 @@ def refuse_unwritable(folder: Path) -> None:
         raise not_writable(folder, error) from error
 
 
+def streaming_folder(folder: Path) -> Path:
+    """Return where a run keeps weights and states that live on disk: beside its folder, like the lock that guards it.
+
+    Args:
+        folder: The run's folder; it need not exist.
+    """
+    place = folder.resolve()
+    return place.with_name(f".{place.name}.streaming")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock a run's folder against other processes; the system releases the lock when the process ends.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
+from pathlib import Path
+
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
 from sophia_galore.engine.layerwise import LayerwiseEngine
@@ -11,7 +15,10 @@ from sophia_galore.memory.out_of_memory import storage_names
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
+from sophia_galore.streaming.open import Streaming, open_streaming
+from sophia_galore.streaming.store import StreamedStore
 from sophia_galore.train.callback import Callback
+from sophia_galore.train.folder import streaming_folder
 from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.weights.bitsandbytes import Freezer
@@ -35,6 +42,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
+        streaming = _open_streaming(prepared, monitor)
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         architecture = prepared.architecture
         frozen = [route.name for route in plan.routes if route.format == "bnb8"]
@@ -49,9 +57,19 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
             form=int8_format(config.quantization),
             without_updates=checkpoint is not None,
             frozen=freezer,
+            elsewhere=prepared.streamed.names,
+            settle=streaming.take_in if streaming else lambda name, weight: weight,
         )
-        specs = (route.spec for route in plan.routes if route.spec)
-        optimizer = ParamOptimizer(specs, seed=config.training.seed, device=prepared.device)
+        specs = [route.spec for route in plan.routes if route.spec]
+        optimizer = ParamOptimizer(
+            specs, seed=config.training.seed, device=prepared.device, elsewhere=prepared.streamed.names
+        )
+        if streaming:
+            store = StreamedStore(
+                dict(store.items()), streaming.streams, optimizer.states(), optimizer.with_deferred_update
+            )
+            optimizer.lend = partial(store.borrow, trains=True)
+            optimizer.begin(prepared.streamed.names)
         if checkpoint:
             with monitor.apart():
                 optimizer.load_named_state(checkpoint.optimizer_state())
@@ -86,4 +104,34 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     )
     pad_id = pad_token(prepared.tokenizer)
     feed, eval_feed = (Feed.of(config, part, pad_id) for part in (prepared.dataset.train, prepared.dataset.eval))
-    return Loaded(prepared, store, optimizer, engine, stepper, feed, eval_feed, monitor, stop)
+    return Loaded(
+        prepared,
+        streaming.streams if streaming else None,
+        store,
+        optimizer,
+        engine,
+        stepper,
+        feed,
+        eval_feed,
+        monitor,
+        stop,
+    )
+
+
+def _open_streaming(prepared: Prepared, monitor: MemoryMonitor) -> Streaming | None:
+    """Open what moves weights and states that live elsewhere than on the device; None if none do."""
+    streamed, folder = prepared.streamed, streaming_folder(Path(prepared.config.run_folder))
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    if not streamed.units:
+        return None
+    streaming = open_streaming(
+        streamed.units,
+        streamed.parts.ends,
+        folder=folder,
+        device=prepared.device,
+        prefetches=prepared.config.memory.prefetch,
+        most_rows=streamed.most_rows,
+    )
+    for buffer in streaming.buffers:
+        monitor.tag(buffer, "weights")
+    return streaming

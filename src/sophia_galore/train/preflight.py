@@ -53,9 +53,11 @@ def _stops_at_turns(run: Prepared) -> str | None:
 
 
 def _weights_are_sound(run: Loaded) -> None:
-    for route in run.prepared.plan.routes:
+    routes = {route.name: route for route in run.prepared.plan.routes}
+    for name, weight in run.store.each():
+        route = routes[name]
         with run.monitor.phase("load"):
-            problem = _weight_problem(run.store[route.name], route)
+            problem = _weight_problem(weight, route)
         if problem:
             raise ModelError(
                 f"{route.name} {problem}.",
@@ -77,13 +79,15 @@ def _weight_problem(weight: Weight, route: Route) -> str | None:
 def _state_is_finite(run: Loaded) -> None:
     if run.prepared.checkpoint is None:
         return  # all zeros
-    for name, tensor in run.optimizer.named_state().items():
-        # Integer codes are always finite; their scales are separate tensors.
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            raise CheckpointError(
-                f"{run.prepared.checkpoint.folder}: the optimizer's state {name} holds values that are not finite.",
-                "Go on from an earlier checkpoint (--resume=PATH), or start without --resume.",
-            )
+    for name, state in run.optimizer.each_state():
+        for key, tensor in state.items():
+            # Integer codes are always finite; their scales are separate tensors.
+            if tensor.is_floating_point() and not _is_finite(tensor):
+                raise CheckpointError(
+                    f"{run.prepared.checkpoint.folder}: the optimizer's state {name}/{key} holds values that are not "
+                    "finite.",
+                    "Go on from an earlier checkpoint (--resume=PATH), or start without --resume.",
+                )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -110,8 +110,16 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     estimate = planner.estimate(config) if config.memory.predict else None
     if estimate is not None:
         facts = replace(facts, memory=estimate.facts())
-    keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config)
-    plan = make_plan(facts, model=model, dataset=dataset, chat_format=chat_format, keep_layers=keep_layers)
+    streamed = estimate.streamed if estimate else planner.streamed(config)
+    keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config, streamed)
+    plan = make_plan(
+        facts,
+        model=model,
+        dataset=dataset,
+        chat_format=chat_format,
+        keep_layers=keep_layers,
+        placements=streamed.placements,
+    )
     prepared = Prepared(
         config,
         plan,
@@ -127,6 +135,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         compute_dtype(facts),
         planner,
         estimate,
+        streamed,
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:

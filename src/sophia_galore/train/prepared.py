@@ -18,7 +18,9 @@ from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.source_files import SourceFiles
 from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.plan.placements import Streamed
 from sophia_galore.plan.plan import RunPlan
+from sophia_galore.streaming.streams import Streams
 from sophia_galore.train.checkpoint import Checkpoint
 from sophia_galore.train.signals import StopRequest
 from sophia_galore.weights.store import WeightStore
@@ -43,6 +45,7 @@ class Prepared:
         compute_dtype: The precision of the arithmetic.
         planner: Predicts the memory of this and other configurations.
         estimate: The predicted memory; None without memory.predict.
+        streamed: What lives elsewhere than on the device.
     """
 
     config: RunConfig
@@ -59,6 +62,7 @@ class Prepared:
     compute_dtype: torch.dtype
     planner: Planner
     estimate: MemoryEstimate | None
+    streamed: Streamed
 
     @property
     def stop_ids(self) -> list[int] | None:
@@ -72,6 +76,7 @@ class Loaded:
 
     Args:
         prepared: The prepared run.
+        streams: Lends what lives elsewhere than on the device; None: nothing does.
         store: The weights.
         optimizer: The optimizer with its state.
         engine: Computes gradients.
@@ -83,6 +88,7 @@ class Loaded:
     """
 
     prepared: Prepared
+    streams: Streams | None
     store: WeightStore
     optimizer: ParamOptimizer
     engine: LayerwiseEngine

@@ -45,10 +45,14 @@ _FREE = (
     "checkpoint.",
     "export.",
     "engine.keep_layers",
+    "memory.host_limit",
     "memory.limit",
     "memory.on_oom",
+    "memory.placement",
     "memory.predict",
+    "memory.prefetch",
     "memory.reserve",
+    "memory.resident_layers",
     "memory.track_steps",
 )
 _INT8_KEYS = ("quantization.enabled", "quantization.load_in_8bit")
@@ -82,7 +86,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     for side in (now, saved):
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Sentences, and values that follow from the routes, which are compared.
-    skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
+    skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction", "placements"}
     # Other rounding noise is reported, not refused: expectations stay the same.
     skip.add("noise")
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.

@@ -107,6 +107,10 @@ class DeferredWeight(Weight):
         made.write(part.values(torch.float32).to(device), noise)
         return made
 
+    def is_finite(self) -> bool:
+        """See `Weight`."""
+        return self.base.is_finite() and all(bool(torch.isfinite(part).all()) for part in (*self.factors(), self.decay))
+
     def problem(self) -> str | None:
         """See `Weight`."""
         if problem := self.base.problem():
@@ -115,7 +119,7 @@ class DeferredWeight(Weight):
         shapes = (left.ndim, right.ndim, left.shape[:1], right.shape[1:], left.shape[1:])
         if shapes != (2, 2, self.shape[:1], self.shape[1:], right.shape[:1]) or self.decay.shape != (1,):
             return f"holds a remainder of shapes {tuple(left.shape)} and {tuple(right.shape)}, which does not fit"
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (left, right, self.decay)):
+        if not all(bool(torch.isfinite(part).all()) for part in (left, right, self.decay)):
             return "holds a remainder that is not finite"
         return None
 

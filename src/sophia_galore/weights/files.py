@@ -84,6 +84,8 @@ def load_store(
     without_updates: bool = False,
     frozen: Freezer | None = None,
     as_packed: bool = False,
+    elsewhere: Collection[str] = (),
+    settle: Callable[[str, Weight], Weight] = lambda name, weight: weight,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, tensor by tensor.
 
@@ -101,6 +103,8 @@ def load_store(
         without_updates: Whether to ignore deferred updates, since a resumed run has them in its optimizer's state.
         frozen: Puts weights into modules of bitsandbytes; these have neither the format `dtype` nor `form`.
         as_packed: Whether weights that are already in eight bits keep their format.
+        elsewhere: Names of the weights that live elsewhere; they are converted in host memory.
+        settle: Takes each weight to where it lives, and returns what stands for it in the store.
 
     Returns:
         The store.
@@ -128,7 +132,7 @@ def load_store(
         if without_updates:
             weight = weight.settled
         if not (freezes and isinstance(weight, RowInt8Weight)):
-            weight = convert(weight, None if keeps else target, torch.device("cpu") if freezes else device)
+            weight = convert(weight, None if keeps else target, _CPU if freezes or name in elsewhere else device)
         if not weight.is_finite():
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in "
@@ -136,7 +140,7 @@ def load_store(
                 f"Take a format of a wider range. If it is float32 already, the weights are broken: "
                 f"{repair_hint(folder)}",
             )
-        weights[name] = frozen.freeze(name, weight) if frozen and freezes else weight
+        weights[name] = frozen.freeze(name, weight) if frozen and freezes else settle(name, weight)
     missing = [name for name in shapes if name not in weights]
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", repair_hint(folder))
@@ -285,8 +289,14 @@ def _kinds(weight: Weight, form: Form) -> dict[str, TensorKind]:
 def _blocks(name: str, weight: Weight, form: Form) -> Iterator[Block]:
     """Yield the tensors of a weight in a format, by rows."""
     if form is None:
-        for ending, tensor in weight.tensors().items():
-            yield from blocks_of(name + ending, tensor)
+        settled = weight.settled
+        for rows in row_blocks(weight.shape) if weight.shape else (_ALL,):
+            for ending, tensor in settled[rows].tensors().items():
+                yield Block(name + ending, tensor, rows.start or 0)
+        update = weight.tensors().items() if weight is not settled else ()
+        for ending, tensor in update:
+            if ending in _UPDATE:
+                yield from blocks_of(name + ending, tensor)
         return
     for rows in row_blocks(weight.shape) if weight.shape else (_ALL,):
         yield from _converted(name, weight, form, rows)
