@@ -67,7 +67,8 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "reserve_bytes": budget.reserve_bytes if budget else None,
         "left_bytes": budget.tensor_bytes - forecast.peak_bytes if budget else None,
         "fits": estimate.fits,
-        "settings": {key: values[key] for key in _SETTINGS} | {"engine.keep_layers": forecast.keep_layers},
+        "settings": {key: values[key] for key in _SETTINGS}
+        | {"engine.keep_layers": forecast.keep_layers, "engine.full_gradients": planner.full_gradients(config)},
         "notes": [verdict.sentence() for verdict in decided.verdicts],
     }
     if found is not None:

@@ -3,11 +3,12 @@
     1  kept layers       only time: activations of all layers are computed again in backward
     2  micro-batch       only time: the same effective batch in smaller pieces
     3  logits            only time: smaller tiles of the vocabulary's logits
-    4  weight format     fp32, bf16, int8: stochastic rounding, without bias
-    5  state bits        32, 16, 8: the same for the optimizer's state
-    6  projection bits   32, 16, 4: coarser bases
-    7  rank              halves: less of each gradient is seen
-    8  max_length        halves: less of each example is seen; only if that is allowed
+    4  full gradients    only time: a layer goes backward several times where full gradients are needed
+    5  weight format     fp32, bf16, int8: stochastic rounding, without bias
+    6  state bits        32, 16, 8: the same for the optimizer's state
+    7  projection bits   32, 16, 4: coarser bases
+    8  rank              halves: less of each gradient is seen
+    9  max_length        halves: less of each example is seen; only if that is allowed
 
 A rung returns the next change of a configuration, or None if nothing is left to change. Each rung is used up before
 the next one is tried.
@@ -74,6 +75,17 @@ def _smaller_tile(config: RunConfig) -> Changes | None:
     return None if smaller is None else {"memory.logits_chunk_mib": smaller}
 
 
+def forms_apart(config: RunConfig) -> bool:
+    """Return whether `engine.full_gradients: matrix` can save memory: only products of full gradients are kept."""
+    return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
+
+
+def _gradients_apart(config: RunConfig) -> Changes | None:
+    if config.engine.full_gradients == "matrix" or not forms_apart(config):
+        return None
+    return {"engine.full_gradients": "matrix"}
+
+
 def _smaller_format(config: RunConfig) -> Changes | None:
     if config.quantization.int8:
         return None
@@ -120,6 +132,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("kept layers", _keep_fewer),
     Rung("micro-batch", _smaller_batch),
     Rung("logits", _smaller_tile),
+    Rung("full gradients", _gradients_apart),
     Rung("weight format", _smaller_format),
     Rung("state bits", _fewer_state_bits),
     Rung("projection bits", _fewer_projection_bits),

@@ -11,15 +11,17 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget, budget_of
 from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
+from sophia_galore.memory.ladder import forms_apart
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
@@ -110,13 +112,14 @@ class Planner:
         """
         if replace(self.facts, config=config).freezes_layers:
             return None
+        config = changed(config, {"engine.full_gradients": self.full_gradients(config)})
         return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config))
 
     def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
         """Return the forecast of a configuration.
 
         Args:
-            config: The configuration.
+            config: The configuration; engine.full_gradients: auto counts as layer.
             keep_layers: Number of layers without activation checkpointing; overrides the configuration.
 
         Raises:
@@ -135,6 +138,23 @@ class Planner:
     def budget(self, config: RunConfig) -> Budget | None:
         """Return the available memory; None without a limit."""
         return budget_of(config, self.facts.device)
+
+    def full_gradients(self, config: RunConfig) -> FullGradients:
+        """Return which full gradients may be in memory together.
+
+        Args:
+            config: The configuration. For auto it is `matrix` if the forecast with `layer` does not fit and the
+                optimizer needs no more of the full gradients than products.
+        """
+        asked = config.engine.full_gradients
+        if asked != "auto":
+            return asked
+        budget = self.budget(config) if config.memory.predict and forms_apart(config) else None
+        if budget is None or replace(self.facts, config=config).freezes_layers:
+            return "layer"
+        is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
+        together = self.forecast(config, 0 if is_open else self.keep_layers(config))
+        return "layer" if budget.fits(together.peak_bytes) else "matrix"
 
     def keep_layers(self, config: RunConfig) -> int:
         """Return how many layers run without activation checkpointing.
@@ -170,6 +190,7 @@ class Planner:
 
     def _trace(self, config: RunConfig, *, with_kept: bool) -> ModelTrace:
         values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}
+        values["engine.full_gradients"] = values["engine.full_gradients"].replace("auto", "layer")
         key = f"{with_kept} {values}"
         if key not in self._traces:
             self._traces[key] = trace_model(

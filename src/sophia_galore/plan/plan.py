@@ -14,6 +14,7 @@ from sophia_galore.data.chat_format import ChatFormat
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
 from sophia_galore.numerics.noise import NOISE
@@ -43,6 +44,7 @@ class RunPlan:
         clip_by: What gradients are clipped by: the norm over the model, over each layer, or nothing.
         curvature_every: Steps between two curvature estimates; 0 if no rule needs them.
         keep_layers: Number of last layers that run without activation checkpointing.
+        full_gradients: Which full gradients may be in memory together.
         chat_format: How conversations are written.
         num_train_examples: Training examples.
         num_eval_examples: Evaluation examples.
@@ -75,6 +77,7 @@ class RunPlan:
     clip_by: ClipBy
     curvature_every: int
     keep_layers: int
+    full_gradients: FullGradients
     chat_format: ChatFormat
     num_train_examples: int
     num_eval_examples: int
@@ -144,6 +147,7 @@ def make_plan(
     dataset: Dataset,
     chat_format: ChatFormat = _OWN_FORMAT,
     keep_layers: int = 0,
+    full_gradients: FullGradients = "layer",
 ) -> RunPlan:
     """Make the plan of a run.
 
@@ -153,6 +157,7 @@ def make_plan(
         dataset: The tokenised data.
         chat_format: How conversations are written.
         keep_layers: Number of last layers that run without activation checkpointing.
+        full_gradients: Which full gradients may be in memory together.
 
     Raises:
         UserError: The run is refused; the error names all reasons.
@@ -182,6 +187,7 @@ def make_plan(
         clip_by=decided.clip_by,
         curvature_every=decided.curvature_every,
         keep_layers=keep_layers,
+        full_gradients=full_gradients,
         chat_format=chat_format,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),

@@ -111,7 +111,14 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     if estimate is not None:
         facts = replace(facts, memory=estimate.facts())
     keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config)
-    plan = make_plan(facts, model=model, dataset=dataset, chat_format=chat_format, keep_layers=keep_layers)
+    plan = make_plan(
+        facts,
+        model=model,
+        dataset=dataset,
+        chat_format=chat_format,
+        keep_layers=keep_layers,
+        full_gradients=planner.full_gradients(config),
+    )
     prepared = Prepared(
         config,
         plan,

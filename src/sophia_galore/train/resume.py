@@ -44,6 +44,7 @@ _FREE = (
     "training.sample_",
     "checkpoint.",
     "export.",
+    "engine.full_gradients",
     "engine.keep_layers",
     "memory.limit",
     "memory.on_oom",
@@ -82,7 +83,7 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     for side in (now, saved):
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Sentences, and values that follow from the routes, which are compared.
-    skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction"}
+    skip = {"notes", "verdicts", "bytes", "keep_layers", "full_gradients", "num_trained_parameters", "trained_fraction"}
     # Other rounding noise is reported, not refused: expectations stay the same.
     skip.add("noise")
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.
