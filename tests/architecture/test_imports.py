@@ -19,6 +19,7 @@ ORDER: list[set[str]] = [
     {"records"},
     {"numerics"},
     {"weights"},
+    {"streaming"},
     {"optim"},
     {"config"},
     {"model", "data"},

@@ -27,9 +27,10 @@ from sophia_galore.model.source_files import read_source_files
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
+from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.bitsandbytes import Frozen8bit
-from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.tensor_stream import TensorStream
 from tiny import autograd_loss, ragged_batches, tiny_model, write_tiny_model
 
 pytestmark = NEEDS_BITSANDBYTES
@@ -144,7 +145,7 @@ def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> 
     state = {name: tensor.clone() for name, tensor in straight.optimizer.named_state().items()}
     losses = [straight.step(step) for step in range(3, 6)]
     resumed = World(folder, dtype)
-    resumed.optimizer.load_named_state(state)
+    resumed.optimizer.load_named_state(TensorStream.of(state))
     assert [resumed.step(step) for step in range(3, 6)] == losses
     assert resumed.engine.evaluate(ragged_batches()) == straight.engine.evaluate(ragged_batches())
     again, expected = resumed.tensors(), straight.tensors()

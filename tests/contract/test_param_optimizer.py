@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contract.cases import MEANINGLESS, TABLES, Case, all_cases, is_meaningful, main_product, pairs_of
@@ -18,6 +17,7 @@ from sophia_galore.errors import CheckpointError, NonFiniteError
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.spec import ParamSpec
+from sophia_galore.weights.tensor_stream import TensorStream, read_stream, write_stream
 
 NUM_STEPS = 6
 
@@ -97,8 +97,8 @@ def test_state_goes_to_disk_and_back_to_the_bit(case: Case, tmp_path: Path) -> N
     straight, first, second = make(spec), make(spec), make(spec)
     whole = go(straight, start(case), range(1, 2 * NUM_STEPS))
     weight = go(first, start(case), range(1, NUM_STEPS))
-    save_file(first.named_state(), tmp_path / "state.safetensors")
-    second.load_named_state(load_file(tmp_path / "state.safetensors"))
+    write_stream(tmp_path, "state", first.state_stream())
+    second.load_named_state(read_stream([tmp_path / "state.safetensors"]))
     assert same(second.named_state(), first.named_state())
     assert torch.equal(values(go(second, weight, range(NUM_STEPS, 2 * NUM_STEPS))), values(whole))
     assert same(second.named_state(), straight.named_state())
@@ -230,7 +230,7 @@ def test_a_state_that_does_not_fit_is_refused_whole(change: str, case: Case, nam
     else:
         state[key] = state[key].to(torch.float64)
     with pytest.raises(CheckpointError, match=rf"[wv]/{name}"):
-        optimizer.load_named_state(state)
+        optimizer.load_named_state(TensorStream.of(state))
     assert all(not tensor.any() for name, tensor in optimizer.named_state().items() if name != "w/shrink")
 
 

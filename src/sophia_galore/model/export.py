@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from sophia_galore.model.source_files import (
     SourceFiles,
     read_source_files,
 )
-from sophia_galore.weights.files import convert, read_weights, save_weights
+from sophia_galore.weights.files import FolderWeights, save_weights
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES
 from sophia_galore.weights.int8 import Int8Format
-from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.tensor_stream import SHARD_BYTES
 from sophia_galore.weights.weight import Weight
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -58,41 +58,49 @@ def write_model(
     source: SourceFiles,
     chat_template: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the weights and the other files of the source model, changed only where training changed something.
 
     Args:
-        folder: An existing folder.
+        folder: An existing folder. If this fails, files in it are half written.
         store: The weights.
         dtype: Precision of the weights in the file; None: exactly as stored, also in eight bits.
         source: Files of the model that was trained.
         chat_template: Text of a new chat template; None: the source's.
         eos_token_ids: Ids of new tokens that end an answer; None: the source's.
+        shard_bytes: Most bytes of weights in a file.
 
     Raises:
         ModelError: A weight is not finite in that precision, or the source's settings can't be read.
     """
-    # Moved to the CPU one by one: a second copy of the model would not fit on a small card.
-    weights = {name: _exported(name, weight, dtype) for name, weight in store.items()}
-    save_weights(folder, weights)
-    dtype_name = _DTYPE_NAMES[next(weight.dtype for weight in weights.values() if not weight.is_packed)]
-    files = {
-        **source.files,
-        **_settings(source, dtype_name, untied=HEAD in weights, chat_template=chat_template, stops=eos_token_ids),
-    }
-    for name, content in files.items():
+    save_weights(folder, store, lambda weight: dtype, shard_bytes=shard_bytes)
+    untied = any(name == HEAD for name, _ in store.items())
+    settings = _settings(
+        source, dtype or store.plain_dtype(), untied=untied, chat_template=chat_template, stops=eos_token_ids
+    )
+    _write_files(folder, source, settings)
+
+
+def _write_files(folder: Path, source: SourceFiles, settings: Mapping[str, bytes]) -> None:
+    for name, content in {**source.files, **settings}.items():
         (folder / name).write_bytes(content)
 
 
 def _settings(
-    source: SourceFiles, dtype: str, *, untied: bool, chat_template: str | None, stops: Sequence[int] | None
+    source: SourceFiles,
+    dtype: torch.dtype,
+    *,
+    untied: bool,
+    chat_template: str | None = None,
+    stops: Sequence[int] | None = None,
 ) -> dict[str, bytes]:
     """Return the settings files that differ from the source's."""
     config = source.json(CONFIG)
     if config is None:
         raise ModelError("The model has no config.json.", "Give a folder of a Hugging Face causal language model.")
-    keeps_code = source.has_code
-    written = {CONFIG: compatible_json.model_config(config, dtype=dtype, untied=untied, keeps_code=keeps_code)}
+    keeps_code, name = source.has_code, _DTYPE_NAMES[dtype]
+    written = {CONFIG: compatible_json.model_config(config, dtype=name, untied=untied, keeps_code=keeps_code)}
     tokenizer = source.json(TOKENIZER)
     if tokenizer is not None or chat_template is not None:
         whole = WHOLE_TOKENIZER in source.files
@@ -112,23 +120,17 @@ def _settings(
     return changed
 
 
-def _exported(name: str, weight: Weight, dtype: torch.dtype | None) -> Weight:
-    if dtype is None:
-        return weight if weight.is_packed or weight.device.type == "cpu" else weight.copied_to(torch.device("cpu"))
-    exported = PlainWeight(weight.values(dtype).to("cpu"))
-    if not exported.is_finite():
-        raise ModelError(f"{name} holds values that are not finite in {dtype}.", "Take bf16 or fp32 for the file.")
-    return exported
-
-
-def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format | None) -> SourceFiles:
-    """Write a model folder with its weights in another format.
+def convert_model(
+    source: Path, folder: Path, target: torch.dtype | Int8Format | None, *, shard_bytes: int = SHARD_BYTES
+) -> SourceFiles:
+    """Write a model folder with its weights in another format; only one of them is in memory at a time.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.
-        folder: An existing, empty folder.
+        folder: An existing, empty folder. If this fails, files in it are half written.
         target: The new format. Eight bits apply to matrices only. None: the format stays, but eight bits become
             float32.
+        shard_bytes: Most bytes of weights in a file.
 
     Returns:
         The source's files other than weights.
@@ -136,20 +138,19 @@ def convert_model(source: Path, folder: Path, target: torch.dtype | Int8Format |
     Raises:
         ModelError: The source is not a whole model of a supported architecture, or not finite in that format.
     """
-    cpu = torch.device("cpu")
     # This also checks the architecture, and whether the head is really tied.
     tied = bool(load_model_config(source).tie_word_embeddings)
-    weights: dict[str, Weight] = {}
-    for _, name, weight in read_weights(source):
-        if (tied and name == HEAD) or name.endswith(INVERSE_FREQUENCIES):
-            continue
-        stays = isinstance(target, Int8Format) and len(weight.shape) != 2
-        weights[name] = weight if stays else convert(weight, target or weight.dtype, cpu)
-        if not weights[name].is_finite():
-            raise ModelError(
-                f"{name} of {source} holds values that are not finite in the format asked for.",
-                "Take bf16 or fp32; if it is that already, the model's weights are broken.",
-            )
+
+    def form_of(weight: Weight) -> torch.dtype | Int8Format:
+        if target is None or (isinstance(target, Int8Format) and len(weight.shape) != 2):
+            return weight.dtype
+        return target
+
+    weights = FolderWeights(source, lambda name: (tied and name == HEAD) or name.endswith(INVERSE_FREQUENCIES))
+    forms = {name: form_of(weight) for name, weight in weights.items()}
     files = read_source_files(source)
-    write_model(folder, store=WeightStore(weights), dtype=None, source=files)
+    dtype = next(form for form in forms.values() if not isinstance(form, Int8Format))
+    settings = _settings(files, dtype, untied=HEAD in forms)
+    save_weights(folder, weights, form_of, shard_bytes=shard_bytes)
+    _write_files(folder, files, settings)
     return files

@@ -10,21 +10,7 @@ from pathlib import Path
 import torch
 
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES, weight_files
-from sophia_galore.weights.safetensors_header import TensorHeader, read_file_header
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+from sophia_galore.weights.safetensors_header import TORCH_DTYPES, TensorHeader, read_file_header
 
 
 def read_folder_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -51,7 +37,7 @@ def main_dtype(headers: Iterable[TensorHeader]) -> torch.dtype | None:
     count: Counter[str] = Counter()
     for header in headers:
         count[header.dtype] += math.prod(header.shape)
-    return _DTYPES.get(count.most_common(1)[0][0]) if count else None
+    return TORCH_DTYPES.get(count.most_common(1)[0][0]) if count else None
 
 
 def count_numbers(headers: Mapping[str, TensorHeader], *, tied: bool) -> int:

@@ -9,8 +9,8 @@ from sophia_galore.errors import ArgumentError, EnvironmentProblem, ModelError, 
 from sophia_galore.model.origin import CARD, is_hub_id
 from sophia_galore.model.skeleton import load_model_config, load_tokenizer
 from sophia_galore.model.source_files import CONFIG, read_source_files
-from sophia_galore.records.files import MODEL, MODEL_INDEX
-from sophia_galore.weights.folder import INT8_FILE, weight_files
+from sophia_galore.records.files import weights_entry
+from sophia_galore.weights.folder import is_int8, weight_files
 from sophia_galore.weights.manifest import check_model_folder, read_manifest, verify
 
 _GGUF = re.compile(r"[^/]+\.gguf")
@@ -32,7 +32,7 @@ def files_to_push(folder: Path) -> list[Path]:
     ggufs = sorted(path for path in folder.iterdir() if _GGUF.fullmatch(path.name))
     if ggufs and not (folder / CONFIG).is_file():
         return [*card, *(path for path in (folder / _OLLAMA,) if path.is_file()), *ggufs]
-    if (folder / INT8_FILE).is_file() and not (folder / MODEL).is_file():
+    if is_int8(folder):
         raise ModelError(
             f"{folder} holds weights in eight bits of this project, which no other program opens.",
             f"Write them in an ordinary format first: sophia-galore export {folder} --to bf16 --output FOLDER.",
@@ -46,7 +46,7 @@ def files_to_push(folder: Path) -> list[Path]:
     with_code = bool(getattr(config, "auto_map", None))
     settings = [folder / name for name in read_source_files(folder, with_code=with_code).files]
     weights = weight_files(folder)
-    index = [folder / MODEL_INDEX] if len(weights) > 1 or weights[0].name != MODEL else []
+    index = [entry for entry in (weights_entry(folder),) if entry is not None and entry not in weights]
     return [*card, *settings, *index, *weights]
 
 

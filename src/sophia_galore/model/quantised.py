@@ -16,8 +16,7 @@ from typing import Any
 from sophia_galore.errors import ModelError
 from sophia_galore.model.headers import read_folder_headers
 from sophia_galore.model.origin import is_hub_id, read_origin
-from sophia_galore.records.files import MODEL
-from sophia_galore.weights.folder import INT8_FILE, INVERSE_FREQUENCIES
+from sophia_galore.weights.folder import INVERSE_FREQUENCIES, is_int8
 from sophia_galore.weights.safetensors_header import TensorHeader
 
 _NAMES = {
@@ -116,7 +115,7 @@ def refuse_quantised(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None  # the reader of the configuration reports the error
     declared = declared_quantisation(config) if isinstance(config, dict) else None
-    if (folder / INT8_FILE).is_file() and not (folder / MODEL).is_file():
+    if is_int8(folder):
         return declared  # weights in our own eight-bit format
     has_weights = any(folder.glob("*.safetensors"))
     try:

@@ -6,7 +6,7 @@ parameter's state, runs the dense or the low-rank step, and rounds the updated w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -41,6 +41,7 @@ from sophia_galore.optim.request import BasisFromGradient, FromGradient, Gradien
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.plain import as_weight
+from sophia_galore.weights.tensor_stream import TensorStream, blocks_of
 from sophia_galore.weights.weight import Weight
 
 # Number of random directions outside of the subspace that estimate the norm of a gradient that is never formed.
@@ -250,26 +251,36 @@ class ParamOptimizer:
             f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.tensors.items()
         }
 
-    def load_named_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load a saved state exactly.
+    def state_stream(self) -> TensorStream:
+        """Return all state tensors as `named_state` names them, parameter by parameter, to be written into files."""
+        return TensorStream(
+            [
+                {f"{name}/{key}": (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.tensors.items()}
+                for name, state in self._states.items()
+            ],
+            lambda: (block for name, tensor in self.named_state().items() for block in blocks_of(name, tensor)),
+        )
+
+    def load_named_state(self, saved: TensorStream) -> None:
+        """Load a saved state exactly, one tensor after the other.
 
         Args:
-            tensors: From `named_state`.
+            saved: From `state_stream`, in any order.
 
         Raises:
             CheckpointError: A tensor is missing, unexpected, or of another shape or dtype; nothing was changed.
         """
-        own = self.named_state()
-        odd = sorted(own.keys() ^ tensors.keys()) or sorted(
-            key for key in own if own[key].shape != tensors[key].shape or own[key].dtype != tensors[key].dtype
+        own, kinds = self.named_state(), saved.kinds
+        odd = sorted(own.keys() ^ kinds.keys()) or sorted(
+            key for key in own if (own[key].dtype, tuple(own[key].shape)) != kinds[key]
         )
         if odd:
             raise CheckpointError(
                 f"The saved optimizer state does not fit this run: {odd[0]} (and {len(odd) - 1} more) differs.",
                 "Resume with the configuration that the checkpoint was made with.",
             )
-        for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+        for name, rows, first in saved.blocks():
+            (own[name][first : first + len(rows)] if rows.ndim else own[name]).copy_(rows)
 
     def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
         """Create a parameter's state on a device, or move it there.

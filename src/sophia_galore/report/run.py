@@ -64,7 +64,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether it ended, after all steps or early, and the model is written."""
-        return (self.step >= self.plan.num_steps or self.ended_early) and (self.folder / files.MODEL).is_file()
+        return (self.step >= self.plan.num_steps or self.ended_early) and files.holds_final_model(self.folder)
 
     @property
     def ended_early(self) -> bool:

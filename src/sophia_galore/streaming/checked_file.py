@@ -18,7 +18,7 @@ from pathlib import Path
 from sophia_galore.errors import RunError
 from sophia_galore.weights.safetensors_layout import FileLayout, read_all, write_all
 
-# Bytes that are copied or checked at once.
+# Zero bytes that are summed up at once.
 _CHUNK_BYTES = 1 << 20
 
 
@@ -42,9 +42,7 @@ class CheckedFile:
         }
         self._sums = {name: list(self._zero_sums(name)) for name in layout.spans}
         self._begun: set[tuple[str, int]] | None = None  # the blocks that a new file has already
-        with path.open("wb", buffering=0) as file:
-            write_all(file, memoryview(layout.header), 0)
-            file.truncate(layout.file_bytes)
+        self._create(path)
 
     def read(self, name: str, start: int, into: memoryview) -> None:
         """Read a part of a tensor.
@@ -92,9 +90,7 @@ class CheckedFile:
         assert start % block == 0 and (len(content) % block == 0 or start + len(content) == size)
         if self._begun is None and self._is_linked():
             self._begun = set()
-            with self._new.open("wb", buffering=0) as file:
-                write_all(file, memoryview(self.layout.header), 0)
-                file.truncate(self.layout.file_bytes)
+            self._create(self._new)
         with (self.path if self._begun is None else self._new).open("r+b", buffering=0) as file:
             write_all(file, content, self._place(name, start))
         for low in range(0, len(content), block):
@@ -145,6 +141,11 @@ class CheckedFile:
     def _new(self) -> Path:
         return self.path.with_name(f"{self.path.name}.new")
 
+    def _create(self, path: Path) -> None:
+        with path.open("wb", buffering=0) as file:
+            write_all(file, memoryview(self.layout.header), 0)
+            file.truncate(self.layout.file_bytes)
+
     def _is_linked(self) -> bool:
         try:
             return self.path.stat().st_nlink > 1
@@ -164,7 +165,7 @@ class CheckedFile:
 
     def _zero_sums(self, name: str) -> Iterator[int]:
         size, block = self.layout.spans[name].num_bytes, self._blocks[name]
-        whole = zlib.crc32(bytes(min(block, size))) if block <= _CHUNK_BYTES else _crc_of_zeros(min(block, size))
+        whole = _crc_of_zeros(block)
         for low in range(0, size, block):
             yield whole if low + block <= size else _crc_of_zeros(size - low)
 

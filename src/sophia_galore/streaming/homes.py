@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from sophia_galore.streaming.checked_file import CheckedFile
-from sophia_galore.streaming.units import Key, Part, Piece, Unit
+from sophia_galore.streaming.units import Key, Piece, Unit
+from sophia_galore.weights.safetensors_layout import FileLayout
 
 # Rows of a checksum in a file whose rows are read one by one: about this many bytes, so that the row of a token costs a
 # small read. A power of two, by which blocks of rows can be divided.
 _BLOCK_BYTES = 1 << 14
 _MOST_ROWS = 64
-_PARTS: tuple[Part, Part] = ("weights", "state")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class HostHome(Home):
 
     Args:
         unit: The unit.
-        buffer: Memory of `unit.num_bytes` bytes.
+        buffer: Memory of `unit.host_bytes` bytes.
     """
 
     def __init__(self, unit: Unit, buffer: HostBuffer) -> None:
@@ -110,24 +110,18 @@ class HostHome(Home):
 
     def read(self, piece: Piece, into: memoryview) -> None:
         """See `Home`."""
-        _copy(into, self._buffer.content[self._bytes(piece)])
+        _copy(into, self._buffer.content[self.unit.host_place(piece)])
 
     def write(self, piece: Piece, content: memoryview) -> None:
         """See `Home`."""
-        _copy(self._buffer.content[self._bytes(piece)], content)
+        _copy(self._buffer.content[self.unit.host_place(piece)], content)
 
     def commit(self) -> None:
         """See `Home`; there is nothing to do."""
 
     def pinned(self, piece: Piece) -> torch.Tensor | None:
         """See `Home`."""
-        return None if self._buffer.pinned is None else self._buffer.pinned[self._bytes(piece)]
-
-    def _bytes(self, piece: Piece) -> slice:
-        start, size = self.unit.rows_of(piece)
-        # The weights' tensors are wider than a byte only by powers of two, so the state behind them stays aligned.
-        start += self.unit.span(piece.key).start + host_start(self.unit, piece.key.part)
-        return slice(start, start + size)
+        return None if self._buffer.pinned is None else self._buffer.pinned[self.unit.host_place(piece)]
 
 
 class DiskHome(Home):
@@ -144,23 +138,24 @@ class DiskHome(Home):
 
     def __init__(self, unit: Unit, folder: Path, number: int) -> None:
         super().__init__(unit)
-        rows: dict[Part, dict[str, int]] = {
-            "weights": _block_rows(unit) if unit.by_rows else {},
-            "state": {},
-        }
         self.files = {
-            part: CheckedFile(folder / f"{part}-{number:05}.safetensors", unit.layouts[part], rows[part])
-            for part in _PARTS
-            if unit.layouts[part].spans
+            part: CheckedFile(
+                folder / f"{part}-{number:05}.safetensors", layout, _block_rows(layout) if by_rows else None
+            )
+            for part, layout, by_rows in (
+                ("weights", unit.layouts["weights"], unit.by_rows),
+                ("state", unit.layouts["state"], False),
+            )
+            if layout.spans
         }
 
     def read(self, piece: Piece, into: memoryview) -> None:
         """See `Home`."""
-        self.files[piece.key.part].read(piece.key.name, self.unit.rows_of(piece)[0], into)
+        self.files[piece.key.part].read(piece.key.name, self.unit.rows_of(piece).start, into)
 
     def write(self, piece: Piece, content: memoryview) -> None:
         """See `Home`."""
-        self.files[piece.key.part].write(piece.key.name, self.unit.rows_of(piece)[0], content)
+        self.files[piece.key.part].write(piece.key.name, self.unit.rows_of(piece).start, content)
 
     def commit(self) -> None:
         """See `Home`."""
@@ -168,25 +163,15 @@ class DiskHome(Home):
             file.commit()
 
 
-def host_bytes(unit: Unit) -> int:
-    """Return the bytes of host memory that a unit takes there."""
-    return host_start(unit, "state") + unit.layouts["state"].data_bytes
-
-
-def host_start(unit: Unit, part: Part) -> int:
-    """Return where a part begins in the buffer of a unit in host memory: at a multiple of eight bytes."""
-    return 0 if part == "weights" else -(-unit.layouts["weights"].data_bytes // 8) * 8
-
-
 def _copy(into: memoryview, content: memoryview) -> None:
     # By numpy, which lets other threads run meanwhile.
     np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(content, np.uint8))
 
 
-def _block_rows(unit: Unit) -> dict[str, int]:
+def _block_rows(layout: FileLayout) -> dict[str, int]:
     """Return how many rows share a checksum: the same for all tensors of a weight."""
-    most = max(span.row_bytes for span in unit.layouts["weights"].spans.values())
+    most = max(span.row_bytes for span in layout.spans.values())
     rows = _MOST_ROWS
     while rows > 1 and rows * most > _BLOCK_BYTES:
         rows //= 2
-    return dict.fromkeys(unit.layouts["weights"].spans, rows)
+    return dict.fromkeys(layout.spans, rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -146,27 +147,21 @@ class CudaLane(Lane):
     def fetch(self, home: Home, piece: Piece, buffer: DeviceBuffer, place: slice) -> None:
         """See `Lane`."""
         target, pinned = buffer.tensor[place], home.pinned(piece)
+        if pinned is None:
+            self._stage(target, partial(home.read, piece))
+            return
         with torch.cuda.stream(self._stream):
-            if pinned is not None:
-                target.copy_(pinned, non_blocking=True)
-                return
-            staged = self._next_staging()[: len(target)]
-            home.read(piece, bytes_of(staged))
-            target.copy_(staged, non_blocking=True)
-            self._busy[self._turn] = self._stream.record_event()
+            target.copy_(pinned, non_blocking=True)
 
     def fetch_rows(self, home: Home, key: Key, rows: Sequence[int], buffer: DeviceBuffer) -> None:
         """See `Lane`."""
         self._stream.synchronize()  # the processor reads what earlier copies may still be writing
         size = home.unit.span(key).row_bytes
         at_once = len(self._staging[0]) // size
-        with torch.cuda.stream(self._stream):
-            for start in range(0, len(rows), at_once):
-                some = rows[start : start + at_once]
-                staged = self._next_staging()[: len(some) * size]
-                home.read_rows(key, some, bytes_of(staged))
-                buffer.tensor[start * size : start * size + len(staged)].copy_(staged, non_blocking=True)
-                self._busy[self._turn] = self._stream.record_event()
+        for start in range(0, len(rows), at_once):
+            some = rows[start : start + at_once]
+            target = buffer.tensor[start * size : (start + len(some)) * size]
+            self._stage(target, partial(home.read_rows, key, some))
 
     def write_back(self, home: Home, piece: Piece, buffer: DeviceBuffer, place: slice) -> None:
         """See `Lane`."""
@@ -197,6 +192,14 @@ class CudaLane(Lane):
     def end(self) -> object:
         """See `Lane`."""
         return self._stream.record_event()
+
+    def _stage(self, target: Tensor, read: Callable[[memoryview], None]) -> None:
+        """Read into a staging buffer, and order its copy to the device."""
+        staged = self._next_staging()[: len(target)]
+        read(bytes_of(staged))
+        with torch.cuda.stream(self._stream):
+            target.copy_(staged, non_blocking=True)
+            self._busy[self._turn] = self._stream.record_event()
 
     def _next_staging(self) -> Tensor:
         """Return the staging buffer whose last copy is longer ago, once that copy is done."""

@@ -6,15 +6,14 @@ Blocks that follow each other are fetched ahead, into the other one of two buffe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sophia_galore.numerics.noise import Noise
-from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
 from sophia_galore.streaming.streams import result_of, view_of
@@ -29,7 +28,6 @@ class Visit:
     buffer: DeviceBuffer
     rows: slice | None = None
     fetch: Future[object] | None = None
-    writes: list[Future[object]] = field(default_factory=list)
     released: object = None
 
 
@@ -58,9 +56,10 @@ class RowStream:
         self._turn = 0
         self._num_rows = next(iter(spans.values())).shape[0]
 
-    def buffers(self) -> list[Tensor]:
-        """Return the buffers on the compute device."""
-        return [visit.buffer.tensor for visit in self._visits]
+    def blocks(self) -> Iterator[slice]:
+        """Yield slices over all rows, each as large as a buffer."""
+        for start in range(0, self._num_rows, self._most_rows):
+            yield slice(start, min(start + self._most_rows, self._num_rows))
 
     def read(self, rows: slice) -> tuple[dict[str, Tensor], Visit]:
         """Return a block of rows by suffix, in a buffer; it stays valid until the second block after it is read."""
@@ -121,25 +120,14 @@ class RowStream:
         visit.released = self._lane.now()
 
         def job() -> None:
-            for suffix, span in self._spans.items():
-                key, start = Key("weights", self._name + suffix), self._starts[suffix]
-                piece = Piece(key, rows.start, rows.stop - rows.start)
-                place = slice(start, start + (rows.stop - rows.start) * span.row_bytes)
+            for piece, place in self._pieces(rows):
                 self._lane.write_back(self._home, piece, visit.buffer, place)
 
-        visit.writes = [write for write in visit.writes if not write.done()]
-        visit.writes.append(self._jobs.give(job, after=visit.released))
+        self._jobs.give(job, after=visit.released)  # if it fails, every later job does
 
     def commit(self) -> None:
         """Finish the writes since the last call, and wait for them."""
         result_of(self._jobs.give(self._home.commit))
-
-    def forget(self) -> None:
-        """Forget what is in the buffers, because the home was changed."""
-        for visit in self._visits:
-            if visit.fetch is not None:
-                result_of(visit.fetch)
-            visit.rows = visit.fetch = None
 
     def _fetch(self, visit: Visit, rows: slice) -> None:
         if rows.stop - rows.start > self._most_rows:
@@ -147,25 +135,29 @@ class RowStream:
         visit.rows = rows
 
         def job() -> None:
-            for suffix, span in self._spans.items():
-                piece = Piece(Key("weights", self._name + suffix), rows.start, rows.stop - rows.start)
-                start = self._starts[suffix]
-                place = slice(start, start + (rows.stop - rows.start) * span.row_bytes)
+            for piece, place in self._pieces(rows):
                 self._lane.fetch(self._home, piece, visit.buffer, place)
 
         visit.fetch = self._jobs.give(job, after=visit.released)
 
+    def _pieces(self, rows: slice) -> Iterator[tuple[Piece, slice]]:
+        """Yield the pieces of a block of rows, each with its bytes in a buffer."""
+        count = rows.stop - rows.start
+        for suffix, span in self._spans.items():
+            start = self._starts[suffix]
+            piece = Piece(Key("weights", self._name + suffix), rows.start, count)
+            yield piece, slice(start, start + count * span.row_bytes)
 
-class StreamedRows(Weight):
-    """A weight whose rows are elsewhere. Blocks of them can be read and written; the whole can't.
+
+class _InForm(Weight):
+    """A weight whose format, shape and tensors are those of another one.
 
     Args:
-        form: A weight of the same format and shape without values, on the meta device.
-        stream: Fetches and writes back its rows.
+        form: The other one.
     """
 
-    def __init__(self, form: Weight, stream: RowStream) -> None:
-        self._form, self._stream = form, stream
+    def __init__(self, form: Weight) -> None:
+        self._form = form
 
     @property
     def format(self) -> str:
@@ -178,11 +170,6 @@ class StreamedRows(Weight):
         return self._form.dtype
 
     @property
-    def device(self) -> torch.device:
-        """The compute device, on which its rows are used."""
-        return self._stream.device
-
-    @property
     def is_packed(self) -> bool:
         """See `Weight`."""
         return self._form.is_packed
@@ -191,6 +178,34 @@ class StreamedRows(Weight):
     def int8_block(self) -> int | None:
         """See `Weight`."""
         return self._form.int8_block
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Weight`."""
+        return self._form.tensors()
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
+        """See `Weight`; the result is an ordinary weight."""
+        return self._form.with_tensors(tensors)
+
+
+class StreamedRows(_InForm):
+    """A weight whose rows are elsewhere. Blocks of them can be read and written; the whole can't.
+
+    Its tensors have no values: they are on the meta device, for shapes and dtypes.
+
+    Args:
+        form: A weight of the same format and shape without values, on the meta device.
+        stream: Fetches and writes back its rows.
+    """
+
+    def __init__(self, form: Weight, stream: RowStream) -> None:
+        super().__init__(form)
+        self._stream = stream
+
+    @property
+    def device(self) -> torch.device:
+        """The compute device, on which its rows are used."""
+        return self._stream.device
 
     def is_ready(self, dtype: torch.dtype) -> bool:
         """See `Weight`; it never is there as a whole."""
@@ -213,38 +228,30 @@ class StreamedRows(Weight):
         """Raise an error: its rows are written, not the whole."""
         raise TypeError("a weight that is streamed by rows can't be written as a whole; write its rows")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return tensors without values, on the meta device, for shapes and dtypes."""
-        return self._form.tensors()
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
-        """See `Weight`; the result is an ordinary weight."""
-        return self._form.with_tensors(tensors)
-
     def copied_to(self, device: torch.device) -> Weight:
         """See `Weight`."""
         whole = {suffix: torch.empty_like(tensor, device=device) for suffix, tensor in self.tensors().items()}
         made = self._form.with_tensors(whole)
-        for rows in row_blocks(self.shape):
+        for rows in self._stream.blocks():
             made[rows].copy_(self[rows])
         return made
 
     def copy_(self, other: Weight) -> None:
         """See `Weight`."""
-        for rows in row_blocks(self.shape):
+        for rows in self._stream.blocks():
             self[rows].copy_(other[rows])
         self._stream.commit()
 
     def problem(self) -> str | None:
         """See `Weight`."""
-        return next((found for rows in row_blocks(self.shape) if (found := self[rows].problem())), None)
+        return next((found for rows in self._stream.blocks() if (found := self[rows].problem())), None)
 
     def is_finite(self) -> bool:
         """See `Weight`."""
-        return all(self[rows].is_finite() for rows in row_blocks(self.shape))
+        return all(self[rows].is_finite() for rows in self._stream.blocks())
 
 
-class _Block(Weight):
+class _Block(_InForm):
     """A block of rows in a buffer; what is written to it is written back.
 
     Args:
@@ -255,61 +262,34 @@ class _Block(Weight):
     """
 
     def __init__(self, inner: Weight, stream: RowStream, visit: Visit, rows: slice) -> None:
-        self._inner, self._stream, self._visit, self._rows = inner, stream, visit, rows
-
-    @property
-    def format(self) -> str:
-        """See `Weight`."""
-        return self._inner.format
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See `Weight`."""
-        return self._inner.dtype
-
-    @property
-    def is_packed(self) -> bool:
-        """See `Weight`."""
-        return self._inner.is_packed
-
-    @property
-    def int8_block(self) -> int | None:
-        """See `Weight`."""
-        return self._inner.int8_block
+        super().__init__(inner)
+        self._stream, self._visit, self._rows = stream, visit, rows
 
     def __getitem__(self, rows: Rows) -> Weight:
         """See `Weight`; to be read only."""
-        return self._inner[rows]
+        return self._form[rows]
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """See `Weight`."""
-        return self._inner.values(dtype)
+        return self._form.values(dtype)
 
     def write(self, values: Tensor, noise: Noise | None) -> None:
         """See `Weight`."""
-        self._inner.write(values, noise)
+        self._form.write(values, noise)
         self._stream.write_back(self._visit, self._rows)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """See `Weight`."""
-        return self._inner.tensors()
-
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:
-        """See `Weight`; the result is an ordinary weight."""
-        return self._inner.with_tensors(tensors)
 
     def copied_to(self, device: torch.device) -> Weight:
         """See `Weight`."""
-        return self._inner.copied_to(device)
+        return self._form.copied_to(device)
 
     def copy_(self, other: Weight) -> None:
         """See `Weight`."""
-        self._inner.copy_(other)
+        self._form.copy_(other)
         self._stream.write_back(self._visit, self._rows)
 
     def problem(self) -> str | None:
         """See `Weight`."""
-        return self._inner.problem()
+        return self._form.problem()
 
 
 def _overlap(one: slice, other: slice) -> bool:

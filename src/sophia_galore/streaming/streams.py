@@ -63,13 +63,15 @@ class Streams:
     ) -> None:
         self._homes = {home.unit.name: home for home in homes}
         self._lane, self._jobs = lane, jobs
-        self._slots: dict[str, list[_Slot]] = {}
+        self._slots: list[_Slot] = []
+        self._slots_of: dict[str, list[_Slot]] = {}
         self._clock = 0
         self.waited_s = 0.0
         for names, count in groups:
             size = group_bytes([self._homes[name].unit for name in names])
             slots = [_Slot(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(count)]
-            self._slots |= dict.fromkeys(names, slots)
+            self._slots += slots
+            self._slots_of |= dict.fromkeys(names, slots)
 
     @property
     def units(self) -> Mapping[str, Unit]:
@@ -83,8 +85,7 @@ class Streams:
 
     def buffers(self) -> list[Tensor]:
         """Return the buffers on the compute device."""
-        found = {id(slot): slot.buffer.tensor for slots in self._slots.values() for slot in slots}
-        return list(found.values())
+        return [slot.buffer.tensor for slot in self._slots]
 
     @contextmanager
     def lend(self, name: str, *, trains: bool = False, then: str | None = None) -> Iterator[dict[Key, Tensor]]:
@@ -119,24 +120,15 @@ class Streams:
         Raises:
             EnvironmentProblem: A file can't be written.
         """
-        for slot in {id(slot): slot for slots in self._slots.values() for slot in slots}.values():
+        for slot in self._slots:
             self._wait(slot.writes)
-
-    def forget(self) -> None:
-        """Forget what is in the buffers, because the homes were changed."""
-        self.settle()
-        for slots in self._slots.values():
-            for slot in slots:
-                assert not slot.users, "a unit is borrowed"
-                self._wait(slot.fetches)
-                slot.unit = None
 
     def close(self) -> None:
         """End the thread of the copies."""
         self._jobs.close()
 
     def _enter(self, unit: Unit, *, trains: bool) -> _Slot:
-        slot = self._slot_of(unit) or self._free_slot(unit)
+        slot = self._find_slot(unit)
         self._fetch(slot, unit, trains=trains)
         self._wait(slot.fetches)
         if trains:
@@ -146,16 +138,15 @@ class Streams:
         return slot
 
     def _prefetch(self, unit: Unit, *, trains: bool) -> None:
-        slots = self._slots[unit.name]
-        slot = self._slot_of(unit) or (self._free_slot(unit) if any(not slot.users for slot in slots) else None)
-        if slot is not None:
-            self._fetch(slot, unit, trains=trains)
+        if any(slot.unit is unit or not slot.users for slot in self._slots_of[unit.name]):
+            self._fetch(self._find_slot(unit), unit, trains=trains)
 
-    def _slot_of(self, unit: Unit) -> _Slot | None:
-        return next((slot for slot in self._slots[unit.name] if slot.unit is unit), None)
-
-    def _free_slot(self, unit: Unit) -> _Slot:
-        free = [slot for slot in self._slots[unit.name] if not slot.users]
+    def _find_slot(self, unit: Unit) -> _Slot:
+        """Return the slot that a unit is in, else the free one whose last use is longest ago."""
+        slots = self._slots_of[unit.name]
+        if (found := next((slot for slot in slots if slot.unit is unit), None)) is not None:
+            return found
+        free = [slot for slot in slots if not slot.users]
         assert free, f"all buffers are in use; {unit.name} is borrowed beside too many others"
         return min(free, key=lambda slot: slot.last_use)
 
@@ -231,6 +222,5 @@ def view_of(buffer: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]
         dtype: Its dtype.
         shape: Its shape.
     """
-    strides = torch.empty(tuple(shape), device="meta").stride()
     made = torch.empty(0, dtype=dtype, device=buffer.device)
-    return made.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(shape), strides)
+    return made.set_(buffer.untyped_storage(), start // dtype.itemsize, tuple(shape), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from sophia_galore.weights.safetensors_layout import FileLayout, Span
@@ -13,7 +13,7 @@ Placement = Literal["device", "host", "disk"]
 
 Part = Literal["weights", "state"]
 
-# Where the state begins in a buffer: enough for every dtype and every vector load.
+# The state begins at a multiple of this: enough for every dtype and every vector load.
 _ALIGNMENT = 512
 
 
@@ -63,21 +63,16 @@ class Unit:
     layouts: Mapping[Part, FileLayout]
     early: frozenset[str] = frozenset()
     by_rows: bool = False
-    _starts: dict[Part, int] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        weights_bytes = 0 if self.by_rows else self.layouts["weights"].data_bytes
-        self._starts.update({"weights": 0, "state": -(-weights_bytes // _ALIGNMENT) * _ALIGNMENT})
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(layout.data_bytes for layout in self.layouts.values())
+    def host_bytes(self) -> int:
+        """Bytes of host memory that it takes if that is its home."""
+        return self._state_start(whole=True) + self.layouts["state"].data_bytes
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of a buffer that it visits in."""
-        return self._starts["state"] + self.layouts["state"].data_bytes
+        return self._state_start(whole=not self.by_rows) + self.layouts["state"].data_bytes
 
     def keys(self, *, trains: bool) -> list[Key]:
         """Return the tensors that visit together.
@@ -95,12 +90,25 @@ class Unit:
 
     def place(self, key: Key) -> slice:
         """Return the bytes of a buffer that a tensor takes."""
-        span, start = self.span(key), self._starts[key.part]
+        span, start = self.span(key), self._start(key.part, whole=not self.by_rows)
         return slice(start + span.start, start + span.stop)
 
-    def rows_of(self, piece: Piece) -> tuple[int, int]:
-        """Return the first byte of a piece, counted from the beginning of its tensor, and its number of bytes."""
+    def host_place(self, piece: Piece) -> slice:
+        """Return the bytes of its host memory that a piece takes."""
+        inside = self.rows_of(piece)
+        start = self._start(piece.key.part, whole=True) + self.span(piece.key).start
+        return slice(start + inside.start, start + inside.stop)
+
+    def rows_of(self, piece: Piece) -> slice:
+        """Return the bytes of a piece, counted from the beginning of its tensor."""
         span = self.span(piece.key)
         if piece.num_rows is None:
-            return 0, span.num_bytes
-        return piece.first_row * span.row_bytes, piece.num_rows * span.row_bytes
+            return slice(0, span.num_bytes)
+        return slice(piece.first_row * span.row_bytes, (piece.first_row + piece.num_rows) * span.row_bytes)
+
+    def _start(self, part: Part, *, whole: bool) -> int:
+        return 0 if part == "weights" else self._state_start(whole=whole)
+
+    def _state_start(self, *, whole: bool) -> int:
+        """Return where the state begins; `whole`: behind the weights, which are there as a whole."""
+        return -(-self.layouts["weights"].data_bytes // _ALIGNMENT) * _ALIGNMENT if whole else 0

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sophia_galore.errors import CheckpointError, UserError, short
 from sophia_galore.model.disk import errno_of, not_saved
 from sophia_galore.records import files
@@ -28,8 +26,10 @@ from sophia_galore.records.run import CheckpointManifest
 from sophia_galore.records.schema import read_object
 from sophia_galore.train.folder import free_name
 from sophia_galore.weights.manifest import sha256_of
+from sophia_galore.weights.tensor_stream import SHARD_BYTES, TensorStream, read_stream, write_stream
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_OPTIMIZER_STATE = re.compile(r"optimizer(-.*)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,35 +57,35 @@ class Checkpoint:
         """Return the evaluations up to this checkpoint."""
         return evaluations_of(read_object(self.folder / files.TRAINER_STATE).get("log_history", []))
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Load the optimizer's state, by name."""
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / files.OPTIMIZER_STATE)
+    def optimizer_state(self) -> TensorStream:
+        """Return the optimizer's state, which is read tensor by tensor."""
+        return read_stream(optimizer_state_files(self.folder))
 
 
 def save_checkpoint(
     run_folder: Path,
     step: int,
     *,
-    optimizer_state: Mapping[str, Tensor],
+    optimizer_state: TensorStream,
     write_model: Callable[[Path], None],
     documents: Mapping[str, Any],
     keep_last: int,
     keep_steps: Collection[int] = (),
     needed_bytes: int = 0,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `checkpoint-STEP`, then delete the oldest ones beyond `keep_last`.
 
     Args:
         run_folder: The run's folder.
         step: The step that was just finished.
-        optimizer_state: Named tensors.
+        optimizer_state: Named tensors, written one after the other.
         write_model: Writes the model's files into a folder.
         documents: JSON documents by file name.
         keep_last: Number of checkpoints to keep.
         keep_steps: Steps whose checkpoints are kept as well, however old.
         needed_bytes: About how many bytes are written, for the error message; 0: unknown.
+        shard_bytes: Most bytes of the optimizer's state in a file.
 
     Returns:
         The checkpoint's folder.
@@ -94,7 +94,6 @@ def save_checkpoint(
         EnvironmentProblem: The disk is full or not writable; earlier checkpoints are untouched.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     final = checkpoint_folder(run_folder, step)
     beside = run_folder / f".checkpoint-{step}.tmp"
@@ -103,7 +102,8 @@ def save_checkpoint(
             shutil.rmtree(left)
         beside.mkdir(parents=True)
         write_model(beside)
-        save_file(dict(optimizer_state), beside / files.OPTIMIZER_STATE)
+        stem = files.OPTIMIZER_STATE.removesuffix(".safetensors")
+        write_stream(beside, stem, optimizer_state, shard_bytes=shard_bytes, indexed=False)
         for name, document in documents.items():
             (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         hashes = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
@@ -141,6 +141,19 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a complete checkpoint."""
     return (folder / files.MANIFEST).is_file()
+
+
+def optimizer_state_files(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint that hold the optimizer's state.
+
+    Args:
+        folder: A checkpoint.
+
+    Raises:
+        UserError: Its manifest can't be read.
+    """
+    listed = CheckpointManifest.read(folder / files.MANIFEST).files
+    return sorted(folder / name for name in listed if _OPTIMIZER_STATE.fullmatch(name))
 
 
 def unlisted_files(folder: Path) -> list[Path]:

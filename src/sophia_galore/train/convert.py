@@ -94,11 +94,7 @@ def _convert_checkpoint(
     checkpoint: Checkpoint, folder: Path, to: Target, form: Int8Format, write_model: Callable[[Path], None]
 ) -> Path:
     """Write the converted checkpoint into a folder and return its path."""
-    state = {
-        name: tensor
-        for name, tensor in checkpoint.optimizer_state().items()
-        if name.rpartition("/")[2] not in _REMAINDER
-    }
+    state = checkpoint.optimizer_state().only(lambda name: name.rpartition("/")[2] not in _REMAINDER)
     return save_checkpoint(
         folder,
         checkpoint.step,

@@ -25,7 +25,7 @@ _NUM_SHOWN = 3
 
 # Names that transformers gives to model files: for runs of versions that kept no list of their files.
 _MODEL = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json|(generation_)?config\.json|README\.md"
+    rf"{files.MODEL_WEIGHTS.pattern}|(generation_)?config\.json|README\.md"
     r"|tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates|vocab\.(json|txt)|merges\.txt|spiece\.model"
     r"|sentencepiece\.bpe\.model|spm\.model|(pre)?processor_config\.json"

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.records.files import WRITTEN
-from sophia_galore.records.schema import write_json
+from sophia_galore.records.files import MODEL, MODEL_INDEX, MODEL_WEIGHTS, WRITTEN, weights_entry
+from sophia_galore.records.schema import find_json, write_json
 
 
 def nearest_folder(folder: Path) -> Path:
@@ -82,23 +82,34 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def replace_files(folder: Path, write: Callable[[Path], None], *, last: str) -> None:
-    """Write files into a folder so that none of them is ever half written.
+def replace_model(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a run's final model so that no file of it is ever half written; an earlier one is replaced.
 
     Args:
-        folder: The folder; files of the same names are replaced.
-        write: Writes the files into the temporary folder it is given.
-        last: Name of the file that is moved last: if it is there, all others are.
+        folder: The run's folder.
+        write: Writes the model's files into the temporary folder it is given.
     """
     beside = folder / ".files.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         write(beside)
+        entry = weights_entry(beside)
+        made = {path.name for path in beside.iterdir()}
+        # Weights of the earlier model that this one has no files for, since it is in fewer or in other ones.
+        stale = {str(name) for name in find_json(folder / WRITTEN) or () if MODEL_WEIGHTS.fullmatch(str(name))} - made
         # Listed before they are moved, so that they count as files of the run.
-        write_json(folder / WRITTEN, sorted(path.name for path in beside.iterdir()))
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
+        write_json(folder / WRITTEN, sorted(made | stale))
+        if entry is not None and entry.name == MODEL_INDEX:
+            # Until its index is there, the run has no model rather than one of old and new files.
+            for name in (MODEL_INDEX, MODEL):
+                (folder / name).unlink(missing_ok=True)
+        for path in sorted(beside.iterdir(), key=lambda path: path == entry):
             path.replace(folder / path.name)
+        if stale:
+            for name in stale:
+                (folder / name).unlink(missing_ok=True)
+            write_json(folder / WRITTEN, sorted(made))
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

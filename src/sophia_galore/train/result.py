@@ -87,6 +87,6 @@ def finished_result(folder: Path, config: RunConfig) -> RunResult | None:
         return None
     state = TrainerState.find(folder / files.TRAINER_STATE)
     memory = MemoryReport.find(folder / files.MEMORY_REPORT)
-    if state is None or memory is None or not (folder / files.MODEL).is_file():
+    if state is None or memory is None or not files.holds_final_model(folder):
         return None
     return None if state.has_steps_left and not state.ended_early else RunResult(folder, state, memory)

@@ -35,7 +35,7 @@ from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_files
+from sophia_galore.train.folder import locked, replace_model
 from sophia_galore.train.load import load
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
@@ -246,7 +246,7 @@ class _Run:
         self._saved = save_checkpoint(
             self._folder,
             step,
-            optimizer_state=self._loaded.optimizer.named_state(),
+            optimizer_state=self._loaded.optimizer.state_stream(),
             write_model=self._write_checkpoint_model,
             documents={
                 files.PLAN: self._plan.to_json(),
@@ -300,7 +300,7 @@ class _Run:
         size = model_bytes(self._config, self._plan)
         with writing("The final model", self._folder, self.resume_hint, needed_bytes=size):
             write_card(self._folder, self._card())
-            replace_files(self._folder, lambda beside: self._write_model(beside, dtype), last=files.MODEL)
+            replace_model(self._folder, lambda beside: self._write_model(beside, dtype))
 
     def _restore_best(self) -> None:
         """Load the weights of the lowest eval loss if training.load_best_model is set."""

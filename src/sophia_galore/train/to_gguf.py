@@ -15,6 +15,7 @@ from sophia_galore.model.export import convert_model, read_generation_config
 from sophia_galore.model.llama_cpp import GgufType, convert_to_gguf, find_converter
 from sophia_galore.model.ollama import find_format, modelfile
 from sophia_galore.model.skeleton import load_tokenizer
+from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
 from sophia_galore.weights.files import read_weights
@@ -70,7 +71,7 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
 
 def _refuse_overflow(folder: Path) -> None:
     for _, name, weight in read_weights(folder):
-        if not PlainWeight(weight.values(torch.float16)).is_finite():
+        if not all(PlainWeight(weight[rows].values(torch.float16)).is_finite() for rows in row_blocks(weight.shape)):
             raise ModelError(f"{name} holds values that are too large for f16.", "Take --type bf16 or q8_0.")
 
 

@@ -53,7 +53,7 @@ def find_weights(name: str, say: Say) -> Weights:
         if saved := checkpoints(path):
             say(f"The run in {name} is not finished: its newest complete checkpoint answers, {saved[-1].name}.")
             return _newest(saved, say)
-        if not (path / files.MODEL).is_file():
+        if not files.holds_final_model(path):
             raise CheckpointError(
                 f"{name} is the folder of a run that is not finished, and there is no complete checkpoint in it.",
                 "Let the run go to its end; for checkpoints on the way, set checkpoint.save_every_steps.",
@@ -130,4 +130,4 @@ def _is_unfinished_run(run: Path) -> bool:
     # Older versions did not write the state at the start of a resumed run: only the plan shows its added steps.
     more = state is not None and isinstance(planned, int) and state.global_step < planned
     goes_on = state is not None and (state.has_steps_left or more) and not state.ended_early
-    return goes_on or not (run / files.MODEL).is_file()
+    return goes_on or not files.holds_final_model(run)

@@ -93,16 +93,18 @@ class DeferredWeight(Weight):
         """Raise an error: the factors belong to the optimizer's state."""
         raise TypeError("a weight with a deferred update can't be copied into; copy the codes of `settled`")
 
-    def rounded_in(self, form: Int8Format, device: torch.device) -> Int8Weight:
+    def rounded_in(self, form: Int8Format, device: torch.device, rows: slice) -> Int8Weight:
         """Return a copy with the update in its codes. It is rounded stochastically: most of it is smaller than a code.
 
         Args:
             form: The format of the copy, with the same blocks.
             device: Device of the copy.
+            rows: The rows that are copied, from `row_blocks`.
         """
-        made = Int8Weight.copy_of(self.base, form, device)
-        noise = Noise.of(0, "remainder", *self.shape)
-        made.write(self.values(torch.float32).to(device), noise)
+        part = self[rows]
+        made = Int8Weight.copy_of(part.base, form, device)
+        noise = Noise.of(0, "remainder", *self.shape).rows(rows, self.shape[1])
+        made.write(part.values(torch.float32).to(device), noise)
         return made
 
     def problem(self) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sophia_galore.errors import ModelError
-from sophia_galore.records.files import MODEL, MODEL_INDEX, PLAN
+from sophia_galore.records.files import PLAN, weights_entry
 from sophia_galore.weights.safetensors_header import read_file_header
 
 MANIFEST_NAME = "sophia_galore_model.json"
@@ -134,10 +134,9 @@ def check_model_folder(folder: Path) -> None:
             "Give the folder that holds config.json, the *.safetensors files and the tokenizer's files.",
         )
     _read_json(folder / "config.json")
-    index = folder / MODEL_INDEX
-    # If there is a single file as well, the index is left over from shards; transformers ignores it too.
-    if index.is_file() and not (folder / MODEL).is_file():
-        _check_shards(folder, _read_json(index))
+    entry = weights_entry(folder)
+    if entry is not None and entry.suffix == ".json":
+        _check_shards(entry, _read_json(entry))
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelError(
@@ -150,13 +149,13 @@ def check_model_folder(folder: Path) -> None:
         _check_safetensors(path)
 
 
-def _check_shards(folder: Path, index: Any) -> None:
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+def _check_shards(index: Path, content: Any) -> None:
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict):
-        raise _damaged(folder / MODEL_INDEX, "has no weight_map")
+        raise _damaged(index, "has no weight_map")
     for shard in sorted({str(value) for value in weight_map.values()}):
-        if not (folder / shard).is_file():
-            raise _damaged(folder / shard, f"is missing although {MODEL_INDEX} names it")
+        if not (index.parent / shard).is_file():
+            raise _damaged(index.parent / shard, f"is missing although {index.name} names it")
 
 
 def _check_safetensors(path: Path) -> None:

@@ -12,7 +12,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 PREFIX_BYTES = 8
+
+# In the order in which the library sorts tensors: wide ones first, so that each tensor is aligned.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by the names that the format gives them."""
 
 # The limit of the format.
 _MAX_HEADER_BYTES = 100_000_000
@@ -42,6 +61,17 @@ class Header:
 
     tensors: dict[str, TensorHeader]
     file_bytes: int
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name, such as "BF16".
+
+    Raises:
+        ValueError: torch does not have it.
+    """
+    if name not in TORCH_DTYPES:
+        raise ValueError(f"it holds a tensor of the type {name}")
+    return TORCH_DTYPES[name]
 
 
 def read_header(read: Callable[[int, int], bytes]) -> Header:

@@ -20,25 +20,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sophia_galore.weights.safetensors_header import PREFIX_BYTES
+from sophia_galore.weights.safetensors_header import PREFIX_BYTES, TORCH_DTYPES
 
 TensorKind = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
 
-# In the order in which the library sorts them: wide ones first, so that each tensor is aligned.
-_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_ORDER = {dtype: place for place, dtype in enumerate(TORCH_DTYPES.values())}
 _ALIGNMENT = 8
 
 
@@ -141,12 +129,18 @@ class TensorWriter:
     def __init__(self, path: Path, layout: FileLayout) -> None:
         self._layout = layout
         self._left = {name: span.num_bytes for name, span in layout.spans.items()}
+        self._left_bytes = layout.data_bytes
         self._file = path.open("wb", buffering=0)
 
     def __enter__(self) -> Self:
         """Write the header."""
         write_all(self._file, memoryview(self._layout.header), 0)
         return self
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all bytes were written."""
+        return self._left_bytes == 0
 
     def write(self, name: str, values: Tensor, first_row: int = 0) -> None:
         """Write a tensor, or some of its rows.
@@ -162,6 +156,7 @@ class TensorWriter:
         content = bytes_of(values.detach().to("cpu").contiguous())
         write_all(self._file, content, len(self._layout.header) + span.start + first_row * span.row_bytes)
         self._left[name] -= len(content)
+        self._left_bytes -= len(content)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -65,8 +65,12 @@ class WeightStore:
         self._weights[name] = weight
 
     def items(self) -> Iterable[tuple[str, Weight]]:
-        """Return the names and weights, in the model's order."""
+        """Return the names and weights, in the model's order, for their shapes and formats."""
         return self._weights.items()
+
+    def each(self) -> Iterator[tuple[str, Weight]]:
+        """Yield every weight, one after the other, for its values; each is valid until the next one is asked for."""
+        yield from self._weights.items()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all weights by their names in a file: `name`, and with a suffix its scales."""
@@ -78,7 +82,7 @@ class WeightStore:
 
     def first_non_finite(self) -> str | None:
         """Return the first weight that holds a NaN or an infinity; None: there is none."""
-        return next((name for name, weight in self._weights.items() if not weight.is_finite()), None)
+        return next((name for name, weight in self.each() if not weight.is_finite()), None)
 
     def plain_dtype(self) -> torch.dtype:
         """Return the precision of the weights that need no decoding."""

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from fake_hub import MODEL, FakeHub, serving
 from sophia_galore.cli.main import main
 from sophia_galore.model.export import convert_model
-from sophia_galore.weights.folder import INT8_FILE
+from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format
 from tiny import write_tiny_model
 

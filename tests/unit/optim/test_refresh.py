@@ -19,6 +19,7 @@ from sophia_galore.numerics.random import generator
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.recipes import ProjectionBits
 from sophia_galore.optim.spec import ParamSpec, SubspaceSpec
+from sophia_galore.weights.tensor_stream import TensorStream
 
 kinds = st.sampled_from(["svd", "tracked", "random"])
 
@@ -116,7 +117,7 @@ def refresh_log(spec: ParamSpec, grads: list[Tensor], reload_at: int = 0) -> lis
         if step == reload_at:
             kept = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
             optimizer = ParamOptimizer([spec], seed=0, device=CPU)
-            optimizer.load_named_state(kept)
+            optimizer.load_named_state(TensorStream.of(kept))
         before = optimizer.named_state()["w/next_refresh"].clone()
         optimizer.step_param("w", weight, grad, step=step, factor=1.0)
         if not torch.equal(before, optimizer.named_state()["w/next_refresh"]):

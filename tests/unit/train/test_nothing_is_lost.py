@@ -26,6 +26,7 @@ from sophia_galore.train.checkpoint import Checkpoint, checkpoints, save_checkpo
 from sophia_galore.train.earlier_run import foreign_files, open_run_folder, protected_paths, refuse_foreign
 from sophia_galore.train.folder import locked
 from sophia_galore.train.run import train
+from sophia_galore.weights.tensor_stream import TensorStream
 from unit.cli.tiny_run import World, command, make_world
 
 SHORT = ["training.max_steps=1", "memory.track_steps=0", "memory.predict=false", "data.eval_fraction=0"]
@@ -54,7 +55,7 @@ def save(folder: Path, step: int, keep_last: int = 2) -> Path:
     return save_checkpoint(
         folder,
         step,
-        optimizer_state={"s": torch.ones(1)},
+        optimizer_state=TensorStream.of({"s": torch.ones(1)}),
         write_model=write_model,
         documents=documents,
         keep_last=keep_last,

@@ -27,6 +27,7 @@ from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import Checkpoint, checkpoints
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
+from sophia_galore.weights.tensor_stream import Block, TensorStream
 from tiny import write_tiny_model
 from unit.cli.tiny_run import Ended, World, json_lines, make_world, sha256
 
@@ -212,10 +213,16 @@ def test_broken_state_of_a_checkpoint_is_named(
     read = Checkpoint.optimizer_state
     key = "model.embed_tokens.weight/exp_avg_sq" + (".scales" if "optimizer.state_bits=8" in words else "")
 
-    def broken(self: Checkpoint) -> dict[str, torch.Tensor]:
-        state = read(self)
-        state[key].view(-1)[0] = torch.inf
-        return state
+    def broken(self: Checkpoint) -> TensorStream:
+        stream = read(self)
+
+        def blocks() -> Iterator[Block]:
+            for block in stream.blocks():
+                if block.name == key:
+                    block.rows.view(-1)[0] = torch.inf
+                yield block
+
+        return TensorStream(stream.groups, blocks)
 
     monkeypatch.setattr(Checkpoint, "optimizer_state", broken)
     first = str(checkpoints(folder)[0])

@@ -203,7 +203,7 @@ def test_a_run_that_fails_after_its_end_is_finished_without_a_step(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "replace_files", fail)
+        patch.setattr(running, "replace_model", fail)
         carry_out(tmp_path / "run", world, *words)
     assert not (tmp_path / "run" / "model.safetensors").exists()
     result, heard = carry_out(tmp_path / "run", world, *words, resume=True)

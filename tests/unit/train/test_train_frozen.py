@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from sophia_galore.config import load_config
+from sophia_galore.records.files import INT8_FILE
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.result import RunResult
 from sophia_galore.train.run import train
-from sophia_galore.weights.folder import INT8_FILE
 from unit.cli.tiny_run import World, make_world
 
 pytestmark = NEEDS_BITSANDBYTES

@@ -16,9 +16,9 @@ from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import CPU, load_frozen_parts, load_parts, make_engine, open_store, take_step
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
+from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.bitsandbytes import Freezer, Frozen8bit
 from sophia_galore.weights.files import load_store, save_weights
-from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import as_weight
 from sophia_galore.weights.row_int8 import RowInt8Weight
@@ -72,7 +72,7 @@ def test_there_and_back_to_the_bit_before_and_after_a_forward(tmp_path: Path) ->
     for which in ("fresh", "after a step"):
         folder = write_tiny_model(tmp_path / which, "qwen2")
         (folder / "model.safetensors").unlink()
-        save_weights(folder, dict(store.items()))
+        save_weights(folder, store)
         saved.append((folder / INT8_FILE).read_bytes())
         if which == "fresh":
             take_step(make_engine(architecture, store), ragged_batches(), lambda grads: None, step=1)
@@ -127,7 +127,7 @@ def test_there_is_one_copy_of_the_codes(tmp_path: Path) -> None:
 def test_its_checkpoint_is_read_by_other_stores(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path)
     architecture, store, names = load_frozen_parts(folder, dtype)
-    save_weights(folder, dict(store.items()))
+    save_weights(folder, store)
     (folder / "model.safetensors").unlink()
     _, plain = load_parts(folder, dtype)
     for name, weight in plain.items():
@@ -148,7 +148,7 @@ def test_it_reads_a_checkpoint_of_native_int8(tmp_path: Path) -> None:
     architecture, _ = load_parts(folder)
     names, shapes = architecture.linear_names(), architecture.parameter_shapes()
     native = load_store(folder, shapes, tied_head=None, dtype=torch.float32, device=CPU, int8=names)
-    save_weights(folder, dict(native.items()))
+    save_weights(folder, native)
     (folder / "model.safetensors").unlink()
     _, store, _ = load_frozen_parts(folder)
     for name in names:
@@ -267,7 +267,7 @@ def test_what_is_broken_is_neither_made_nor_saved(tmp_path: Path, monkeypatch: p
     broken.held().absmax[1] = torch.nan
     (tmp_path / "target").mkdir()
     with pytest.raises(RunError, match=rf"{Q} holds scales that are not finite, or negative, so it is not saved"):
-        save_weights(tmp_path / "target", dict(store.items()))
+        save_weights(tmp_path / "target", store)
     assert not any((tmp_path / "target").iterdir())
     assert store.first_non_finite() == Q
     # As another version might do it.

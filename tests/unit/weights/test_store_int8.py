@@ -16,9 +16,9 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.model.source_files import read_source_files
+from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.files import convert, load_store, read_weights, save_weights
-from sophia_galore.weights.folder import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.store import WeightStore
@@ -67,7 +67,7 @@ def test_rows_and_whole_weights(tmp_path: Path) -> None:
 
 def test_codes_and_scales_go_to_a_file_and_back_exactly(tmp_path: Path) -> None:
     store = load(write_tiny_model(tmp_path / "model"))
-    save_weights(tmp_path, dict(store.items()))
+    save_weights(tmp_path, store)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == [INT8_FILE]
     stored = load_file(tmp_path / INT8_FILE)
     assert equal(stored, store.tensors())
@@ -79,7 +79,7 @@ def test_the_same_weights_make_the_same_file(tmp_path: Path) -> None:
     store = load(write_tiny_model(tmp_path / "model"))
     written = set()
     for _ in range(8):
-        save_weights(tmp_path, dict(store.items()))
+        save_weights(tmp_path, store)
         written.add((tmp_path / INT8_FILE).read_bytes())
     assert len(written) == 1
 
@@ -175,7 +175,7 @@ def test_a_remainder_stays_one_where_a_folder_is_opened(tmp_path: Path) -> None:
     assert isinstance(base, Int8Weight)
     left, right = torch.randn(96, 2).to(torch.bfloat16), torch.randn(2, 64).to(torch.bfloat16)
     store[name] = DeferredWeight(base, torch.tensor([0.5]), lambda: (left, right))
-    save_weights(tmp_path, dict(store.items()))
+    save_weights(tmp_path, store)
     assert equal(dequantised(open_store(tmp_path, CPU)), dequantised(store))
 
 
