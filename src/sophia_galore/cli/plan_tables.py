@@ -76,7 +76,8 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "disk_bytes": streamed.bytes_in("disk"),
         "resident_layers": streamed.num_resident_layers,
         "buffer_bytes": streamed.buffer_bytes,
-        "settings": {key: values[key] for key in _SETTINGS} | {"engine.keep_layers": forecast.keep_layers},
+        "settings": {key: values[key] for key in _SETTINGS}
+        | {"engine.keep_layers": forecast.keep_layers, "engine.full_gradients": planner.full_gradients(config)},
         "notes": [verdict.sentence() for verdict in decided.verdicts],
     }
     if found is not None:
