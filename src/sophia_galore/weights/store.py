@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,6 +73,11 @@ class WeightStore:
         """Yield every weight, one after the other, for its values; each is valid until the next one is asked for."""
         yield from self._weights.items()
 
+    def opened(self) -> Iterator[tuple[str, Callable[[], Weight]]]:
+        """Yield the same, but for each weight a function that returns it, as weights of files have it."""
+        for name, weight in self.each():
+            yield name, partial(_itself, weight)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all weights by their names in a file: `name`, and with a suffix its scales."""
         return {
@@ -121,3 +127,7 @@ class WeightStore:
             yield lent
         finally:
             lent.clear()
+
+
+def _itself(weight: Weight) -> Weight:
+    return weight

@@ -153,11 +153,14 @@ def read_stream(files: Iterable[Path]) -> TensorStream:
                 groups.append({name: (torch_dtype(head.get_dtype()), tuple(head.get_shape()))})
 
     def blocks() -> Iterator[Block]:
-        for path, name in places:
-            # Opened again for each tensor: pages of a mapped file stay resident until it is closed.
-            with safe_open(path, framework="pt") as file, _disable_current_modes():
-                tensor = file.get_tensor(name)
-            yield from blocks_of(name, tensor)
+        for (path, name), group in zip(places, groups, strict=True):
+            _, shape = group[name]
+            for rows in row_blocks(shape) if shape else (slice(0),):
+                # Opened again for each block: pages of a mapped file stay resident until it is closed.
+                with safe_open(path, framework="pt") as file, _disable_current_modes():
+                    tensor = file.get_tensor(name)
+                if tensor.numel():
+                    yield Block(name, tensor[rows] if shape else tensor, rows.start or 0)
 
     return TensorStream(groups, blocks)
 
