@@ -35,7 +35,7 @@ from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_model
+from sophia_galore.train.folder import finish_replacing, locked, replace_model
 from sophia_galore.train.load import load
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
@@ -77,6 +77,7 @@ def train(
     """
     config = fill_date(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
+    finish_replacing(folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
         callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
         return finished
