@@ -128,6 +128,7 @@ class _Run:
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
+        self._wrote_model = False  # the final one
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
@@ -180,8 +181,11 @@ class _Run:
         # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
+        state = self._trainer_state()
+        if failed and not self._wrote_model and (state.ended_early or not state.has_steps_left):
+            state = state.unfinished()
         for name, document in (
-            (files.TRAINER_STATE, self._trainer_state().to_json()),
+            (files.TRAINER_STATE, state.to_json()),
             (files.MEMORY_REPORT, self._monitor.report()),
         ):
             with contextlib.suppress(OSError):
@@ -302,6 +306,7 @@ class _Run:
         with writing("The final model", self._folder, self.resume_hint, needed_bytes=size):
             write_card(self._folder, self._card())
             replace_model(self._folder, lambda beside: self._write_model(beside, dtype))
+        self._wrote_model = True
 
     def _restore_best(self) -> None:
         """Load the weights of the lowest eval loss if training.load_best_model is set."""
