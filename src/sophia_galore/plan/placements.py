@@ -24,6 +24,7 @@ from sophia_galore.plan.route import Route, by_layer
 from sophia_galore.plan.routes import empty_weight, int8_format
 from sophia_galore.streaming.open import buffers_bytes
 from sophia_galore.streaming.units import Part, Placement, Unit
+from sophia_galore.weights.files import file_metadata
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.safetensors_layout import FileLayout, TensorKind
 
@@ -256,5 +257,9 @@ def _unit(name: str, placement: Placement, routes: Sequence[Route], form: Int8Fo
             state[f"{route.name}/{key}"] = (dtype, shape)
             if route.spec.subspace is not None and route.spec.subspace.folds_late and key.startswith(_UPDATE):
                 early.add(f"{route.name}/{key}")
-    layouts: dict[Part, FileLayout] = {"weights": FileLayout.of(weights), "state": FileLayout.of(state)}
+    has_blocks = any(route.format == "int8" for route in routes)
+    layouts: dict[Part, FileLayout] = {
+        "weights": FileLayout.of(weights, file_metadata(form.block if has_blocks else None)),
+        "state": FileLayout.of(state),
+    }
     return Unit(name, placement, layouts, frozenset(early), by_rows)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.streaming.homes import Home
+from sophia_galore.streaming.homes import DiskHome, Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
-from sophia_galore.streaming.units import Key, Piece, Unit
+from sophia_galore.streaming.units import Key, Part, Piece, Unit
+from sophia_galore.weights.tensor_stream import FinishedFile
 
 
 @dataclass(eq=False)
@@ -130,6 +131,24 @@ class Streams:
         """
         for slot in self._slots:
             self._wait(slot.writes)
+        result_of(self._jobs.give(self._commit))
+
+    def finished(self, part: Part) -> list[FinishedFile]:
+        """Return the files of the units that live on disk, as they are now.
+
+        Args:
+            part: Those of weights, or of states.
+
+        Raises:
+            EnvironmentProblem: A file can't be written.
+        """
+        self.settle()
+        files = (home.files.get(part) for home in self._homes.values() if isinstance(home, DiskHome))
+        return [FinishedFile(file.layout.kinds, file.keep_as) for file in files if file is not None]
+
+    def _commit(self) -> None:
+        for home in self._homes.values():
+            home.commit()
 
     def close(self) -> None:
         """End the thread of the copies."""
