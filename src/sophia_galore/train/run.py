@@ -197,6 +197,9 @@ class _Run:
     def _step(self, step: int) -> dict[str, Any]:
         """Take one optimizer step and return its record."""
         plan = self._plan
+        streams = self._loaded.streams
+        if streams:
+            streams.take_waited_s()  # what evaluations and checkpoints waited
         started_s = time.perf_counter()
         batches = self._loaded.feed.step(step)
         factor = self._factor(step)
@@ -204,6 +207,7 @@ class _Run:
             result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_resume_hint(error) from error
+        seconds = time.perf_counter() - started_s
         self._last_step = step
         memory = self._monitor.end_step(step)
         return TrainStep(
@@ -212,7 +216,8 @@ class _Run:
             learning_rate=plan.learning_rate * factor,
             grad_norm=norm,
             tokens=result.num_tokens,
-            tokens_per_second=round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            tokens_per_second=round(result.num_tokens / seconds, 2),
+            waiting_share=round(streams.take_waited_s() / seconds, 4) if streams else None,
             **memory,
         ).to_json()
 

@@ -72,7 +72,7 @@ def test_steps_over_all_units_add_up(placement: Placement, prefetches: bool, tmp
         for name in names:
             with made.lend(name, trains=True) as tensors:
                 assert all(bool((tensor == 3).all()) for tensor in tensors.values())
-    assert len(made.buffers()) == 2 and made.waited_s > 0
+    assert len(made.buffers()) == 2 and made.take_waited_s() > 0
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
