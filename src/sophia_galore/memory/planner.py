@@ -47,10 +47,12 @@ class MemoryEstimate:
     Args:
         forecast: The forecast.
         budget: The available memory; None without a limit.
+        full_gradients: Which full gradients may be in memory together.
     """
 
     forecast: Forecast
     budget: Budget | None
+    full_gradients: FullGradients = "layer"
 
     @property
     def fits(self) -> bool | None:
@@ -64,9 +66,10 @@ class MemoryEstimate:
 
     def facts(self) -> MemoryFacts:
         """Return the estimate as facts for the rules."""
+        needed, apart = self.forecast.peak_bytes, self.full_gradients
         if self.budget is None:
-            return MemoryFacts(self.forecast.peak_bytes)
-        return MemoryFacts(self.forecast.peak_bytes, self.budget.limit_bytes, self.budget.reserve_bytes)
+            return MemoryFacts(needed, full_gradients=apart)
+        return MemoryFacts(needed, self.budget.limit_bytes, self.budget.reserve_bytes, apart)
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,9 @@ class Planner:
         """
         if replace(self.facts, config=config).freezes_layers:
             return None
-        config = changed(config, {"engine.full_gradients": self.full_gradients(config)})
-        return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config))
+        full_gradients = self.full_gradients(config)
+        config = changed(config, {"engine.full_gradients": full_gradients})
+        return MemoryEstimate(self.forecast(config, self.keep_layers(config)), self.budget(config), full_gradients)
 
     def forecast(self, config: RunConfig, keep_layers: int) -> Forecast:
         """Return the forecast of a configuration.

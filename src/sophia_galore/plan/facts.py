@@ -16,6 +16,7 @@ from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.config.field_types import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.model.architecture import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
@@ -166,11 +167,13 @@ class MemoryFacts:
         needed_bytes: Most bytes of tensors at once.
         limit_bytes: What the process may take on the device; None: any amount.
         reserve_bytes: Part of the limit that is not for tensors.
+        full_gradients: Which full gradients may be in memory together.
     """
 
     needed_bytes: int = 0
     limit_bytes: int | None = None
     reserve_bytes: int = 0
+    full_gradients: FullGradients = "layer"
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,12 @@ class Facts:
         if self.memory is None or self.memory.limit_bytes is None:
             return 0
         return max(0, self.memory.needed_bytes + self.memory.reserve_bytes - self.memory.limit_bytes)
+
+    @property
+    def forms_apart_by_itself(self) -> bool:
+        """Whether nothing but the memory decided that full gradients are formed one matrix after the other."""
+        is_open = self.config.engine.full_gradients == "auto"
+        return is_open and self.memory is not None and self.memory.full_gradients == "matrix"
 
     @property
     def excess(self) -> str:

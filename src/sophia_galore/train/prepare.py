@@ -117,7 +117,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         dataset=dataset,
         chat_format=chat_format,
         keep_layers=keep_layers,
-        full_gradients=planner.full_gradients(config),
+        full_gradients=estimate.full_gradients if estimate else planner.full_gradients(config),
     )
     prepared = Prepared(
         config,
