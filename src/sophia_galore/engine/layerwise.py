@@ -73,6 +73,7 @@ from sophia_galore.model.architecture import Architecture, count_idle_layers
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
+from sophia_galore.streaming.spill import Spill
 from sophia_galore.weights.store import Borrowed, WeightStore
 
 _CROSS_ENTROPY = CrossEntropy()
@@ -142,6 +143,7 @@ class LayerwiseEngine:
         say: Receives a sentence about each adaptation.
         frozen: Names of weights that get no gradient.
         neftune_alpha: Scale of the noise on embeddings in a step (`EmbeddingNoise`); 0: no noise.
+        spill: Where layer inputs wait for their backward; None: on the device.
         full_gradients: Which full gradients of a layer's matrices may be in memory together, if only products of them
             are needed.
     """
@@ -161,6 +163,7 @@ class LayerwiseEngine:
         say: Callable[[str], None] = silent,
         frozen: Collection[str] = (),
         neftune_alpha: float = 0.0,
+        spill: Spill | None = None,
         full_gradients: FullGradients = "layer",
     ) -> None:
         self._architecture = architecture
@@ -169,6 +172,7 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
+        self._spill = spill
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
         self._trains_embedding = architecture.embed_name not in self._frozen
         trained = [name for name in architecture.parameter_shapes() if name not in self._frozen]
@@ -313,7 +317,7 @@ class LayerwiseEngine:
         how = partial(
             embed, self._architecture, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise
         )
-        return StepActivations(on_device, how, self.chunk_sizes.max_rows)
+        return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
     def _enter(self, acts: StepActivations) -> None:
         with self._observer.phase("forward"):
@@ -328,7 +332,8 @@ class LayerwiseEngine:
                 out = self._layers.forward(index, inputs, calls, request.step)
             else:
                 out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants)
-            acts.inputs.append(out)
+            # The first layer's input is a part of the embedding's graph.
+            acts.advance(out, leaves=max(1, self._num_idle) <= index < self._first_kept())
 
     def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
         """Run forward and backward through the head."""
@@ -386,7 +391,7 @@ class LayerwiseEngine:
                 acts.inputs.pop()
                 return {}
             graph = acts.graphs.pop(index, None)
-            inputs, calls = acts.inputs[-1], acts.calls(index)
+            inputs, calls = acts.last_input(), acts.calls(index)
             acts.passes = acts.passes or (graph.passes if graph else self._layers.new_passes())
             parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph, acts.passes)
             gradients, in_grads = self._layers.backward(index, *parts, spends=not self._retry.adapts)

@@ -12,8 +12,9 @@ from torch import Tensor
 from sophia_galore.streaming.homes import DiskHome, Home, HostHome
 from sophia_galore.streaming.lanes import CpuLane, CudaLane, Jobs, Lane
 from sophia_galore.streaming.rows import RowBuffers, RowStream, StreamedRows, row_bytes
+from sophia_galore.streaming.spill import Spill, TensorSpill
 from sophia_galore.streaming.streams import Streams, group_bytes
-from sophia_galore.streaming.units import Key, Piece, Unit
+from sophia_galore.streaming.units import Key, Piece, Placement, Unit
 from sophia_galore.weights.safetensors_layout import bytes_of
 from sophia_galore.weights.weight import Weight
 
@@ -29,11 +30,13 @@ class Streaming:
         streams: Lends them.
         rows: For each unit whose weight comes by rows, what fetches them, by its name.
         buffers: All buffers on the compute device.
+        spill: Where layer inputs wait for their backward; None: on the device.
     """
 
     streams: Streams
     rows: Mapping[str, RowStream]
     buffers: Sequence[Tensor]
+    spill: Spill | None = None
 
     def take_in(self, name: str, weight: Weight) -> Weight:
         """Copy a weight to where it lives, before anything is lent.
@@ -66,6 +69,7 @@ def open_streaming(
     device: torch.device,
     prefetches: bool = True,
     most_rows: int = 1,
+    inputs: Placement = "device",
 ) -> Streaming:
     """Create the homes of units, all zero, and the buffers that they visit.
 
@@ -76,12 +80,13 @@ def open_streaming(
         device: The compute device.
         prefetches: Whether bytes move in the background.
         most_rows: Rows of the largest block of a weight that comes by rows.
+        inputs: Where layer inputs wait for their backward.
 
     Raises:
         OSError: The disk is full or not writable.
     """
     lane = _lane(units, device)
-    if any(unit.placement == "disk" for unit in units):
+    if "disk" in (inputs, *(unit.placement for unit in units)):
         folder.mkdir(parents=True, exist_ok=True)
     homes = [_home(unit, lane, folder, number) for number, unit in enumerate(units)]
     jobs = Jobs(lane, in_background=prefetches)
@@ -94,6 +99,7 @@ def open_streaming(
         streams,
         {home.unit.name: RowStream(home, lane, jobs, buffers, most_rows) for home in by_rows if buffers},
         [*streams.buffers(), *(buffers.tensors() if buffers else [])],
+        None if inputs == "device" else TensorSpill(inputs, lane, jobs, folder / "inputs", device),
     )
 
 
