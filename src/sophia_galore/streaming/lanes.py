@@ -2,7 +2,9 @@
 
 The jobs run on one thread, in the order in which they were given. So a buffer may be given to the next unit as soon as
 writing out the last one was ordered. On a CPU a job copies, or reads into the buffer directly. On CUDA a job orders
-copies on a side stream, which waits for the stream of the computation, and the computation waits for it.
+copies on a side stream, which waits for the stream of the computation, and the computation waits for it. All copies go
+through this one stream, so they keep the order of the jobs. The processor runs ahead of it: before it reads or
+overwrites memory that copies use, it waits for them.
 """
 
 from __future__ import annotations
@@ -85,6 +87,14 @@ class Lane(ABC):
     def end(self) -> object:
         """End a job; return a mark of its copies."""
 
+    @abstractmethod
+    def enter_thread(self) -> None:
+        """Prepare the thread that the jobs run on; called there, before the first of them."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Let the calling thread wait for all copies that were ordered: then it may read what they wrote."""
+
 
 class CpuLane(Lane):
     """The compute device is the CPU: bytes are copied or read where they are used."""
@@ -123,13 +133,20 @@ class CpuLane(Lane):
         """See `Lane`."""
         return None
 
+    def enter_thread(self) -> None:
+        """See `Lane`."""
+
+    def finish(self) -> None:
+        """See `Lane`."""
+
 
 class CudaLane(Lane):
     """The compute device is a GPU: a side stream copies from and to pinned memory.
 
     Args:
         device: The GPU.
-        staging_bytes: Size of each of two pinned buffers through which files pass.
+        staging_bytes: Size of each of two pinned buffers through which files and single rows pass: of the largest piece
+            that is read from a file, and of at least one row.
     """
 
     def __init__(self, device: torch.device, staging_bytes: int) -> None:
@@ -155,7 +172,7 @@ class CudaLane(Lane):
 
     def fetch_rows(self, home: Home, key: Key, rows: Sequence[int], buffer: DeviceBuffer) -> None:
         """See `Lane`."""
-        self._stream.synchronize()  # the processor reads what earlier copies may still be writing
+        self.finish()  # the processor reads what earlier copies may still be writing
         size = home.unit.span(key).row_bytes
         at_once = len(self._staging[0]) // size
         for start in range(0, len(rows), at_once):
@@ -172,7 +189,7 @@ class CudaLane(Lane):
                 return
             staged = self._next_staging()[: len(source)]
             staged.copy_(source, non_blocking=True)
-            self._stream.record_event().synchronize()
+            self.finish()
             home.write(piece, bytes_of(staged))
 
     def now(self) -> object:
@@ -192,6 +209,14 @@ class CudaLane(Lane):
     def end(self) -> object:
         """See `Lane`."""
         return self._stream.record_event()
+
+    def enter_thread(self) -> None:
+        """See `Lane`; else its device would be the first GPU, and using the side stream would take memory there."""
+        torch.cuda.set_device(self._stream.device)
+
+    def finish(self) -> None:
+        """See `Lane`."""
+        self._stream.synchronize()
 
     def _stage(self, target: Tensor, read: Callable[[memoryview], None]) -> None:
         """Read into a staging buffer, and order its copy to the device."""
@@ -222,7 +247,7 @@ class Jobs:
 
     def __init__(self, lane: Lane, *, in_background: bool) -> None:
         self._lane = lane
-        self._pool = ThreadPoolExecutor(1, "streaming") if in_background else None
+        self._pool = ThreadPoolExecutor(1, "streaming", lane.enter_thread) if in_background else None
         self._failure: BaseException | None = None
 
     def give(self, job: Callable[[], None], *, after: object = None) -> Future[object]:
@@ -245,9 +270,10 @@ class Jobs:
         return done
 
     def close(self) -> None:
-        """Wait for the last job, and end the thread."""
+        """Wait for the last job and its copies, and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
+        self._lane.finish()  # the buffers may be freed now
 
     def _run(self, job: Callable[[], None], after: object) -> object:
         if self._failure is not None:

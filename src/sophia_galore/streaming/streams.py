@@ -50,7 +50,8 @@ class Streams:
         device: The compute device.
 
     Attributes:
-        waited_s: Seconds that the computation waited for units since this was last set to 0.
+        waited_s: Seconds that the computation waited for units since this was last set to 0. On a GPU it is the time
+            until their copies were ordered; the device itself may wait for longer.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Streams:
         self.waited_s = 0.0
         for names, count in groups:
             size = group_bytes([self._homes[name].unit for name in names])
-            slots = [_Slot(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(count)]
+            buffers = [DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+            # A kernel may still be using the memory of a new buffer: for what it was before, or to fill it.
+            slots = [_Slot(buffer, released=lane.now()) for buffer in buffers]
             self._slots += slots
             self._slots_of |= dict.fromkeys(names, slots)
 
@@ -128,11 +131,11 @@ class Streams:
         Raises:
             EnvironmentProblem: A file can't be written.
         """
-        for slot in self._slots:
-            self._wait(slot.writes)
+        # Behind all other jobs. The marks of the writes are not enough: only the device waits for these.
+        self._wait([self._jobs.give(self._lane.finish)])
 
     def close(self) -> None:
-        """End the thread of the copies."""
+        """End the thread of the copies, once they are done."""
         self._jobs.close()
 
     def _enter(self, unit: Unit, *, trains: bool) -> _Slot:
