@@ -1,12 +1,13 @@
 """Streams and events of CUDA on a CPU, in the worst order that CUDA allows.
 
-What is ordered on a stream waits in a queue: copies on a side stream, and every operation of a thread that is watched.
-It runs when something waits for it, after all that CUDA would let it wait for, and nothing else. So a value is wrong
-where a wait is missing. There are two worst orders:
+What is ordered on a stream waits in a queue: copies on side streams, and on the stream of the computation every
+operation of a thread that is watched. There are two worst orders, and values are wrong in one of them where a wait is
+missing:
 
-- late: nothing runs before it is waited for. Wrong if what follows a copy does not wait for it.
-- early: a copy runs as soon as it may, and computation as late as it may. Wrong if a copy does not wait for what it
-  follows.
+- late: a copy runs once something waits for it, and computation as early as it may. Wrong if what follows a copy does
+  not wait for it.
+- early: a copy runs as early as it may, and computation once something waits for it. Wrong if a copy does not wait for
+  what it follows.
 
 Memory of the device is filled when it is allocated, as torch does if bits shall repeat: what comes before that is lost.
 """
@@ -128,20 +129,18 @@ class FakeCuda:
     def run(self, stream: Stream, place: int) -> None:
         """Run a queue up to a place, and what that waits for."""
         with self.lock:
-            self._run(stream, place)
-            self.advance()
+            while stream.num_done < place:
+                if isinstance(head := stream.queue[0], Event) and not head.is_done:
+                    self.run(head.stream, head.place)
+                else:
+                    self._take(stream)
+                self.advance()
 
     def advance(self) -> None:
-        """Run what copies early."""
-        for stream in self._side if self._copies == "early" else ():
+        """Run what runs as early as it may."""
+        for stream in self._side if self._copies == "early" else [self._compute]:
             while stream.queue and (not isinstance(head := stream.queue[0], Event) or head.is_done):
                 self._take(stream)
-
-    def _run(self, stream: Stream, place: int) -> None:
-        while stream.num_done < place:
-            if isinstance(head := stream.queue[0], Event):
-                self._run(head.stream, head.place)
-            self._take(stream)
 
     def _take(self, stream: Stream) -> None:
         what = stream.queue.popleft()
