@@ -71,6 +71,8 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         self.order(event)
+        if not self.fake.is_watching and self is self.fake.current_stream():
+            self.synchronize()  # what this thread orders next runs at once
 
     def synchronize(self) -> None:
         self.record_event().synchronize()
@@ -104,6 +106,11 @@ class FakeCuda:
     def set_device(self, device: torch.device) -> None:
         self.devices[threading.current_thread().name] = device
 
+    @property
+    def is_watching(self) -> bool:
+        """Whether operations of this thread run later than they are ordered."""
+        return getattr(self._local, "is_watched", False)
+
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self._local.stream = self.current_stream(), stream
@@ -116,7 +123,7 @@ class FakeCuda:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Operations of this thread run later than they are ordered."""
-        if getattr(self._local, "is_watched", False):
+        if self.is_watching:
             yield
             return
         self._local.is_watched = True
