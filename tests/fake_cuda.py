@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 Order = Literal["late", "early"]
 
 _EMPTY = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
+_ON_THE_SPOT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 # They change what a tensor is, not its values.
 _SHAPING = {"aten::set_", "aten::resize_", "aten::detach_"}
 # Kernels run below autograd, which counts a change when it is ordered.
@@ -169,7 +170,7 @@ class _Watch(TorchDispatchMode):
         schema, stream = func._schema, self._fake.current_stream()
         if schema.name in _SHAPING:
             return func(*args, **kwargs)
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        if _ON_THE_SPOT & set(func.tags):
             stream.synchronize()  # the processor needs values
             return func(*args, **kwargs)
         call = partial(func, *args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -40,12 +41,14 @@ class Place:
         device: The compute device.
         lane: Makes a lane for some units.
         computing: Within it, the thread computes on the device.
+        linger: Keeps the device busy, so that what does not wait for it comes too early.
         fake: What stands for CUDA, if something does.
     """
 
     device: torch.device
     lane: Callable[[list[Unit]], Lane]
     computing: Callable[[], AbstractContextManager[None]] = nullcontext
+    linger: Callable[[], None] = lambda: None
     fake: FakeCuda | None = None
 
 
@@ -61,10 +64,12 @@ def place_named(name: str) -> Iterator[Place]:
         yield Place(CPU, lambda units: CpuLane())
     elif name == "gpu":
         device = torch.device("cuda", 0)
-        yield Place(device, lambda units: CudaLane(device, staging_bytes(units, 128)))
+        # Some milliseconds.
+        linger = partial(torch.cuda._sleep, 5_000_000)
+        yield Place(device, lambda units: CudaLane(device, staging_bytes(units, 128)), linger=linger)
     else:
         with fake_cuda("early" if name == "early" else "late") as fake:
-            yield Place(CPU, lambda units: CudaLane(CPU, staging_bytes(units, 128)), fake.watching, fake)
+            yield Place(CPU, lambda units: CudaLane(CPU, staging_bytes(units, 128)), fake.watching, fake=fake)
 
 
 def home_of(unit: Unit, lane: Lane, folder: Path, number: int = 0) -> Home:
@@ -136,6 +141,7 @@ def take_steps(place: Place, folder: Path, placement: Placement, *, prefetches: 
                     if then:
                         made.prefetch(then, trains=True)
                     assert len(tensors) == 4
+                    place.linger()
                     for tensor in tensors.values():
                         tensor += 1
         made.settle()
@@ -159,6 +165,7 @@ def read_and_write_rows(place: Place, folder: Path, placement: Placement, form: 
         changed = values.clone()
         for step, rows in enumerate(blocks):  # each block is changed while the next one is on its way
             block = weight[rows]
+            place.linger()
             plain = block.values(torch.float32).clone().mul_(2)
             block.write(plain, Noise.of(0, "rounding", step))
             changed[rows] = block.values(torch.float32).cpu()

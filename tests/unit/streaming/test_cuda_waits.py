@@ -7,7 +7,7 @@ The waits are taken out one by one, each with a use of units in which that shows
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from sophia_galore.streaming.units import Key, Piece, Unit
 from sophia_galore.weights.safetensors_layout import FileLayout
 from streaming_cases import (
     LAYOUTS,
+    WHEREVER,
     Place,
     place_named,
     read_and_write_rows,
@@ -47,6 +48,7 @@ def settle(place: Place, folder: Path) -> None:
     """What is settled can be read."""
     with streams(place, folder, "host", prefetches=False) as made:
         with made.lend("layer.0", trains=True) as tensors:
+            place.linger()
             tensors[W].fill_(4)
         made.settle()
         assert at_home(made.homes["layer.0"]) == {4}
@@ -56,6 +58,7 @@ def close(place: Place, folder: Path) -> None:
     """Copies do not outlive their buffers."""
     with streams(place, folder, "host", prefetches=False) as made:
         with made.lend("layer.0", trains=True) as tensors:
+            place.linger()
             tensors[W].fill_(4)
         home = made.homes["layer.0"]
     assert at_home(home) == {4}
@@ -66,6 +69,7 @@ def change_what_is_in_files(place: Place, folder: Path) -> None:
     with streams(place, folder, "disk", prefetches=False) as made:
         for _ in range(2):
             with made.lend("layer.0", trains=True) as tensors:
+                place.linger()
                 for tensor in tensors.values():
                     tensor += 1
         with made.lend("layer.0", trains=True) as tensors:
@@ -76,6 +80,7 @@ def change_twice(place: Place, folder: Path) -> None:
     """What is written back is what was there when the loan ended, also if the next one changes it at once."""
     with streams(place, folder, "host", prefetches=False) as made:
         with made.lend("layer.0", trains=True) as tensors:
+            place.linger()
             tensors[W].fill_(4)
         with made.lend("layer.0", trains=True) as tensors:
             tensors[W].fill_(5)
@@ -86,6 +91,7 @@ def change_twice(place: Place, folder: Path) -> None:
 def gather_changed_rows(place: Place, folder: Path) -> None:
     """Single rows are those that were written just before."""
     with streamed_rows(place, folder, "host", None, prefetches=False) as (weight, _):
+        place.linger()
         weight[slice(0, 128)].write(torch.full((128, 9), 7.0), None)
         assert bool((weight[torch.tensor([3, 5])].values(torch.float32) == 7).all())
 
@@ -93,8 +99,12 @@ def gather_changed_rows(place: Place, folder: Path) -> None:
 def read_three_blocks(place: Place, folder: Path) -> None:
     """What was computed from a block is not changed by a later one in the same buffer."""
     with streamed_rows(place, folder, "host", None, prefetches=False) as (weight, values):
-        read = [weight[slice(start, start + 100)].values(torch.float32) * 1 for start in range(0, 400, 100)]
-        assert torch.equal(torch.cat(read), values)
+        read = []
+        for start in range(0, 400, 100):
+            block = weight[slice(start, start + 100)].values(torch.float32)
+            place.linger()
+            read.append(block * 1)
+        assert torch.equal(torch.cat(read).cpu(), values)
 
 
 def without(owner: type, name: str, caller: str = "") -> Callable[[pytest.MonkeyPatch], None]:
@@ -187,15 +197,11 @@ WAITS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Order, Callable[[Pl
 USES = (settle, close, change_what_is_in_files, change_twice, gather_changed_rows, read_three_blocks)
 
 
-@pytest.fixture(params=["late", "early"])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    with place_named(request.param) as opened:
-        yield opened
-
-
+@pytest.mark.parametrize("name", WHEREVER)
 @pytest.mark.parametrize("use", USES)
-def test_values_are_right(use: Callable[[Place, Path], None], place: Place, tmp_path: Path) -> None:
-    use(place, tmp_path)
+def test_values_are_right(use: Callable[[Place, Path], None], name: str, tmp_path: Path) -> None:
+    with place_named(name) as place:
+        use(place, tmp_path)
 
 
 @pytest.mark.parametrize("wait", WAITS)
@@ -207,8 +213,8 @@ def test_they_are_wrong_without(wait: str, tmp_path: Path, monkeypatch: pytest.M
             use(place, tmp_path)
 
 
-def test_the_thread_of_the_copies_uses_the_device_of_the_computation(place: Place, tmp_path: Path) -> None:
-    with streams(place, tmp_path, "host") as made, made.lend("layer.0"):
+def test_the_thread_of_the_copies_uses_the_device_of_the_computation(tmp_path: Path) -> None:
+    with place_named("late") as place, streams(place, tmp_path, "host") as made, made.lend("layer.0"):
         pass
     assert place.fake is not None
     assert place.fake.devices == {"streaming_0": torch.device("cuda", 0)}

@@ -1,36 +1,45 @@
-"""A run on a GPU has the same bits wherever its layers are between uses; also on what stands for one."""
+"""A run on a GPU has the same bits wherever its layers are between uses; also on what stands for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fake_cuda import fake_cuda
+from fake_cuda import Order, fake_cuda
+from sophia_galore.engine.stepper import Stepper
 from sophia_galore.records.files import METRICS
 from sophia_galore.streaming import open as opening
 from sophia_galore.streaming.lanes import CudaLane
 from unit.cli.tiny_run import World, json_lines, make_world, sha256
 
-WAYS = list(product(("host", "disk"), ("true", "false")))
-# How weights are stored, and what of them streams.
-KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "plain": ((), ("memory.resident_layers=0",)),
-    "int8 with late updates": (
-        ("quantization.enabled=true", "quantization.fold=refresh"),
-        ("memory.resident_layers=1",),
-    ),
+Way = tuple[str, str]
+"""Where layers are, and whether they are fetched ahead."""
+
+# How weights are stored, and how many layers stay.
+KINDS: dict[str, tuple[tuple[str, ...], int]] = {
+    "plain": ((), 0),
+    "int8 with late updates": (("quantization.enabled=true", "quantization.fold=refresh"), 1),
 }
 
 
 @contextmanager
-def late_copies() -> Iterator[None]:
-    """Units visit a CPU as they would visit a GPU whose copies come as late as they may."""
-    with fake_cuda("late"), pytest.MonkeyPatch.context() as patch:
+def standing_for_cuda(copies: Order) -> Iterator[None]:
+    """The steps of a run on a CPU are made as on a GPU, in the worst order for copies that come late, or early."""
+    take = Stepper.take
+    with fake_cuda(copies) as fake, pytest.MonkeyPatch.context() as patch:
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with fake.watching():
+                result = take(*args, **kwargs)
+                torch.cuda.current_stream().synchronize()  # as what follows does, which reads results
+                return result
+
+        patch.setattr(Stepper, "take", watched)
         patch.setattr(opening, "CpuLane", lambda: CudaLane(torch.device("cpu"), 1 << 20))
         yield
 
@@ -40,20 +49,75 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_bits_are_the_same_wherever_layers_are(device: str, kind: str, world: World) -> None:
-    def trained(name: str, *words: str) -> tuple[str, list[float]]:
-        output = f"{device} {name}".replace(" ", "-")
-        ended = world.train(output, f"training.device={device}", *words)
-        assert ended.code == 0, ended.err
-        folder: Path = world.folder / output
-        losses = [record["loss"] for record in json_lines(folder / METRICS) if "loss" in record]
-        return sha256(folder / "model.safetensors"), losses
+@pytest.fixture(scope="module")
+def trained(world: World) -> Callable[..., tuple[str, list[float]]]:
+    """Train; gives the digest of the model and the losses."""
+    runs: dict[tuple[str, ...], tuple[str, list[float]]] = {}
 
-    weights, streams = KINDS[kind]
-    expected = trained(f"{kind} device", "memory.placement=device", *weights)
-    for placement, prefetch in WAYS:
-        words = (f"memory.placement={placement}", f"memory.prefetch={prefetch}", *weights, *streams)
-        with late_copies() if device == "cpu" else nullcontext():
-            assert trained(f"{kind} {placement} {prefetch}", *words) == expected
+    def train(*words: str) -> tuple[str, list[float]]:
+        folder = f"run{len(runs)}"
+        ended = world.train(folder, "training.max_steps=4", *words)
+        assert ended.code == 0, ended.err
+        records = json_lines(world.folder / folder / METRICS)
+        losses = [record["loss"] for record in records if "loss" in record]
+        runs[words] = sha256(world.folder / folder / "model.safetensors"), losses
+        return runs[words]
+
+    return lambda *words: runs.get(words) or train(*words)
+
+
+def words_of(kind: str, way: Way) -> tuple[str, ...]:
+    weights, num_resident = KINDS[kind]
+    placement, prefetch = way
+    return (
+        *weights,
+        f"memory.placement={placement}",
+        f"memory.prefetch={prefetch}",
+        f"memory.resident_layers={num_resident}",
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "copies, way",
+    [
+        ("late", ("host", "true")),
+        ("early", ("host", "false")),
+        ("late", ("disk", "false")),
+        ("early", ("disk", "true")),
+    ],
+)
+def test_on_what_stands_for_a_gpu(
+    copies: Order, way: Way, kind: str, trained: Callable[..., tuple[str, list[float]]]
+) -> None:
+    weights, _ = KINDS[kind]
+    expected = trained("training.device=cpu", "memory.placement=device", *weights)
+    with standing_for_cuda(copies):
+        assert trained("training.device=cpu", *words_of(kind, way)) == expected
+
+
+@pytest.mark.parametrize(
+    "copies, left_out, way", [("late", "wait_here", ("host", "true")), ("early", "begin", ("disk", "true"))]
+)
+def test_it_would_show_a_missing_wait(
+    copies: Order,
+    left_out: str,
+    way: Way,
+    trained: Callable[..., tuple[str, list[float]]],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = trained("training.device=cpu", "memory.placement=device")
+    with standing_for_cuda(copies):
+        monkeypatch.setattr(CudaLane, left_out, lambda self, mark: None)
+        ended = world.train("wrong", "training.max_steps=4", "training.device=cpu", *words_of("plain", way))
+    assert ended.code != 0 or sha256(world.folder / "wrong" / "model.safetensors") != expected[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", list(product(("host", "disk"), ("true", "false"))))
+def test_on_a_gpu(way: Way, kind: str, trained: Callable[..., tuple[str, list[float]]]) -> None:
+    weights, _ = KINDS[kind]
+    expected = trained("training.device=cuda", "memory.placement=device", *weights)
+    assert trained("training.device=cuda", *words_of(kind, way)) == expected
