@@ -22,6 +22,9 @@ from sophia_galore.streaming.homes import Home, HostBuffer
 from sophia_galore.streaming.units import Key, Piece
 from sophia_galore.weights.safetensors_layout import bytes_of
 
+# Else torch rounds pinned memory up to a power of two: a unit could take almost twice its size.
+_EXACT_SIZES = "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"
+
 
 class DeviceBuffer:
     """Memory of the compute device that units visit.
@@ -150,6 +153,7 @@ class CudaLane(Lane):
     """
 
     def __init__(self, device: torch.device, staging_bytes: int) -> None:
+        _pin_exact_sizes()
         self._stream = torch.cuda.Stream(device)
         self._device = device
         self._staging = [torch.empty(staging_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -233,6 +237,13 @@ class CudaLane(Lane):
             busy.synchronize()
             self._busy[self._turn] = None
         return self._staging[self._turn]
+
+
+def _pin_exact_sizes() -> None:
+    """Let torch take no more pinned memory than is asked for, unless the user set how it is taken."""
+    settings = torch._C._accelerator_getAllocatorSettings()
+    if "pinned_max_" not in settings:
+        torch._C._accelerator_setAllocatorSettings(f"{settings},{_EXACT_SIZES}" if settings else _EXACT_SIZES)
 
 
 class Jobs:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fake_cuda import Event, Order
+from sophia_galore.streaming import lanes
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import CudaLane, Jobs
 from sophia_galore.streaming.open import staging_bytes
@@ -234,3 +235,32 @@ def test_staging_is_as_large_as_what_passes_through_it() -> None:
         ([Unit("e", "disk", by_rows)], 10, 32000),
     ):
         assert staging_bytes(units, most_rows) == expected
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("", lanes._EXACT_SIZES),
+        ("expandable_segments:True", f"expandable_segments:True,{lanes._EXACT_SIZES}"),
+        ("pinned_max_round_threshold_mb:64", "pinned_max_round_threshold_mb:64"),
+    ],
+)
+def test_pinned_memory_takes_its_size(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [before]
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: settings[-1])
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    with place_named("late") as place:
+        place.lane([])
+        place.lane([])
+    assert settings[-1] == after and len(settings) <= 2
+
+
+@pytest.mark.gpu
+def test_pinned_memory_of_a_gpu_takes_its_size() -> None:
+    size = (64 << 20) + 1
+    with place_named("gpu") as place:
+        lane = place.lane([])
+        before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+        pinned = lane.host_buffer(size).pinned
+        assert pinned is not None and pinned.is_pinned()
+        assert torch.cuda.host_memory_stats()["allocated_bytes.current"] - before < size + (1 << 20)
