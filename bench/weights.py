@@ -96,8 +96,8 @@ def run(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
 
 def moved(checkpoint: Path, model: Path) -> dict[str, Any]:
     """How many int8 tensors of a checkpoint differ from the model that training began with, and how many codes."""
-    from sophia_galore.weights.files import read_weights
     from sophia_galore.weights.int8 import Int8Weight, quantise
+    from sophia_galore.weights.saved import read_weights
 
     begun = {name: weight for _, name, weight in read_weights(model)}
     tensors, changed, codes, changed_codes = 0, 0, 0, 0

@@ -18,7 +18,8 @@ from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.bitsandbytes import Freezer
-from sophia_galore.weights.files import convert, load_store, read_weights
+from sophia_galore.weights.files import convert, load_store
+from sophia_galore.weights.saved import read_weights
 from sophia_galore.weights.store import WeightStore
 
 CPU = torch.device("cpu")

@@ -148,7 +148,7 @@ def take_steps(place: Place, folder: Path, placement: Placement, *, prefetches: 
         for name in names:
             with made.lend(name, trains=True) as tensors:
                 assert all(bool((tensor == 3).all()) for tensor in tensors.values())
-    assert len(made.buffers()) == 2 and made.waited_s > 0
+    assert len(made.buffers()) == 2 and made.take_waited_s() > 0
 
 
 def read_and_write_rows(place: Place, folder: Path, placement: Placement, form: str, *, prefetches: bool) -> None:

@@ -20,6 +20,7 @@ KEYS = [
     "data.seed",
     "data.too_long",
     "data.train",
+    "engine.full_gradients",
     "engine.keep_layers",
     "export.dtype",
     "memory.limit",

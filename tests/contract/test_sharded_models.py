@@ -24,11 +24,12 @@ from sophia_galore.model.source_files import read_source_files
 from sophia_galore.model.tied_head import head_differs
 from sophia_galore.records.files import INT8_FILE, INT8_INDEX, MODEL, MODEL_INDEX
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.files import load_store, read_weights
+from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import is_int8, weight_files
 from sophia_galore.weights.int8 import Int8Format, Int8Weight
 from sophia_galore.weights.manifest import check_model_folder
 from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.saved import read_weights
 from sophia_galore.weights.store import WeightStore
 from tiny import write_tiny_model
 

@@ -28,7 +28,7 @@ def dump_config(config: RunConfig) -> str:
         del values["data"]["eval_fraction"]
     if not config.training.gradient_checkpointing:
         # Likewise: written down, the default number would contradict.
-        del values["engine"]
+        del values["engine"]["keep_layers"]
     return dump(values)
 
 

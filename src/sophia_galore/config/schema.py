@@ -211,6 +211,12 @@ class EngineConfig(Section):
         description="Graphs of so many last layers are kept through the forward pass instead of being recomputed, "
         "which is faster and takes memory; auto: as many as memory.limit leaves room for.",
     )
+    full_gradients: Literal["auto", "layer", "matrix"] = Field(
+        "auto",
+        description="Where GaLore needs full gradients, for new bases or the exact norm: layer: those of a layer stand "
+        "in memory together. matrix: no more than its largest matrix takes; a layer then goes backward once for each "
+        "group of its matrices that fits into that. auto: matrix if the run is not expected to fit with layer.",
+    )
 
 
 class MemoryConfig(Section):

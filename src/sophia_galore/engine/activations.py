@@ -13,6 +13,7 @@ from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.embedding import Embedded
 from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.objective import Objective
+from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.retry import split_rows
 from sophia_galore.optim.request import Wants
 
@@ -58,6 +59,7 @@ class StepActivations:
         graphs: Autograd graphs of the layers without activation checkpointing, by layer number.
         out_grads: Per micro-batch (B, T, d), the gradient with respect to the output of the layer whose backward is
             next.
+        passes: The backward passes of the layer whose backward has begun; None between two layers.
         head_is_final: True once the optimizer may have used the head's gradients; the head must not be repeated then.
     """
 
@@ -70,6 +72,7 @@ class StepActivations:
         self.inputs: list[list[Tensor]] = []
         self.graphs: dict[int, LayerGraph] = {}
         self.out_grads: list[Tensor] = []
+        self.passes: Passes | None = None
         self.head_is_final = False
         if max_rows is not None:
             self.split(max_rows)

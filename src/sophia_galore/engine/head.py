@@ -21,7 +21,7 @@ from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.projected_gradient import LazyTerms, ProjectedSum
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector
-from sophia_galore.optim.request import GradientRequest, Wants, whole_gradients
+from sophia_galore.optim.request import BasisFromGradient, FromGradient, Wants, whole_gradients
 from sophia_galore.weights.store import WeightStore
 
 # Tokens per backward through the norm: its float32 temporaries are about ten times as large as its input.
@@ -217,7 +217,7 @@ class Head:
         return self._scatter(entering), grads
 
     def _with_basis_from(
-        self, request: GradientRequest, name: str, add_to: Callable[[ProjectedSum], None]
+        self, request: Projector | BasisFromGradient | None, name: str, add_to: Callable[[ProjectedSum], None]
     ) -> ProjectedGradient | None:
         """Return a projected gradient whose basis is made from the gradient; None if the request is of another kind."""
         if request is None or isinstance(request, Projector):
@@ -260,10 +260,11 @@ class Head:
         self._logits.walk(normed, self._weight, lambda tile: self._add_weight_grad(grad, tile, normed))
         return grad
 
-    def _request_of(self, name: str) -> GradientRequest:
-        return self._wants(name) if name not in self._frozen else None
+    def _request_of(self, name: str) -> Projector | BasisFromGradient | None:
+        request = self._wants(name) if name not in self._frozen else None
+        return request.basis if isinstance(request, FromGradient) else request
 
-    def _product_of(self, name: str, request: GradientRequest) -> ProjectedSum | None:
+    def _product_of(self, name: str, request: Projector | BasisFromGradient | None) -> ProjectedSum | None:
         """Return an empty sum for a projected gradient, float32 like the logits; None if it is not wanted projected."""
         if not isinstance(request, Projector):
             return None

@@ -5,7 +5,8 @@ or projected, are summed over the micro-batches and are finished when its backwa
 
 With activation checkpointing, backward recomputes the layer. Without it, the layer's autograd graph is kept from
 forward; the graph begins at the layer's input, which is detached from the previous layer. Backward uses it once,
-micro-batch by micro-batch, and frees each part at once.
+micro-batch by micro-batch, and frees each part at once. If full gradients are formed apart from one another
+(`passes.py`), the first pass uses the graph, and later ones recompute the layer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.func import functional_call
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.determinism import strictly_repeatable
 from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.passes import FullGradients, Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.segments import attending_within
@@ -30,7 +32,7 @@ from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector, tensor_of
-from sophia_galore.optim.request import Wants
+from sophia_galore.optim.request import FromGradient, Reduction, Wants
 from sophia_galore.weights.store import WeightStore
 
 Tensors = dict[str, Tensor]
@@ -52,15 +54,19 @@ class LayerGraph:
             stored in compute precision is not copied.
         products: Sums for the weights whose gradients are projected, by name.
         linears: Context manager that adds to these sums in place of forming the gradients.
+        passes: The passes, of which this graph is for the next one.
         kept: The layer's input and output, for each micro-batch between its forward and its backward.
         sums: In half precision, float32 sums of the gradients so far.
+        are_finite: In fp16, whether each gradient that only a later pass forms is finite, as bool tensors.
     """
 
     leaves: Tensors
     products: dict[str, ProjectedSum]
     linears: ProjectedLinears
+    passes: Passes
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     sums: Tensors = field(default_factory=dict)
+    are_finite: list[Tensor] = field(default_factory=list)
 
 
 class Layers:
@@ -74,6 +80,7 @@ class Layers:
         seed: The run's seed, for dropout.
         observer: Receives the category of each tensor.
         frozen: Names of weights that get no gradient.
+        full_gradients: Which full gradients may be in memory together.
     """
 
     def __init__(
@@ -85,8 +92,10 @@ class Layers:
         seed: int,
         observer: Observer,
         frozen: Collection[str] = (),
+        full_gradients: FullGradients = "layer",
     ) -> None:
         self._architecture, self._store, self._dtype, self._device = architecture, store, dtype, device
+        self.new_passes = partial(Passes, full_gradients)
         self._seed, self._observer, self._frozen = seed, observer, frozen
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
@@ -136,7 +145,7 @@ class Layers:
         Returns:
             The output, per micro-batch (B, T, d), detached from the graph; and the graph.
         """
-        graph = self._begin(index, wants)
+        graph = self._begin(index, wants, self.new_passes())
         for micro_batch, call in enumerate(calls):
             graph.kept.append(self._forward_with_graph(index, graph, call, inputs[micro_batch], step, micro_batch))
         return [out.detach() for _, out in graph.kept], graph
@@ -150,10 +159,11 @@ class Layers:
         step: int,
         wants: Wants,
         graph: LayerGraph | None = None,
+        passes: Passes | None = None,
         *,
         spends: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
-        """Run the backward pass of a layer for all micro-batches.
+        """Run the backward passes of a layer, each for all micro-batches.
 
         The caller lends the layer's weights together with their optimizer state.
 
@@ -165,43 +175,71 @@ class Layers:
             step: As in forward.
             wants: Returns the form in which a parameter's gradient is needed.
             graph: From `keep`; used up. None: the layer is recomputed.
+            passes: Those of the graph or, without one, from `new_passes`; passes that are finished are not repeated.
             spends: Whether to remove the entries of `inputs` and `out_grads` as they are used, which frees memory but
                 makes a repetition impossible.
 
         Returns:
             The layer's gradients (float32) and, per micro-batch, the gradient with respect to its input.
         """
-        if self._dtype != torch.float16:
-            if not spends:
-                inputs, out_grads = list(inputs), list(out_grads)
-            return self._backward_scaled(index, inputs, calls, out_grads, step, wants, 1.0, graph)
-        largest = max(float(grad.abs().amax()) for grad in out_grads)
-        scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
-        for _ in range(_FP16_MAX_TRIES):
-            again = (list(inputs), calls, list(out_grads))
-            grads, in_grads = self._backward_scaled(index, *again, step, wants, scale, graph)
-            if all(bool(torch.isfinite(grad).all()) for grad in [*map(tensor_of, grads.values()), *in_grads]):
-                break
-            scale /= _FP16_BACKOFF
-            graph = None  # a graph can be used only once
-        return grads, in_grads
+        name = self._architecture.layer_names[index]
+        passes = passes or (graph.passes if graph else self.new_passes())
+        while True:
+            graph = graph or self._begin(index, wants, passes)
+            is_last = passes.is_last
+            given = (inputs, out_grads) if spends and is_last else (list(inputs), list(out_grads))
+            if self._dtype != torch.float16:
+                grads, in_grads = self._one_pass(index, graph, calls, *given, step, 1.0)
+            else:
+                grads, in_grads = self._finite_pass(index, graph, calls, *given, step, wants)
+            graph = None  # it can be used only once
+            passes.finish(grads, self._observer)
+            if is_last:
+                return {f"{name}.{inner}": grad for inner, grad in passes.take().items()}, in_grads
+            del in_grads
 
-    def _backward_scaled(
+    def _finite_pass(
         self,
         index: int,
-        inputs: list[Tensor],
+        graph: LayerGraph,
         calls: Sequence[LayerCall],
+        inputs: list[Tensor],
         out_grads: list[Tensor],
         step: int,
         wants: Wants,
-        scale: float,
-        graph: LayerGraph | None,
     ) -> tuple[Gradients, list[Tensor]]:
-        """Run `backward` with one loss scale; remove each micro-batch from its arguments once it is done."""
-        name = self._architecture.layer_names[index]
-        is_kept = graph is not None
-        graph = graph or self._begin(index, wants)
-        leaves, products = graph.leaves, graph.products
+        """Run the next pass in fp16; the first pass finds the scale with which all gradients are finite."""
+        passes = graph.passes
+        if passes.is_first:
+            largest = max(float(grad.abs().amax()) for grad in out_grads)
+            passes.scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
+        for left in reversed(range(_FP16_MAX_TRIES)):
+            grads, in_grads = self._one_pass(index, graph, calls, list(inputs), list(out_grads), step, passes.scale)
+            graph.are_finite.extend(torch.isfinite(grad).all() for grad in [*map(tensor_of, grads.values()), *in_grads])
+            if not left or not passes.is_first or all(map(bool, graph.are_finite)):
+                break
+            passes.scale /= _FP16_BACKOFF
+            graph = self._begin(index, wants, passes)  # a graph can be used only once
+        return grads, in_grads
+
+    def _one_pass(
+        self,
+        index: int,
+        graph: LayerGraph,
+        calls: Sequence[LayerCall],
+        inputs: list[Tensor],
+        out_grads: list[Tensor],
+        step: int,
+        scale: float,
+    ) -> tuple[Gradients, list[Tensor]]:
+        """Run the next pass; remove each micro-batch from inputs and gradients once it is done.
+
+        Returns:
+            The gradients that this pass forms, by names inside the layer; and those with respect to the layer's input,
+            if a first pass in fp16 has to check them or no other pass comes.
+        """
+        passes, leaves, products = graph.passes, graph.leaves, graph.products
+        is_kept, needs_in_grads = bool(graph.kept), passes.is_last or self._dtype == torch.float16
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
@@ -219,36 +257,44 @@ class Layers:
             del layer_input, out, out_grad
             assert entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
-            in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
+            if needs_in_grads:
+                in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
             del entering
         sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
-        trained = [key for key, leaf in leaves.items() if leaf.requires_grad]
-        without = set(trained) - sums.keys()
+        formed = [key for key, leaf in leaves.items() if leaf.requires_grad and passes.forms(key)]
+        for used in (leaves, graph.sums):
+            used.clear()  # the caller may still hold the graph
+        without = set(formed) - sums.keys()
         if without:
+            name = self._architecture.layer_names[index]
             raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
         if scale != 1.0:
             for grad in sums.values():
                 grad.div_(scale)
-        gradients: Gradients = {}
-        for inner in trained:
-            gradients[f"{name}.{inner}"] = ProjectedGradient(sums[inner]) if inner in products else sums[inner]
-        return gradients, in_grads
+        return {key: ProjectedGradient(sums[key]) if key in products else sums[key] for key in formed}, in_grads
 
-    def _begin(self, index: int, wants: Wants) -> LayerGraph:
+    def _begin(self, index: int, wants: Wants, passes: Passes) -> LayerGraph:
+        """Return an empty graph for the next pass; before the first one, plan the passes."""
         layer = self._architecture.layer_names[index]
         with self._weights(index) as weights:
             leaves = {
                 key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
                 for key, weight in weights.items()
             }
-        products = self._products(layer, leaves, wants)
+        products = self._products(layer, leaves, wants, passes) if passes.is_first else {}
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        graph = LayerGraph(leaves, products, linears)
+        graph = LayerGraph(leaves, products, linears, passes)
+        checks = passes.is_first and self._dtype == torch.float16  # one scale has to do for all passes
         for name, leaf in leaves.items():
             if not leaf.requires_grad:
                 continue
-            leaf.register_post_accumulate_grad_hook(partial(self._take_gradient, name, products.get(name), graph.sums))
+            take = partial(self._take_gradient, name, products.get(name), graph.sums)
+            if not passes.forms(name):
+                leaf.requires_grad_(checks)
+                take = partial(_check_gradient, graph.are_finite)
+            if leaf.requires_grad:
+                leaf.register_post_accumulate_grad_hook(take)
         return graph
 
     def _take_gradient(self, name: str, product: ProjectedSum | None, sums: Tensors, leaf: Tensor) -> None:
@@ -277,13 +323,17 @@ class Layers:
         with self._dropout_stream(step, index, micro_batch), graph.linears if graph.products else nullcontext():
             return leaf, self._run(index, graph.leaves, call, leaf)
 
-    def _products(self, layer: str, leaves: Tensors, wants: Wants) -> dict[str, ProjectedSum]:
-        """Return empty sums for those of a layer's weights whose gradients are wanted projected."""
+    def _products(self, layer: str, leaves: Tensors, wants: Wants, passes: Passes) -> dict[str, ProjectedSum]:
+        """Return empty sums for those of a layer's weights whose gradients are wanted projected; plan the passes."""
         products: dict[str, ProjectedSum] = {}
+        reductions: dict[str, Reduction] = {}
         for name, leaf in leaves.items():
             wanted = wants(f"{layer}.{name}") if leaf.requires_grad else None
             if isinstance(wanted, Projector):
                 products[name] = ProjectedSum(wanted, leaf.shape, self._dtype, self._device)
+            elif isinstance(wanted, FromGradient):
+                reductions[name] = wanted.reduce
+        passes.plan({name: leaf.numel() for name, leaf in leaves.items() if leaf.requires_grad}, reductions)
         return products
 
     @contextmanager
@@ -326,3 +376,10 @@ class Layers:
             else:
                 torch.default_generator.manual_seed(seed)
             yield
+
+
+def _check_gradient(are_finite: list[Tensor], leaf: Tensor) -> None:
+    """Note whether a weight's gradient of one micro-batch is finite, and drop it; a hook that autograd calls."""
+    if leaf.grad is not None:
+        are_finite.append(torch.isfinite(leaf.grad).all())
+        leaf.grad = None

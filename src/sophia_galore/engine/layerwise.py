@@ -16,6 +16,9 @@ the gradient, head and embedding compute several products one after the other.
 
 The last layers may run without activation checkpointing: their graphs are kept in forward and they are not recomputed.
 
+If a layer's full gradients are formed apart from one another, its backward runs several times (`passes.py`), all within
+one phase.
+
 An observer sees a step of L layers as these phases, none inside another. The memory forecast relies on this order:
 
     forward            the embedding
@@ -52,6 +55,7 @@ from sophia_galore.engine.layer import Gradients, Layers
 from sophia_galore.engine.logits import comes_whole
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.engine.retry import (
     ChunkSizes,
     Made,
@@ -137,6 +141,8 @@ class LayerwiseEngine:
         say: Receives a sentence about each adaptation.
         frozen: Names of weights that get no gradient.
         neftune_alpha: Scale of the noise on embeddings in a step (`EmbeddingNoise`); 0: no noise.
+        full_gradients: Which full gradients of a layer's matrices may be in memory together, if only products of them
+            are needed.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class LayerwiseEngine:
         say: Callable[[str], None] = silent,
         frozen: Collection[str] = (),
         neftune_alpha: float = 0.0,
+        full_gradients: FullGradients = "layer",
     ) -> None:
         self._architecture = architecture
         self._store = store
@@ -168,7 +175,9 @@ class LayerwiseEngine:
         most_kept = len(architecture.layers) - self._num_idle
         sizes = ChunkSizes(min(keep_layers, most_kept), logits_chunk_bytes or default_chunk_bytes(device))
         self._retry = Retry(sizes, on_oom, say, device)
-        self._layers = Layers(architecture, store, compute_dtype, device, seed, self._observer, self._frozen)
+        self._layers = Layers(
+            architecture, store, compute_dtype, device, seed, self._observer, self._frozen, full_gradients
+        )
 
     @property
     def chunk_sizes(self) -> ChunkSizes:
@@ -190,8 +199,9 @@ class LayerwiseEngine:
             step: Number of the optimizer step, for dropout and sampled labels.
             wants: Returns the form in which a parameter's gradient is needed: full, (m, n); or as a product, G A (m, k)
                 or A^T G (k, n). In half precision A is rounded to it; in fp16 its columns should have about unit
-                length, or products may overflow. A basis is made from the gradient for head and embedding only; the
-                gradient of a layer's weight is full in this case.
+                length, or products may overflow. If the basis is made from the gradient, head and embedding do so
+                without forming it. The gradient of a layer's weight is full in this case or, with
+                `full_gradients="matrix"`, reduced at once.
             objective: The loss to minimise; sampled labels are a function of seed and step.
 
         Returns:
@@ -376,9 +386,10 @@ class LayerwiseEngine:
                 return {}
             graph = acts.graphs.pop(index, None)
             inputs, calls = acts.inputs[-1], acts.calls(index)
-            parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph)
+            acts.passes = acts.passes or (graph.passes if graph else self._layers.new_passes())
+            parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph, acts.passes)
             gradients, in_grads = self._layers.backward(index, *parts, spends=not self._retry.adapts)
-        acts.out_grads = in_grads
+        acts.out_grads, acts.passes = in_grads, None
         acts.inputs.pop()
         return gradients
 
@@ -435,6 +446,8 @@ class LayerwiseEngine:
         return fewer_kept_layers(self.chunk_sizes) if acts.graphs else self._smaller_logits(acts)
 
     def _smaller_backward(self, acts: StepActivations, index: int) -> Smaller | None:
+        if acts.passes is not None and acts.passes.is_final:
+            return None
         # If there is no memory to recompute this layer, there is none to keep its graph beside others either.
         if acts.graphs or index >= self._first_kept():
             return fewer_kept_layers(self.chunk_sizes)

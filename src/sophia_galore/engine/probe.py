@@ -21,10 +21,10 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError, OutOfMemory, RunError, lacks_memory, short
 from sophia_galore.numerics.bases import random_basis, tracked_basis
 from sophia_galore.numerics.random import generator
-from sophia_galore.numerics.subspace import LazyGradient, Projector, projection_side, tensor_of
+from sophia_galore.numerics.subspace import Grad, ProjectedGradient, Projector, norm_of, projection_side, tensor_of
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.optimizer import ParamOptimizer
-from sophia_galore.optim.request import BasisFromGradient
+from sophia_galore.optim.request import FromGradient
 
 WHAT_HELPS = (
     "Lower training.max_length or training.batch_size, or use quantization.enabled=true or "
@@ -80,11 +80,7 @@ def take_probe(
                         raise KeyboardInterrupt
                     for name in list(gradients):
                         grad = tensor_of(gradients.pop(name))
-                        if not is_usable(grad):
-                            raise NonFiniteError(
-                                f"The gradient of {name} is not finite in the probe step (or above {LARGEST_GRAD:g}).",
-                                _PRECISION,
-                            )
+                        _refuse_non_finite(name, grad)
                         seen.add(name)
                         if name in held_shapes:
                             # Filled with values, since a system may hand out memory that it lacks until it is written.
@@ -108,18 +104,29 @@ def take_probe(
         )
 
 
-def _trial(optimizer: ParamOptimizer, name: str, step: int) -> BasisFromGradient | None:
-    """Return a function that makes a basis as a refresh does, without storing it; None: the gradient is formed."""
+def _trial(optimizer: ParamOptimizer, name: str, step: int) -> FromGradient | None:
+    """Return functions that make a basis as a refresh does, without storing it; None: the gradient is formed."""
     subspace = optimizer.specs[name].subspace
-    if subspace is None or optimizer.basis_from_gradient(name, step) is None:
+    if subspace is None or subspace.residual != "none":
         return None
     rank = subspace.rank
 
-    def choose(grad: LazyGradient) -> Projector:
+    def choose(grad: Grad) -> Projector:
         start = random_basis(min(grad.shape), rank, generator(0, "probe", name, device=grad.device))
         return Projector(tracked_basis(grad, start), projection_side(grad.shape))
 
-    return choose
+    def reduce(grad: Tensor) -> ProjectedGradient:
+        _refuse_non_finite(name, grad)
+        return ProjectedGradient(choose(grad).of(grad), norm_of(grad))
+
+    return FromGradient(reduce, choose if optimizer.basis_from_gradient(name, step) else None)
+
+
+def _refuse_non_finite(name: str, grad: Tensor) -> None:
+    if not is_usable(grad):
+        raise NonFiniteError(
+            f"The gradient of {name} is not finite in the probe step (or above {LARGEST_GRAD:g}).", _PRECISION
+        )
 
 
 def describe_probe(batches: Sequence[MicroBatch]) -> str:

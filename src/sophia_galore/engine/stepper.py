@@ -12,7 +12,6 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
 from sophia_galore.engine.objective import CrossEntropy, SampledCrossEntropy
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import ParamOptimizer, PreparedGradient
 from sophia_galore.weights.store import WeightStore
@@ -75,12 +74,13 @@ class Stepper:
             del forward
             for layer in layers:
                 with engine.using(layer) as gradients:
-                    norms.append(grad_norm(map(tensor_of, gradients.values())))
+                    norms.append(grad_norm(gradients.values()))
                     # If the norm is not finite, `prepare` raises an error that names the gradient.
-                    if self._clip_by == "layer" and math.isfinite(norms[-1]):
-                        clip_(map(tensor_of, gradients.values()), norms[-1], self._max_grad_norm)
+                    clips = self._clip_by == "layer" and math.isfinite(norms[-1])
                     for name in list(gradients):
                         prepared = optimizer.prepare(name, gradients.pop(name), step=step)
+                        if clips:
+                            clip_(prepared.tensors(), norms[-1], self._max_grad_norm)
                         if self._clip_by == "model":
                             held[name] = prepared
                         else:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.memory.composition import Layout, PassTrace, add, choose_layers, extrapolate, to_segments
 from sophia_galore.memory.simulation import simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
@@ -153,7 +154,8 @@ def trace_model(
     )
     few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
     trained = [name for name in layer_names if any(route.trained for route in of_layer[name])]
-    numbers = steps_to_simulate(around, of_layer[(trained or layer_names)[-1]], num_steps)
+    full_gradients: FullGradients = "matrix" if decided.facts.config.engine.full_gradients == "matrix" else "layer"
+    numbers = steps_to_simulate(around, of_layer[(trained or layer_names)[-1]], num_steps, full_gradients)
     num_kept = layout.num_kept if with_kept else 0
 
     def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:

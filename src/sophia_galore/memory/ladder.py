@@ -3,13 +3,14 @@
     1  kept layers       only time: activations of all layers are computed again in backward
     2  micro-batch       only time: the same effective batch in smaller pieces
     3  logits            only time: smaller tiles of the vocabulary's logits
-    4  host memory       only time: layers wait in host memory and visit the device
-    5  weight format     fp32, bf16, int8: stochastic rounding, without bias
-    6  state bits        32, 16, 8: the same for the optimizer's state
-    7  projection bits   32, 16, 4: coarser bases
-    8  disk              only time, but much of it where the disk is slow, and wear: layers wait in files
-    9  rank              halves: less of each gradient is seen
-    10 max_length        halves: less of each example is seen; only if that is allowed
+    4  full gradients    only time: a layer goes backward several times where full gradients are needed
+    5  host memory       only time: layers wait in host memory and visit the device
+    6  weight format     fp32, bf16, int8: stochastic rounding, without bias
+    7  state bits        32, 16, 8: the same for the optimizer's state
+    8  projection bits   32, 16, 4: coarser bases
+    9  disk              only time, but much of it where the disk is slow, and wear: layers wait in files
+    10 rank              halves: less of each gradient is seen
+    11 max_length        halves: less of each example is seen; only if that is allowed
 
 A rung returns the next change of a configuration, or None if nothing is left to change. Each rung is used up before
 the next one is tried.
@@ -88,6 +89,17 @@ def _to_disk(config: RunConfig) -> Changes | None:
     return {"memory.placement": "disk"} if config.memory.placement in ("auto", "host") else None
 
 
+def forms_apart(config: RunConfig) -> bool:
+    """Return whether `engine.full_gradients: matrix` can save memory: only products of full gradients are kept."""
+    return config.optimizer.type == "galore" and config.optimizer.galore.residual == "none"
+
+
+def _gradients_apart(config: RunConfig) -> Changes | None:
+    if config.engine.full_gradients == "matrix" or not forms_apart(config):
+        return None
+    return {"engine.full_gradients": "matrix"}
+
+
 def _smaller_format(config: RunConfig) -> Changes | None:
     if config.quantization.int8:
         return None
@@ -134,6 +146,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("kept layers", _keep_fewer, costs_time_only=True),
     Rung("micro-batch", _smaller_batch, costs_time_only=True),
     Rung("logits", _smaller_tile, costs_time_only=True),
+    Rung("full gradients", _gradients_apart, costs_time_only=True),
     Rung("host memory", _to_host, costs_time_only=True, uses_host=True),
     Rung("weight format", _smaller_format),
     Rung("state bits", _fewer_state_bits),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -12,15 +12,18 @@ import torch
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
-from sophia_galore.config.dump import flatten
+from sophia_galore.config.dump import changed, flatten
 from sophia_galore.config.schema_data import DataConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget, budget_of
 from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
+from sophia_galore.memory.ladder import forms_apart
+from sophia_galore.memory.transfers import USUAL, transfers_of
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
@@ -29,6 +32,7 @@ from sophia_galore.plan.detect import detect_bitsandbytes, model_facts, paramete
 from sophia_galore.plan.facts import Facts, MemoryFacts
 from sophia_galore.plan.placements import Parts, Streamed, choose, device_bytes, parts_of
 from sophia_galore.plan.plan import count_steps
+from sophia_galore.plan.route import Route
 from sophia_galore.plan.rules import RULES
 from sophia_galore.plan.verdicts import decide
 
@@ -86,11 +90,20 @@ class MemoryEstimate:
         there = "" if self.budget is None else f", of {bytes_in_words(self.budget.tensor_bytes)} that there are"
         return f"Expected: {bytes_in_words(self.forecast.peak_bytes)} of tensors at most{there}."
 
-    def facts(self) -> MemoryFacts:
-        """Return the estimate as facts for the rules."""
-        if self.budget is None:
-            return MemoryFacts(self.forecast.peak_bytes)
-        return MemoryFacts(self.forecast.peak_bytes, self.budget.limit_bytes, self.budget.reserve_bytes)
+    def facts(self, routes: Sequence[Route]) -> MemoryFacts:
+        """Return the estimate as facts for the rules.
+
+        Args:
+            routes: One for each parameter.
+        """
+        return MemoryFacts(
+            self.forecast.peak_bytes,
+            self.budget.limit_bytes if self.budget else None,
+            self.budget.reserve_bytes if self.budget else 0,
+            self.streamed.sentence(),
+            self.host_excess_bytes,
+            transfers_of(self.streamed, routes, 1, USUAL).disk_written_bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,7 @@ class Planner:
         """
         if replace(self.facts, config=config).freezes_layers:
             return None
+        config = self._settled(config)
         streamed = self.streamed(config)
         forecast = self.forecast(config, self.keep_layers(config, streamed), streamed)
         return MemoryEstimate(forecast, self.budget(config), streamed, self.host_limit_bytes(config))
@@ -151,6 +165,7 @@ class Planner:
         budget = self.budget(config) if config.memory.predict else None
         if budget is None and config.memory.placement == "auto":
             return Streamed(self.parts)
+        config = self._settled(config)
         decided, num_kept = self.decide(config), self._num_kept(config)
 
         def fits(streamed: Streamed) -> bool:
@@ -181,7 +196,7 @@ class Planner:
         """Return the forecast of a configuration.
 
         Args:
-            config: The configuration.
+            config: The configuration; engine.full_gradients: auto counts as layer.
             keep_layers: Number of layers without activation checkpointing; overrides the configuration.
             streamed: What lives elsewhere than on the device; None: nothing. Overrides the configuration.
 
@@ -212,6 +227,24 @@ class Planner:
         """The parts of the model that can stream."""
         return parts_of(self.facts.parameters, self.layer_names)
 
+    def full_gradients(self, config: RunConfig) -> FullGradients:
+        """Return which full gradients may be in memory together.
+
+        Args:
+            config: The configuration. For auto it is `matrix` if the forecast with `layer` does not fit and the
+                optimizer needs no more of the full gradients than products; with placement auto, if it does not fit
+                with all weights on the device.
+        """
+        asked = config.engine.full_gradients
+        if asked != "auto":
+            return asked
+        budget = self.budget(config) if config.memory.predict and forms_apart(config) else None
+        if budget is None or replace(self.facts, config=config).freezes_layers:
+            return "layer"
+        is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
+        together = self.forecast(config, 0 if is_open else self.keep_layers(config), self._least(config))
+        return "layer" if budget.fits(together.peak_bytes) else "matrix"
+
     def keep_layers(self, config: RunConfig, streamed: Streamed | None = None) -> int:
         """Return how many layers run without activation checkpointing.
 
@@ -241,6 +274,22 @@ class Planner:
         """Return how many layers can run without activation checkpointing, with a margin; 0 also if nothing fits."""
         return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
 
+    def _settled(self, config: RunConfig) -> RunConfig:
+        """Return a configuration in which engine.full_gradients is decided."""
+        return changed(config, {"engine.full_gradients": self.full_gradients(config)})
+
+    def _least(self, config: RunConfig) -> Streamed:
+        """Return what streams if as little as can be stays on the device, but nothing with placement auto."""
+        if config.memory.placement not in ("host", "disk"):
+            return Streamed(self.parts)
+        return choose(
+            self.decide(config),
+            self.parts,
+            fits=lambda _: False,
+            host_bytes=None,
+            num_kept=self._num_kept(config),
+        )
+
     def _num_kept(self, config: RunConfig) -> int:
         """Return how many layers keep their graphs for certain; those of keep_layers: auto come after all else."""
         if not config.training.gradient_checkpointing:
@@ -256,6 +305,7 @@ class Planner:
 
     def _trace(self, config: RunConfig, *, with_kept: bool) -> ModelTrace:
         values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}
+        values["engine.full_gradients"] = values["engine.full_gradients"].replace("auto", "layer")
         key = f"{with_kept} {values}"
         if key not in self._traces:
             self._traces[key] = trace_model(

@@ -130,6 +130,7 @@ def simulate(
             on_oom=config.memory.on_oom,
             frozen=frozen_names(model.routes),
             neftune_alpha=config.training.neftune_alpha or 0.0,
+            full_gradients="matrix" if config.engine.full_gradients == "matrix" else "layer",
         )
         stepper = Stepper(
             engine,

@@ -15,6 +15,7 @@ from sophia_galore.config.schema_data import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
+from sophia_galore.engine.passes import FullGradients, most_at_once
 from sophia_galore.optim.spec import SubspaceSpec
 from sophia_galore.plan.route import Route
 
@@ -133,17 +134,21 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
     return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))
 
 
-def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps: int) -> list[int]:
+def steps_to_simulate(
+    around: Sequence[Route], last: Sequence[Route], num_steps: int, full_gradients: FullGradients = "layer"
+) -> list[int]:
     """Return the numbers of a few steps, one of which has the highest peak.
 
     The first step makes every basis and needs full gradients for that. Later, if only projected gradients are formed,
     the one of a tied head is kept until the embedding's backward. The peak is then in a step that refreshes no basis of
-    the head and some of the last layer, whose backward comes next.
+    the head and some of the last layer, whose backward comes next. If full gradients are formed apart, more bases mean
+    more passes, but no more full gradients at once: such steps with the fewest and with the most of them are taken.
 
     Args:
         around: Routes of the parameters outside the layers.
         last: Routes of the last layer that is trained, or of the last layer.
         num_steps: Steps of the run.
+        full_gradients: Which full gradients may be in memory together.
     """
     subspaces = [subspace for route in (*around, *last) if (subspace := _subspace(route))]
     # Refreshes repeat after this many steps; with growing gaps, the first ones are covered.
@@ -156,8 +161,9 @@ def steps_to_simulate(around: Sequence[Route], last: Sequence[Route], num_steps:
             for step in range(2, horizon + 1)
             if not any(subspace.fast and subspace.refreshes_at(step) for subspace in head)
         ]
-        if waiting:
-            steps.add(max(waiting, key=lambda step: sum(_full_grad_bytes(route, step) for route in last)))
+        for sign in (1, -1) if full_gradients == "matrix" else (1,):
+            if waiting:
+                steps.add(max(waiting, key=lambda step: _formed_at(last, step, full_gradients, sign)))
     # A random basis needs no gradient, but from the second one on moments are moved into it.
     drawn = [subspace for subspace in head if subspace.kind == "random"]
     again = [step for step in range(2, horizon + 1) if any(subspace.refreshes_at(step) for subspace in drawn)]
@@ -194,8 +200,15 @@ def _subspace(route: Route) -> SubspaceSpec | None:
     return route.spec.subspace if route.spec else None
 
 
-def _full_grad_bytes(route: Route, step: int) -> int:
-    """Return the bytes of a parameter's full gradient; 0 if a step does not form it."""
-    subspace = _subspace(route)
-    formed = subspace is None or not subspace.fast or subspace.refreshes_at(step)
-    return 4 * route.num_elements if route.trained and formed else 0
+def _formed_at(routes: Sequence[Route], step: int, full_gradients: FullGradients, sign: int) -> tuple[int, int]:
+    """Return the most elements of a layer's full gradients at once in a step; and the number of them, with a sign."""
+    sizes: dict[str, int] = {}
+    reduced: list[str] = []
+    for route in routes:
+        subspace = _subspace(route)
+        if route.trained and (subspace is None or not subspace.fast or subspace.refreshes_at(step)):
+            sizes[route.name] = route.num_elements
+            if subspace is not None and subspace.residual == "none":
+                reduced.append(route.name)
+    largest = max((route.num_elements for route in routes if route.trained), default=0)
+    return most_at_once(sizes, reduced, largest, full_gradients), sign * len(sizes)

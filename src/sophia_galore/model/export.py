@@ -21,9 +21,10 @@ from sophia_galore.model.source_files import (
     SourceFiles,
     read_source_files,
 )
-from sophia_galore.weights.files import FolderWeights, save_weights
+from sophia_galore.weights.files import save_weights
 from sophia_galore.weights.folder import HEAD, INVERSE_FREQUENCIES
 from sophia_galore.weights.int8 import Int8Format
+from sophia_galore.weights.saved import FolderWeights
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.tensor_stream import SHARD_BYTES
 from sophia_galore.weights.weight import Weight
@@ -123,7 +124,7 @@ def _settings(
 def convert_model(
     source: Path, folder: Path, target: torch.dtype | Int8Format | None, *, shard_bytes: int = SHARD_BYTES
 ) -> SourceFiles:
-    """Write a model folder with its weights in another format; only one of them is in memory at a time.
+    """Write a model folder with its weights in another format; only some rows of one are in memory at a time.
 
     Args:
         source: A model folder, a run's folder or a checkpoint.

@@ -77,6 +77,7 @@ _LLAMA3 = {
     "max_position_embeddings": 131_072,
     "attention_bias": False,
 }
+_LLAMA3_70B = {**_sizes(8_192, 28_672, 80, 64, 8), "head_dim": 128, "tie_word_embeddings": False}
 _GEMMA3 = {
     "model_type": "gemma3_text",
     "dtype": "bfloat16",
@@ -176,6 +177,30 @@ SPECIFICATIONS: tuple[Specification, ...] = (
         _ids("Qwen", "Qwen2.5-7B", "Qwen2.5-7B-Instruct"),
     ),
     Specification(
+        "qwen2.5-14b",
+        14_770_033_664,
+        {
+            **_QWEN2,
+            **_sizes(5_120, 13_824, 48, 40, 8),
+            "vocab_size": 152_064,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": False,
+        },
+        _ids("Qwen", "Qwen2.5-14B", "Qwen2.5-14B-Instruct"),
+    ),
+    Specification(
+        "qwen2.5-32b",
+        32_763_876_352,
+        {
+            **_QWEN2,
+            **_sizes(5_120, 27_648, 64, 40, 8),
+            "vocab_size": 152_064,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": False,
+        },
+        _ids("Qwen", "Qwen2.5-32B", "Qwen2.5-32B-Instruct"),
+    ),
+    Specification(
         "qwen3-0.6b",
         596_049_920,
         {**_QWEN3, **_sizes(1_024, 3_072, 28, 16, 8), "tie_word_embeddings": True},
@@ -200,6 +225,18 @@ SPECIFICATIONS: tuple[Specification, ...] = (
         _ids("Qwen", "Qwen3-8B", "Qwen3-8B-Base"),
     ),
     Specification(
+        "qwen3-14b",
+        14_768_307_200,
+        {**_QWEN3, **_sizes(5_120, 17_408, 40, 40, 8), "tie_word_embeddings": False},
+        _ids("Qwen", "Qwen3-14B", "Qwen3-14B-Base"),
+    ),
+    Specification(
+        "qwen3-32b",
+        32_762_123_264,
+        {**_QWEN3, **_sizes(5_120, 25_600, 64, 64, 8), "tie_word_embeddings": False},
+        _ids("Qwen", "Qwen3-32B"),
+    ),
+    Specification(
         "llama-3.2-1b",
         1_235_814_400,
         {**_LLAMA3, **_sizes(2_048, 8_192, 16, 32, 8), "head_dim": 64, "tie_word_embeddings": True},
@@ -217,6 +254,19 @@ SPECIFICATIONS: tuple[Specification, ...] = (
         {**_LLAMA3, **_sizes(4_096, 14_336, 32, 32, 8), "head_dim": 128, "tie_word_embeddings": False},
         _ids("meta-llama", "Llama-3.1-8B", "Llama-3.1-8B-Instruct")
         + _ids("meta-llama LLM-Research", "Meta-Llama-3.1-8B", "Meta-Llama-3.1-8B-Instruct"),
+    ),
+    Specification(
+        "llama-3.1-70b",
+        70_553_706_496,
+        {**_LLAMA3, **_LLAMA3_70B},
+        _ids("meta-llama", "Llama-3.1-70B", "Llama-3.1-70B-Instruct")
+        + _ids("meta-llama LLM-Research", "Meta-Llama-3.1-70B", "Meta-Llama-3.1-70B-Instruct"),
+    ),
+    Specification(
+        "llama-3.3-70b",
+        70_553_706_496,
+        {**_LLAMA3, **_LLAMA3_70B},
+        _ids("meta-llama LLM-Research", "Llama-3.3-70B-Instruct"),
     ),
     Specification(
         "gemma-3-270m",

@@ -10,11 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.weights.folder import HEAD, weight_files
 
 EMBEDDING = "model.embed_tokens.weight"
-_ROWS = 8192
 
 
 def head_differs(folder: Path) -> bool:
@@ -36,13 +37,16 @@ def head_differs(folder: Path) -> bool:
         if len(places) < 2:
             return False
         with safe_open(places[HEAD], framework="pt") as first, safe_open(places[EMBEDDING], framework="pt") as second:
-            head, embedding = first.get_slice(HEAD), second.get_slice(EMBEDDING)
-            if head.get_shape() != embedding.get_shape():
+            shape = first.get_slice(HEAD).get_shape()
+            if shape != second.get_slice(EMBEDDING).get_shape():
                 return True
-            rows = head.get_shape()[0]
-            return not all(
-                torch.equal(head[start : start + _ROWS].float(), embedding[start : start + _ROWS].float())
-                for start in range(0, rows, _ROWS)
-            )
+
+        def read(name: str, rows: slice) -> Tensor:
+            # Opened again for each block: pages of a mapped file stay resident until it is closed.
+            with safe_open(places[name], framework="pt") as file:
+                tensor: Tensor = file.get_slice(name)[rows]
+            return tensor.float()
+
+        return not all(torch.equal(read(HEAD, rows), read(EMBEDDING, rows)) for rows in row_blocks(shape))
     except (SafetensorError, OSError):
         return False  # the loading of the weights reports the error

@@ -1,16 +1,27 @@
 """Noise for stochastic rounding: a pure function of seed, purpose and the index of an element.
 
-It is counter-based: the index of an element is hashed with a key. So it does not depend on how a tensor is divided into
-blocks of rows, or on their order, and it is the same on every device, since it only uses integer operations. Stateful
-generators have none of these properties, and are slower on a CPU (`bench/noise.py`).
+It is counter-based: it does not depend on how a tensor is divided into blocks of rows, or on their order, and it is the
+same on every device, since it only uses integer operations. Stateful generators have none of these properties, and are
+slower on a CPU (`bench/noise.py`).
 
-The hash is two rounds of a bijection of 32-bit words, in which each bit of the input changes each bit of the output
-with a probability of 1/2 (constants: C. Wellons, "Prospecting for Hash Functions", 2018, `lowbias32`). One word gives
-the noise of two elements.
+A word of 64 bits gives the noise of four neighbours, sixteen bits each. Hashing every word well would take longer than
+the rounding itself. So the number of a word is split into two digits, and two short tables hold a good hash of each
+value of a digit (the finaliser of SplitMix64, Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
+A word is the exclusive or of one entry of each table, times an odd constant:
+
+    word = (lower[group % 64, lane] ^ upper[group // 64, lane]) * constant        group = index // 128
+
+Any three words are independent, as far as the tables are random. Without the product, four words at the corners of a
+rectangle of digits would cancel; the carries of the product make this a matter of chance.
+
+The lowest bit of each number is set. Then the mean is exactly zero, and no number times 2^-16 is closer to 1/2 or -1/2
+than 2^-16, which is what rounding needs to keep exact values (`weights/int8.py`, `numerics/rounding.py`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,15 +30,21 @@ from torch import Tensor
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT, first_few
 
-NOISE = "counted"
-"""Name of this noise in a plan; versions up to 0.5 used generators and wrote no name."""
+NOISE = "two digits"
+"""Name of this noise in a plan. It was "counted" before this name; versions up to 0.5 used generators, without one."""
 
-# The two elements that share a word are half a block apart: a stride of two elements is several times slower.
-_BLOCK = ROW_ALIGNMENT
-_HALF = _BLOCK // 2
-# Number of blocks that are hashed at once, so that they stay in the processor's cache for all rounds.
-_BLOCKS_AT_ONCE = 2048
-_LOW = (1 << 16) - 1
+# Elements of a group, and groups for which the upper digit stays the same.
+_GROUP = ROW_ALIGNMENT
+_DIGIT = 64
+_PER_WORD = 4
+_LANES = _GROUP // _PER_WORD
+# Number of elements whose noise exists at once: it stays in the processor's cache, and a GPU has enough to do.
+_AT_ONCE = 1 << 20
+
+_STEP = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+_CONSTANT = 0xD6E8FEB86659FD93
+_LOWEST_BITS = 0x0001000100010001
 
 
 @dataclass(frozen=True)
@@ -62,60 +79,79 @@ class Noise:
         """
         return replace(self, first=self.first + (rows.start or 0) * columns)
 
+    def pieces(self, like: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the noise of a tensor piece by piece.
+
+        Args:
+            like: Tensor whose number of elements and device are used.
+            dtype: int16, int32 or float32.
+            columns: Each piece is a multiple of this number of elements, such as whole rows.
+
+        Yields:
+            The elements as a slice of the flattened tensor, and their noise: odd integers, uniform in
+            (-2^15, 2^15). The next piece overwrites it.
+        """
+        assert self.first % _GROUP == 0, "rows begin at a multiple of ROW_ALIGNMENT"
+        num = like.numel()
+        size = piece_elements(columns)
+        first = self.first // _GROUP
+        start_digit = first // _DIGIT
+        lower, upper = self._tables(like.device, start_digit, -(-(first + -(-num // _GROUP)) // _DIGIT))
+        most = -(-min(size, num) // _GROUP)
+        # A piece may begin and end inside of an upper digit.
+        words = like.new_empty((-(-most // _DIGIT) + 1, _DIGIT, _LANES), dtype=torch.int64)
+        made = None if dtype == torch.int16 else like.new_empty(min(size, num), dtype=dtype)
+        for start in first_few(range(0, num, size)):
+            part = slice(start, min(start + size, num))
+            begin = first + start // _GROUP
+            digits = slice(begin // _DIGIT, -(-(begin + -(-(part.stop - start) // _GROUP)) // _DIGIT))
+            word = words[: digits.stop - digits.start]
+            torch.bitwise_xor(lower, upper[digits.start - start_digit : digits.stop - start_digit], out=word)
+            # As on every machine that torch is built for, the lowest bits of a word come first.
+            drawn = word.mul_(_signed(_CONSTANT)).bitwise_or_(_LOWEST_BITS).view(torch.int16).view(-1)
+            drawn = drawn[(begin - digits.start * _DIGIT) * _GROUP :][: part.stop - start]
+            yield part, drawn if made is None else made[: part.stop - start].copy_(drawn)
+
     def integers(self, like: Tensor) -> Tensor:
-        """Return integers that are uniform in [0, 2^16).
+        """Return all of the noise.
 
         Args:
             like: Tensor whose shape and device are used.
 
         Returns:
-            int32 tensor of that shape.
+            int16 tensor of that shape: odd integers, uniform in (-2^15, 2^15).
         """
-        return self._fill(like, torch.int32)
+        made = like.new_empty(like.numel(), dtype=torch.int16)
+        for part, drawn in self.pieces(like, torch.int16):
+            made[part] = drawn
+        return made.view(like.shape)
 
-    def uniform(self, like: Tensor) -> Tensor:
-        """Return numbers that are uniform in (0, 1): the midpoints of 2^16 equal parts, so the mean is exactly 1/2.
-
-        Args:
-            like: As for `integers`.
-
-        Returns:
-            float32 tensor of that shape; no number is closer to 0 or 1 than 2^-17.
-        """
-        return self._fill(like, torch.float32).add_(0.5).mul_(2.0**-16)
-
-    def _fill(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self.first % _BLOCK == 0, "rows begin at a multiple of ROW_ALIGNMENT"
-        num_blocks = -(-like.numel() // _BLOCK)
-        made = like.new_empty((num_blocks, 2, _HALF), dtype=dtype)
-        at_once = min(num_blocks, _BLOCKS_AT_ONCE)
-        words, shifted = (like.new_empty(at_once * _HALF, dtype=torch.int32) for _ in range(2))
-        drawn = key(self.seed, *self.purpose)
-        first_key, second_key = _signed(drawn), _signed(drawn >> 31)
-        for start in first_few(range(0, num_blocks, _BLOCKS_AT_ONCE)):
-            part = made[start : start + _BLOCKS_AT_ONCE]
-            number = part.shape[0] * _HALF
-            place = (self.first // _BLOCK + start) * _HALF
-            word, scratch = words[:number], shifted[:number]
-            torch.arange(place, place + number, out=word)
-            _mix(word.bitwise_xor_(first_key), scratch)
-            _mix(word.bitwise_xor_(second_key), scratch)
-            halves = word.view(-1, _HALF)
-            part[:, 0].copy_(torch.bitwise_and(halves, _LOW, out=scratch.view(-1, _HALF)))
-            part[:, 1].copy_(halves.bitwise_right_shift_(16).bitwise_and_(_LOW))
-        return made.view(-1)[: like.numel()].view(like.shape)
+    def _tables(self, device: torch.device, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return the hashes of the lower digits, (1, 64, 32), and of the upper ones from start to stop, (k, 1, 32)."""
+        num_lower = _DIGIT * _LANES
+        words = torch.arange(num_lower + (stop - start) * _LANES, dtype=torch.int64, device=device)
+        words[num_lower:].add_(start * _LANES)
+        words.mul_(_signed(_STEP)).add_(key(self.seed, *self.purpose))
+        shifted = torch.empty_like(words)
+        for shift, factor in _ROUNDS:
+            # The shift copies the sign bit, so these copies are masked.
+            torch.bitwise_right_shift(words, shift, out=shifted)
+            words.bitwise_xor_(shifted.bitwise_and_((1 << (64 - shift)) - 1))
+            if factor != 1:
+                words.mul_(_signed(factor))
+        return words[:num_lower].view(1, _DIGIT, _LANES), words[num_lower:].view(-1, 1, _LANES)
 
 
-def _mix(words: Tensor, scratch: Tensor) -> None:
-    """Apply the bijection in place; int32 shifts copy the sign bit, so these copies are masked."""
-    for shift, factor in ((16, 0x7FEB352D), (15, _signed(0x846CA68B)), (16, 1)):
-        torch.bitwise_right_shift(words, shift, out=scratch)
-        words.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
-        if factor != 1:
-            words.mul_(factor)
+def piece_elements(columns: int) -> int:
+    """Return the number of elements of a piece: whole rows and whole groups of noise, about a million.
+
+    Args:
+        columns: Number of elements in a row.
+    """
+    aligned = math.lcm(columns, _GROUP)
+    return max(1, _AT_ONCE // aligned) * aligned
 
 
 def _signed(number: int) -> int:
-    """Return the lower 32 bits of a number, as an int32."""
-    low = number & 0xFFFFFFFF
-    return low - (1 << 32) if low >= 1 << 31 else low
+    """Return a number below 2^64 as an int64 with the same bits."""
+    return number - (1 << 64) if number >= 1 << 63 else number

@@ -84,9 +84,11 @@ class ProjectedGradient:
 
     Args:
         product: G A or A^T G, float32, where the first columns of A are the basis.
+        norm: The Euclidean norm of G, float32 without dimensions; None: the norm of the product estimates it.
     """
 
     product: Tensor
+    norm: Tensor | None = None
 
 
 Gradient = Tensor | ProjectedGradient
@@ -96,6 +98,14 @@ Gradient = Tensor | ProjectedGradient
 def tensor_of(gradient: Gradient) -> Tensor:
     """Return the tensor of a gradient."""
     return gradient.product if isinstance(gradient, ProjectedGradient) else gradient
+
+
+def norm_of(gradient: Gradient) -> Tensor:
+    """Return the Euclidean norm of a gradient, float32 without dimensions; an estimate if only a product is known."""
+    if isinstance(gradient, ProjectedGradient) and gradient.norm is not None:
+        return gradient.norm
+    norm: Tensor = torch.linalg.vector_norm(tensor_of(gradient), dtype=torch.float32)
+    return norm
 
 
 def project(grad: Tensor, basis: Tensor) -> Tensor:

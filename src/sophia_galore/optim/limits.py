@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.subspace import Gradient, norm_of
+
 LARGEST_GRAD = 1e15
 """Gradients with larger entries are refused like infinite ones: sums of their squares overflow float32."""
 
@@ -24,16 +26,16 @@ def is_usable(grad: Tensor) -> Tensor:
     return (torch.stack(torch.aminmax(grad)).abs() <= LARGEST_GRAD).all()
 
 
-def grad_norm(grads: Iterable[Tensor]) -> float:
+def grad_norm(grads: Iterable[Gradient]) -> float:
     """Compute the Euclidean norm of several gradients as one vector.
 
     Args:
-        grads: float32 tensors of any shapes.
+        grads: float32, of any shapes; the norm of a projected one is exact if it is known, else an estimate.
 
     Returns:
         The norm; NaN or infinite if an entry is.
     """
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+    norms = [norm_of(grad) for grad in grads]
     return float(torch.linalg.vector_norm(torch.stack(norms), dtype=torch.float64)) if norms else 0.0
 
 

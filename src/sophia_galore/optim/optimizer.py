@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,15 @@ from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.numerics.rules import sophia_curvature
-from sophia_galore.numerics.subspace import Gradient, LazyGradient, ProjectedGradient, Projector, project, tensor_of
+from sophia_galore.numerics.subspace import (
+    Gradient,
+    LazyGradient,
+    ProjectedGradient,
+    Projector,
+    norm_of,
+    project,
+    tensor_of,
+)
 from sophia_galore.optim.dense import dense_step
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.lowrank import (
@@ -29,7 +38,7 @@ from sophia_galore.optim.lowrank import (
     subspace_of,
     with_deferred_update,
 )
-from sophia_galore.optim.request import BasisFromGradient, GradientRequest
+from sophia_galore.optim.request import BasisFromGradient, FromGradient, GradientRequest
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import COUNTER, ParamState
 from sophia_galore.weights.plain import as_weight
@@ -122,10 +131,7 @@ class ParamOptimizer:
             return PreparedGradient(None, _inside(spec, grad))
         if spec.subspace is None:
             return PreparedGradient(grad, None)
-        state = self._state(name, grad.device)
-        if refresh_is_due(spec, state, step):
-            refresh(spec, state, grad, step, self._seed)
-        low = project(grad, basis_at(spec, state, step, self._seed, grad.device))
+        low = self._project(spec, grad, step, observing=False)
         return PreparedGradient(None if spec.subspace.residual == "none" else grad, low)
 
     def apply(self, name: str, weight: Weight, prepared: PreparedGradient, *, step: int, factor: float) -> None:
@@ -168,7 +174,15 @@ class ParamOptimizer:
             observing: Whether the gradient is for `observe_curvature`; if not, it is for `prepare`.
         """
         projector = self.projector(name, step)
-        return self.basis_from_gradient(name, step, observing=observing) if projector is None else projector
+        if projector is not None:
+            return projector
+        subspace = self.specs[name].subspace
+        if subspace is None or subspace.residual != "none":
+            return None
+        return FromGradient(
+            partial(self._reduce, name, step, observing),
+            self.basis_from_gradient(name, step, observing=observing),
+        )
 
     def projector(self, name: str, step: int) -> Projector | None:
         """Return the matrix whose product with the gradient is enough for a step, if it is known in advance.
@@ -209,11 +223,9 @@ class ParamOptimizer:
 
         def choose(grad: LazyGradient) -> Projector:
             state = self._state(name, grad.device)
-            # A curvature is in the previous step's basis until `prepare` transforms it; step 1 has no previous one.
-            due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
-            if due:
+            if _refreshes(spec, state, step, observing):
                 refresh(spec, state, _CheckedGradient(grad, name, step), step, self._seed)
-            return self._with_probes(spec, state, max(1, step - 1) if observing else step, grad.device)
+            return self._with_probes(spec, state, _basis_step(step, observing), grad.device)
 
         return choose
 
@@ -240,10 +252,7 @@ class ParamOptimizer:
         if isinstance(grad, ProjectedGradient):
             grad = _inside(spec, grad)
         elif spec.subspace is not None:
-            if step == 1:
-                refresh(spec, state, grad, step, self._seed)  # there is no basis yet
-            # If a random basis changes at this step, the state is in the previous one until `prepare` transforms it.
-            grad = project(grad, basis_at(spec, state, max(1, step - 1), self._seed, grad.device))
+            grad = self._project(spec, grad, step, observing=True)
         first = state.is_empty("curvature")
         noise = Noise.of(self._seed, "curvature rounding", name, step)
         for rows in row_blocks(grad.shape):
@@ -352,6 +361,18 @@ class ParamOptimizer:
             self._states[name] = ParamState(self.specs[name], device)
         return self._states[name]
 
+    def _project(self, spec: ParamSpec, grad: Tensor, step: int, *, observing: bool) -> Tensor:
+        """Refresh the basis if it is due, and return R of a full gradient."""
+        state = self._state(spec.name, grad.device)
+        if _refreshes(spec, state, step, observing):
+            refresh(spec, state, grad, step, self._seed)
+        return project(grad, basis_at(spec, state, _basis_step(step, observing), self._seed, grad.device))
+
+    def _reduce(self, name: str, step: int, observing: bool, grad: Tensor) -> ProjectedGradient:
+        """Return what `prepare` or `observe_curvature` needs of a full gradient."""
+        _refuse_non_finite(name, grad, step)
+        return ProjectedGradient(self._project(self.specs[name], grad, step, observing=observing), norm_of(grad))
+
     def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
         basis = basis_at(spec, state, step, self._seed, device)
         num_probes = min(_NUM_PROBES, basis.shape[0] - basis.shape[1])
@@ -381,6 +402,18 @@ class _CheckedGradient:
         product = self.grad.of(projector)
         _refuse_non_finite(self.name, product, self.step)
         return product
+
+
+def _refreshes(spec: ParamSpec, state: ParamState, step: int, observing: bool) -> bool:
+    """Return whether the gradient of a step, or the one for its curvature, makes a new basis."""
+    # Step 1 has no basis yet; later, a curvature is in the basis of the step before.
+    return step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
+
+
+def _basis_step(step: int, observing: bool) -> int:
+    """Return the step whose basis the gradient is projected with."""
+    # If a basis changes at this step, the curvature is in the previous one until `prepare` transforms it.
+    return max(1, step - 1) if observing else step
 
 
 def _inside(spec: ParamSpec, grad: ProjectedGradient) -> Tensor:

@@ -166,11 +166,17 @@ class MemoryFacts:
         needed_bytes: Most bytes of tensors at once.
         limit_bytes: What the process may take on the device; None: any amount.
         reserve_bytes: Part of the limit that is not for tensors.
+        streamed: What lives elsewhere and where, as text; empty: nothing does.
+        host_excess_bytes: Bytes beyond the limit of the host's memory.
+        disk_written_bytes: Bytes that a step writes to disk.
     """
 
     needed_bytes: int = 0
     limit_bytes: int | None = None
     reserve_bytes: int = 0
+    streamed: str = ""
+    host_excess_bytes: int = 0
+    disk_written_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,25 @@ class Facts:
     def needed(self) -> str:
         """The forecast memory, as text."""
         return bytes_in_words(self.memory.needed_bytes) if self.memory else ""
+
+    @property
+    def streamed(self) -> str:
+        """What lives elsewhere than on the device, as text; empty: nothing does, or it is not known."""
+        return self.memory.streamed if self.memory else ""
+
+    @property
+    def host_excess(self) -> str:
+        """What the host's memory lacks, as text; empty: nothing."""
+        return bytes_in_words(self.memory.host_excess_bytes) if self.memory and self.memory.host_excess_bytes else ""
+
+    @property
+    def disk_writes(self) -> str:
+        """What steps write to disk, as text; empty: nothing."""
+        written = self.memory.disk_written_bytes if self.memory else 0
+        if not written:
+            return ""
+        run = f", {written * self.data.num_steps / 1e12:.2g} TB in this run" if self.data.num_steps else ""
+        return f"{written / 1e9:.2g} GB{run}"
 
     @property
     def missing_extras(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.cross_entropy import block_entries
 from sophia_galore.engine.logits import comes_whole
 from sophia_galore.engine.observe import Category
@@ -24,6 +25,7 @@ from sophia_galore.plan.route import Route, by_layer
 from sophia_galore.plan.routes import empty_weight, int8_format
 from sophia_galore.streaming.open import buffers_bytes
 from sophia_galore.streaming.units import Part, Placement, Unit
+from sophia_galore.weights.files import file_metadata
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.safetensors_layout import FileLayout, TensorKind
 
@@ -96,6 +98,20 @@ class Streamed:
     def placements(self) -> dict[str, Placement]:
         """Where each unit lives that streams, by its name."""
         return {unit.name: unit.placement for unit in self.units}
+
+    def sentence(self) -> str:
+        """Return what streams, as text without a full stop; empty: nothing does."""
+        if not self.units:
+            return ""
+        number = len(self.parts.layers) - self.num_resident_layers
+        placed = self.placements
+        ends = ["the embedding"] * (self.parts.embed in placed) + ["the head"] * (
+            self.parts.head in placed and self.parts.head != self.parts.embed
+        )
+        what = " and ".join([f"{number} of {len(self.parts.layers)} layers"] * (number > 0) + ends)
+        places = {"host memory": self.bytes_in("host"), "files": self.bytes_in("disk")}
+        where = " and ".join(f"{name} ({bytes_in_words(size)})" for name, size in places.items() if size)
+        return f"With their optimizer states, {what} live in {where} and visit {bytes_in_words(self.buffer_bytes)} of buffers"
 
     @property
     def num_resident_layers(self) -> int:
@@ -256,5 +272,9 @@ def _unit(name: str, placement: Placement, routes: Sequence[Route], form: Int8Fo
             state[f"{route.name}/{key}"] = (dtype, shape)
             if route.spec.subspace is not None and route.spec.subspace.folds_late and key.startswith(_UPDATE):
                 early.add(f"{route.name}/{key}")
-    layouts: dict[Part, FileLayout] = {"weights": FileLayout.of(weights), "state": FileLayout.of(state)}
+    has_blocks = any(route.format == "int8" for route in routes)
+    layouts: dict[Part, FileLayout] = {
+        "weights": FileLayout.of(weights, file_metadata(form.block if has_blocks else None)),
+        "state": FileLayout.of(state),
+    }
     return Unit(name, placement, layouts, frozenset(early), by_rows)

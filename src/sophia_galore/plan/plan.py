@@ -15,6 +15,7 @@ from sophia_galore.data.chat_format import ChatFormat
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
 from sophia_galore.numerics.noise import NOISE
@@ -48,6 +49,7 @@ class RunPlan:
         keep_layers: Number of last layers that run without activation checkpointing.
         placements: For each layer, and for the embedding's and the head's weight, where it lives; those that are left
             out stay on the device.
+        full_gradients: Which full gradients may be in memory together.
         chat_format: How conversations are written.
         num_train_examples: Training examples.
         num_eval_examples: Evaluation examples.
@@ -81,6 +83,7 @@ class RunPlan:
     curvature_every: int
     keep_layers: int
     placements: Mapping[str, Placement]
+    full_gradients: FullGradients
     chat_format: ChatFormat
     num_train_examples: int
     num_eval_examples: int
@@ -151,6 +154,7 @@ def make_plan(
     chat_format: ChatFormat = _OWN_FORMAT,
     keep_layers: int = 0,
     placements: Mapping[str, Placement] = _ALL_HERE,
+    full_gradients: FullGradients = "layer",
 ) -> RunPlan:
     """Make the plan of a run.
 
@@ -161,6 +165,7 @@ def make_plan(
         chat_format: How conversations are written.
         keep_layers: Number of last layers that run without activation checkpointing.
         placements: Which parts of the model live elsewhere than on the device, and where.
+        full_gradients: Which full gradients may be in memory together.
 
     Raises:
         UserError: The run is refused; the error names all reasons.
@@ -191,6 +196,7 @@ def make_plan(
         curvature_every=decided.curvature_every,
         keep_layers=keep_layers,
         placements=dict(placements),
+        full_gradients=full_gradients,
         chat_format=chat_format,
         num_train_examples=len(dataset.train),
         num_eval_examples=len(dataset.eval),

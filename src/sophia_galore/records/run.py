@@ -185,6 +185,14 @@ class TrainerState(Record):
             return False
         return found.attributes.early_stopping_patience_counter >= found.args.early_stopping_patience
 
+    def unfinished(self) -> TrainerState:
+        """Return the state of a run that took its last step, but could not write its final model.
+
+        The folder may hold the final model of a shorter run, which must not be taken for that of this one.
+        """
+        step = min(self.global_step, self.max_steps - 1)
+        return self.model_copy(update={"global_step": step, "stateful_callbacks": None})
+
 
 class CheckpointManifest(Record):
     """`manifest.json` of a checkpoint.

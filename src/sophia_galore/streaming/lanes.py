@@ -9,6 +9,7 @@ overwrites memory that copies use, it waits for them.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.streaming.homes import Home, HostBuffer
 from sophia_galore.streaming.units import Key, Piece
 from sophia_galore.weights.safetensors_layout import bytes_of
@@ -254,12 +256,16 @@ class Jobs:
     Args:
         lane: Copies.
         in_background: Whether to use a thread; if not, each job runs when it is given.
+
+    Attributes:
+        waited_s: Seconds that the computation waited for jobs.
     """
 
     def __init__(self, lane: Lane, *, in_background: bool) -> None:
         self._lane = lane
         self._pool = ThreadPoolExecutor(1, "streaming", lane.enter_thread) if in_background else None
         self._failure: BaseException | None = None
+        self.waited_s = 0.0
 
     def give(self, job: Callable[[], None], *, after: object = None) -> Future[object]:
         """Order a job.
@@ -273,12 +279,33 @@ class Jobs:
         """
         if self._pool is not None:
             return self._pool.submit(self._run, job, after)
+        began_s = time.perf_counter()
         done: Future[object] = Future()
         try:
             done.set_result(self._run(job, after))
         except BaseException as error:  # whoever waits for the job gets it
             done.set_exception(error)
+        self.waited_s += time.perf_counter() - began_s
         return done
+
+    def wait(self, job: Future[object]) -> None:
+        """Wait for a job, on the host and, where its copies are still under way, on the device.
+
+        Raises:
+            RunError: A file is damaged.
+            EnvironmentProblem: The system failed to read or write a file.
+        """
+        began_s = time.perf_counter()
+        try:
+            self._lane.wait_here(job.result())
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"Weights of this run can't be kept on disk: {error.strerror or error}.",
+                "Free some space there, or choose another training.output_dir. Checkpoints are not affected: go on "
+                "with --resume.",
+            ) from error
+        finally:
+            self.waited_s += time.perf_counter() - began_s
 
     def close(self) -> None:
         """Wait for the last job and its copies, and end the thread."""

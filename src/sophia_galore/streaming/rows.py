@@ -16,7 +16,7 @@ from torch import Tensor
 from sophia_galore.numerics.noise import Noise
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
-from sophia_galore.streaming.streams import result_of, view_of
+from sophia_galore.streaming.streams import view_of
 from sophia_galore.streaming.units import Key, Piece, Unit
 from sophia_galore.weights.weight import Rows, Weight
 
@@ -107,7 +107,7 @@ class RowStream:
             visit = self._buffers.next()
             self._fetch(visit, rows)
         if visit.fetch is not None:
-            self._lane.wait_here(result_of(visit.fetch))
+            self._jobs.wait(visit.fetch)
             visit.fetch = None
         following = slice(stop, min(stop + stop - start, self._num_rows))
         other = self._buffers.other
@@ -137,7 +137,7 @@ class RowStream:
             for key, buffer in orders:
                 self._lane.fetch_rows(self._home, key, numbers, buffer)
 
-        self._lane.wait_here(result_of(self._jobs.give(job, after=self._lane.now())))
+        self._jobs.wait(self._jobs.give(job, after=self._lane.now()))
         return found
 
     def write_back(self, visit: Visit, rows: slice) -> None:
@@ -159,7 +159,7 @@ class RowStream:
 
     def commit(self) -> None:
         """Finish the writes since the last call, and wait for them."""
-        result_of(self._jobs.give(self._home.commit))
+        self._jobs.wait(self._jobs.give(self._home.commit))
 
     def _fetch(self, visit: Visit, rows: slice) -> None:
         if rows.stop - rows.start > self._most_rows:

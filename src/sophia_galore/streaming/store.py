@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from sophia_galore.streaming.streams import Streams
 from sophia_galore.streaming.units import Key
 from sophia_galore.weights.store import Borrowed, WeightStore
+from sophia_galore.weights.tensor_stream import FinishedFile
 from sophia_galore.weights.weight import Weight
 
 States = Mapping[str, MutableMapping[str, Tensor]]
@@ -67,6 +68,10 @@ class StreamedStore(WeightStore):
         for name in list(self._weights):
             with self.borrow(name) as borrowed:
                 yield name, borrowed[name]
+
+    def finished(self) -> Sequence[FinishedFile]:
+        """See `WeightStore`."""
+        return self._streams.finished("weights")
 
     def _units(self, *names: str) -> list[str]:
         """Return the units that hold some weights, or weights of some modules."""

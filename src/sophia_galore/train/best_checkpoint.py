@@ -18,7 +18,7 @@ from sophia_galore.records.metrics import Evaluation
 from sophia_galore.records.run import TrainerState
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint
 from sophia_galore.train.progress import best_of
-from sophia_galore.weights.files import read_weights
+from sophia_galore.weights.saved import saved_weights
 from sophia_galore.weights.store import WeightStore
 
 
@@ -167,10 +167,11 @@ def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOpt
         optimizer: The run's optimizer; its state may hold updates that are not in the weights yet.
     """
     optimizer.load_named_state(checkpoint.optimizer_state())
-    for _, name, saved in read_weights(checkpoint.folder):
-        # The optimizer's state holds the updates that are not in the codes yet.
-        with store.borrow(name) as weights:
-            weights[name].settled.copy_(saved.settled)
+    for saved in saved_weights(checkpoint.folder):
+        # The optimizer's state holds the updates that are not in the codes yet. What a module holds is frozen.
+        if not store[saved.name].held_by_module:
+            with store.borrow(saved.name) as weights:
+                saved.copy_into(weights[saved.name])
 
 
 def _was_saved(folder: Path, evaluation: Evaluation) -> bool:

@@ -72,10 +72,10 @@ def convert_folder(source: Path, output: Path, to: Target, *, block_size: int) -
     if not resumable or checkpoint is None:
         return f"{output}: the model of {source} in {to}."
     settings = _settings(to, form, str(checkpoint.config["model.store"]))
-    words = shlex.join(f"{key}={value}".lower() for key, value in settings.items())
+    words = shlex.join([f"--resume={output}", *(f"{key}={value}".lower() for key, value in settings.items())])
     return (
         f"{output}: {source} in {to}, a model folder and a checkpoint.\n"
-        f"Go on from it with the run's configuration and: --resume={output} {words}"
+        f"Go on from it with the run's configuration and: {words}"
     )
 
 

@@ -14,6 +14,9 @@ from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.records.files import MODEL, MODEL_INDEX, MODEL_WEIGHTS, WRITTEN, weights_entry
 from sophia_galore.records.schema import find_json, write_json
 
+# A final model with all of its files, which are about to be moved into the run's folder.
+_WHOLE = ".files.whole.tmp"
+
 
 def nearest_folder(folder: Path) -> Path:
     """Return the folder if it exists, else its nearest parent that does."""
@@ -99,29 +102,62 @@ def replace_model(folder: Path, write: Callable[[Path], None]) -> None:
         folder: The run's folder.
         write: Writes the model's files into the temporary folder it is given.
     """
-    beside = folder / ".files.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
+    beside, whole = folder / ".files.tmp", folder / _WHOLE
+    for left in (beside, whole):
+        shutil.rmtree(left, ignore_errors=True)
     beside.mkdir()
     try:
         write(beside)
-        entry = weights_entry(beside)
-        made = {path.name for path in beside.iterdir()}
+        write_json(beside / WRITTEN, sorted(path.name for path in beside.iterdir()))
+        beside.rename(whole)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _move_model(whole, folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Move a final model into its place, if the process was killed while it moved the files.
+
+    Args:
+        folder: A run's folder; it need not exist.
+
+    Raises:
+        EnvironmentProblem: Another process uses the folder, or it can't be written to.
+    """
+    if not (folder / _WHOLE).is_dir():
+        return
+    with locked(folder):
+        try:
+            _move_model(folder / _WHOLE, folder)
+        except OSError as error:
+            raise not_writable(folder, error) from error
+
+
+def _move_model(whole: Path, folder: Path) -> None:
+    """Move all files of a folder into another one; begun anew, it goes on where it was."""
+    if (whole / WRITTEN).is_file():  # else it was killed after the last one
+        made = _listed(whole)
         # Weights of the earlier model that this one has no files for, since it is in fewer or in other ones.
-        stale = {str(name) for name in find_json(folder / WRITTEN) or () if MODEL_WEIGHTS.fullmatch(str(name))} - made
+        stale = {name for name in _listed(folder) if MODEL_WEIGHTS.fullmatch(name)} - made
         # Listed before they are moved, so that they count as files of the run.
         write_json(folder / WRITTEN, sorted(made | stale))
+        entry = weights_entry(whole)
         if entry is not None and entry.name == MODEL_INDEX:
             # Until its index is there, the run has no model rather than one of old and new files.
             for name in (MODEL_INDEX, MODEL):
                 (folder / name).unlink(missing_ok=True)
-        for path in sorted(beside.iterdir(), key=lambda path: path == entry):
+        files = [path for path in whole.iterdir() if path.name != WRITTEN]
+        for path in sorted(files, key=lambda path: (path == entry, path.name)):
             path.replace(folder / path.name)
-        if stale:
-            for name in stale:
-                (folder / name).unlink(missing_ok=True)
-            write_json(folder / WRITTEN, sorted(made))
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        (whole / WRITTEN).replace(folder / WRITTEN)
+    shutil.rmtree(whole, ignore_errors=True)
+
+
+def _listed(folder: Path) -> set[str]:
+    found = find_json(folder / WRITTEN)
+    return {str(name) for name in found} if isinstance(found, list) else set()
 
 
 def not_writable(folder: Path, error: OSError) -> EnvironmentProblem:

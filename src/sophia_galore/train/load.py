@@ -93,6 +93,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         say=adapted,
         frozen=frozen_names(plan.routes),
         neftune_alpha=config.training.neftune_alpha or 0.0,
+        full_gradients=plan.full_gradients,
     )
     stepper = Stepper(
         engine,

@@ -44,6 +44,7 @@ _FREE = (
     "training.sample_",
     "checkpoint.",
     "export.",
+    "engine.full_gradients",
     "engine.keep_layers",
     "memory.host_limit",
     "memory.limit",
@@ -86,7 +87,9 @@ def refuse_difference(checkpoint: Checkpoint, config: RunConfig, plan: RunPlan) 
     for side in (now, saved):
         side["training.neftune_alpha"] = side.get("training.neftune_alpha") or None  # 0 is none as well
     # Sentences, and values that follow from the routes, which are compared.
-    skip = {"notes", "verdicts", "bytes", "keep_layers", "num_trained_parameters", "trained_fraction", "placements"}
+    skip = {"notes", "verdicts", "bytes", "num_trained_parameters", "trained_fraction"}
+    # They change no number.
+    skip |= {"keep_layers", "full_gradients", "placements"}
     # Other rounding noise is reported, not refused: expectations stay the same.
     skip.add("noise")
     # How conversations are written was taken from the checkpoint, or shows in the fingerprint.

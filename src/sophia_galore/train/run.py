@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import locked, replace_model
+from sophia_galore.train.folder import finish_replacing, locked, replace_model
 from sophia_galore.train.load import load
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
@@ -47,6 +48,7 @@ from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
+from sophia_galore.weights.tensor_stream import TensorStream
 
 
 def train(
@@ -77,6 +79,7 @@ def train(
     """
     config = fill_date(config, resume=resume, resume_from=resume_from)
     folder = Path(config.run_folder)
+    finish_replacing(folder)
     if resume and not resume_from and (finished := finished_result(folder, config)):
         callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
         return finished
@@ -127,6 +130,7 @@ class _Run:
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
         self._saved: Path | None = None
+        self._wrote_model = False  # the final one
         self._factor = schedule(
             config.training.lr_scheduler_type, warmup_steps=config.training.warmup_steps, num_steps=plan.num_steps
         )
@@ -179,8 +183,11 @@ class _Run:
         # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
+        state = self._trainer_state()
+        if failed and not self._wrote_model and (state.ended_early or not state.has_steps_left):
+            state = state.unfinished()
         for name, document in (
-            (files.TRAINER_STATE, self._trainer_state().to_json()),
+            (files.TRAINER_STATE, state.to_json()),
             (files.MEMORY_REPORT, self._monitor.report()),
         ):
             with contextlib.suppress(OSError):
@@ -190,6 +197,9 @@ class _Run:
     def _step(self, step: int) -> dict[str, Any]:
         """Take one optimizer step and return its record."""
         plan = self._plan
+        streams = self._loaded.streams
+        if streams:
+            streams.take_waited_s()  # what evaluations and checkpoints waited
         started_s = time.perf_counter()
         batches = self._loaded.feed.step(step)
         factor = self._factor(step)
@@ -197,6 +207,7 @@ class _Run:
             result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_resume_hint(error) from error
+        seconds = time.perf_counter() - started_s
         self._last_step = step
         memory = self._monitor.end_step(step)
         return TrainStep(
@@ -205,7 +216,8 @@ class _Run:
             learning_rate=plan.learning_rate * factor,
             grad_norm=norm,
             tokens=result.num_tokens,
-            tokens_per_second=round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            tokens_per_second=round(result.num_tokens / seconds, 2),
+            waiting_share=round(streams.take_waited_s() / seconds, 4) if streams else None,
             **memory,
         ).to_json()
 
@@ -246,7 +258,7 @@ class _Run:
         self._saved = save_checkpoint(
             self._folder,
             step,
-            optimizer_state=self._loaded.optimizer.state_stream(),
+            optimizer_state=self._state_stream(),
             write_model=self._write_checkpoint_model,
             documents={
                 files.PLAN: self._plan.to_json(),
@@ -259,6 +271,10 @@ class _Run:
             needed_bytes=sum(self._plan.standing_bytes.values()),
         )
         self._last_saved_s = time.monotonic()
+
+    def _state_stream(self) -> TensorStream:
+        stream, streams = self._loaded.optimizer.state_stream(), self._loaded.streams
+        return replace(stream, finished=streams.finished("state")) if streams else stream
 
     def _ask(self, when: When) -> None:
         if self._config.training.sample_questions:
@@ -301,6 +317,7 @@ class _Run:
         with writing("The final model", self._folder, self.resume_hint, needed_bytes=size):
             write_card(self._folder, self._card())
             replace_model(self._folder, lambda beside: self._write_model(beside, dtype))
+        self._wrote_model = True
 
     def _restore_best(self) -> None:
         """Load the weights of the lowest eval loss if training.load_best_model is set."""

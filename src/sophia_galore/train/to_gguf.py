@@ -18,8 +18,8 @@ from sophia_galore.model.skeleton import load_tokenizer
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.train.atomic_folder import refuse_output, write_atomically
 from sophia_galore.train.card import folder_card
-from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.plain import PlainWeight
+from sophia_galore.weights.saved import saved_weights
 
 
 def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, converter: str | None, say: Say) -> str:
@@ -70,9 +70,10 @@ def export_gguf(source: Path, output: Path, kind: GgufType, *, title: str, conve
 
 
 def _refuse_overflow(folder: Path) -> None:
-    for _, name, weight in read_weights(folder):
-        if not all(PlainWeight(weight[rows].values(torch.float16)).is_finite() for rows in row_blocks(weight.shape)):
-            raise ModelError(f"{name} holds values that are too large for f16.", "Take --type bf16 or q8_0.")
+    for saved in saved_weights(folder):
+        blocks = (saved.opened()[rows].values(torch.float16) for rows in row_blocks(saved.kind.shape))
+        if not all(PlainWeight(block).is_finite() for block in blocks):
+            raise ModelError(f"{saved.name} holds values that are too large for f16.", "Take --type bf16 or q8_0.")
 
 
 def _modelfile(file: str, folder: Path, tokenizer: Any) -> str:

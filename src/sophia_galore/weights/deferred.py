@@ -77,8 +77,12 @@ class DeferredWeight(Weight):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes, scales and the update, with factors in bfloat16."""
+        return {**self.base.tensors(), **self.update_tensors()}
+
+    def update_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the update alone, as `tensors` does."""
         left, right = (factor.to(torch.bfloat16).contiguous() for factor in self.factors())
-        return {**self.base.tensors(), ".left": left, ".right": right, ".shrink": self.decay}
+        return {".left": left, ".right": right, ".shrink": self.decay}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> DeferredWeight:
         """See `Weight`; the update stays."""

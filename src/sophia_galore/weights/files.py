@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sophia_galore.errors import ModelError, RunError
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.records.files import INT8_FILE, MODEL
 from sophia_galore.weights.bitsandbytes import QUANTISED_FROM, Freezer
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.folder import INVERSE_FREQUENCIES, weight_files
+from sophia_galore.weights.folder import INVERSE_FREQUENCIES
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
-from sophia_galore.weights.row_int8 import ABSMAX, RowInt8Weight
-from sophia_galore.weights.safetensors_header import torch_dtype
+from sophia_galore.weights.row_int8 import RowInt8Weight
 from sophia_galore.weights.safetensors_layout import TensorKind
+from sophia_galore.weights.saved import BLOCK_SIZE, SCALES, SavedWeight, saved_weights
 from sophia_galore.weights.store import WeightStore
-from sophia_galore.weights.tensor_stream import SHARD_BYTES, Block, TensorStream, blocks_of, write_stream
+from sophia_galore.weights.tensor_stream import SHARD_BYTES, Block, FinishedFile, TensorStream, blocks_of, write_stream
 from sophia_galore.weights.weight import Weight
 
-_SCALES = ".scales"
-# Suffixes for the tensors of a deferred update.
-_UPDATE = (".left", ".right", ".shrink")
-_ENDINGS = (_SCALES, *_UPDATE)
-_BLOCK_SIZE = "block_size"
 _INT8 = Int8Format()
 _CPU = torch.device("cpu")
 _ALL = slice(None)
@@ -45,31 +38,14 @@ class NamedWeights(Protocol):
     def items(self) -> Iterable[tuple[str, Weight]]:
         """Return the names and weights, for their shapes and formats; their tensors may be on the meta device."""
 
-    def each(self) -> Iterator[tuple[str, Weight]]:
-        """Yield the same weights, one after the other; each is valid until the next one is asked for."""
+    def finished(self) -> Sequence[FinishedFile]:
+        """Return files that hold the tensors of some weights as they are."""
 
+    def opened(self) -> Iterator[tuple[str, Callable[[], Weight]]]:
+        """Yield, for the same weights one after the other, a function that returns it for one block of its rows.
 
-class FolderWeights:
-    """The weights of a model's folder, of which only one is in memory at a time.
-
-    Args:
-        folder: The folder.
-        ignored: Whether a weight is left out, by its name.
-    """
-
-    def __init__(self, folder: Path, ignored: Callable[[str], bool]) -> None:
-        self._folder, self._ignored = folder, ignored
-
-    def items(self) -> Iterator[tuple[str, Weight]]:
-        """Yield the names, and weights on the meta device."""
-        return self._kept(_read(self._folder, _meta))
-
-    def each(self) -> Iterator[tuple[str, Weight]]:
-        """Yield each weight; it may be a view of the mapped file."""
-        return self._kept(read_weights(self._folder))
-
-    def _kept(self, found: Iterator[tuple[Path, str, Weight]]) -> Iterator[tuple[str, Weight]]:
-        return ((name, weight) for _, name, weight in found if not self._ignored(name))
+        What it returns is valid until it is called again or the next weight is asked for.
+        """
 
 
 def load_store(
@@ -87,10 +63,10 @@ def load_store(
     elsewhere: Collection[str] = (),
     settle: Callable[[str, Weight], Weight] = lambda name, weight: weight,
 ) -> WeightStore:
-    """Read a model folder's safetensors into a store, tensor by tensor.
+    """Read a model folder's safetensors into a store, weight by weight and large ones by rows.
 
-    Each tensor is converted as it is read, so that the model is never in memory twice. Weights that are already in
-    the same eight-bit format are copied.
+    Rows are converted as they are read, so that beside the store some rows of one weight are in memory. Weights that
+    are already in the same eight-bit format are copied.
 
     Args:
         folder: The model's folder.
@@ -113,7 +89,8 @@ def load_store(
         ModelError: A tensor is missing, unknown, of another shape or not finite, or a file is damaged.
     """
     weights: dict[str, Weight] = {}
-    for path, name, weight in read_weights(folder):
+    for saved in saved_weights(folder):
+        path, name = saved.path, saved.name
         if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
             continue
         if name not in shapes:
@@ -121,18 +98,19 @@ def load_store(
                 f"{path} holds {name}, which this architecture does not have.",
                 "config.json and the weights must belong to the same model.",
             )
-        if weight.shape != shapes[name]:
+        if saved.kind.shape != shapes[name]:
             raise ModelError(
-                f"{path}: {name} has shape {tuple(weight.shape)}, config.json says {tuple(shapes[name])}.",
+                f"{path}: {name} has shape {tuple(saved.kind.shape)}, config.json says {tuple(shapes[name])}.",
                 "config.json and the weights must belong to the same model.",
             )
         freezes = frozen is not None and name in frozen.names
         target = QUANTISED_FROM if freezes else form if name in int8 else dtype
-        keeps = as_packed and weight.is_packed
-        if without_updates:
-            weight = weight.settled
-        if not (freezes and isinstance(weight, RowInt8Weight)):
-            weight = convert(weight, None if keeps else target, _CPU if freezes or name in elsewhere else device)
+        keeps = as_packed and saved.kind.is_packed
+        if freezes and isinstance(saved.kind, RowInt8Weight):
+            weight = saved.opened()
+        else:
+            place = _CPU if freezes or name in elsewhere else device
+            weight = _loaded(saved, None if keeps else target, place, without_update=without_updates)
         if not weight.is_finite():
             raise ModelError(
                 f"{path}: {name} holds values that are not finite in "
@@ -145,6 +123,30 @@ def load_store(
     if missing:
         raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", repair_hint(folder))
     return WeightStore({name: weights[name] for name in shapes})
+
+
+def _loaded(saved: SavedWeight, target: Form, device: torch.device, *, without_update: bool) -> Weight:
+    """Return a weight of a file in another format, made by rows."""
+
+    def opened() -> Weight:
+        weight = saved.opened()
+        return weight.settled if without_update else weight
+
+    kind = saved.kind.settled if without_update else saved.kind
+    if not kind.shape or (target is None and isinstance(kind, DeferredWeight)):
+        return convert(opened(), target, device)
+    kinds = _kinds(kind, target).items()
+    parts = {ending: torch.empty(shape, dtype=dtype, device=device) for ending, (dtype, shape) in kinds}
+    if target is None:
+        made, is_copy = kind.with_tensors(parts), True
+    elif isinstance(target, Int8Format):
+        made = Int8Weight(parts[""], parts[SCALES], target)
+        is_copy = isinstance(kind, Int8Weight) and kind.int8_block == target.block
+    else:
+        made, is_copy = PlainWeight(parts[""]), not kind.is_packed
+    for rows in row_blocks(kind.shape):
+        made[rows].copy_(opened()[rows] if is_copy else convert(opened(), target, device, rows))
+    return made
 
 
 def convert(weight: Weight, target: Form, device: torch.device, rows: slice = _ALL) -> Weight:
@@ -174,61 +176,6 @@ def convert(weight: Weight, target: Form, device: torch.device, rows: slice = _A
     return quantise(weight.values(weight.dtype), target, device)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:
-    """Yield file, name and weight for each weight of a model folder; a weight may be a view of the mapped file.
-
-    Raises:
-        ModelError: A file is missing or damaged, or codes and scales do not match.
-    """
-    for path, name, weight in _read(folder, lambda file, key: file.get_tensor(key)):
-        if weight.is_packed and (problem := weight.problem()):
-            raise ModelError(f"{path}: {name} {problem}.", "Take another copy of the model.")
-        yield path, name, weight
-
-
-def _read(folder: Path, tensor_of: Callable[[Any, str], Tensor]) -> Iterator[tuple[Path, str, Weight]]:
-    """Yield file, name and weight, with tensors from a function of an open file and the tensor's name."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names, metadata = list(file.keys()), file.metadata() or {}
-            form = Int8Format(int(metadata[_BLOCK_SIZE])) if _BLOCK_SIZE in metadata else None
-            for name in names:
-                if (form and name.endswith(_ENDINGS)) or (name.endswith(ABSMAX) and name.removesuffix(ABSMAX) in names):
-                    continue
-                # Opened again for each weight: pages of a mapped file stay resident until it is closed.
-                with safe_open(path, framework="pt") as file, _disable_current_modes():
-                    parts = {end: tensor_of(file, name + end) for end in ("", *_ENDINGS, ABSMAX) if name + end in names}
-                weight = _joined(path, name, parts, form)
-                del parts
-                yield path, name, weight
-                del weight
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path} is damaged: {error}", repair_hint(folder)) from error
-
-
-def _meta(file: Any, name: str) -> Tensor:
-    head = file.get_slice(name)
-    return torch.empty(head.get_shape(), dtype=torch_dtype(head.get_dtype()), device="meta")
-
-
-def _joined(path: Path, name: str, parts: dict[str, Tensor], form: Int8Format | None) -> Weight:
-    """Return a weight from its tensors in a file, given by suffix."""
-    if parts[""].dtype != torch.int8 and len(parts) == 1:
-        return PlainWeight(parts[""])
-    found = sum(end in parts for end in _UPDATE)
-    if found not in (0, len(_UPDATE)):
-        raise ModelError(f"{path}: {name} has a part of a remainder only.", "Take another copy of the model.")
-    if ABSMAX in parts and not found:
-        return RowInt8Weight(parts[""], parts[ABSMAX])
-    if form is None or _SCALES not in parts:
-        raise ModelError(f"{path}: {name} is in eight bits, but its scales are not there.", repair_hint(path.parent))
-    base = Int8Weight(parts[""], parts[_SCALES], form)
-    return DeferredWeight(base, parts[".shrink"], lambda: (parts[".left"], parts[".right"])) if found else base
-
-
 def save_weights(
     folder: Path,
     weights: NamedWeights,
@@ -252,7 +199,7 @@ def save_weights(
     """
     groups: list[dict[str, TensorKind]] = []
     block: int | None = None
-    is_packed = False
+    is_packed = converts = False
     for name, weight in weights.items():
         if weight.held_by_module and (problem := weight.problem()):
             raise RunError(f"{name} {problem}, so it is not saved.")
@@ -260,6 +207,7 @@ def save_weights(
         kinds = _kinds(weight, target)
         groups.append({name + ending: kind for ending, kind in kinds.items()})
         is_packed |= len(kinds) > 1
+        converts |= target is not None
         if isinstance(target, Int8Format):
             block = block or target.block
         elif target is None:
@@ -269,11 +217,21 @@ def save_weights(
         (INT8_FILE if is_packed else MODEL).removesuffix(".safetensors"),
         TensorStream(
             groups,
-            lambda: (block for name, weight in weights.each() for block in _blocks(name, weight, form_of(weight))),
+            lambda: (block for name, opened in weights.opened() for block in _blocks(name, opened, form_of)),
+            () if converts else weights.finished(),
         ),
-        metadata={_BLOCK_SIZE: str(block)} if block else {"format": "pt"},
+        metadata=file_metadata(block),
         shard_bytes=shard_bytes,
     )
+
+
+def file_metadata(block: int | None) -> dict[str, str]:
+    """Return the metadata of a file of weights.
+
+    Args:
+        block: Number of elements that share a scale, if weights in it are in eight bits.
+    """
+    return {BLOCK_SIZE: str(block)} if block else {"format": "pt"}
 
 
 def _kinds(weight: Weight, form: Form) -> dict[str, TensorKind]:
@@ -283,23 +241,25 @@ def _kinds(weight: Weight, form: Form) -> dict[str, TensorKind]:
     shape = tuple(weight.shape)
     if not isinstance(form, Int8Format):
         return {"": (form, shape)}
-    return {"": (torch.int8, shape), _SCALES: (torch.bfloat16, (shape[0], form.num_scales(shape[1])))}
+    return {"": (torch.int8, shape), SCALES: (torch.bfloat16, (shape[0], form.num_scales(shape[1])))}
 
 
-def _blocks(name: str, weight: Weight, form: Form) -> Iterator[Block]:
+def _blocks(name: str, opened: Callable[[], Weight], form_of: Callable[[Weight], Form]) -> Iterator[Block]:
     """Yield the tensors of a weight in a format, by rows."""
+    weight = opened()
+    form, shape = form_of(weight), weight.shape
     if form is None:
         settled = weight.settled
         for rows in row_blocks(weight.shape) if weight.shape else (_ALL,):
             for ending, tensor in settled[rows].tensors().items():
                 yield Block(name + ending, tensor, rows.start or 0)
-        update = weight.tensors().items() if weight is not settled else ()
-        for ending, tensor in update:
-            if ending in _UPDATE:
-                yield from blocks_of(name + ending, tensor)
+        update = weight.update_tensors() if isinstance(weight, DeferredWeight) else {}
+        for ending, tensor in update.items():
+            yield from blocks_of(name + ending, tensor)
         return
-    for rows in row_blocks(weight.shape) if weight.shape else (_ALL,):
-        yield from _converted(name, weight, form, rows)
+    del weight
+    for rows in row_blocks(shape) if shape else (_ALL,):
+        yield from _converted(name, opened(), form, rows)
 
 
 def _converted(name: str, weight: Weight, form: Form, rows: slice) -> Iterator[Block]:

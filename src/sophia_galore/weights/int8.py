@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sophia_galore.numerics.noise import Noise
+from sophia_galore.numerics.noise import Noise, piece_elements
+from sophia_galore.numerics.row_blocks import first_few
 from sophia_galore.weights.weight import Rows, Weight
 
 LARGEST_CODE = 127
@@ -116,24 +117,23 @@ class Int8Weight(Weight):
             values: (m, n) float32; they are overwritten.
             noise: For stochastic rounding; None: round to nearest.
         """
-        is_stochastic = noise is not None and self.form.stochastic
-        drawn = noise.uniform(values) if noise is not None and is_stochastic else values
-        parts = zip(*(_blocks(matrix, self.form) for matrix in (values, self.codes, drawn)), strict=True)
-        for (block, which), (codes, _), (draw, _) in parts:
-            old = self.scales[:, which].float()
-            extent = torch.maximum(block.amax(2), block.amin(2).neg_())
-            before = codes.amax(2).maximum(codes.amin(2).neg_()) * old
-            fits = (extent <= LARGEST_CODE * old) & ((2 * extent >= LARGEST_CODE * old) | (extent >= before))
-            scales = torch.where(fits, old, _scales(extent))
-            self.scales[:, which] = scales.to(torch.bfloat16)
-            # If the scale is zero, all codes are: any divisor is fine that does not give NaN.
-            block.div_(scales.masked_fill(scales == 0, torch.inf)[..., None])
-            if is_stochastic:
-                # The noise is never so close to 1 that its sum with a code rounds up: exact codes do not change.
-                block.add_(draw).floor_()
-            else:
+        # The quotient by a scale s is a product with its inverse, 1/s (1 + e) with |e| <= 2^-24. For an exact code c it
+        # is c (1 + e), and |c e| < 2^-17, or 2^-18 below 64, where float32 has steps of 2^-17 and 2^-18: rounded, it is
+        # within 2^-17 of c. The noise is within 1/2 - 2^-16, so the sum is within 1/2 - 2^-17, a number that float32
+        # has: the code does not change. For the same reason, no code exceeds 127 where a block fits its scale.
+        for rows, drawn in _pieces(values, noise if self.form.stochastic else None):
+            moved, held = values[rows], self.scales[rows]
+            draws = _blocks(moved if drawn is None else drawn, self.form)
+            for (block, which), (draw, _) in zip(_blocks(moved, self.form), draws, strict=True):
+                scales = _kept_or_new(held[:, which].float(), torch.maximum(block.amax(2), block.amin(2).neg_()))
+                held[:, which] = scales
+                # If the scale is zero, all codes are.
+                inverse = scales.reciprocal().masked_fill_(scales < _SMALLEST_SCALE, 0)
+                block.mul_(inverse[..., None])
+                if drawn is not None:
+                    block.add_(draw, alpha=2.0**-16)
                 block.round_()
-            codes.copy_(block.clamp_(-LARGEST_CODE, LARGEST_CODE))
+            self.codes[rows] = moved
 
     def tensors(self) -> dict[str, Tensor]:
         """Return codes and scales."""
@@ -179,6 +179,31 @@ def quantise(values: Tensor, form: Int8Format, device: torch.device | None = Non
         part = slice(start, start + size)
         made[part].write(values[part].to(place, torch.float32, copy=True), None)
     return made
+
+
+def _pieces(values: Tensor, noise: Noise | None) -> Iterator[tuple[slice, Tensor | None]]:
+    """Yield rows, few enough for the processor's cache, each with its noise (k, n) as float32."""
+    num_rows, columns = values.shape
+    if noise is not None:
+        for part, drawn in noise.pieces(values, torch.float32, columns):
+            yield slice(part.start // columns, part.stop // columns), drawn.view(-1, columns)
+        return
+    size = piece_elements(columns) // columns
+    for start in first_few(range(0, num_rows, size)):
+        yield slice(start, start + size), None
+
+
+def _kept_or_new(old: Tensor, extent: Tensor) -> Tensor:
+    """Return the scales of blocks, float32: the old ones, unless a block exceeds or hardly uses its scale.
+
+    Args:
+        old: The scales until now, float32.
+        extent: The largest magnitude of each block.
+    """
+    largest, filled = LARGEST_CODE * old, extent / old
+    # A block that did not change has an integer as its largest code, which may be below one half of 127.
+    keeps = (extent <= largest) & ((2 * extent >= largest) | (filled == filled.round()))
+    return torch.where(keeps, old, _scales(extent))
 
 
 def _scales(extent: Tensor) -> Tensor:

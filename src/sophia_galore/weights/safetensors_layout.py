@@ -77,15 +77,12 @@ class FileLayout:
         cls,
         tensors: Mapping[str, TensorKind],
         metadata: Mapping[str, str] | None = None,
-        *,
-        alignment: int = _ALIGNMENT,
     ) -> FileLayout:
         """Lay out a file.
 
         Args:
             tensors: Dtype and shape of each tensor by name.
             metadata: Text for the header; None: none.
-            alignment: The data begin at a multiple of this many bytes; at least 8.
         """
         spans: dict[str, Span] = {}
         start = 0
@@ -101,8 +98,13 @@ class FileLayout:
                 "data_offsets": [span.start, span.stop],
             }
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-(PREFIX_BYTES + len(text)) % alignment)
+        text += b" " * (-(PREFIX_BYTES + len(text)) % _ALIGNMENT)
         return cls(struct.pack("<Q", len(text)) + text, spans)
+
+    @property
+    def kinds(self) -> dict[str, TensorKind]:
+        """Dtype and shape of each tensor by name."""
+        return {name: (span.dtype, span.shape) for name, span in self.spans.items()}
 
     @property
     def data_bytes(self) -> int:

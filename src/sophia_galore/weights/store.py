@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sophia_galore.weights.plain import as_weight
+from sophia_galore.weights.tensor_stream import FinishedFile
 from sophia_galore.weights.weight import Rows, Weight
 
 
@@ -72,6 +74,15 @@ class WeightStore:
         """Yield every weight, one after the other, for its values; each is valid until the next one is asked for."""
         yield from self._weights.items()
 
+    def opened(self) -> Iterator[tuple[str, Callable[[], Weight]]]:
+        """Yield the same, but for each weight a function that returns it, as weights of files have it."""
+        for name, weight in self.each():
+            yield name, partial(_itself, weight)
+
+    def finished(self) -> Sequence[FinishedFile]:
+        """Return files that hold the tensors of some weights as they are now."""
+        return ()
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all weights by their names in a file: `name`, and with a suffix its scales."""
         return {
@@ -124,3 +135,7 @@ class WeightStore:
                 yield lent
             finally:
                 lent.clear()
+
+
+def _itself(weight: Weight) -> Weight:
+    return weight

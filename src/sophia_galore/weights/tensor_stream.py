@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,19 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
+class FinishedFile:
+    """A file that holds some tensors already.
+
+    Args:
+        kinds: Dtype and shape of its tensors.
+        keep_as: Gives its content, as it is now, another name in the same file system.
+    """
+
+    kinds: Group
+    keep_as: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
 class TensorStream:
     """Named tensors that come one after the other.
 
@@ -50,10 +63,12 @@ class TensorStream:
         groups: Dtypes and shapes of all tensors.
         blocks: Returns an iterator over their rows, in the order of the groups, all rows of a group before those of
             the next one; each block is valid until the next one is asked for.
+        finished: Files that hold some of these tensors already, so that they need not be written.
     """
 
     groups: Sequence[Group]
     blocks: Callable[[], Iterator[Block]]
+    finished: Sequence[FinishedFile] = ()
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> TensorStream:
@@ -98,6 +113,8 @@ def write_stream(
 ) -> None:
     """Write tensors into `STEM.safetensors`, or into `STEM-00001-of-0000N.safetensors` and so on with an index.
 
+    Finished files of the stream are among them.
+
     Args:
         folder: An existing folder. If this fails, files in it are half written.
         stem: How the names of the files begin.
@@ -110,13 +127,19 @@ def write_stream(
         OSError: The disk is full or not writable.
         ValueError: The stream does not yield what its groups announce.
     """
-    shards = _shards(stream.groups, shard_bytes)
+    there = {name for file in stream.finished for name in file.kinds}
+    if there:
+        stream = replace(stream.only(lambda name: name not in there), finished=stream.finished)
+    written = _shards(stream.groups, shard_bytes)
+    shards = [*written, *(file.kinds for file in stream.finished)]
     names = [
         f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
+    for name, finished in zip(names[len(written) :], stream.finished, strict=True):
+        finished.keep_as(folder / name)
     blocks = stream.blocks()
-    for file, kinds in zip(names, shards, strict=True):
+    for file, kinds in zip(names, written, strict=False):
         with TensorWriter(folder / file, FileLayout.of(kinds, metadata)) as writer:
             while not writer.is_complete:
                 _write_next(writer, blocks)
@@ -153,11 +176,14 @@ def read_stream(files: Iterable[Path]) -> TensorStream:
                 groups.append({name: (torch_dtype(head.get_dtype()), tuple(head.get_shape()))})
 
     def blocks() -> Iterator[Block]:
-        for path, name in places:
-            # Opened again for each tensor: pages of a mapped file stay resident until it is closed.
-            with safe_open(path, framework="pt") as file, _disable_current_modes():
-                tensor = file.get_tensor(name)
-            yield from blocks_of(name, tensor)
+        for (path, name), group in zip(places, groups, strict=True):
+            _, shape = group[name]
+            for rows in row_blocks(shape) if shape else (slice(0),):
+                # Opened again for each block: pages of a mapped file stay resident until it is closed.
+                with safe_open(path, framework="pt") as file, _disable_current_modes():
+                    tensor = file.get_tensor(name)
+                if tensor.numel():
+                    yield Block(name, tensor[rows] if shape else tensor, rows.start or 0)
 
     return TensorStream(groups, blocks)
 

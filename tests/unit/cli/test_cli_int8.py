@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from bitsandbytes_here import NEEDS_BITSANDBYTES
 from engines import open_store
 from sophia_galore.records.files import INT8_FILE
-from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.int8 import Int8Format, quantise
+from sophia_galore.weights.saved import read_weights
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
 INT8 = ["quantization.enabled=true", "quantization.load_in_8bit=true", "quantization.block_size=32"]

@@ -138,7 +138,7 @@ def test_where_no_settings_fit_that_is_said(world: World, predicted: int, tmp_pa
 def test_a_run_that_may_adapt_finishes_with_the_same_loss(
     world: World, free: Path, predicted: int, tmp_path: Path
 ) -> None:
-    ended = train(world, tmp_path, 0.95 * predicted, "memory.on_oom=adapt")
+    ended = train(world, tmp_path, 0.95 * predicted, "memory.on_oom=adapt", "engine.full_gradients=layer")
     assert ended.code == 0, ended.err
     assert "will make micro-batches smaller" in ended.out
     told = r"Memory ran out in .+: from here on micro-batches have [12] rows? instead of 4; the effective batch stays"

@@ -135,6 +135,9 @@ def named(name: str) -> RunConfig:
 @example(RunConfig.model_validate({"data": {"eval": "x.json"}}))
 @example(RunConfig.model_validate({"data": {"eval": "x.json", "eval_fraction": 0.0}}))
 @example(RunConfig.model_validate({"training": {"gradient_checkpointing": False}}))
+@example(
+    RunConfig.model_validate({"training": {"gradient_checkpointing": False}, "engine": {"full_gradients": "matrix"}})
+)
 @example(RunConfig.model_validate({"engine": {"keep_layers": "auto"}}))
 @example(RunConfig.model_validate({"training": {"sample_questions": ("1e-3", "yes", "a: b", "# c", "- d", "")}}))
 @example(RunConfig.model_validate({"model": {"name": "a$HOME${x}$$"}, "training": {"output_dir": "{{x}}/$1"}}))

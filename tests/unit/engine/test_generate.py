@@ -21,9 +21,9 @@ from sophia_galore.engine.loaded import Held, Loaded, loaded
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import convert_model
 from sophia_galore.model.skeleton import load_tokenizer
-from sophia_galore.weights.files import read_weights
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.saved import read_weights
 from tiny import tiny_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")

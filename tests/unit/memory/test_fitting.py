@@ -28,7 +28,8 @@ def needed(config: RunConfig, keep_layers: int) -> int:
     rows, length = config.training.batch_size, config.training.max_length
     state = galore.rank * config.optimizer.state_bits // 8
     bases = galore.rank * galore.projection_bits // 8
-    return 10_000 * form + 2 * state + bases + rows * length * (1 + keep_layers) + 10 * tile
+    gradients = 0 if config.engine.full_gradients == "matrix" else 20
+    return 10_000 * form + 2 * state + bases + rows * length * (1 + keep_layers) + 10 * tile + gradients
 
 
 class Arithmetic:
@@ -60,6 +61,9 @@ class Arithmetic:
         asked = config.engine.keep_layers
         return NUM_LAYERS if asked == "auto" else min(asked, NUM_LAYERS)
 
+    def full_gradients(self, config: RunConfig) -> str:
+        return config.engine.full_gradients.replace("auto", "layer")
+
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
         return next((n for n in range(NUM_LAYERS, 0, -1) if budget.fits(needed(config, n))), 0)
 
@@ -83,8 +87,8 @@ def peak(**values: Any) -> int:
 
 
 def test_the_rungs_are_in_the_documented_order() -> None:
-    names = ["kept layers", "micro-batch", "logits", "weight format", "state bits", "projection bits", "rank"]
-    assert [rung.name for rung in RUNGS] == names and SHORTER.name == "max_length"
+    names = "kept layers, micro-batch, logits, full gradients, weight format, state bits, projection bits, rank"
+    assert [rung.name for rung in RUNGS] == names.split(", ") and SHORTER.name == "max_length"
 
 
 STEPS: dict[str, list[dict[str, Any]]] = {
@@ -94,6 +98,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
         {"training.batch_size": 1, "training.gradient_accumulation_steps": 4},
     ],
     "logits": [{"memory.logits_chunk_mib": 16}, {"memory.logits_chunk_mib": 4}],
+    "full gradients": [{"engine.full_gradients": "matrix"}],
     "weight format": [{"model.store": "bf16"}, {"quantization.enabled": True}],
     "state bits": [{"optimizer.state_bits": 16}, {"optimizer.state_bits": 8}],
     "projection bits": [{"optimizer.galore.projection_bits": 4}],
@@ -119,6 +124,9 @@ def test_a_rung_offers_step_after_step_and_then_nothing(rung: Any) -> None:
         ("logits", {"memory.logits_chunk_mib": 2}, None),
         ("kept layers", {KEPT: "auto"}, {KEPT: 0}),
         ("kept layers", {KEPT: 0, "training.gradient_checkpointing": False}, {KEPT: 0}),
+        ("full gradients", {"optimizer.type": "adamw"}, None),
+        ("full gradients", {"optimizer.galore.residual": "fira"}, None),
+        ("full gradients", {"engine.full_gradients": "layer"}, {"engine.full_gradients": "matrix"}),
         ("projection bits", {"optimizer.type": "adamw"}, None),
         ("projection bits", {"optimizer.galore.subspace": "random"}, None),
         ("rank", {"optimizer.type": "adamw"}, None),

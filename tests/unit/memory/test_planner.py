@@ -100,7 +100,11 @@ def test_the_estimate_is_what_rules_look_at(planner: Planner) -> None:
     estimate = planner.estimate(asked({"memory.limit": peak + 100, "memory.reserve": 100}))
     assert estimate is not None and estimate.fits is True
     assert estimate.facts() == MemoryFacts(peak, peak + 100, 100)
-    tight = planner.estimate(asked({"memory.limit": peak + 100, "memory.reserve": 101}))
+    values = {"memory.limit": peak + 100, "memory.reserve": 101}
+    less = planner.estimate(asked(values))  # full gradients one matrix after the other
+    assert less is not None and less.forecast.peak_bytes < peak
+    assert planner.full_gradients(asked(values)) == "matrix"
+    tight = planner.estimate(asked({**values, "engine.full_gradients": "layer"}))
     assert tight is not None and tight.fits is False
 
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sophia_galore.weights.safetensors_header import read_file_header
 from sophia_galore.weights.safetensors_layout import FileLayout, TensorWriter
 
 _DTYPES = (
@@ -61,17 +60,6 @@ def test_rows_are_written_in_any_order(tmp_path: Path) -> None:
         writer.write("b", tensors["b"])
         writer.write("a", tensors["a"][:4])
     assert path.read_bytes() == safetensors.torch.save(tensors)
-
-
-@pytest.mark.parametrize("alignment", [8, 512, 4096])
-def test_data_begin_at_a_multiple(tmp_path: Path, alignment: int) -> None:
-    layout = FileLayout.of({"a": (torch.float32, (3,))}, alignment=alignment)
-    assert len(layout.header) % alignment == 0
-    path = tmp_path / "model.safetensors"
-    with TensorWriter(path, layout) as writer:
-        writer.write("a", torch.ones(3))
-    assert torch.equal(safetensors.torch.load_file(path)["a"], torch.ones(3))
-    assert read_file_header(path).file_bytes == layout.file_bytes
 
 
 def test_what_is_missing_or_of_another_kind_is_refused(tmp_path: Path) -> None:

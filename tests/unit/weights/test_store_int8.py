@@ -18,9 +18,10 @@ from sophia_galore.model.skeleton import build_skeleton, load_model_config, load
 from sophia_galore.model.source_files import read_source_files
 from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.files import convert, load_store, read_weights, save_weights
+from sophia_galore.weights.files import convert, load_store, save_weights
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.plain import PlainWeight
+from sophia_galore.weights.saved import read_weights
 from sophia_galore.weights.store import WeightStore
 from tiny import tiny_model, write_tiny_model
 
