@@ -124,13 +124,12 @@ def _transfers(planner: Planner, config: RunConfig, routes: Sequence[Route], str
 
 def _transfer_words(found: dict[str, Any]) -> list[str]:
     machine = found["machine"]
-    known = (
-        "measured here" if machine["measured"] else "assumed: 10 TFLOP/s, 10 GB/s to the device, NVMe at 2 and 1 GB/s"
-    )
+    usual = "assumed: 10 TFLOP/s, 10 GB/s to the device, 2 GB/s from disk and 1 GB/s to it"
+    known = "measured here" if machine["measured"] else usual
     words = [
         f"A step of {found['tokens']} tokens moves {found['read_bytes'] / 1e9:.1f} GB in and "
-        f"{found['written_bytes'] / 1e9:.1f} GB out: about {found['move_s']:.1f} s, against {found['compute_s']:.1f} s of "
-        f"computation ({known}).",
+        f"{found['written_bytes'] / 1e9:.1f} GB out: about {found['move_s']:.1f} s, against {found['compute_s']:.1f} s "
+        f"of computation ({known}).",
     ]
     if found["hidden_from_tokens"] > found["tokens"]:
         words.append(

@@ -111,7 +111,8 @@ class Streamed:
         what = " and ".join([f"{number} of {len(self.parts.layers)} layers"] * (number > 0) + ends)
         places = {"host memory": self.bytes_in("host"), "files": self.bytes_in("disk")}
         where = " and ".join(f"{name} ({bytes_in_words(size)})" for name, size in places.items() if size)
-        return f"With their optimizer states, {what} live in {where} and visit {bytes_in_words(self.buffer_bytes)} of buffers"
+        buffers = bytes_in_words(self.buffer_bytes)
+        return f"With their optimizer states, {what} live in {where} and visit {buffers} of buffers on the device"
 
     @property
     def num_resident_layers(self) -> int:

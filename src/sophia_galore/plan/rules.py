@@ -341,8 +341,8 @@ _MEMORY: tuple[Rule, ...] = (
         "wears_the_disk",
         lambda f: f.disk_writes != "",
         Use(),
-        "Each step writes {f.disk_writes} to disk, which wears it: SSDs of 250 GB to 1 TB are commonly rated for 150 to "
-        "600 TB.",
+        "Each step writes {f.disk_writes} to disk, which wears it: SSDs of 250 GB to 1 TB are commonly rated for 150 "
+        "to 600 TB.",
         "A larger effective batch takes fewer steps; memory.placement=host writes nothing.",
     ),
     # Words of caution and no refusals: the probe step has the last word, since it measures.
