@@ -179,7 +179,7 @@ class _Run:
         return self._result(finished=True)
 
     def close(self, *, failed: bool) -> None:
-        """Write the last records and close them, whether the run succeeded or failed."""
+        """Write the last records and close them, and end what moves weights, whether the run succeeded or failed."""
         # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
@@ -192,6 +192,8 @@ class _Run:
         ):
             with contextlib.suppress(OSError):
                 write_json(self._folder / name, document)
+        if self._loaded.streams:
+            self._loaded.streams.close()
         self._callback.closed(failed=failed)
 
     def _step(self, step: int) -> dict[str, Any]:

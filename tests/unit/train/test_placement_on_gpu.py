@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -136,3 +137,9 @@ def test_on_a_gpu(way: Way, kind: str, trained: Callable[..., tuple[str, list[fl
     weights, _ = KINDS[kind]
     expected = trained("training.device=cuda", "memory.placement=device", *weights)
     assert trained("training.device=cuda", *words_of(kind, way)) == expected
+
+
+def test_a_run_leaves_no_thread(world: World) -> None:
+    words = ("training.device=cpu", "training.max_steps=1", *words_of("plain", ("host", "true")))
+    assert world.train("ended", *words).code == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("streaming")]
