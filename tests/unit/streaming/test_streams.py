@@ -99,8 +99,12 @@ def test_a_full_disk_is_said_where_it_is_noticed(
 def test_a_buffer_is_as_large_as_the_largest() -> None:
     small = Unit("a", "host", LAYOUTS)
     rows = Unit("b", "host", LAYOUTS, by_rows=True)
-    assert group_bytes([small, rows]) == small.buffer_bytes == 512 + LAYOUTS["state"].data_bytes
-    assert rows.buffer_bytes == LAYOUTS["state"].data_bytes
+    # Each tensor begins at a multiple of 512 bytes.
+    assert group_bytes([small, rows]) == small.buffer_bytes == small.host_bytes == 3 * 512 + 12
+    assert rows.buffer_bytes == 512 + 12 and rows.host_bytes == small.host_bytes
+    places = [small.place(key) for key in small.keys(trains=True)]
+    assert [place.start for place in places] == [0, 512, 1024, 1536]
+    assert all(small.host_place(Piece(key)) == small.place(key) for key in small.keys(trains=True))
 
 
 @pytest.mark.parametrize("prefetches", [True, False])
