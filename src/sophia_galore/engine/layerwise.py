@@ -52,7 +52,7 @@ from sophia_galore.engine.cross_entropy import block_entries, default_chunk_byte
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
-from sophia_galore.engine.logits import comes_whole
+from sophia_galore.engine.logits import comes_whole, keeps_logits
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
@@ -64,6 +64,7 @@ from sophia_galore.engine.retry import (
     Smaller,
     fewer_kept_layers,
     fewer_rows,
+    logits_twice,
     silent,
     smaller_logits,
 )
@@ -299,7 +300,7 @@ class LayerwiseEngine:
                     partial(self._evaluate_head, hidden, acts),
                     acts,
                     lambda: "the head in evaluation",
-                    partial(self._smaller_logits, acts),
+                    partial(self._smaller_logits, acts, keeps=False),
                 )
                 return loss, _num_counted(batches)
         finally:
@@ -454,12 +455,15 @@ class LayerwiseEngine:
         # Dropout in forward drew its numbers for the micro-batches of the current size.
         return None if self._architecture.has_dropout else self._fewer_rows(acts)
 
-    def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
+    def _smaller_logits(self, acts: StepActivations, *, keeps: bool = True) -> Smaller | None:
         weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
         num_entries, width = weight.shape
+        num_counted = _num_counted(acts.batches)
         if not comes_whole(weight, self._dtype):
+            if keeps and keeps_logits(num_counted, num_entries, sizes.logits_bytes):
+                return logits_twice(sizes, num_counted, num_entries)
             num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
-        return smaller_logits(sizes, _num_counted(acts.batches), num_entries)
+        return smaller_logits(sizes, num_counted, num_entries)
 
     def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
         return fewer_rows(self.chunk_sizes, acts.batches)

@@ -63,6 +63,7 @@ class MemoryEstimate:
     Args:
         forecast: The forecast.
         budget: The available memory; None without a limit.
+        full_gradients: Which full gradients may be in memory together.
         streamed: What lives elsewhere than on the device.
         host_limit_bytes: What that may take of the host's memory; None: as much as it needs.
     """
@@ -70,6 +71,7 @@ class MemoryEstimate:
     forecast: Forecast
     budget: Budget | None
     streamed: Streamed
+    full_gradients: FullGradients = "layer"
     host_limit_bytes: int | None = None
 
     @property
@@ -103,6 +105,7 @@ class MemoryEstimate:
             self.streamed.sentence(),
             self.host_excess_bytes,
             transfers_of(self.streamed, routes, 1, USUAL).disk_written_bytes,
+            self.full_gradients,
         )
 
 
@@ -151,8 +154,13 @@ class Planner:
             return None
         config = self._settled(config)
         streamed = self.streamed(config)
-        forecast = self.forecast(config, self.keep_layers(config, streamed), streamed)
-        return MemoryEstimate(forecast, self.budget(config), streamed, self.host_limit_bytes(config))
+        return MemoryEstimate(
+            self.forecast(config, self.keep_layers(config, streamed), streamed),
+            self.budget(config),
+            streamed,
+            self.full_gradients(config),
+            self.host_limit_bytes(config),
+        )
 
     def streamed(self, config: RunConfig) -> Streamed:
         """Return what lives elsewhere than on the device.

@@ -16,6 +16,7 @@ from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.config.field_types import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.model.architecture import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
@@ -169,6 +170,7 @@ class MemoryFacts:
         streamed: What lives elsewhere and where, as text; empty: nothing does.
         host_excess_bytes: Bytes beyond the limit of the host's memory.
         disk_written_bytes: Bytes that a step writes to disk.
+        full_gradients: Which full gradients may be in memory together.
     """
 
     needed_bytes: int = 0
@@ -177,6 +179,7 @@ class MemoryFacts:
     streamed: str = ""
     host_excess_bytes: int = 0
     disk_written_bytes: int = 0
+    full_gradients: FullGradients = "layer"
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,12 @@ class Facts:
         if self.memory is None or self.memory.limit_bytes is None:
             return 0
         return max(0, self.memory.needed_bytes + self.memory.reserve_bytes - self.memory.limit_bytes)
+
+    @property
+    def forms_apart_by_itself(self) -> bool:
+        """Whether nothing but the memory decided that full gradients are formed one matrix after the other."""
+        is_open = self.config.engine.full_gradients == "auto"
+        return is_open and self.memory is not None and self.memory.full_gradients == "matrix"
 
     @property
     def excess(self) -> str:

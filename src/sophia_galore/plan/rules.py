@@ -345,6 +345,13 @@ _MEMORY: tuple[Rule, ...] = (
         "to 600 TB.",
         "A larger effective batch takes fewer steps; memory.placement=host writes nothing.",
     ),
+    Rule(
+        "full_gradients_apart",
+        lambda f: f.forms_apart_by_itself,
+        Use(),
+        "The full gradients of a layer are not expected to fit together, so engine.full_gradients: auto forms them one "
+        "matrix after the other: a layer goes backward several times where it makes new bases or takes the exact norm.",
+    ),
     # Words of caution and no refusals: the probe step has the last word, since it measures.
     Rule(
         "does_not_fit",

@@ -119,7 +119,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         chat_format=chat_format,
         keep_layers=keep_layers,
         placements=streamed.placements,
-        full_gradients=planner.full_gradients(config),
+        full_gradients=estimate.full_gradients if estimate else planner.full_gradients(config),
     )
     prepared = Prepared(
         config,
