@@ -85,7 +85,7 @@ def open_streaming(
     Raises:
         OSError: The disk is full or not writable.
     """
-    lane = _lane(units, device)
+    lane = CpuLane() if device.type == "cpu" else CudaLane(device, staging_bytes(units, most_rows))
     if "disk" in (inputs, *(unit.placement for unit in units)):
         folder.mkdir(parents=True, exist_ok=True)
     homes = [_home(unit, lane, folder, number) for number, unit in enumerate(units)]
@@ -115,12 +115,21 @@ def row_buffer_bytes(units: Sequence[Unit], most_rows: int) -> int:
     return max((most_rows * row_bytes(unit) for unit in units if unit.by_rows), default=0)
 
 
-def _lane(units: Sequence[Unit], device: torch.device) -> Lane:
-    if device.type == "cpu":
-        return CpuLane()
-    on_disk = [unit.layouts.values() for unit in units if unit.placement == "disk"]
-    largest = max((span.num_bytes for parts in on_disk for part in parts for span in part.spans.values()), default=0)
-    return CudaLane(device, largest)
+def staging_bytes(units: Sequence[Unit], most_rows: int) -> int:
+    """Return the bytes of a buffer of host memory that what a GPU can't fetch by itself passes through.
+
+    Tensors in files do, each as a whole, since one checksum is for all of it. Of a weight that comes by rows, a block
+    does. Single rows of it do as well if it is in host memory, from where the processor collects them.
+    """
+    largest = 0
+    for unit in units:
+        for part, layout in unit.layouts.items():
+            for span in layout.spans.values():
+                if part == "weights" and unit.by_rows:
+                    largest = max(largest, min(most_rows * span.row_bytes, span.num_bytes))
+                elif unit.placement == "disk":
+                    largest = max(largest, span.num_bytes)
+    return largest
 
 
 def _home(unit: Unit, lane: Lane, folder: Path, number: int) -> Home:

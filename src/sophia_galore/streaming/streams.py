@@ -64,12 +64,17 @@ class Streams:
         self._clock = 0
         for names, count in groups:
             size = group_bytes([self._homes[name].unit for name in names])
-            slots = [_Slot(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(count)]
+            buffers = [DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+            # A kernel may still be using the memory of a new buffer: for what it was before, or to fill it.
+            slots = [_Slot(buffer, released=lane.now()) for buffer in buffers]
             self._slots += slots
             self._slots_of |= dict.fromkeys(names, slots)
 
     def take_waited_s(self) -> float:
-        """Return the seconds that the computation waited for copies since the last call."""
+        """Return the seconds that the computation waited for copies since the last call.
+
+        On a GPU they end when the copies are ordered; that the device waits for them is not seen from here.
+        """
         waited_s, self._jobs.waited_s = self._jobs.waited_s, 0.0
         return waited_s
 
@@ -128,9 +133,7 @@ class Streams:
         Raises:
             EnvironmentProblem: A file can't be written.
         """
-        for slot in self._slots:
-            self._wait(slot.writes)
-        self._jobs.wait(self._jobs.give(self._commit))
+        self._jobs.wait(self._jobs.give(self._commit))  # behind all other jobs
 
     def finished(self, part: Part) -> list[FinishedFile]:
         """Return the files of the units that live on disk, as they are now.
@@ -146,11 +149,12 @@ class Streams:
         return [FinishedFile(file.layout.kinds, file.keep_as) for file in files if file is not None]
 
     def _commit(self) -> None:
+        self._lane.finish()  # the mark of a write lets only the device wait for it
         for home in self._homes.values():
             home.commit()
 
     def close(self) -> None:
-        """End the thread of the copies."""
+        """End the thread of the copies, once they are done."""
         self._jobs.close()
 
     def _enter(self, unit: Unit, *, trains: bool) -> _Slot:

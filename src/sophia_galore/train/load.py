@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
 
 
-def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest) -> Loaded:
+def load(
+    prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest, at_end: ExitStack
+) -> Loaded:
     """Load a prepared run.
 
     Args:
@@ -35,6 +38,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         monitor: Measures memory.
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
+        at_end: Receives what has to be done at the end of the run.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
@@ -42,7 +46,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
-        streaming = _open_streaming(prepared, monitor)
+        streaming = _open_streaming(prepared, monitor, at_end)
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         architecture = prepared.architecture
         frozen = [route.name for route in plan.routes if route.format == "bnb8"]
@@ -93,6 +97,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         say=adapted,
         frozen=frozen_names(plan.routes),
         neftune_alpha=config.training.neftune_alpha or 0.0,
+        spill=streaming.spill if streaming else None,
         full_gradients=plan.full_gradients,
     )
     stepper = Stepper(
@@ -119,20 +124,25 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     )
 
 
-def _open_streaming(prepared: Prepared, monitor: MemoryMonitor) -> Streaming | None:
-    """Open what moves weights and states that live elsewhere than on the device; None if none do."""
-    streamed, folder = prepared.streamed, streaming_folder(Path(prepared.config.run_folder))
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if not streamed.units:
+def _open_streaming(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
+    """Open what moves tensors that live elsewhere than on the device; None if none do."""
+    streamed, memory = prepared.streamed, prepared.config.memory
+    folder = streaming_folder(Path(prepared.config.run_folder))
+    remove = partial(shutil.rmtree, folder, ignore_errors=True)
+    remove()  # what a run left that was killed
+    if not streamed.units and memory.activations == "device":
         return None
+    at_end.callback(remove)
     streaming = open_streaming(
         streamed.units,
         streamed.parts.ends,
         folder=folder,
         device=prepared.device,
-        prefetches=prepared.config.memory.prefetch,
+        prefetches=memory.prefetch,
         most_rows=streamed.most_rows,
+        inputs=memory.activations,
     )
+    at_end.callback(streaming.streams.close)
     for buffer in streaming.buffers:
         monitor.tag(buffer, "weights")
     return streaming
