@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
@@ -15,19 +14,21 @@ from sophia_galore.memory.out_of_memory import storage_names
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.streaming.open import Streaming, open_streaming
 from sophia_galore.streaming.store import StreamedStore
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.folder import streaming_folder
 from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.signals import StopRequest
+from sophia_galore.train.streamed_files import keeping, open_streamed
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.weight import Weight
 
 
-def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest) -> Loaded:
+def load(
+    prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest, at_end: ExitStack
+) -> Loaded:
     """Load a prepared run.
 
     Args:
@@ -35,6 +36,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         monitor: Measures memory.
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
+        at_end: Ended with the run.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
@@ -42,7 +44,14 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
-        streaming = _open_streaming(prepared, monitor)
+        streaming = open_streamed(prepared, monitor, at_end)
+
+        def settle(name: str, weight: Weight) -> Weight:
+            if streaming is None:
+                return weight
+            with keeping(prepared):
+                return streaming.take_in(name, weight)
+
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         architecture = prepared.architecture
         frozen = [route.name for route in plan.routes if route.format == "bnb8"]
@@ -58,7 +67,7 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
             without_updates=checkpoint is not None,
             frozen=freezer,
             elsewhere=prepared.streamed.names,
-            settle=streaming.take_in if streaming else lambda name, weight: weight,
+            settle=settle,
         )
         specs = [route.spec for route in plan.routes if route.spec]
         optimizer = ParamOptimizer(
@@ -117,22 +126,3 @@ def load(prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: S
         monitor,
         stop,
     )
-
-
-def _open_streaming(prepared: Prepared, monitor: MemoryMonitor) -> Streaming | None:
-    """Open what moves weights and states that live elsewhere than on the device; None if none do."""
-    streamed, folder = prepared.streamed, streaming_folder(Path(prepared.config.run_folder))
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    if not streamed.units:
-        return None
-    streaming = open_streaming(
-        streamed.units,
-        streamed.parts.ends,
-        folder=folder,
-        device=prepared.device,
-        prefetches=prepared.config.memory.prefetch,
-        most_rows=streamed.most_rows,
-    )
-    for buffer in streaming.buffers:
-        monitor.tag(buffer, "weights")
-    return streaming

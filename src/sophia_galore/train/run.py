@@ -99,6 +99,7 @@ def train(
         repeatable(prepared.device),
         stop_on_signal() as stop,
         MemoryMonitor(prepared.device, config.memory) as monitor,
+        contextlib.ExitStack() as at_end,
     ):
         monitor.earlier = checkpoint.memory_report() if checkpoint else {}
         if prepared.estimate is not None:
@@ -106,7 +107,7 @@ def train(
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(load(prepared, monitor, callback, stop), folder, callback, keep)
+            run = _Run(load(prepared, monitor, callback, stop, at_end), folder, callback, keep)
             write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
         failed = True
         try:
