@@ -27,19 +27,21 @@ class Space:
         num_checkpoints: The largest number of new checkpoints on the disk at once.
         checkpoint_bytes: Bytes of one.
         model_bytes: Bytes of the final model.
+        streamed_bytes: Bytes of the files in which layers live; each is written anew behind a checkpoint that keeps it.
     """
 
     num_checkpoints: int
     checkpoint_bytes: int
     model_bytes: int
+    streamed_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """The largest number of bytes at once."""
-        return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes
+        return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes + self.streamed_bytes
 
 
-def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0) -> Space:
+def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0, streamed_bytes: int = 0) -> Space:
     """Compute the disk space that a run needs.
 
     One checkpoint more than are kept: a new one is complete before an old one goes. And one even where none was
@@ -50,6 +52,7 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         plan: What will be done.
         done: Steps that are done already.
         kept: Checkpoints that lie in the run's folder already, and make room as new ones come.
+        streamed_bytes: Bytes of weights and states that live on disk.
     """
     settings = config.checkpoint
     to_come = 0
@@ -64,7 +67,10 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         most += 1
     at_once = min(most, kept + to_come) - min(most, kept) + 1
     return Space(
-        at_once, sum(plan.standing_bytes.values()) + _DOCUMENTS_BYTES, model_bytes(config, plan) + _DOCUMENTS_BYTES
+        at_once,
+        sum(plan.standing_bytes.values()) + _DOCUMENTS_BYTES,
+        model_bytes(config, plan) + _DOCUMENTS_BYTES,
+        streamed_bytes,
     )
 
 
@@ -96,10 +102,11 @@ def refuse_full_disk(folder: Path, space: Space) -> None:
     if free_bytes >= space.total_bytes:
         return
     checkpoints = f"{space.num_checkpoints} checkpoint" + ("s" if space.num_checkpoints > 1 else "")
+    layers = f", and layers that live on disk of {bytes_in_words(space.streamed_bytes)}" if space.streamed_bytes else ""
     raise EnvironmentProblem(
         f"The run will write {bytes_in_words(space.total_bytes)}, but {place} has only {bytes_in_words(free_bytes)} "
         f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, and the final model of "
-        f"{bytes_in_words(space.model_bytes)}.",
+        f"{bytes_in_words(space.model_bytes)}{layers}.",
         "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
         "model.store=bf16, quantization.enabled=true, optimizer.state_bits=8.",
     )
