@@ -95,10 +95,11 @@ class Stepper:
         """Clip by the norm over the whole model, then update every weight."""
         if not math.isfinite(norm):
             raise NonFiniteError(f"The gradient's norm is {norm} at step {step}.", "Lower training.learning_rate.")
-        for name in list(held):
+        names = list(held)
+        for name, following in zip(names, (*names[1:], ""), strict=True):
             prepared = held.pop(name)
             clip_(prepared.tensors(), norm, self._max_grad_norm)
-            with self._store.borrow(name) as weights:
+            with self._store.borrow(name, trains=True, then=following) as weights:
                 self._optimizer.apply(name, weights[name], prepared, step=step, factor=factor)
 
     def _estimate_curvature(self, batches: Sequence[MicroBatch], step: int) -> None:

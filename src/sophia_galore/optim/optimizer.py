@@ -351,8 +351,8 @@ class ParamOptimizer:
             name: The parameter's name.
             weight: The stored weight. If it is already joined with an update, only its codes and scales are used.
         """
-        spec = self.specs[name]
-        if spec.subspace is None or not spec.subspace.folds_late:
+        spec = self.specs.get(name)  # a frozen weight has none
+        if spec is None or spec.subspace is None or not spec.subspace.folds_late:
             return weight
         return with_deferred_update(spec, self._state(name, weight.device), weight)
 

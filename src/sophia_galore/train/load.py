@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
@@ -16,16 +14,16 @@ from sophia_galore.memory.out_of_memory import storage_names
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
-from sophia_galore.streaming.open import Streaming, open_streaming
 from sophia_galore.streaming.store import StreamedStore
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.folder import streaming_folder
 from sophia_galore.train.prepared import Loaded, Prepared
 from sophia_galore.train.signals import StopRequest
+from sophia_galore.train.streamed_files import keeping, open_streamed
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
+from sophia_galore.weights.weight import Weight
 
 
 def load(
@@ -38,7 +36,7 @@ def load(
         monitor: Measures memory.
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
-        at_end: Receives what has to be done at the end of the run.
+        at_end: Ended with the run.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
@@ -46,7 +44,14 @@ def load(
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     with monitor.phase("load"):
-        streaming = _open_streaming(prepared, monitor, at_end)
+        streaming = open_streamed(prepared, monitor, at_end)
+
+        def settle(name: str, weight: Weight) -> Weight:
+            if streaming is None:
+                return weight
+            with keeping(prepared):
+                return streaming.take_in(name, weight)
+
         callback.say(f"Loading {plan.num_parameters / 1e6:.1f} M parameters from {prepared.folder} ...")
         architecture = prepared.architecture
         frozen = [route.name for route in plan.routes if route.format == "bnb8"]
@@ -62,7 +67,7 @@ def load(
             without_updates=checkpoint is not None,
             frozen=freezer,
             elsewhere=prepared.streamed.names,
-            settle=streaming.take_in if streaming else lambda name, weight: weight,
+            settle=settle,
         )
         specs = [route.spec for route in plan.routes if route.spec]
         optimizer = ParamOptimizer(
@@ -122,27 +127,3 @@ def load(
         monitor,
         stop,
     )
-
-
-def _open_streaming(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
-    """Open what moves tensors that live elsewhere than on the device; None if none do."""
-    streamed, memory = prepared.streamed, prepared.config.memory
-    folder = streaming_folder(Path(prepared.config.run_folder))
-    remove = partial(shutil.rmtree, folder, ignore_errors=True)
-    remove()  # what a run left that was killed
-    if not streamed.units and memory.activations == "device":
-        return None
-    at_end.callback(remove)
-    streaming = open_streaming(
-        streamed.units,
-        streamed.parts.ends,
-        folder=folder,
-        device=prepared.device,
-        prefetches=memory.prefetch,
-        most_rows=streamed.most_rows,
-        inputs=memory.activations,
-    )
-    at_end.callback(streaming.streams.close)
-    for buffer in streaming.buffers:
-        monitor.tag(buffer, "weights")
-    return streaming

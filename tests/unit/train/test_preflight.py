@@ -131,6 +131,21 @@ def test_what_is_announced_is_what_is_written(
     assert space.model_bytes < written < space.model_bytes + header
 
 
+def test_files_of_layers_take_room_beside_the_checkpoints(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["memory.placement=disk", "memory.predict=false", f"training.output_dir={tmp_path / 'run'}"]
+    seen: list[Space] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("sophia_galore.train.preflight.refuse_full_disk", lambda folder, space: seen.append(space))
+        prepared = prepare(load_config(world.config, words), Callback())
+    (space,) = seen
+    assert space.streamed_bytes == prepared.streamed.bytes_in("disk") > 0
+    give_free(monkeypatch, space.total_bytes - 1)
+    with pytest.raises(EnvironmentProblem, match="layers that live on disk of "):
+        refuse_full_disk(tmp_path / "run", space)
+
+
 @pytest.mark.parametrize("kind", ["train", "check"])
 def test_a_disk_without_room_ends_the_command(
     kind: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,116 @@
+"""Weights, states and layer inputs that live elsewhere: opened for a run, and removed at its end however it ends.
+
+Files are in a folder of the run's own, beside its output folder. What a killed run left there is removed; a folder that
+holds anything else is the user's, and is refused before a file in it is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from sophia_galore.config.size import bytes_in_words
+from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.memory.monitor import MemoryMonitor
+from sophia_galore.model.disk import writing
+from sophia_galore.streaming.open import INPUTS, Streaming, open_streaming
+from sophia_galore.train.checkpoint import checkpoints
+from sophia_galore.train.folder import streaming_folder
+from sophia_galore.train.prepared import Prepared
+
+_OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
+
+
+def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
+    """Open what moves weights and states that live elsewhere than on the device.
+
+    Args:
+        prepared: The prepared run; its folder is locked.
+        monitor: Measures memory.
+        at_end: Ended with the run: then no more is written, and the files are removed.
+
+    Returns:
+        What moves them; None if nothing lives elsewhere.
+
+    Raises:
+        EnvironmentProblem: There is no room for them, or their folder's name is taken.
+    """
+    streamed, memory = prepared.streamed, prepared.config.memory
+    folder = streaming_folder(Path(prepared.config.run_folder))
+    on_disk = "disk" in (memory.activations, *streamed.placements.values())
+    if not remove_streamed(folder) and on_disk:
+        raise EnvironmentProblem(
+            f"{folder} holds what is not of this program, but layers that live on disk would be written there.",
+            "Move it away, or choose another training.output_dir.",
+        )
+    if not streamed.units and memory.activations == "device":
+        return None
+    with keeping(prepared):
+        if on_disk:
+            at_end.callback(remove_streamed, folder)
+        try:
+            streaming = open_streaming(
+                streamed.units,
+                streamed.parts.ends,
+                folder=folder,
+                device=prepared.device,
+                prefetches=memory.prefetch,
+                most_rows=streamed.most_rows,
+                inputs=memory.activations,
+            )
+        except MemoryError as error:
+            size = bytes_in_words(streamed.bytes_in("host"))
+            raise EnvironmentProblem(
+                f"Host memory of {size} for weights and states that live there can't be allocated.",
+                "Use memory.placement=disk, or auto with a lower memory.host_limit.",
+            ) from error
+    at_end.callback(streaming.streams.close)
+    for buffer in streaming.buffers:
+        monitor.tag(buffer, "weights")
+    return streaming
+
+
+@contextmanager
+def keeping(prepared: Prepared) -> Iterator[None]:
+    """Explain a failure to write files of layers before the first step.
+
+    Args:
+        prepared: The prepared run.
+
+    Raises:
+        EnvironmentProblem: The disk is full or not writable.
+    """
+    folder, streamed = Path(prepared.config.run_folder), prepared.streamed
+
+    def way_on() -> str:
+        choose = "Or choose another training.output_dir, or memory.placement=host."
+        return f"{choose} Checkpoints are not affected: go on with --resume." if checkpoints(folder) else choose
+
+    with writing("What lives on disk", streaming_folder(folder).parent, way_on, needed_bytes=streamed.bytes_in("disk")):
+        yield
+
+
+def remove_streamed(folder: Path) -> bool:
+    """Remove the files of layers of an earlier run, or of this one.
+
+    Args:
+        folder: Their folder.
+
+    Returns:
+        Whether the name is free now; False: something else is there, and nothing was removed.
+    """
+    if not os.path.lexists(folder):
+        return True
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    inside = [path for path in folder.rglob("*") if path != folder / INPUTS]
+    if any(path.is_dir() or not _OURS.fullmatch(path.name) for path in inside):
+        return False
+    with contextlib.suppress(OSError):  # what can't be removed costs space, not the run
+        shutil.rmtree(folder)
+    return True
