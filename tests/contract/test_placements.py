@@ -12,6 +12,8 @@ import pytest
 from contract.test_forecast import TOLERANCE
 from placed import FAMILIES, QUICK, Left, PlacedRuns, assert_same
 from sophia_galore.config.dump import changed
+from sophia_galore.engine import cross_entropy, logits
+from sophia_galore.numerics import row_blocks
 from sophia_galore.records.files import MEMORY_REPORT, PLAN
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
@@ -128,6 +130,37 @@ def test_no_bit_depends_on_where_things_live(
 ) -> None:
     words = [*QUICK, *words_of(number), *PLACEMENTS[placement]]
     assert_same(runs.train(tmp_path / "run", SETTINGS[number][2], *words), on_the_device(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "placement"),
+    [
+        (14, "disk"),
+        pytest.param(3, "host", marks=pytest.mark.thorough),
+        pytest.param(7, "disk", marks=pytest.mark.thorough),
+        pytest.param(4, "host, nothing ahead", marks=pytest.mark.thorough),
+        pytest.param(18, "host", marks=pytest.mark.thorough),
+        pytest.param(11, "disk", marks=pytest.mark.thorough),
+    ],
+)
+def test_nor_when_embedding_and_head_come_in_several_blocks(
+    number: int, placement: str, runs: PlacedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 320 rows: in slices of 64 for logits, of 128 for all else, and no head as a whole."""
+    monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(logits, "_MOST_WHOLE_BYTES", 0)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 128 * 64)
+    left = [
+        runs.train(tmp_path / where / "run", SETTINGS[number][2], *QUICK, *words_of(number), *words)
+        for where, words in (("there", ["memory.placement=device"]), ("elsewhere", PLACEMENTS[placement]))
+    ]
+    assert_same(left[1], left[0])
+
+
+def test_more_layers_than_there_are_can_stay(runs: PlacedRuns, tmp_path: Path) -> None:
+    words = [*QUICK, "memory.placement=host", "memory.resident_layers=5"]
+    streamed = prepare(runs.config(tmp_path / "run", "llama, untied", *words), Callback()).streamed
+    assert {unit.name for unit in streamed.units} == set(streamed.parts.ends)
 
 
 # Settings whose weights or states are larger than the buffers; two thirds of what streams finds room in host memory.
