@@ -38,6 +38,10 @@ _module: Path | None = None
 @pytest.hookimpl(tryfirst=True)  # before they are deselected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     leave_to_thorough(items)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

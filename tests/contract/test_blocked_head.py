@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engines import load_parts, make_engine, take_step
 from sophia_galore.engine import cross_entropy, head, layerwise
+from sophia_galore.engine import logits as logits_module
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.logits import BlockLogits, LossOf, Tile, WholeLogits
 from sophia_galore.engine.observe import Observer
@@ -153,6 +154,42 @@ def test_tiles_against_float64(tmp_path: Path, dtype: str, softcap: float | None
     for got, leaf in ((normed_grad, wide_normed), (weight_grad, wide_weight)):
         assert leaf.grad is not None
         assert float((got - leaf.grad).norm() / leaf.grad.norm()) <= tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sampled", [False, True], ids=["given", "sampled"])
+def test_logits_that_are_kept_are_those_that_would_be_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, softcap: float | None, sampled: bool
+) -> None:
+    """The same bits of loss and gradients in every walk, and half of the products; afterwards nothing is kept."""
+    _, store = parts(tmp_path, "llama", True, "int8")
+    draw, num_chunk_bytes = torch.Generator().manual_seed(0), 4 * 50 * VOCAB
+    normed = torch.randn(50, 64, generator=draw).to(DTYPES[dtype])
+    monkeypatch.setattr(
+        logits_module, "chunks", lambda num, *_: [slice(start, start + 7) for start in range(0, num, 7)]
+    )
+    monkeypatch.setattr(logits_module, "blocks", lambda *_: [slice(s, min(s + 96, VOCAB)) for s in range(0, VOCAB, 96)])
+    products: list[Tensor] = []
+    original = logits_module._product
+    monkeypatch.setattr(logits_module, "_product", lambda *args: products.append(original(*args)) or products[-1])
+
+    def walks(chunk_bytes: int) -> tuple[list[float], list[Tensor], int]:
+        products.clear()
+        sampler = torch.Generator().manual_seed(1) if sampled else None
+        labels = torch.arange(50)
+        logits = BlockLogits(
+            store, "model.embed_tokens.weight", DTYPES[dtype], LossOf(labels, softcap, sampler, chunk_bytes), Observer()
+        )
+        grads: list[Tensor] = []
+        losses = [logits.walk(normed, 1 / 50.0, lambda tile: grads.append(tile.grad.clone())) for _ in range(2)]
+        assert logits._kept is None
+        return losses, grads, len(products)
+
+    losses, grads, num_products = walks(num_chunk_bytes)
+    expected_losses, expected, num_expected = walks(num_chunk_bytes - 1)
+    assert losses == expected_losses and all(map(torch.equal, grads, expected))
+    assert num_products * 3 == num_expected * 2, "of three passes, one is saved"
 
 
 def test_evaluation_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

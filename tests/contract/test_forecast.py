@@ -131,6 +131,8 @@ SPECIAL: dict[str, list[str]] = {
     "sophia": ["optimizer.type=sophia", "optimizer.sophia.curvature_every=2"],
     "galore, sophia": ["optimizer.galore.rule=sophia", "optimizer.sophia.curvature_every=2"],
     "clipped by the model": ["training.max_grad_norm=0.5", "training.clip_by=model"],
+    "full gradients apart": ["engine.full_gradients=matrix"],
+    "full gradients apart, clipped": ["engine.full_gradients=matrix", "training.max_grad_norm=0.5"],
     "fp16": ["training.compute_dtype=fp16"],
     "noise": ["training.neftune_alpha=5"],
     "the last layer": ['training.trainable=["model.layers.2.*"]'],

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from planning import asked, tiny_planner
+from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.memory import simulation
 from sophia_galore.memory.simulation import FewLayers, Simulated, simulate, take_layers
@@ -126,6 +127,21 @@ def test_the_bytes_are_the_same(
     assert_same(simulate(*given, **more), real)
     num_passes = [len(passes) for passes in real.steps]
     assert num_passes == ([2, 1] if decided.curvature_every else [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("compute", "store", "clip", "kept"),
+    [("fp32", "fp32", "nothing", 0), ("fp16", "bf16", "layer", 1), ("bf16", "int8", "model", 0)],
+)
+def test_the_bytes_of_full_gradients_apart_are_the_same(
+    compute: str, store: str, clip: str, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = {"engine.full_gradients": "matrix"}
+    few, decided = few_layers(changed(config_of("tracked", compute, store, clip), apart), "qwen2")
+    given: tuple[Any, ...] = (few, decided, ragged_batches()[1:], (1, 2))
+    more: dict[str, Any] = {"keep_layers": kept}
+    real = simulate_with_memory(monkeypatch, *given, **more)
+    assert_same(simulate(*given, **more), real)
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,10 @@ def test_a_limit_is_kept_to_and_remembered(tmp_path: Path) -> None:
 
 def test_each_change_is_said_in_a_sentence(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    parts = load_parts(tmp_path)
+    stored = load_parts(tmp_path), load_parts(tmp_path, torch.bfloat16)
 
-    def said(place: Phase, which: int, times: int, keep_layers: int = 0) -> list[str]:
-        memory, sentences = RunsOut(place, which, 5, times), list[str]()
+    def said(place: Phase, which: int, times: int, keep_layers: int = 0, *, decodes: bool = False) -> list[str]:
+        memory, sentences, parts = RunsOut(place, which, 5, times), list[str](), stored[decodes]
         engine = make_engine(*parts, keep_layers=keep_layers, on_oom="adapt", say=sentences.append, observer=memory)
         gradients(engine, rows_of(4), memory, step=3)
         return sentences
@@ -156,6 +156,10 @@ def test_each_change_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert said("head", 0, 2) == [
         f"{where} 20 tokens at once instead of 40.",
         f"{where} 10 tokens at once instead of 20.",
+    ]
+    assert said("head", 0, 2, decodes=True) == [
+        f"{where.removesuffix('takes')}computes its logits twice instead of keeping them.",
+        f"{where} 19 tokens at once instead of 39.",
     ]
     assert said("forward", 1, 1) == [
         f"Memory ran out in forward of layer 0 at step 3: from here on micro-batches have 2 rows instead of 4; {same}."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +20,10 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.memory.budget import Budget
 from sophia_galore.memory.fitting import Fit, as_overrides
 from sophia_galore.memory.planner import MemoryEstimate, Planner
-from sophia_galore.plan.placements import device_bytes
+from sophia_galore.memory.transfers import USUAL, measure, transfers_of
+from sophia_galore.plan.placements import Streamed, device_bytes
+from sophia_galore.plan.route import Route
+from sophia_galore.plan.rules import compute_dtype
 
 # The keys that memory depends on.
 _SETTINGS = (
@@ -76,6 +83,7 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "disk_bytes": streamed.bytes_in("disk"),
         "resident_layers": streamed.num_resident_layers,
         "buffer_bytes": streamed.buffer_bytes,
+        "transfers": _transfers(planner, config, decided.routes, streamed) if streamed.units else None,
         "settings": {key: values[key] for key in _SETTINGS}
         | {"engine.keep_layers": forecast.keep_layers, "engine.full_gradients": planner.full_gradients(config)},
         "notes": [verdict.sentence() for verdict in decided.verdicts],
@@ -95,6 +103,40 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
             for tried in found.tries
         ]
     return plan
+
+
+def _transfers(planner: Planner, config: RunConfig, routes: Sequence[Route], streamed: Streamed) -> dict[str, Any]:
+    """Return what moves in a step, and from how many tokens that hides behind computation."""
+    device = planner.facts.device
+    is_here = device.is_cpu or device.total_bytes is not None
+    machine = (
+        measure(torch.device(device.place), compute_dtype(planner.facts), Path(tempfile.gettempdir()))
+        if is_here
+        else USUAL
+    )
+    num_tokens = sum(batch.num_tokens for batch in planner.workload(config).train)
+    return {
+        "machine": vars(machine),
+        "tokens": num_tokens,
+        **vars(transfers_of(streamed, routes, num_tokens, machine)),
+    }
+
+
+def _transfer_words(found: dict[str, Any]) -> list[str]:
+    machine = found["machine"]
+    usual = "assumed: 10 TFLOP/s, 10 GB/s to the device, 2 GB/s from disk and 1 GB/s to it"
+    known = "measured here" if machine["measured"] else usual
+    words = [
+        f"A step of {found['tokens']} tokens moves {found['read_bytes'] / 1e9:.1f} GB in and "
+        f"{found['written_bytes'] / 1e9:.1f} GB out: about {found['move_s']:.1f} s, against {found['compute_s']:.1f} s "
+        f"of computation ({known}).",
+    ]
+    if found["hidden_from_tokens"] > found["tokens"]:
+        words.append(
+            f"From about {found['hidden_from_tokens']} tokens a step the transfers hide behind the computation: raise "
+            "training.gradient_accumulation_steps."
+        )
+    return words
 
 
 def show_estimate(console: Console, planner: Planner, config: RunConfig, estimate: MemoryEstimate) -> None:
@@ -121,6 +163,10 @@ def show_estimate(console: Console, planner: Planner, config: RunConfig, estimat
     console.print(verdict(estimate))
     if config.training.device == "auto" and planner.facts.device.is_cpu:
         console.print("That is for this machine, which has no GPU; for a CUDA card: --device cuda.")
+    if estimate.streamed.units:
+        console.print(f"{estimate.streamed.sentence()}.", markup=False)
+        for line in _transfer_words(plan["transfers"]):
+            console.print(line, markup=False)
     for note in plan["notes"]:
         console.print(Text(note, style="yellow"))
 

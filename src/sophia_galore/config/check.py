@@ -234,6 +234,13 @@ RULES: dict[str, Rule] = {
         "needs its layer's weights until backward",
         "Lower engine.keep_layers to that number at most (0: no graph is kept), or raise memory.resident_layers.",
     ),
+    "adapts_what_waits": Rule(
+        lambda c: c.memory.activations != "device" and c.memory.on_oom == "adapt",
+        ("memory.activations", "memory.on_oom"),
+        "memory.on_oom: adapt splits micro-batches again, but memory.activations: {c.memory.activations} has moved "
+        "their layers' inputs elsewhere",
+        "Use memory.on_oom: stop, or memory.activations: device.",
+    ),
     "bitsandbytes_streams": Rule(
         lambda c: (
             c.memory.placement in ("host", "disk") and c.quantization.int8 and c.quantization.backend == "bitsandbytes"

@@ -255,6 +255,11 @@ class MemoryConfig(Section):
         description="What weights and states may take of the host's memory; null: with a GPU what this machine has, "
         "less a quarter; on a CPU nothing for placement auto, since its tensors are in that memory already.",
     )
+    activations: Literal["device", "host", "disk"] = Field(
+        "device",
+        description="Where the inputs of layers wait between forward and backward. Changes no number; host and disk "
+        "need on_oom: stop.",
+    )
     prefetch: bool = Field(
         True,
         description="Fetch the next layer while one computes; false: only when it is needed, which is slower.",

@@ -16,6 +16,7 @@ from sophia_galore.engine.objective import Objective
 from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.retry import split_rows
 from sophia_galore.optim.request import Wants
+from sophia_galore.streaming.spill import Spill
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,12 @@ class StepActivations:
         batches: The micro-batches, on the compute device.
         embed: Runs the embedding over micro-batches.
         max_rows: Micro-batches with more rows are split; None: none is split.
+        spill: Where layer inputs wait for their backward; None: on the device.
 
     Attributes:
         batches: The micro-batches, after all splits so far.
         inputs: For each layer whose backward is still to come, its input, per micro-batch (B, T, d). After forward,
-            the last entry is the last layer's output, until the head takes it.
+            the last entry is the last layer's output, until the head takes it. Those that left the device are empty.
         graphs: Autograd graphs of the layers without activation checkpointing, by layer number.
         out_grads: Per micro-batch (B, T, d), the gradient with respect to the output of the layer whose backward is
             next.
@@ -64,12 +66,17 @@ class StepActivations:
     """
 
     def __init__(
-        self, batches: Sequence[MicroBatch], embed: Callable[[Sequence[MicroBatch]], Embedded], max_rows: int | None
+        self,
+        batches: Sequence[MicroBatch],
+        embed: Callable[[Sequence[MicroBatch]], Embedded],
+        max_rows: int | None,
+        spill: Spill | None = None,
     ) -> None:
         self.batches = list(batches)
         self.embed = embed
         self._embedded: Embedded | None = None
         self.inputs: list[list[Tensor]] = []
+        self._spill, self._gone = spill, set[int]()
         self.graphs: dict[int, LayerGraph] = {}
         self.out_grads: list[Tensor] = []
         self.passes: Passes | None = None
@@ -87,6 +94,31 @@ class StepActivations:
         """Run the embedding; its output becomes the first layer's input."""
         self._embedded = self.embed(self.batches)
         self.inputs = [[first.detach() for first in self._embedded.hidden]]
+
+    def advance(self, outputs: list[Tensor], *, leaves: bool) -> None:
+        """Append the output of a layer.
+
+        Args:
+            outputs: Per micro-batch (B, T, d).
+            leaves: Whether the layer's input is not needed on the device until its backward.
+        """
+        if leaves and self._spill is not None:
+            index = len(self.inputs) - 1
+            self._spill.put(index, self.inputs[index])
+            self.inputs[index] = []
+            self._gone.add(index)
+        self.inputs.append(outputs)
+
+    def last_input(self) -> list[Tensor]:
+        """Return the input of the layer whose backward is next; that of the one before is fetched meanwhile."""
+        index = len(self.inputs) - 1
+        if self._spill is not None:
+            if index in self._gone:
+                self._gone.discard(index)
+                self.inputs[index] = self._spill.take(index)
+            if index - 1 in self._gone:
+                self._spill.fetch(index - 1)
+        return self.inputs[index]
 
     def calls(self, index: int) -> list[LayerCall]:
         """Return the arguments of a layer, per micro-batch."""
@@ -115,7 +147,7 @@ class StepActivations:
         self.batches = [part for of_one in parts for part in of_one]
         if not self.inputs:
             return
-        assert not self.graphs
+        assert not self.graphs and self._spill is None  # config/check.py refuses to adapt what waits elsewhere
         # Layer arguments depend on the micro-batch, so the embedding is run again to record them.
         later = [] if anew else [rows(of_layer) for of_layer in self.inputs[1:]]
         self.out_grads = [] if anew else rows(self.out_grads) if self.out_grads else []

@@ -52,7 +52,7 @@ from sophia_galore.engine.cross_entropy import block_entries, default_chunk_byte
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
-from sophia_galore.engine.logits import comes_whole
+from sophia_galore.engine.logits import comes_whole, keeps_logits
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
@@ -64,6 +64,7 @@ from sophia_galore.engine.retry import (
     Smaller,
     fewer_kept_layers,
     fewer_rows,
+    logits_twice,
     silent,
     smaller_logits,
 )
@@ -72,6 +73,7 @@ from sophia_galore.model.architecture import Architecture, count_idle_layers
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
+from sophia_galore.streaming.spill import Spill
 from sophia_galore.weights.store import Borrowed, WeightStore
 
 _CROSS_ENTROPY = CrossEntropy()
@@ -141,6 +143,7 @@ class LayerwiseEngine:
         say: Receives a sentence about each adaptation.
         frozen: Names of weights that get no gradient.
         neftune_alpha: Scale of the noise on embeddings in a step (`EmbeddingNoise`); 0: no noise.
+        spill: Where layer inputs wait for their backward; None: on the device.
         full_gradients: Which full gradients of a layer's matrices may be in memory together, if only products of them
             are needed.
     """
@@ -160,6 +163,7 @@ class LayerwiseEngine:
         say: Callable[[str], None] = silent,
         frozen: Collection[str] = (),
         neftune_alpha: float = 0.0,
+        spill: Spill | None = None,
         full_gradients: FullGradients = "layer",
     ) -> None:
         self._architecture = architecture
@@ -168,6 +172,7 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
+        self._spill = spill
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
         self._trains_embedding = architecture.embed_name not in self._frozen
         trained = [name for name in architecture.parameter_shapes() if name not in self._frozen]
@@ -299,7 +304,7 @@ class LayerwiseEngine:
                     partial(self._evaluate_head, hidden, acts),
                     acts,
                     lambda: "the head in evaluation",
-                    partial(self._smaller_logits, acts),
+                    partial(self._smaller_logits, acts, keeps=False),
                 )
                 return loss, _num_counted(batches)
         finally:
@@ -312,7 +317,7 @@ class LayerwiseEngine:
         how = partial(
             embed, self._architecture, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise
         )
-        return StepActivations(on_device, how, self.chunk_sizes.max_rows)
+        return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
     def _enter(self, acts: StepActivations) -> None:
         with self._observer.phase("forward"):
@@ -327,7 +332,8 @@ class LayerwiseEngine:
                 out = self._layers.forward(index, inputs, calls, request.step)
             else:
                 out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants)
-            acts.inputs.append(out)
+            # The first layer's input is a part of the embedding's graph.
+            acts.advance(out, leaves=max(1, self._num_idle) <= index < self._first_kept())
 
     def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
         """Run forward and backward through the head."""
@@ -385,7 +391,7 @@ class LayerwiseEngine:
                 acts.inputs.pop()
                 return {}
             graph = acts.graphs.pop(index, None)
-            inputs, calls = acts.inputs[-1], acts.calls(index)
+            inputs, calls = acts.last_input(), acts.calls(index)
             acts.passes = acts.passes or (graph.passes if graph else self._layers.new_passes())
             parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph, acts.passes)
             gradients, in_grads = self._layers.backward(index, *parts, spends=not self._retry.adapts)
@@ -454,12 +460,15 @@ class LayerwiseEngine:
         # Dropout in forward drew its numbers for the micro-batches of the current size.
         return None if self._architecture.has_dropout else self._fewer_rows(acts)
 
-    def _smaller_logits(self, acts: StepActivations) -> Smaller | None:
+    def _smaller_logits(self, acts: StepActivations, *, keeps: bool = True) -> Smaller | None:
         weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
         num_entries, width = weight.shape
+        num_counted = _num_counted(acts.batches)
         if not comes_whole(weight, self._dtype):
+            if keeps and keeps_logits(num_counted, num_entries, sizes.logits_bytes):
+                return logits_twice(sizes, num_counted, num_entries)
             num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
-        return smaller_logits(sizes, _num_counted(acts.batches), num_entries)
+        return smaller_logits(sizes, num_counted, num_entries)
 
     def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
         return fewer_rows(self.chunk_sizes, acts.batches)

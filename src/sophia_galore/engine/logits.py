@@ -3,7 +3,8 @@
 If the head's weight is stored in compute precision and not very large, a tile is a chunk of tokens by the whole
 vocabulary; one computation of its logits gives loss and gradient. Else a tile is a chunk of tokens by a vocabulary
 slice, so that only one slice is decoded, or on the device, at a time. The softmax then needs a pass of its own
-(`OnlineLoss`), and the logits are computed once more.
+(`OnlineLoss`), and the logits are computed once more, unless all of them fit into the bytes that a chunk may take: then
+they are kept.
 
 The gradient of a token's logits is its weight in the objective times (softmax - onehot).
 """
@@ -115,6 +116,17 @@ def comes_whole(weight: Weight, dtype: torch.dtype) -> bool:
     return weight.is_ready(dtype) and weight.num_bytes <= _MOST_WHOLE_BYTES
 
 
+def keeps_logits(num_tokens: int, vocab_size: int, chunk_bytes: int) -> bool:
+    """Return whether tiles over vocabulary slices keep their logits from the first pass for the second one.
+
+    Args:
+        num_tokens: Number of counted tokens.
+        vocab_size: V.
+        chunk_bytes: As in `LossOf`.
+    """
+    return 4 * num_tokens * vocab_size <= chunk_bytes
+
+
 def logits_of(store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> Logits:
     """Return the logits for a head's weight, with tiles that suit its format.
 
@@ -216,10 +228,11 @@ class BlockLogits(Logits):
     def __init__(self, store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> None:
         self._store, self._name, self._dtype, self._loss, self._observer = store, name, dtype, loss, observer
         self._online: OnlineLoss | None = None
+        self._kept: Tensor | None = None  # (N, V) float32, between the first pass and the end of the first walk
 
     def loss_sum(self, normed: Tensor) -> float:
         """See `Logits`."""
-        return self._first_pass(normed).total()
+        return self._first_pass(normed, keeps=False).total()
 
     def log_probs(self, normed: Tensor) -> Tensor:
         """See `Logits`."""
@@ -236,15 +249,27 @@ class BlockLogits(Logits):
             visit(Tile(tokens, vocab_slice, head, grad))
 
         self._for_each_tile(normed, differentiate)
+        self._kept = None  # a tied head lives until the last layer's backward, and may walk again after it
         return online.total()
 
-    def _first_pass(self, normed: Tensor) -> OnlineLoss:
-        """Return the result of the first pass, which runs at the first call."""
-        if self._online is None:
-            online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
-            self._for_each_tile(normed, lambda tokens, vocab_slice, _, logits: online.take(tokens, vocab_slice, logits))
-            self._online = online
-        return self._online
+    def _first_pass(self, normed: Tensor, *, keeps: bool = True) -> OnlineLoss:
+        """Return the result of the first pass, which runs at the first call; keep the logits if they are few."""
+        if self._online is not None:
+            return self._online
+        online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
+        kept, shape = None, (len(normed), self._store[self._name].shape[0])
+        if keeps and keeps_logits(*shape, self._loss.chunk_bytes):
+            kept = torch.empty(shape, dtype=torch.float32, device=normed.device)
+            self._observer.tag(kept, "logits")
+
+        def take(tokens: slice, vocab_slice: slice, _: Tensor, logits: Tensor) -> None:
+            if kept is not None:
+                kept[tokens, vocab_slice] = logits
+            online.take(tokens, vocab_slice, logits)
+
+        self._for_each_tile(normed, take)
+        self._online, self._kept = online, kept
+        return online
 
     def _for_each_tile(self, normed: Tensor, use: Callable[[slice, slice, Tensor, Tensor], None]) -> None:
         vocab_size, width = self._store[self._name].shape
@@ -255,7 +280,13 @@ class BlockLogits(Logits):
             with self._store.borrow_rows(self._name, vocab_slice, self._dtype) as (weight,):
                 self._observer.tag(weight, "weights")
                 for tokens in token_chunks:
-                    use(tokens, vocab_slice, weight, _product(normed[tokens], weight, self._observer))
+                    if self._kept is None:
+                        logits = _product(normed[tokens], weight, self._observer)
+                    else:
+                        logits = self._kept[tokens, vocab_slice].clone(memory_format=torch.contiguous_format)
+                        self._observer.tag(logits, "logits")
+                    use(tokens, vocab_slice, weight, logits)
+                    del logits
             del weight
 
 

@@ -79,6 +79,18 @@ def smaller_logits(sizes: ChunkSizes, num_tokens: int, num_entries: int) -> Smal
     return Smaller(replace(sizes, logits_bytes=smaller), change)
 
 
+def logits_twice(sizes: ChunkSizes, num_tokens: int, vocab_size: int) -> Smaller:
+    """Compute the logits of the head twice, where they are kept between two passes.
+
+    Args:
+        sizes: The current sizes.
+        num_tokens: Number of counted tokens.
+        vocab_size: V.
+    """
+    after = replace(sizes, logits_bytes=4 * num_tokens * vocab_size - 1)
+    return Smaller(after, "the head computes its logits twice instead of keeping them")
+
+
 def fewer_rows(sizes: ChunkSizes, batches: Sequence[MicroBatch]) -> Smaller | None:
     """Halve the rows of the largest micro-batches; return None if they have one row."""
     before = max(len(batch.input_ids) for batch in batches)

@@ -147,7 +147,13 @@ class _Search:
         is_open = config.training.gradient_checkpointing and config.engine.keep_layers == "auto"
         kept = 0 if is_open else self._planner.keep_layers(config, streamed)
         forecast = self._planner.forecast(config, kept, streamed)
-        return MemoryEstimate(forecast, self._budget, streamed, self._planner.host_limit_bytes(config))
+        return MemoryEstimate(
+            forecast,
+            self._budget,
+            streamed,
+            self._planner.full_gradients(config),
+            self._planner.host_limit_bytes(config),
+        )
 
     def _need(self, config: RunConfig) -> Need:
         config = _alone(config)

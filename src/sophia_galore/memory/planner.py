@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget, budget_of
 from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
 from sophia_galore.memory.ladder import forms_apart
+from sophia_galore.memory.transfers import USUAL, transfers_of
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
@@ -31,6 +32,7 @@ from sophia_galore.plan.detect import detect_bitsandbytes, model_facts, paramete
 from sophia_galore.plan.facts import Facts, MemoryFacts
 from sophia_galore.plan.placements import Parts, Streamed, choose, device_bytes, parts_of
 from sophia_galore.plan.plan import count_steps
+from sophia_galore.plan.route import Route
 from sophia_galore.plan.rules import RULES
 from sophia_galore.plan.verdicts import decide
 
@@ -61,6 +63,7 @@ class MemoryEstimate:
     Args:
         forecast: The forecast.
         budget: The available memory; None without a limit.
+        full_gradients: Which full gradients may be in memory together.
         streamed: What lives elsewhere than on the device.
         host_limit_bytes: What that may take of the host's memory; None: as much as it needs.
     """
@@ -68,6 +71,7 @@ class MemoryEstimate:
     forecast: Forecast
     budget: Budget | None
     streamed: Streamed
+    full_gradients: FullGradients = "layer"
     host_limit_bytes: int | None = None
 
     @property
@@ -88,11 +92,21 @@ class MemoryEstimate:
         there = "" if self.budget is None else f", of {bytes_in_words(self.budget.tensor_bytes)} that there are"
         return f"Expected: {bytes_in_words(self.forecast.peak_bytes)} of tensors at most{there}."
 
-    def facts(self) -> MemoryFacts:
-        """Return the estimate as facts for the rules."""
-        if self.budget is None:
-            return MemoryFacts(self.forecast.peak_bytes)
-        return MemoryFacts(self.forecast.peak_bytes, self.budget.limit_bytes, self.budget.reserve_bytes)
+    def facts(self, routes: Sequence[Route]) -> MemoryFacts:
+        """Return the estimate as facts for the rules.
+
+        Args:
+            routes: One for each parameter.
+        """
+        return MemoryFacts(
+            self.forecast.peak_bytes,
+            self.budget.limit_bytes if self.budget else None,
+            self.budget.reserve_bytes if self.budget else 0,
+            self.streamed.sentence(),
+            self.host_excess_bytes,
+            transfers_of(self.streamed, routes, 1, USUAL).disk_written_bytes,
+            self.full_gradients,
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,13 @@ class Planner:
             return None
         config = self._settled(config)
         streamed = self.streamed(config)
-        forecast = self.forecast(config, self.keep_layers(config, streamed), streamed)
-        return MemoryEstimate(forecast, self.budget(config), streamed, self.host_limit_bytes(config))
+        return MemoryEstimate(
+            self.forecast(config, self.keep_layers(config, streamed), streamed),
+            self.budget(config),
+            streamed,
+            self.full_gradients(config),
+            self.host_limit_bytes(config),
+        )
 
     def streamed(self, config: RunConfig) -> Streamed:
         """Return what lives elsewhere than on the device.

@@ -24,6 +24,7 @@ from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.decisions import Decisions, logits_chunk_bytes
 from sophia_galore.plan.route import Route, by_layer, frozen_names
 from sophia_galore.plan.routes import empty_weight, int8_format
+from sophia_galore.streaming.spill import Spill
 from sophia_galore.weights.int8 import Int8Format
 from sophia_galore.weights.store import WeightStore
 
@@ -130,6 +131,7 @@ def simulate(
             on_oom=config.memory.on_oom,
             frozen=frozen_names(model.routes),
             neftune_alpha=config.training.neftune_alpha or 0.0,
+            spill=_ShapesOnly() if config.memory.activations != "device" else None,
             full_gradients="matrix" if config.engine.full_gradients == "matrix" else "layer",
         )
         stepper = Stepper(
@@ -164,6 +166,29 @@ def simulate(
                 stepper.take(own, step=step, factor=1.0)
             passes.append(split_passes(recorder.take(), len(model.architecture.layers)))
     return Simulated(tuple(passes), evaluation)
+
+
+class _ShapesOnly(Spill):
+    """Takes as much memory on the device as one that keeps tensors elsewhere, but keeps only their shapes."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, list[tuple[torch.Size, torch.dtype]]] = {}
+        self._leaving: list[torch.Tensor] = []
+        self._coming: dict[int, list[torch.Tensor]] = {}
+
+    def put(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._coming.pop(number, None)
+        self._leaving = [tensor.contiguous() for tensor in tensors]
+        self._shapes[number] = [(tensor.shape, tensor.dtype) for tensor in tensors]
+
+    def fetch(self, number: int) -> None:
+        if number not in self._coming:
+            self._coming[number] = [torch.empty(shape, dtype=dtype) for shape, dtype in self._shapes[number]]
+
+    def take(self, number: int) -> list[torch.Tensor]:
+        self._leaving = []
+        self.fetch(number)
+        return self._coming.pop(number)
 
 
 def _copy(batch: MicroBatch) -> MicroBatch:

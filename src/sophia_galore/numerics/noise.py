@@ -2,7 +2,7 @@
 
 It is counter-based: it does not depend on how a tensor is divided into blocks of rows, or on their order, and it is the
 same on every device, since it only uses integer operations. Stateful generators have none of these properties, and are
-slower on a CPU (`bench/noise.py`).
+slower on a CPU.
 
 A word of 64 bits gives the noise of four neighbours, sixteen bits each. Hashing every word well would take longer than
 the rounding itself. So the number of a word is split into two digits, and two short tables hold a good hash of each
@@ -14,8 +14,9 @@ A word is the exclusive or of one entry of each table, times an odd constant:
 Any three words are independent, as far as the tables are random. Without the product, four words at the corners of a
 rectangle of digits would cancel; the carries of the product make this a matter of chance.
 
-The lowest bit of each number is set. Then the mean is exactly zero, and no number times 2^-16 is closer to 1/2 or -1/2
-than 2^-16, which is what rounding needs to keep exact values (`weights/int8.py`, `numerics/rounding.py`).
+Where numbers are to be odd, the lowest bit of each is set, and fifteen bits are left. Then the mean is exactly zero,
+and no number times 2^-16 is closer to 1/2 or -1/2 than 2^-16, which rounding of quotients needs to keep exact values
+(`weights/int8.py`, `numerics/blockwise.py`). Rounding to bfloat16 needs all sixteen bits (`numerics/rounding.py`).
 """
 
 from __future__ import annotations
@@ -79,17 +80,20 @@ class Noise:
         """
         return replace(self, first=self.first + (rows.start or 0) * columns)
 
-    def pieces(self, like: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(
+        self, like: Tensor, dtype: torch.dtype, columns: int = 1, *, odd: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Yield the noise of a tensor piece by piece.
 
         Args:
             like: Tensor whose number of elements and device are used.
             dtype: int16, int32 or float32.
             columns: Each piece is a multiple of this number of elements, such as whole rows.
+            odd: Whether the lowest bit is set, so that numbers and mean are symmetric around zero.
 
         Yields:
-            The elements as a slice of the flattened tensor, and their noise: odd integers, uniform in
-            (-2^15, 2^15). The next piece overwrites it.
+            The elements as a slice of the flattened tensor, and their noise: integers, uniform in [-2^15, 2^15), or odd
+            ones, uniform in (-2^15, 2^15). The next piece overwrites it.
         """
         assert self.first % _GROUP == 0, "rows begin at a multiple of ROW_ALIGNMENT"
         num = like.numel()
@@ -108,7 +112,8 @@ class Noise:
             word = words[: digits.stop - digits.start]
             torch.bitwise_xor(lower, upper[digits.start - start_digit : digits.stop - start_digit], out=word)
             # As on every machine that torch is built for, the lowest bits of a word come first.
-            drawn = word.mul_(_signed(_CONSTANT)).bitwise_or_(_LOWEST_BITS).view(torch.int16).view(-1)
+            word.mul_(_signed(_CONSTANT))
+            drawn = (word.bitwise_or_(_LOWEST_BITS) if odd else word).view(torch.int16).view(-1)
             drawn = drawn[(begin - digits.start * _DIGIT) * _GROUP :][: part.stop - start]
             yield part, drawn if made is None else made[: part.stop - start].copy_(drawn)
 

@@ -1,8 +1,7 @@
 """Stochastic rounding of float32 to bfloat16.
 
 A bfloat16 is the upper half of a float32. Adding a uniform 16-bit integer to the bits of the float32 and dropping the
-lower half rounds up with the probability that makes the result unbiased: E[round(x)] = x. The integer is odd, which
-moves the expectation by less than 2^-16 of a step. Rounding to nearest
+lower half rounds up with the probability that makes the result unbiased: E[round(x)] = x, exactly. Rounding to nearest
 would lose every update smaller than half a bfloat16 step (2^-9 relative), which at learning rates of fine-tuning are
 most updates.
 """
@@ -30,7 +29,7 @@ def stochastic_round_bf16(values: Tensor, noise: Noise) -> Tensor:
     made = torch.empty_like(values, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     flat, rounded = values.reshape(-1), made.view(-1)
     bits = flat.view(torch.int32)
-    for part, drawn in noise.pieces(values, torch.int32):
+    for part, drawn in noise.pieces(values, torch.int32, odd=False):
         moved = drawn.add_(1 << 15).add_(bits[part]).bitwise_and_(-(1 << 16)).view(torch.float32)
         rounded[part] = torch.where(flat[part].isfinite(), moved.clamp_(-largest, largest), flat[part])
     return made

@@ -16,6 +16,7 @@ from sophia_galore.config.check import keeps_projected_gradients
 from sophia_galore.config.field_types import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.engine.passes import FullGradients
 from sophia_galore.model.architecture import SUPPORTED
 
 MIN_BITSANDBYTES = (0, 50)
@@ -166,11 +167,19 @@ class MemoryFacts:
         needed_bytes: Most bytes of tensors at once.
         limit_bytes: What the process may take on the device; None: any amount.
         reserve_bytes: Part of the limit that is not for tensors.
+        streamed: What lives elsewhere and where, as text; empty: nothing does.
+        host_excess_bytes: Bytes beyond the limit of the host's memory.
+        disk_written_bytes: Bytes that a step writes to disk.
+        full_gradients: Which full gradients may be in memory together.
     """
 
     needed_bytes: int = 0
     limit_bytes: int | None = None
     reserve_bytes: int = 0
+    streamed: str = ""
+    host_excess_bytes: int = 0
+    disk_written_bytes: int = 0
+    full_gradients: FullGradients = "layer"
 
 
 @dataclass(frozen=True)
@@ -207,6 +216,12 @@ class Facts:
         return max(0, self.memory.needed_bytes + self.memory.reserve_bytes - self.memory.limit_bytes)
 
     @property
+    def forms_apart_by_itself(self) -> bool:
+        """Whether nothing but the memory decided that full gradients are formed one matrix after the other."""
+        is_open = self.config.engine.full_gradients == "auto"
+        return is_open and self.memory is not None and self.memory.full_gradients == "matrix"
+
+    @property
     def excess(self) -> str:
         """The same as text."""
         return bytes_in_words(self.excess_bytes)
@@ -215,6 +230,25 @@ class Facts:
     def needed(self) -> str:
         """The forecast memory, as text."""
         return bytes_in_words(self.memory.needed_bytes) if self.memory else ""
+
+    @property
+    def streamed(self) -> str:
+        """What lives elsewhere than on the device, as text; empty: nothing does, or it is not known."""
+        return self.memory.streamed if self.memory else ""
+
+    @property
+    def host_excess(self) -> str:
+        """What the host's memory lacks, as text; empty: nothing."""
+        return bytes_in_words(self.memory.host_excess_bytes) if self.memory and self.memory.host_excess_bytes else ""
+
+    @property
+    def disk_writes(self) -> str:
+        """What steps write to disk, as text; empty: nothing."""
+        written = self.memory.disk_written_bytes if self.memory else 0
+        if not written:
+            return ""
+        run = f", {written * self.data.num_steps / 1e12:.2g} TB in this run" if self.data.num_steps else ""
+        return f"{written / 1e9:.2g} GB{run}"
 
     @property
     def missing_extras(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.cross_entropy import block_entries
 from sophia_galore.engine.logits import comes_whole
 from sophia_galore.engine.observe import Category
@@ -97,6 +98,21 @@ class Streamed:
     def placements(self) -> dict[str, Placement]:
         """Where each unit lives that streams, by its name."""
         return {unit.name: unit.placement for unit in self.units}
+
+    def sentence(self) -> str:
+        """Return what streams, as text without a full stop; empty: nothing does."""
+        if not self.units:
+            return ""
+        number = len(self.parts.layers) - self.num_resident_layers
+        placed = self.placements
+        ends = ["the embedding"] * (self.parts.embed in placed) + ["the head"] * (
+            self.parts.head in placed and self.parts.head != self.parts.embed
+        )
+        what = " and ".join([f"{number} of {len(self.parts.layers)} layers"] * (number > 0) + ends)
+        places = {"host memory": self.bytes_in("host"), "files": self.bytes_in("disk")}
+        where = " and ".join(f"{name} ({bytes_in_words(size)})" for name, size in places.items() if size)
+        buffers = bytes_in_words(self.buffer_bytes)
+        return f"With their optimizer states, {what} live in {where} and visit {buffers} of buffers on the device"
 
     @property
     def num_resident_layers(self) -> int:

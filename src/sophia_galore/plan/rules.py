@@ -321,6 +321,37 @@ _TRAINING: tuple[Rule, ...] = (
 )
 
 _MEMORY: tuple[Rule, ...] = (
+    Rule(
+        "streams",
+        lambda f: f.streamed != "",
+        Use(),
+        "{f.streamed}.",
+    ),
+    Rule(
+        "host_too_small",
+        lambda f: f.host_excess != "",
+        Refuse(EnvironmentProblem),
+        "What memory.placement: host keeps in host memory is {f.host_excess} more than memory.host_limit, or more than "
+        "this machine has to spare.",
+        "Raise memory.host_limit, store less (quantization.enabled=true, optimizer.state_bits=8), or use "
+        "memory.placement=disk.",
+    ),
+    # SSDs of 250 GB to 1 TB are commonly rated for 150 to 600 TB.
+    Rule(
+        "wears_the_disk",
+        lambda f: f.disk_writes != "",
+        Use(),
+        "Each step writes {f.disk_writes} to disk, which wears it: SSDs of 250 GB to 1 TB are commonly rated for 150 "
+        "to 600 TB.",
+        "A larger effective batch takes fewer steps; memory.placement=host writes nothing.",
+    ),
+    Rule(
+        "full_gradients_apart",
+        lambda f: f.forms_apart_by_itself,
+        Use(),
+        "The full gradients of a layer are not expected to fit together, so engine.full_gradients: auto forms them one "
+        "matrix after the other: a layer goes backward several times where it makes new bases or takes the exact norm.",
+    ),
     # Words of caution and no refusals: the probe step has the last word, since it measures.
     Rule(
         "does_not_fit",

@@ -36,6 +36,8 @@ class TrainStep(Line):
         grad_norm: Norm of the whole gradient.
         tokens: Tokens seen in the step.
         tokens_per_second: Speed of the step.
+        waiting_share: Share of the step's time, from 0 to 1, in which the computation waited for weights that live
+            elsewhere; None: none do.
         allocated_bytes: Peak of live tensors; None where it was not measured.
         reserved_bytes: Peak of what the allocator held; None where it was not measured.
         process_bytes: Resident size of the process after the step.
@@ -46,6 +48,7 @@ class TrainStep(Line):
     grad_norm: Number | None = None
     tokens: Whole | None = None
     tokens_per_second: Number | None = None
+    waiting_share: Number | None = None
     allocated_bytes: Size = None
     reserved_bytes: Size = None
     process_bytes: Size = None

@@ -47,6 +47,8 @@ class RunNumbers(Record):
         seconds_per_epoch: Time in optimizer steps, without evaluations; of a run of less than an epoch, as much as a
             whole one would take.
         tokens_per_second: All tokens over the time in optimizer steps.
+        waiting_share: Share of that time in which the computation waited for weights that live elsewhere; None: none
+            do.
         trained_fraction: Share of the parameters that are trained, from 0 to 1.
         state_bytes: What the optimizer keeps: moments and bases.
         peak_reserved_bytes: Most bytes that the allocator held.
@@ -81,6 +83,7 @@ class RunNumbers(Record):
     ended_early: bool
     exported_step: int | None
     exported_eval_loss: float | None
+    waiting_share: float | None = None
 
     @property
     def final_eval_loss(self) -> float | None:

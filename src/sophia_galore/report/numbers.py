@@ -48,7 +48,17 @@ def run_numbers(run: Run) -> RunNumbers:
         ended_early=run.ended_early,
         exported_step=exported.exported_step if exported else None,
         exported_eval_loss=exported.loss if exported else None,
+        waiting_share=_waiting_share(run),
     )
+
+
+def _waiting_share(run: Run) -> float | None:
+    parts = [
+        (line.waiting_share * taken, taken)
+        for line, taken in zip(run.metrics.train, step_seconds(run), strict=True)
+        if line.waiting_share is not None and taken
+    ]
+    return round(sum(waited for waited, _ in parts) / sum(taken for _, taken in parts), 4) if parts else None
 
 
 def step_seconds(run: Run) -> list[float | None]:

@@ -106,6 +106,8 @@ def _per_run(runs: Sequence[RunNumbers]) -> Table:
     num_epochs = max(len(run.eval_loss) for run in runs)
     columns = ["run", "seed", "steps", "before", *(f"epoch {number + 1}" for number in range(num_epochs))]
     columns += ["peak allocated", "tokens a second"]
+    streams = any(run.waiting_share is not None for run in runs)
+    columns += ["waited for weights"] if streams else []
     rows = []
     for run in runs:
         losses = [f"{loss:.4f}" for loss in run.eval_loss]
@@ -119,6 +121,7 @@ def _per_run(runs: Sequence[RunNumbers]) -> Table:
                 *[_MISSING] * (num_epochs - len(losses)),
                 _MISSING if run.peak_allocated_bytes is None else mebibytes(run.peak_allocated_bytes),
                 _MISSING if run.tokens_per_second is None else f"{run.tokens_per_second:.1f}",
+                *([_MISSING if run.waiting_share is None else _percent(run.waiting_share)] if streams else []),
             ]
         )
     return Table(columns, rows)

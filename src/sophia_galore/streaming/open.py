@@ -12,8 +12,9 @@ from torch import Tensor
 from sophia_galore.streaming.homes import DiskHome, Home, HostHome
 from sophia_galore.streaming.lanes import CpuLane, CudaLane, Jobs, Lane
 from sophia_galore.streaming.rows import RowBuffers, RowStream, StreamedRows, row_bytes
+from sophia_galore.streaming.spill import Spill, TensorSpill
 from sophia_galore.streaming.streams import Streams, group_bytes
-from sophia_galore.streaming.units import Key, Piece, Unit
+from sophia_galore.streaming.units import Key, Piece, Placement, Unit
 from sophia_galore.weights.safetensors_layout import bytes_of
 from sophia_galore.weights.weight import Weight
 
@@ -29,11 +30,13 @@ class Streaming:
         streams: Lends them.
         rows: For each unit whose weight comes by rows, what fetches them, by its name.
         buffers: All buffers on the compute device.
+        spill: Where layer inputs wait for their backward; None: on the device.
     """
 
     streams: Streams
     rows: Mapping[str, RowStream]
     buffers: Sequence[Tensor]
+    spill: Spill | None = None
 
     def take_in(self, name: str, weight: Weight) -> Weight:
         """Copy a weight to where it lives, before anything is lent.
@@ -66,6 +69,7 @@ def open_streaming(
     device: torch.device,
     prefetches: bool = True,
     most_rows: int = 1,
+    inputs: Placement = "device",
 ) -> Streaming:
     """Create the homes of units, all zero, and the buffers that they visit.
 
@@ -76,12 +80,13 @@ def open_streaming(
         device: The compute device.
         prefetches: Whether bytes move in the background.
         most_rows: Rows of the largest block of a weight that comes by rows.
+        inputs: Where layer inputs wait for their backward.
 
     Raises:
         OSError: The disk is full or not writable.
     """
-    lane = _lane(units, device)
-    if any(unit.placement == "disk" for unit in units):
+    lane = CpuLane() if device.type == "cpu" else CudaLane(device, staging_bytes(units, most_rows))
+    if "disk" in (inputs, *(unit.placement for unit in units)):
         folder.mkdir(parents=True, exist_ok=True)
     homes = [_home(unit, lane, folder, number) for number, unit in enumerate(units)]
     jobs = Jobs(lane, in_background=prefetches)
@@ -94,6 +99,7 @@ def open_streaming(
         streams,
         {home.unit.name: RowStream(home, lane, jobs, buffers, most_rows) for home in by_rows if buffers},
         [*streams.buffers(), *(buffers.tensors() if buffers else [])],
+        None if inputs == "device" else TensorSpill(inputs, lane, jobs, folder / "inputs", device),
     )
 
 
@@ -109,12 +115,21 @@ def row_buffer_bytes(units: Sequence[Unit], most_rows: int) -> int:
     return max((most_rows * row_bytes(unit) for unit in units if unit.by_rows), default=0)
 
 
-def _lane(units: Sequence[Unit], device: torch.device) -> Lane:
-    if device.type == "cpu":
-        return CpuLane()
-    on_disk = [unit.layouts.values() for unit in units if unit.placement == "disk"]
-    largest = max((span.num_bytes for parts in on_disk for part in parts for span in part.spans.values()), default=0)
-    return CudaLane(device, largest)
+def staging_bytes(units: Sequence[Unit], most_rows: int) -> int:
+    """Return the bytes of a buffer of host memory that what a GPU can't fetch by itself passes through.
+
+    Tensors in files do, each as a whole, since one checksum is for all of it. Of a weight that comes by rows, a block
+    does. Single rows of it do as well if it is in host memory, from where the processor collects them.
+    """
+    largest = 0
+    for unit in units:
+        for part, layout in unit.layouts.items():
+            for span in layout.spans.values():
+                if part == "weights" and unit.by_rows:
+                    largest = max(largest, min(most_rows * span.row_bytes, span.num_bytes))
+                elif unit.placement == "disk":
+                    largest = max(largest, span.num_bytes)
+    return largest
 
 
 def _home(unit: Unit, lane: Lane, folder: Path, number: int) -> Home:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sophia_galore.numerics.noise import Noise
 from sophia_galore.streaming.homes import Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
-from sophia_galore.streaming.streams import result_of, view_of
+from sophia_galore.streaming.streams import view_of
 from sophia_galore.streaming.units import Key, Piece, Unit
 from sophia_galore.weights.weight import Rows, Weight
 
@@ -29,7 +29,6 @@ class Visit:
     owner: RowStream | None = None
     rows: slice | None = None
     fetch: Future[object] | None = None
-    released: object = None
 
 
 class RowBuffers:
@@ -100,7 +99,7 @@ class RowStream:
             yield slice(start, min(start + self._most_rows, self._num_rows))
 
     def read(self, rows: slice) -> tuple[dict[str, Tensor], Visit]:
-        """Return a block of rows by suffix, in a buffer; it stays valid until the second block after it is read."""
+        """Return a block of rows by suffix, in a buffer; it stays valid until another block is read."""
         start, stop, _ = rows.indices(self._num_rows)
         rows = slice(start, stop)
         visit = self._buffers.find(self, rows)
@@ -108,11 +107,10 @@ class RowStream:
             visit = self._buffers.next()
             self._fetch(visit, rows)
         if visit.fetch is not None:
-            self._lane.wait_here(result_of(visit.fetch))
+            self._jobs.wait(visit.fetch)
             visit.fetch = None
         following = slice(stop, min(stop + stop - start, self._num_rows))
         other = self._buffers.other
-        other.released = self._lane.now()
         if following.start < following.stop and (other.owner, other.rows) != (self, following):
             self._fetch(other, following)
         tensors = {
@@ -139,7 +137,7 @@ class RowStream:
             for key, buffer in orders:
                 self._lane.fetch_rows(self._home, key, numbers, buffer)
 
-        self._lane.wait_here(result_of(self._jobs.give(job, after=self._lane.now())))
+        self._jobs.wait(self._jobs.give(job, after=self._lane.now()))
         return found
 
     def write_back(self, visit: Visit, rows: slice) -> None:
@@ -152,17 +150,16 @@ class RowStream:
         for other in self._buffers.visits:
             if other is not visit and other.owner is self and other.rows is not None and _overlap(other.rows, rows):
                 other.rows = None  # it was fetched before the change
-        visit.released = self._lane.now()
 
         def job() -> None:
             for piece, place in self._pieces(rows):
                 self._lane.write_back(self._home, piece, visit.buffer, place)
 
-        self._jobs.give(job, after=visit.released)  # if it fails, every later job does
+        self._jobs.give(job, after=self._lane.now())  # if it fails, every later job does
 
     def commit(self) -> None:
         """Finish the writes since the last call, and wait for them."""
-        result_of(self._jobs.give(self._home.commit))
+        self._jobs.wait(self._jobs.give(self._home.commit))
 
     def _fetch(self, visit: Visit, rows: slice) -> None:
         if rows.stop - rows.start > self._most_rows:
@@ -173,7 +170,8 @@ class RowStream:
             for piece, place in self._pieces(rows):
                 self._lane.fetch(self._home, piece, visit.buffer, place)
 
-        visit.fetch = self._jobs.give(job, after=visit.released)
+        # Whatever used this buffer, or its memory before, was ordered earlier.
+        visit.fetch = self._jobs.give(job, after=self._lane.now())
 
     def _pieces(self, rows: slice) -> Iterator[tuple[Piece, slice]]:
         """Yield the pieces of a block of rows, each with its bytes in a buffer."""
@@ -247,7 +245,7 @@ class StreamedRows(_InForm):
         return False
 
     def __getitem__(self, rows: Rows) -> Weight:
-        """See `Weight`; a block of rows stays valid until the second block after it is asked for."""
+        """See `Weight`; a block of rows stays valid until another one is asked for."""
         if isinstance(rows, Tensor):
             numbers, places = rows.unique(return_inverse=True)
             found = self._form.with_tensors(self._stream.gather(numbers))

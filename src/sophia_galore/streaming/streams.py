@@ -9,7 +9,6 @@ A tensor was changed if torch counted a change in place, or if a kernel of our o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.streaming.homes import DiskHome, Home
 from sophia_galore.streaming.lanes import DeviceBuffer, Jobs, Lane
 from sophia_galore.streaming.units import Key, Part, Piece, Unit
@@ -49,9 +47,6 @@ class Streams:
         jobs: Runs the copies.
         groups: For each group of units that share buffers, the names of its units and the number of its buffers.
         device: The compute device.
-
-    Attributes:
-        waited_s: Seconds that the computation waited for units since this was last set to 0.
     """
 
     def __init__(
@@ -67,12 +62,21 @@ class Streams:
         self._slots: list[_Slot] = []
         self._slots_of: dict[str, list[_Slot]] = {}
         self._clock = 0
-        self.waited_s = 0.0
         for names, count in groups:
             size = group_bytes([self._homes[name].unit for name in names])
-            slots = [_Slot(DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device))) for _ in range(count)]
+            buffers = [DeviceBuffer(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+            # A kernel may still be using the memory of a new buffer: for what it was before, or to fill it.
+            slots = [_Slot(buffer, released=lane.now()) for buffer in buffers]
             self._slots += slots
             self._slots_of |= dict.fromkeys(names, slots)
+
+    def take_waited_s(self) -> float:
+        """Return the seconds that the computation waited for copies since the last call.
+
+        On a GPU they end when the copies are ordered; that the device waits for them is not seen from here.
+        """
+        waited_s, self._jobs.waited_s = self._jobs.waited_s, 0.0
+        return waited_s
 
     @property
     def units(self) -> Mapping[str, Unit]:
@@ -129,9 +133,7 @@ class Streams:
         Raises:
             EnvironmentProblem: A file can't be written.
         """
-        for slot in self._slots:
-            self._wait(slot.writes)
-        result_of(self._jobs.give(self._commit))
+        self._jobs.wait(self._jobs.give(self._commit))  # behind all other jobs
 
     def finished(self, part: Part) -> list[FinishedFile]:
         """Return the files of the units that live on disk, as they are now.
@@ -147,11 +149,12 @@ class Streams:
         return [FinishedFile(file.layout.kinds, file.keep_as) for file in files if file is not None]
 
     def _commit(self) -> None:
+        self._lane.finish()  # the mark of a write lets only the device wait for it
         for home in self._homes.values():
             home.commit()
 
     def close(self) -> None:
-        """End the thread of the copies."""
+        """End the thread of the copies, once they are done."""
         self._jobs.close()
 
     def _enter(self, unit: Unit, *, trains: bool) -> _Slot:
@@ -209,31 +212,13 @@ class Streams:
         slot.writes.append(self._jobs.give(job, after=slot.released))
 
     def _wait(self, jobs: list[Future[object]]) -> None:
-        began_s = time.perf_counter()
         while jobs:
-            self._lane.wait_here(result_of(jobs.pop(0)))
-        self.waited_s += time.perf_counter() - began_s
+            self._jobs.wait(jobs.pop(0))
 
 
 def group_bytes(units: Sequence[Unit]) -> int:
     """Return the size of a buffer that each of some units can visit."""
     return max((unit.buffer_bytes for unit in units), default=0)
-
-
-def result_of(job: Future[object]) -> object:
-    """Wait for a job and return its mark.
-
-    Raises:
-        EnvironmentProblem: The system failed to read or write a file.
-    """
-    try:
-        return job.result()
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"Weights of this run can't be kept on disk: {error.strerror or error}.",
-            "Free some space there, or choose another training.output_dir. Checkpoints are not affected: go on with "
-            "--resume.",
-        ) from error
 
 
 def view_of(buffer: Tensor, start: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

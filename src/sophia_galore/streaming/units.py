@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from sophia_galore.weights.safetensors_layout import FileLayout, Span
@@ -13,7 +14,7 @@ Placement = Literal["device", "host", "disk"]
 
 Part = Literal["weights", "state"]
 
-# The state begins at a multiple of this: enough for every dtype and every vector load.
+# Tensors begin at multiples of this, as torch's own do on a GPU: kernels may choose by it how they compute.
 _ALIGNMENT = 512
 
 
@@ -52,7 +53,7 @@ class Unit:
     Args:
         name: Name of the layer, or of the weight.
         placement: host or disk.
-        layouts: The two parts, as they are laid out in files, in host memory and in a buffer.
+        layouts: The two parts, as they are laid out in files; in host memory and in a buffer is room between tensors.
         early: Names of the state tensors without which the weights can't be read, because they hold an update that is
             not in the weights yet.
         by_rows: Whether the weights never visit as a whole: only blocks of their rows do.
@@ -67,12 +68,12 @@ class Unit:
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory that it takes if that is its home."""
-        return self._state_start(whole=True) + self.layouts["state"].data_bytes
+        return self._state_start(whole=True) + self._inside["state"].num_bytes
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of a buffer that it visits in."""
-        return self._state_start(whole=not self.by_rows) + self.layouts["state"].data_bytes
+        return self._state_start(whole=not self.by_rows) + self._inside["state"].num_bytes
 
     def keys(self, *, trains: bool) -> list[Key]:
         """Return the tensors that visit together.
@@ -90,13 +91,12 @@ class Unit:
 
     def place(self, key: Key) -> slice:
         """Return the bytes of a buffer that a tensor takes."""
-        span, start = self.span(key), self._start(key.part, whole=not self.by_rows)
-        return slice(start + span.start, start + span.stop)
+        start = self._start(key, whole=not self.by_rows)
+        return slice(start, start + self.span(key).num_bytes)
 
     def host_place(self, piece: Piece) -> slice:
         """Return the bytes of its host memory that a piece takes."""
-        inside = self.rows_of(piece)
-        start = self._start(piece.key.part, whole=True) + self.span(piece.key).start
+        inside, start = self.rows_of(piece), self._start(piece.key, whole=True)
         return slice(start + inside.start, start + inside.stop)
 
     def rows_of(self, piece: Piece) -> slice:
@@ -106,9 +106,34 @@ class Unit:
             return slice(0, span.num_bytes)
         return slice(piece.first_row * span.row_bytes, (piece.first_row + piece.num_rows) * span.row_bytes)
 
-    def _start(self, part: Part, *, whole: bool) -> int:
-        return 0 if part == "weights" else self._state_start(whole=whole)
+    @cached_property
+    def _inside(self) -> dict[Part, _Inside]:
+        return {part: _Inside.of(layout) for part, layout in self.layouts.items()}
+
+    def _start(self, key: Key, *, whole: bool) -> int:
+        inside = self._inside[key.part].starts[key.name]
+        return inside if key.part == "weights" else self._state_start(whole=whole) + inside
 
     def _state_start(self, *, whole: bool) -> int:
         """Return where the state begins; `whole`: behind the weights, which are there as a whole."""
-        return -(-self.layouts["weights"].data_bytes // _ALIGNMENT) * _ALIGNMENT if whole else 0
+        return _aligned(self._inside["weights"].num_bytes) if whole else 0
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Where the tensors of a part begin in memory, and how many bytes it takes."""
+
+    starts: Mapping[str, int]
+    num_bytes: int
+
+    @classmethod
+    def of(cls, layout: FileLayout) -> _Inside:
+        starts, stop = {}, 0
+        for name, span in layout.spans.items():
+            starts[name] = _aligned(stop)
+            stop = starts[name] + span.num_bytes
+        return cls(starts, stop)
+
+
+def _aligned(place: int) -> int:
+    return -(-place // _ALIGNMENT) * _ALIGNMENT

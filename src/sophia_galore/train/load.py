@@ -36,7 +36,7 @@ def load(
         monitor: Measures memory.
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
-        at_end: Ended with the run.
+        at_end: Receives what has to be done at the end of the run.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
@@ -102,6 +102,7 @@ def load(
         say=adapted,
         frozen=frozen_names(plan.routes),
         neftune_alpha=config.training.neftune_alpha or 0.0,
+        spill=streaming.spill if streaming else None,
         full_gradients=plan.full_gradients,
     )
     stepper = Stepper(

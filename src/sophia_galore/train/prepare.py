@@ -109,7 +109,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     )
     estimate = planner.estimate(config) if config.memory.predict else None
     if estimate is not None:
-        facts = replace(facts, memory=estimate.facts())
+        facts = replace(facts, memory=estimate.facts(planner.decide(config).routes))
     streamed = estimate.streamed if estimate else planner.streamed(config)
     keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config, streamed)
     plan = make_plan(
@@ -119,7 +119,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         chat_format=chat_format,
         keep_layers=keep_layers,
         placements=streamed.placements,
-        full_gradients=planner.full_gradients(config),
+        full_gradients=estimate.full_gradients if estimate else planner.full_gradients(config),
     )
     prepared = Prepared(
         config,

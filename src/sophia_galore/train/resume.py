@@ -46,6 +46,7 @@ _FREE = (
     "export.",
     "engine.full_gradients",
     "engine.keep_layers",
+    "memory.activations",
     "memory.host_limit",
     "memory.limit",
     "memory.on_oom",

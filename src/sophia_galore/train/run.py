@@ -180,7 +180,7 @@ class _Run:
         return self._result(finished=True)
 
     def close(self, *, failed: bool) -> None:
-        """Write the last records and close them, whether the run succeeded or failed."""
+        """Write the last records and close them, and end what moves weights, whether the run succeeded or failed."""
         # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
@@ -198,6 +198,9 @@ class _Run:
     def _step(self, step: int) -> dict[str, Any]:
         """Take one optimizer step and return its record."""
         plan = self._plan
+        streams = self._loaded.streams
+        if streams:
+            streams.take_waited_s()  # what evaluations and checkpoints waited
         started_s = time.perf_counter()
         batches = self._loaded.feed.step(step)
         factor = self._factor(step)
@@ -205,6 +208,7 @@ class _Run:
             result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_resume_hint(error) from error
+        seconds = time.perf_counter() - started_s
         self._last_step = step
         memory = self._monitor.end_step(step)
         return TrainStep(
@@ -213,7 +217,8 @@ class _Run:
             learning_rate=plan.learning_rate * factor,
             grad_norm=norm,
             tokens=result.num_tokens,
-            tokens_per_second=round(result.num_tokens / (time.perf_counter() - started_s), 2),
+            tokens_per_second=round(result.num_tokens / seconds, 2),
+            waiting_share=round(streams.take_waited_s() / seconds, 4) if streams else None,
             **memory,
         ).to_json()
 

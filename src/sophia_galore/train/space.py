@@ -11,6 +11,7 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.plan.placements import Streamed
 from sophia_galore.plan.plan import RunPlan, evaluates_after
 from sophia_galore.train.folder import nearest_folder
 from sophia_galore.weights.plain import DTYPES
@@ -27,7 +28,7 @@ class Space:
         num_checkpoints: The largest number of new checkpoints on the disk at once.
         checkpoint_bytes: Bytes of one.
         model_bytes: Bytes of the final model.
-        streamed_bytes: Bytes of the files in which layers live; each is written anew behind a checkpoint that keeps it.
+        streamed_bytes: Bytes of the weights and states that live on disk during the run.
     """
 
     num_checkpoints: int
@@ -41,8 +42,13 @@ class Space:
         return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes + self.streamed_bytes
 
 
-def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0, streamed_bytes: int = 0) -> Space:
+def space_needed(
+    config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0, streamed: Streamed | None = None
+) -> Space:
     """Compute the disk space that a run needs.
+
+    A checkpoint keeps files of weights that live on disk by hard links, but the next step writes new ones: so it costs
+    as much as any other, and no more.
 
     One checkpoint more than are kept: a new one is complete before an old one goes. And one even where none was
     asked for: that of a run that is stopped. The best one stays beside those that are kept.
@@ -52,7 +58,7 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         plan: What will be done.
         done: Steps that are done already.
         kept: Checkpoints that lie in the run's folder already, and make room as new ones come.
-        streamed_bytes: Bytes of weights and states that live on disk.
+        streamed: What lives elsewhere than on the device; None: nothing does.
     """
     settings = config.checkpoint
     to_come = 0
@@ -70,7 +76,7 @@ def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int =
         at_once,
         sum(plan.standing_bytes.values()) + _DOCUMENTS_BYTES,
         model_bytes(config, plan) + _DOCUMENTS_BYTES,
-        streamed_bytes,
+        streamed.bytes_in("disk") if streamed else 0,
     )
 
 
@@ -102,11 +108,11 @@ def refuse_full_disk(folder: Path, space: Space) -> None:
     if free_bytes >= space.total_bytes:
         return
     checkpoints = f"{space.num_checkpoints} checkpoint" + ("s" if space.num_checkpoints > 1 else "")
-    layers = f", and layers that live on disk of {bytes_in_words(space.streamed_bytes)}" if space.streamed_bytes else ""
+    layers = f"layers that live on disk, {bytes_in_words(space.streamed_bytes)}, " if space.streamed_bytes else ""
     raise EnvironmentProblem(
         f"The run will write {bytes_in_words(space.total_bytes)}, but {place} has only {bytes_in_words(free_bytes)} "
-        f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, and the final model of "
-        f"{bytes_in_words(space.model_bytes)}{layers}.",
+        f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, {layers}and the final model of "
+        f"{bytes_in_words(space.model_bytes)}.",
         "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
         "model.store=bf16, quantization.enabled=true, optimizer.state_bits=8.",
     )

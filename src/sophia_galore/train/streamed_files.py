@@ -1,4 +1,4 @@
-"""Weights and states that live elsewhere: opened for a run, and removed at its end however it ends.
+"""Tensors that live elsewhere than on the device: opened for a run, and removed at its end however it ends.
 
 Files are in a folder of the run's own, beside its output folder. What a killed run left there is removed; a folder that
 holds anything else is the user's, and is refused before a file in it is touched.
@@ -23,11 +23,12 @@ from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.folder import streaming_folder
 from sophia_galore.train.prepared import Prepared
 
-_OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
+# Layers, and the inputs of layers that wait for their backward.
+_OURS = re.compile(r"inputs|(inputs/)?(weights|state)-\d+\.safetensors(\.new)?")
 
 
 def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
-    """Open what moves weights and states that live elsewhere than on the device.
+    """Open what moves tensors that live elsewhere than on the device.
 
     Args:
         prepared: The prepared run; its folder is locked.
@@ -40,14 +41,15 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack)
     Raises:
         EnvironmentProblem: There is no room for them, or their folder's name is taken.
     """
-    streamed, folder = prepared.streamed, streaming_folder(Path(prepared.config.run_folder))
-    on_disk = any(unit.placement == "disk" for unit in streamed.units)
+    streamed, memory = prepared.streamed, prepared.config.memory
+    folder = streaming_folder(Path(prepared.config.run_folder))
+    on_disk = "disk" in (memory.activations, *(unit.placement for unit in streamed.units))
     if not remove_streamed(folder) and on_disk:
         raise EnvironmentProblem(
-            f"{folder} holds what is not of this program, but layers that live on disk would be written there.",
+            f"{folder} holds what is not of this program, but what lives on disk would be written there.",
             "Move it away, or choose another training.output_dir.",
         )
-    if not streamed.units:
+    if not streamed.units and memory.activations == "device":
         return None
     with keeping(prepared):
         if on_disk:
@@ -58,8 +60,9 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack)
                 streamed.parts.ends,
                 folder=folder,
                 device=prepared.device,
-                prefetches=prepared.config.memory.prefetch,
+                prefetches=memory.prefetch,
                 most_rows=streamed.most_rows,
+                inputs=memory.activations,
             )
         except MemoryError as error:
             size = bytes_in_words(streamed.bytes_in("host"))
@@ -106,7 +109,7 @@ def remove_streamed(folder: Path) -> bool:
         return True
     if folder.is_symlink() or not folder.is_dir():
         return False
-    if not all(_OURS.fullmatch(path.name) for path in folder.iterdir()):
+    if not all(_OURS.fullmatch(path.relative_to(folder).as_posix()) for path in folder.rglob("*")):
         return False
     with contextlib.suppress(OSError):  # what can't be removed costs space, not the run
         shutil.rmtree(folder)

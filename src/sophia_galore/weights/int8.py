@@ -4,7 +4,8 @@
 
 A code has 7 bits and a scale 8, so the product is exact in float32. So a weight that did not change is written back as
 the same code, and only the rounding to codes loses precision. It is stochastic, E[code] = w / scale: at learning rates
-of fine-tuning, a step changes most weights by a fraction of a code, which rounding to nearest would always lose.
+of fine-tuning, a step changes most weights by a fraction of a code, which rounding to nearest would always lose. The
+noise has fifteen bits, so a single expectation may be off by 2^-16 of a code; the mean over all fractions is not.
 
 A write keeps a block's scale as long as the block fits and fills more than half of it, since a new scale rounds all
 weights of the block again: in a random walk of 200 steps of 0.002 standard deviations of the weights, a new scale at

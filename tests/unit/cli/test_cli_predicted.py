@@ -148,6 +148,17 @@ def test_a_run_that_may_adapt_finishes_with_the_same_loss(
     assert losses(tmp_path) == pytest.approx(losses(free), abs=1e-4)
 
 
+def test_full_gradients_that_do_not_fit_together_are_formed_apart(
+    world: World, free: Path, predicted: int, tmp_path: Path
+) -> None:
+    ended = train(world, tmp_path, 0.95 * predicted)
+    assert ended.code == 0, ended.err
+    assert "forms them one matrix after the other" in " ".join(ended.out.split())
+    assert json.loads((tmp_path / "plan.json").read_text())["full_gradients"] == "matrix"
+    assert report(tmp_path)["peak_allocated_bytes"] <= 0.95 * predicted
+    assert losses(tmp_path) == losses(free), "to the bit"
+
+
 def test_as_many_graphs_as_there_is_room_for_are_kept(world: World, predicted: int, tmp_path: Path) -> None:
     limit = 2.1 * predicted
     ended = train(world, tmp_path, limit, "engine.keep_layers=auto")

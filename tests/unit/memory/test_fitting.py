@@ -15,7 +15,7 @@ from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget
 from sophia_galore.memory.fitting import Fit, advice, as_overrides, find_settings
 from sophia_galore.memory.forecast import Forecast
-from sophia_galore.memory.ladder import RUNGS, SHORTER
+from sophia_galore.memory.ladder import RUNGS, SHORTER, slowdown
 
 NUM_LAYERS = 4
 KEPT = "engine.keep_layers"
@@ -139,6 +139,21 @@ def test_what_a_rung_looks_at(name: str, values: dict[str, Any], expected: dict[
     (rung,) = [rung for rung in RUNGS if rung.name == name]
     changes = rung.step(config_of(**values))
     assert (changes is None) if expected is None else (changes is not None and changes | expected == changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "costs"),
+    [
+        ({}, False),
+        ({"training.max_grad_norm": 1.0}, True),
+        ({"optimizer.galore.fast_path": "never"}, True),
+        ({"training.max_grad_norm": 1.0, "optimizer.galore.residual": "fira"}, False),
+        ({"training.max_grad_norm": 1.0, "optimizer.type": "adamw"}, False),
+    ],
+)
+def test_full_gradients_apart_take_time_where_every_step_forms_them(values: dict[str, Any], costs: bool) -> None:
+    together, apart = (config_of(**values, **{"engine.full_gradients": each}) for each in ("layer", "matrix"))
+    assert (slowdown(together, apart, NUM_LAYERS) > 1.0) == costs
 
 
 # ---- down and back up

@@ -103,7 +103,7 @@ def test_the_estimate_is_what_rules_look_at(planner: Planner) -> None:
     values = {"memory.limit": peak + 100, "memory.reserve": 101}
     less = planner.estimate(asked(values))  # full gradients one matrix after the other
     assert less is not None and less.forecast.peak_bytes < peak
-    assert planner.full_gradients(asked(values)) == "matrix"
+    assert planner.full_gradients(asked(values)) == less.full_gradients == less.facts().full_gradients == "matrix"
     tight = planner.estimate(asked({**values, "engine.full_gradients": "layer"}))
     assert tight is not None and tight.fits is False
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
@@ -42,6 +45,35 @@ def test_is_unbiased(value: float) -> None:
     step = abs(value) * 2**-7  # at most the distance of two neighbours
     # Standard error of a two-point draw is at most step / 2 / sqrt(draws); five of them.
     assert abs(float(rounded.mean()) - float(exact[0])) <= 5 * step / 2 / draws**0.5
+
+
+class Every(Noise):
+    """All numbers of sixteen bits, once each."""
+
+    def pieces(
+        self, like: Tensor, dtype: torch.dtype, columns: int = 1, *, odd: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
+        assert not odd and like.numel() == 2**16
+        yield slice(0, 2**16), torch.arange(-(2**15), 2**15).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "value", [1.001, -1.001, 3.14159, 1e-30, 65504.3, 1 + 2**-9, 1 + 2**-23, -1 - 2**-23, 2 - 2**-23]
+)
+def test_the_expectation_is_the_value_exactly(value: float) -> None:
+    """Over all noise, in float64, which holds the sum of 65,536 bfloat16 of two neighbours."""
+    exact = torch.full((2**16,), value)
+    rounded = stochastic_round_bf16(exact, Every(0, ()))
+    assert float(rounded.double().mean()) == float(exact[0])
+
+
+def test_each_element_follows_its_own_draw() -> None:
+    """Against the formula in float64: the number of steps, and a draw in [0, 1), rounded down."""
+    values, noise = torch.randn(100_001, generator=generator(0, "values")), Noise.of(0, "rounding", "w", 1)
+    draws = torch.cat([drawn.clone() for _, drawn in noise.pieces(values, torch.float32, odd=False)]).double()
+    size = torch.exp2(values.double().abs().log2().floor() - 7)
+    steps = (values.double().abs() / size + (draws + 2**15) / 2**16).floor()
+    assert torch.equal(stochastic_round_bf16(values, noise).double(), steps * size * values.double().sign())
 
 
 def test_small_updates_survive_on_average() -> None:

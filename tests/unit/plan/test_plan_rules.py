@@ -39,6 +39,7 @@ DATA = DataFacts(largest_token=319, largest_known=319, num_steps=10)
 FEW, MOST = RouteFacts(0.2, 2, 1), RouteFacts(0.8, 2, 1)
 GIB = 2**30
 TOO_MUCH = MemoryFacts(needed_bytes=3 * GIB + GIB // 2, limit_bytes=4 * GIB, reserve_bytes=GIB)
+APART = MemoryFacts(2 * GIB, 4 * GIB, GIB, "matrix")
 
 
 def asked(**sections: Any) -> RunConfig:
@@ -362,6 +363,16 @@ CASES: dict[str, Case] = {
         "use",
         ["over the whole model is clipped to 0.5", "full gradients are formed"],
         [clipping("auto", MOST), clipping("layer", FEW), facts()],
+    ),
+    "full_gradients_apart": Case(
+        [facts(memory=APART), facts(memory=replace(APART, needed_bytes=GIB))],
+        "use",
+        ["engine.full_gradients: auto", "one matrix after the other"],
+        [
+            facts(),
+            facts(memory=replace(APART, full_gradients="layer")),
+            Facts(asked(engine={"full_gradients": "matrix"}), memory=APART),
+        ],
     ),
     "does_not_fit": Case(
         [on_oom("stop"), on_oom("stop", replace(TOO_MUCH, needed_bytes=4 * GIB))],

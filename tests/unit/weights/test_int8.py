@@ -18,6 +18,7 @@ from sophia_galore.weights.int8 import LARGEST_CODE, Int8Format, Int8Weight, qua
 
 CODES = torch.arange(-LARGEST_CODE, LARGEST_CODE + 1, dtype=torch.int8)  # all 255
 BLOCKS = [0, 1, 3, 16, 64, 128]
+BY_ROW = Int8Format(0)
 
 
 def matrix(rows: int, columns: int, seed: int = 0, size: float = 0.05) -> Tensor:
@@ -59,7 +60,10 @@ class Extreme(Noise):
 
     drawn: int = 0
 
-    def pieces(self, like: Tensor, dtype: torch.dtype, columns: int = 1) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(
+        self, like: Tensor, dtype: torch.dtype, columns: int = 1, *, odd: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
+        assert odd
         yield slice(0, like.numel()), torch.full((like.numel(),), self.drawn, dtype=dtype)
 
 
@@ -106,6 +110,40 @@ def test_a_write_is_unbiased() -> None:
         error = (many.values(torch.float32).double().mean(0) - value[0].double()) / scale
         # A code is one of two neighbours: a standard deviation of at most 1/2; five of its mean's, for 64 elements.
         assert float(error.abs().max()) <= 5 * 0.5 / num_draws**0.5
+
+
+class Every(Noise):
+    """All odd numbers that there are, once each."""
+
+    def pieces(
+        self, like: Tensor, dtype: torch.dtype, columns: int = 1, *, odd: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
+        assert odd and like.numel() == 2**15
+        yield slice(0, 2**15), torch.arange(1 - 2**15, 2**15, 2).to(dtype)
+
+
+def test_the_expectation_is_the_quotient_in_float64() -> None:
+    """Over all noise: within half a step of the noise for each fraction of a code, and without bias over fractions."""
+    off = []
+    for numerator in range(80 * 2**17, 82 * 2**17, 2**10 + 1):  # two codes, in the steps that float32 has there
+        weight = Int8Weight(torch.full((1, 2**15), 80, dtype=torch.int8), torch.full((1, 1), 0.5).bfloat16(), BY_ROW)
+        weight.write(torch.full((1, 2**15), numerator / 2**18), Every(0, ()))
+        assert float(weight.scales) == 0.5, "kept"
+        off.append(float(weight.codes.double().mean()) - numerator / 2**17)
+    assert max(map(abs, off)) <= 2.0**-16
+    assert abs(sum(off) / len(off)) <= 2.0**-16 / 100
+
+
+def test_each_code_follows_its_own_draw() -> None:
+    """Against the formula in float64; left out are sums so close to a half that float32 may round them away."""
+    weight, noise = quantise(matrix(256, 192), Int8Format(64)), Noise.of(0, "rounding", "w", 1)
+    target = weight.values(torch.float32) * 0.99
+    weight.write(target.clone(), noise)
+    scales = weight.scales.double().repeat_interleave(64, 1)
+    moved = target.double() / scales + noise.integers(target).double() * 2.0**-16
+    clear = (moved - moved.floor() - 0.5).abs() > 2.0**-16
+    assert float(clear.double().mean()) > 0.999
+    assert torch.equal(weight.codes[clear].double(), (moved + 0.5).floor()[clear])
 
 
 def test_goes_to_one_of_the_two_neighbours() -> None:
