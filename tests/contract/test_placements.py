@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from contract.test_forecast import TOLERANCE
 from placed import FAMILIES, QUICK, Left, PlacedRuns, assert_same
@@ -154,6 +156,39 @@ def test_nor_when_embedding_and_head_come_in_several_blocks(
         runs.train(tmp_path / where / "run", SETTINGS[number][2], *QUICK, *words_of(number), *words)
         for where, words in (("there", ["memory.placement=device"]), ("elsewhere", PLACEMENTS[placement]))
     ]
+    assert_same(left[1], left[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "placement", "call"),
+    [
+        # Four layers, two micro-batches: 8 calls in the first evaluation, then 8 in each forward and in each backward.
+        (0, "disk", 36),
+        pytest.param(0, "host", 28, marks=pytest.mark.thorough),
+        pytest.param(13, "disk", 36, marks=pytest.mark.thorough),
+    ],
+)
+def test_nor_when_memory_runs_out_in_between(
+    number: int, placement: str, call: int, runs: PlacedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that fails is given back and borrowed again, for smaller micro-batches."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    calls = 0
+
+    def failing(*given: Any, **more: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attention(*given, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", failing)
+    left = []
+    for where, words in (("there", ["memory.placement=device"]), ("elsewhere", PLACEMENTS[placement])):
+        output, calls = tmp_path / where / "run", 0
+        asked = [*QUICK, *words_of(number), "memory.on_oom=adapt", *words]
+        left.append(runs.train(output, SETTINGS[number][2], *asked))
+        assert calls > call and json.loads((output / MEMORY_REPORT).read_text())["adaptations"]
     assert_same(left[1], left[0])
 
 

@@ -237,6 +237,14 @@ def test_what_a_killed_run_left_is_removed(placement: str, world: World, tmp_pat
     assert not folder.exists()
 
 
+def test_what_somebody_puts_there_meanwhile_stays(world: World, tmp_path: Path, monkeypatch: Patch) -> None:
+    folder = streaming_folder(tmp_path / "run")
+    at_step(1, monkeypatch, lambda: (folder / "notes.txt").write_text("mine"))
+    ended = world.train(str(tmp_path / "run"), *WORDS, "training.max_steps=2")
+    assert ended.code == 0, ended.err
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
 def test_another_run_in_the_same_folder(world: World, tmp_path: Path) -> None:
     folder = streaming_folder(tmp_path / "run")
     _folder_of(folder, "weights-00000.safetensors")
