@@ -65,7 +65,7 @@ def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:
 
 
 def _settings_in_words(found: Fit, num_layers: int) -> str | None:
-    """Return settings in short form, such as "int8, 8-bit state, rank 64, keeps 4 of 24"; None if none fit."""
+    """Return settings in short form, such as "int8, 8-bit state, rank 64, host 9.5 GiB"; None if none fit."""
     config = found.config
     if config is None:
         return None
@@ -75,6 +75,11 @@ def _settings_in_words(found: Fit, num_layers: int) -> str | None:
     if optimizer.type == "galore":
         words += ["4-bit bases"] if optimizer.galore.projection_bits == 4 else []
         words += [f"rank {optimizer.galore.rank}"] if "optimizer.galore.rank" in found.changes else []
+    words += [
+        f"{placement} {bytes_in_words(size)}"
+        for placement in ("host", "disk")
+        if (size := found.estimate.streamed.bytes_in(placement))
+    ]
     words += [f"{config.training.max_length} tokens"] if "training.max_length" in found.changes else []
     kept = config.engine.keep_layers
     if isinstance(kept, int) and kept:

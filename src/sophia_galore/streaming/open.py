@@ -21,6 +21,9 @@ from sophia_galore.weights.weight import Weight
 # While a layer works in one buffer, the last one leaves the other one and the next one comes into it.
 _LAYER_BUFFERS = 2
 
+INPUTS = "inputs"
+"""Folder of the files in which layer inputs wait, inside that of the layers."""
+
 
 @dataclass(frozen=True)
 class Streaming:
@@ -99,7 +102,7 @@ def open_streaming(
         streams,
         {home.unit.name: RowStream(home, lane, jobs, buffers, most_rows) for home in by_rows if buffers},
         [*streams.buffers(), *(buffers.tensors() if buffers else [])],
-        None if inputs == "device" else TensorSpill(inputs, lane, jobs, folder / "inputs", device),
+        None if inputs == "device" else TensorSpill(inputs, lane, jobs, folder / INPUTS, device),
     )
 
 

@@ -36,7 +36,7 @@ def load(
         monitor: Measures memory.
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
-        at_end: Receives what has to be done at the end of the run.
+        at_end: Ended with the run.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.

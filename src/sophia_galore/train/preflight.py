@@ -35,7 +35,7 @@ def _disk_has_room(run: Prepared) -> None:
         run.plan,
         done=going_on.step if going_on else 0,
         kept=len(checkpoints(folder)) if here else 0,
-        streamed=run.streamed,
+        streamed_bytes=run.streamed.bytes_in("disk"),
     )
     refuse_full_disk(folder, space)
 

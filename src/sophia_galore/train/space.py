@@ -11,7 +11,6 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.plan.placements import Streamed
 from sophia_galore.plan.plan import RunPlan, evaluates_after
 from sophia_galore.train.folder import nearest_folder
 from sophia_galore.weights.plain import DTYPES
@@ -28,7 +27,7 @@ class Space:
         num_checkpoints: The largest number of new checkpoints on the disk at once.
         checkpoint_bytes: Bytes of one.
         model_bytes: Bytes of the final model.
-        streamed_bytes: Bytes of the weights and states that live on disk during the run.
+        streamed_bytes: Bytes of the files in which layers live; each is written anew behind a checkpoint that keeps it.
     """
 
     num_checkpoints: int
@@ -42,9 +41,7 @@ class Space:
         return self.num_checkpoints * self.checkpoint_bytes + self.model_bytes + self.streamed_bytes
 
 
-def space_needed(
-    config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0, streamed: Streamed | None = None
-) -> Space:
+def space_needed(config: RunConfig, plan: RunPlan, *, done: int = 0, kept: int = 0, streamed_bytes: int = 0) -> Space:
     """Compute the disk space that a run needs.
 
     A checkpoint keeps files of weights that live on disk by hard links, but the next step writes new ones: so it costs
@@ -58,7 +55,7 @@ def space_needed(
         plan: What will be done.
         done: Steps that are done already.
         kept: Checkpoints that lie in the run's folder already, and make room as new ones come.
-        streamed: What lives elsewhere than on the device; None: nothing does.
+        streamed_bytes: Bytes of weights and states that live on disk.
     """
     settings = config.checkpoint
     to_come = 0
@@ -76,7 +73,7 @@ def space_needed(
         at_once,
         sum(plan.standing_bytes.values()) + _DOCUMENTS_BYTES,
         model_bytes(config, plan) + _DOCUMENTS_BYTES,
-        streamed.bytes_in("disk") if streamed else 0,
+        streamed_bytes,
     )
 
 
@@ -108,11 +105,11 @@ def refuse_full_disk(folder: Path, space: Space) -> None:
     if free_bytes >= space.total_bytes:
         return
     checkpoints = f"{space.num_checkpoints} checkpoint" + ("s" if space.num_checkpoints > 1 else "")
-    layers = f"layers that live on disk, {bytes_in_words(space.streamed_bytes)}, " if space.streamed_bytes else ""
+    layers = f", and layers that live on disk of {bytes_in_words(space.streamed_bytes)}" if space.streamed_bytes else ""
     raise EnvironmentProblem(
         f"The run will write {bytes_in_words(space.total_bytes)}, but {place} has only {bytes_in_words(free_bytes)} "
-        f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, {layers}and the final model of "
-        f"{bytes_in_words(space.model_bytes)}.",
+        f"free: {checkpoints} at once of {bytes_in_words(space.checkpoint_bytes)}, and the final model of "
+        f"{bytes_in_words(space.model_bytes)}{layers}.",
         "Free some space, lower checkpoint.keep_last, choose a training.output_dir on another disk, or store less: "
         "model.store=bf16, quantization.enabled=true, optimizer.state_bits=8.",
     )

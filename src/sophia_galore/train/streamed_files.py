@@ -1,4 +1,4 @@
-"""Tensors that live elsewhere than on the device: opened for a run, and removed at its end however it ends.
+"""Weights, states and layer inputs that live elsewhere: opened for a run, and removed at its end however it ends.
 
 Files are in a folder of the run's own, beside its output folder. What a killed run left there is removed; a folder that
 holds anything else is the user's, and is refused before a file in it is touched.
@@ -17,17 +17,16 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.disk import writing
-from sophia_galore.streaming.open import Streaming, open_streaming
+from sophia_galore.streaming.open import INPUTS, Streaming, open_streaming
 from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.folder import streaming_folder
 from sophia_galore.train.prepared import Prepared
 
-# Layers, and the inputs of layers that wait for their backward.
-_OURS = re.compile(r"inputs|(inputs/)?(weights|state)-\d+\.safetensors(\.new)?")
+_OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
 
 
 def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
-    """Open what moves tensors that live elsewhere than on the device.
+    """Open what moves weights and states that live elsewhere than on the device.
 
     Args:
         prepared: The prepared run; its folder is locked.
@@ -42,10 +41,10 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack)
     """
     streamed, memory = prepared.streamed, prepared.config.memory
     folder = streaming_folder(Path(prepared.config.run_folder))
-    on_disk = "disk" in (memory.activations, *(unit.placement for unit in streamed.units))
+    on_disk = "disk" in (memory.activations, *streamed.placements.values())
     if not remove_streamed(folder) and on_disk:
         raise EnvironmentProblem(
-            f"{folder} holds what is not of this program, but what lives on disk would be written there.",
+            f"{folder} holds what is not of this program, but layers that live on disk would be written there.",
             "Move it away, or choose another training.output_dir.",
         )
     if not streamed.units and memory.activations == "device":
@@ -125,4 +124,6 @@ def _remove_ours(folder: Path) -> None:
 
 
 def _is_ours(path: Path, folder: Path) -> bool:
-    return _OURS.fullmatch(path.relative_to(folder).as_posix()) is not None
+    if path.parent == folder and path.name == INPUTS:
+        return path.is_dir() and not path.is_symlink()
+    return path.parent in (folder, folder / INPUTS) and _OURS.fullmatch(path.name) is not None
