@@ -31,7 +31,12 @@ DeviceOption = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda", help="Where it answers; cuda:N for one of several.")
 ]
 FormatOption = Annotated[
-    Held, typer.Option("--format", help="How weights are held; auto: as they lie in the folder; int8: half of bf16.")
+    Held,
+    typer.Option(
+        "--format",
+        help="How weights are held; auto: as they lie in the folder; int8: half of bf16; file: in the folder, from "
+        "which each layer is read when it computes, for models larger than memory.",
+    ),
 ]
 CompareOption = Annotated[
     bool, typer.Option("--compare-base", help="The model from before training answers too, side by side.")
@@ -72,7 +77,7 @@ def opened(weights: Weights, held: Held, device: torch.device, *, is_said: bool 
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            remedy = "Take --format int8, a smaller --max-new-tokens, or --device cpu."
+            remedy = "Take --format int8 or file, a smaller --max-new-tokens, or --device cpu."
             raise OutOfMemory(f"Out of memory: {short(error)}.", remedy) from error
 
 

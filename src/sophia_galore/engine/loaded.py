@@ -16,14 +16,16 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.headers import main_dtype, read_folder_headers
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
+from sophia_galore.weights.file_store import FileStore
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.folder import HEAD
 from sophia_galore.weights.plain import DTYPES
 from sophia_galore.weights.row_int8 import ABSMAX
 from sophia_galore.weights.safetensors_header import TensorHeader
+from sophia_galore.weights.store import WeightStore
 
-Held = Literal["auto", "int8", "bf16", "fp16", "fp32"]
-"""Format of the weights in memory; auto: the same as in the folder."""
+Held = Literal["auto", "int8", "bf16", "fp16", "fp32", "file"]
+"""Format of the weights in memory; auto: the same as in the folder; file: they stay there, and are read when used."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
 
     Args:
         folder: A model folder or a checkpoint.
-        held: Format of the weights in memory. 8-bit matrices are decoded one at a time, when they are used.
+        held: Format of the weights in memory. 8-bit matrices are decoded one at a time, when they are used; with `file`
+            matrices are read one layer at a time.
         device: The compute device.
         title: Name of the model in messages; "": the folder.
 
@@ -110,15 +113,20 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
     architecture = build_skeleton(config, device)
     shapes = architecture.parameter_shapes()
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
-    store = load_store(
-        folder,
-        shapes,
-        tied_head=HEAD if architecture.tied else None,
-        dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, shapes),
-        device=device,
-        int8=matrices if held == "int8" else (),
-        as_packed=held in ("auto", "int8"),
-    )
+    tied_head = HEAD if architecture.tied else None
+    store: WeightStore
+    if held == "file":
+        store = FileStore.of(folder, shapes, tied_head=tied_head, device=device)
+    else:
+        store = load_store(
+            folder,
+            shapes,
+            tied_head=tied_head,
+            dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, shapes),
+            device=device,
+            int8=matrices if held == "int8" else (),
+            as_packed=held in ("auto", "int8"),
+        )
     positions = getattr(config, "max_position_embeddings", None)
     with whole_model(architecture, store) as model:
         yield Loaded(
@@ -133,7 +141,7 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
 
 def _refuse_frozen(folder: Path, headers: Mapping[str, TensorHeader], held: Held) -> None:
     """Refuse to convert bitsandbytes weights: the answers would differ from those of the trained model."""
-    if held == "auto" or not any(name.endswith(ABSMAX) for name in headers):
+    if held in ("auto", "file") or not any(name.endswith(ABSMAX) for name in headers):
         return
     target = "bf16" if held == "int8" else held
     raise ModelError(

@@ -135,10 +135,9 @@ def _by_rows(store: WeightStore, name: str, dtype: torch.dtype) -> Callable[[Ten
 
     def forward(hidden: Tensor) -> Tensor:
         parts: list[Tensor] = []
-        with store.borrow(name):
-            for rows in row_blocks(store[name].shape):
-                with store.borrow_rows(name, rows, dtype) as (weight,):
-                    parts.append(functional.linear(hidden, weight))
+        for rows in row_blocks(store[name].shape):
+            with store.borrow_rows(name, rows, dtype) as (weight,):
+                parts.append(functional.linear(hidden, weight))
         return torch.cat(parts, -1)
 
     return forward

@@ -13,13 +13,12 @@ from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.records.files import INT8_FILE, MODEL
 from sophia_galore.weights.bitsandbytes import QUANTISED_FROM, Freezer
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.folder import INVERSE_FREQUENCIES
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
 from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.row_int8 import RowInt8Weight
 from sophia_galore.weights.safetensors_layout import TensorKind
-from sophia_galore.weights.saved import BLOCK_SIZE, SCALES, SavedWeight, saved_weights
+from sophia_galore.weights.saved import BLOCK_SIZE, SCALES, SavedWeight, matching_weights
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.tensor_stream import SHARD_BYTES, Block, FinishedFile, TensorStream, blocks_of, write_stream
 from sophia_galore.weights.weight import Weight
@@ -89,20 +88,8 @@ def load_store(
         ModelError: A tensor is missing, unknown, of another shape or not finite, or a file is damaged.
     """
     weights: dict[str, Weight] = {}
-    for saved in saved_weights(folder):
+    for saved in matching_weights(folder, shapes, tied_head):
         path, name = saved.path, saved.name
-        if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
-            continue
-        if name not in shapes:
-            raise ModelError(
-                f"{path} holds {name}, which this architecture does not have.",
-                "config.json and the weights must belong to the same model.",
-            )
-        if saved.kind.shape != shapes[name]:
-            raise ModelError(
-                f"{path}: {name} has shape {tuple(saved.kind.shape)}, config.json says {tuple(shapes[name])}.",
-                "config.json and the weights must belong to the same model.",
-            )
         freezes = frozen is not None and name in frozen.names
         target = QUANTISED_FROM if freezes else form if name in int8 else dtype
         keeps = as_packed and saved.kind.is_packed
@@ -119,9 +106,6 @@ def load_store(
                 f"{repair_hint(folder)}",
             )
         weights[name] = frozen.freeze(name, weight) if frozen and freezes else settle(name, weight)
-    missing = [name for name in shapes if name not in weights]
-    if missing:
-        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {missing[0]}.", repair_hint(folder))
     return WeightStore({name: weights[name] for name in shapes})
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sophia_galore.errors import ModelError
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.weights.deferred import DeferredWeight
-from sophia_galore.weights.folder import weight_files
+from sophia_galore.weights.folder import INVERSE_FREQUENCIES, weight_files
 from sophia_galore.weights.int8 import Int8Format, Int8Weight
 from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
@@ -103,6 +103,39 @@ def saved_weights(folder: Path) -> Iterator[SavedWeight]:
         if saved.kind.is_packed and (problem := saved.problem()):
             raise ModelError(f"{saved.path}: {saved.name} {problem}.", "Take another copy of the model.")
         yield saved
+
+
+def matching_weights(folder: Path, shapes: Mapping[str, torch.Size], tied_head: str | None) -> Iterator[SavedWeight]:
+    """Yield the weights of a folder that holds those of a model, no more and no less.
+
+    Args:
+        folder: The model's folder.
+        shapes: Name and shape of each parameter of the model.
+        tied_head: Name of a second copy of the tied embedding in files; it is ignored.
+
+    Raises:
+        ModelError: A tensor is missing, unknown or of another shape, or a file is damaged.
+    """
+    missing = dict.fromkeys(shapes)
+    for saved in saved_weights(folder):
+        name = saved.name
+        if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
+            continue
+        if name not in shapes:
+            raise ModelError(
+                f"{saved.path} holds {name}, which this architecture does not have.",
+                "config.json and the weights must belong to the same model.",
+            )
+        if saved.kind.shape != shapes[name]:
+            raise ModelError(
+                f"{saved.path}: {name} has shape {tuple(saved.kind.shape)}, config.json says {tuple(shapes[name])}.",
+                "config.json and the weights must belong to the same model.",
+            )
+        missing.pop(name, None)
+        yield saved
+    if missing:
+        first = next(iter(missing))
+        raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {first}.", repair_hint(folder))
 
 
 def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:

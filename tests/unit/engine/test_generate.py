@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"), tied=False, seed=1)  # which says twelve different tokens
 
 
-@pytest.mark.parametrize("held", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("held", ["auto", "fp32", "bf16", "file"])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", False), ("gemma3", False), ("llama", True)])
 def test_the_tokens_are_those_of_transformers(family: str, tied: bool, held: Held, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, family, tied=tied, seed=1)
@@ -78,19 +78,19 @@ def test_eight_bits_answer_like_the_weights_that_they_stand_for(family: str, see
     assert answered(folder, "int8").tokens == expected
     (tmp_path / "int8").mkdir()
     convert_model(folder, tmp_path / "int8", Int8Format())
-    for held in ("auto", "int8", "fp32"):
+    for held in ("auto", "int8", "fp32", "file"):
         assert answered(tmp_path / "int8", held).tokens == expected
 
 
-@pytest.mark.parametrize("held", ["auto", "int8", *DTYPES])
+@pytest.mark.parametrize("held", ["auto", "int8", "file", *DTYPES])
 @pytest.mark.parametrize("stored", ["fp32", "bf16"])
 def test_weights_are_held_as_asked(stored: str, held: Held, model: Path, tmp_path: Path) -> None:
     convert_model(model, tmp_path, DTYPES[stored])
     with loaded(tmp_path, held, CPU) as it:
-        own = stored if held in ("auto", "int8") else held
+        own = stored if held in ("auto", "int8", "file") else held
         assert {parameter.dtype for parameter in it.model.parameters()} == {DTYPES[own]}
         taken = sum(parameter.untyped_storage().nbytes() for parameter in it.model.parameters() if parameter.ndim == 2)
-        assert (taken < 100) is (held == "int8"), "matrices in eight bits are decoded while they work only"
+        assert (taken < 100) is (held in ("int8", "file")), "such matrices are there while they work only"
         ask(it, settings=Settings(2))
         after = sum(parameter.untyped_storage().nbytes() for parameter in it.model.parameters() if parameter.ndim == 2)
         assert after == taken
@@ -107,9 +107,10 @@ def test_what_is_in_eight_bits_already_is_not_rounded_again(model: Path, tmp_pat
         assert torch.equal(embed(rows), own)
 
 
-def test_an_interrupted_answer_leaves_nothing_decoded(model: Path) -> None:
+@pytest.mark.parametrize("held", ["int8", "file"])
+def test_an_interrupted_answer_leaves_nothing_decoded(held: Held, model: Path) -> None:
     """Ctrl-C may come between a matrix's decoding and its removal."""
-    with loaded(model, "int8", CPU) as it:
+    with loaded(model, held, CPU) as it:
         expected = ask(it).tokens
 
         def interrupt(*_: Any) -> None:
