@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from contract.test_forecast import TOLERANCE
 from placed import FAMILIES, QUICK, Left, PlacedRuns, assert_same
 from sophia_galore.config.dump import changed
+from sophia_galore.engine import cross_entropy, logits
+from sophia_galore.numerics import row_blocks
 from sophia_galore.records.files import MEMORY_REPORT, PLAN
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
@@ -128,6 +132,70 @@ def test_no_bit_depends_on_where_things_live(
 ) -> None:
     words = [*QUICK, *words_of(number), *PLACEMENTS[placement]]
     assert_same(runs.train(tmp_path / "run", SETTINGS[number][2], *words), on_the_device(number))
+
+
+@pytest.mark.parametrize(
+    ("number", "placement"),
+    [
+        (14, "disk"),
+        pytest.param(3, "host", marks=pytest.mark.thorough),
+        pytest.param(7, "disk", marks=pytest.mark.thorough),
+        pytest.param(4, "host, nothing ahead", marks=pytest.mark.thorough),
+        pytest.param(18, "host", marks=pytest.mark.thorough),
+        pytest.param(11, "disk", marks=pytest.mark.thorough),
+    ],
+)
+def test_nor_when_embedding_and_head_come_in_several_blocks(
+    number: int, placement: str, runs: PlacedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 320 rows: in slices of 64 for logits, of 128 for all else, and no head as a whole."""
+    monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(logits, "_MOST_WHOLE_BYTES", 0)
+    monkeypatch.setattr(row_blocks, "_BLOCK_ELEMENTS", 128 * 64)
+    left = [
+        runs.train(tmp_path / where / "run", SETTINGS[number][2], *QUICK, *words_of(number), *words)
+        for where, words in (("there", ["memory.placement=device"]), ("elsewhere", PLACEMENTS[placement]))
+    ]
+    assert_same(left[1], left[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "placement", "call"),
+    [
+        # Four layers, two micro-batches: 8 calls in the first evaluation, then 8 in each forward and in each backward.
+        (0, "disk", 36),
+        pytest.param(0, "host", 28, marks=pytest.mark.thorough),
+        pytest.param(13, "disk", 36, marks=pytest.mark.thorough),
+    ],
+)
+def test_nor_when_memory_runs_out_in_between(
+    number: int, placement: str, call: int, runs: PlacedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that fails is given back and borrowed again, for smaller micro-batches."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    calls = 0
+
+    def failing(*given: Any, **more: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attention(*given, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", failing)
+    left = []
+    for where, words in (("there", ["memory.placement=device"]), ("elsewhere", PLACEMENTS[placement])):
+        output, calls = tmp_path / where / "run", 0
+        asked = [*QUICK, *words_of(number), "memory.on_oom=adapt", *words]
+        left.append(runs.train(output, SETTINGS[number][2], *asked))
+        assert calls > call and json.loads((output / MEMORY_REPORT).read_text())["adaptations"]
+    assert_same(left[1], left[0])
+
+
+def test_more_layers_than_there_are_can_stay(runs: PlacedRuns, tmp_path: Path) -> None:
+    words = [*QUICK, "memory.placement=host", "memory.resident_layers=5"]
+    streamed = prepare(runs.config(tmp_path / "run", "llama, untied", *words), Callback()).streamed
+    assert {unit.name for unit in streamed.units} == set(streamed.parts.ends)
 
 
 # Settings whose weights or states are larger than the buffers; two thirds of what streams finds room in host memory.

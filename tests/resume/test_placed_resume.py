@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -185,11 +186,41 @@ def test_each_changed_byte_is_written_once(
     assert links == ({1, 2} if has_links else {1}), "the last checkpoint and the final model are the same files"
 
 
-@pytest.mark.parametrize("placement", ["disk", "host"])
-def test_the_best_model_comes_back(placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
-    words = [*QUICK, *KINDS["galore"], "training.load_best_model=true", "training.eval_every_steps=1"]
-    words += ["training.learning_rate=0.5", "training.lr_scheduler_type=constant"]
+@pytest.mark.parametrize(
+    ("kind", "placement"),
+    [
+        ("galore", "disk"),
+        pytest.param("galore", "host", marks=pytest.mark.thorough),
+        pytest.param("int8, folded late", "disk", marks=pytest.mark.thorough),
+        pytest.param("adamw", "disk", marks=pytest.mark.thorough),
+    ],
+)
+def test_the_best_model_comes_back(kind: str, placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
+    words = [*QUICK, *KINDS[kind], "training.load_best_model=true", "training.eval_every_steps=1"]
+    rate = 8 if kind.startswith("int8") else 0.5  # so high that the last model is not the best
+    words += [f"training.learning_rate={rate}", "training.lr_scheduler_type=constant"]
     left = [runs.train(tmp_path / where / "run", FAMILY, *words, *PLACEMENTS[where]) for where in ("device", placement)]
     lines = [json.loads(line) for line in (tmp_path / placement / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["exported_step"] < 6, "else nothing came back"
     assert_same(left[1], left[0])
+
+
+@pytest.mark.signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
+def test_a_run_that_is_stopped_saves_and_removes_its_files(
+    number: signal.Signals, runs: PlacedRuns, whole: Callable[[str], Left], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    def stop(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    words = [*QUICK, *KINDS["galore"], *PLACEMENTS["disk"]]
+    assert not train(runs.config(output, FAMILY, *words), Watcher(stop)).finished
+    assert checkpoints(output)[-1].name in ("checkpoint-4", "checkpoint-5")
+    assert not streaming_folder(output).exists()
+    left = runs.train(output, FAMILY, *words, resume=True)
+    assert left.numbers == whole("galore").numbers
+    last = [name for name in whole("galore").tensors if name.startswith(("run/", "checkpoint-6/"))]
+    assert {name: left.tensors[name] for name in last} == {name: whole("galore").tensors[name] for name in last}

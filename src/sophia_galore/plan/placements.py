@@ -191,7 +191,8 @@ def choose(
 
     stay = memory.resident_layers
     if stay != "auto" or fits is None:
-        last = parts.layers[len(parts.layers) - max(num_kept, 0 if stay == "auto" else stay) :]
+        num_last = max(num_kept, 0 if stay == "auto" else stay)
+        last = parts.layers[max(0, len(parts.layers) - num_last) :]
         return streaming([name for name in parts.order if name not in last])
     kept = parts.layers[len(parts.layers) - num_kept :]
     order = [name for name in parts.order if name not in kept]

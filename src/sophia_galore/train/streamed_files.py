@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -52,7 +51,7 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack)
         return None
     with keeping(prepared):
         if on_disk:
-            at_end.callback(remove_streamed, folder)
+            at_end.callback(_remove_ours, folder)
         try:
             streaming = open_streaming(
                 streamed.units,
@@ -96,10 +95,10 @@ def keeping(prepared: Prepared) -> Iterator[None]:
 
 
 def remove_streamed(folder: Path) -> bool:
-    """Remove the files of layers of an earlier run, or of this one.
+    """Remove what an earlier run left that was killed.
 
     Args:
-        folder: Their folder.
+        folder: The folder of its files.
 
     Returns:
         Whether the name is free now; False: something else is there, and nothing was removed.
@@ -108,9 +107,23 @@ def remove_streamed(folder: Path) -> bool:
         return True
     if folder.is_symlink() or not folder.is_dir():
         return False
-    inside = [path for path in folder.rglob("*") if path != folder / INPUTS]
-    if any(path.is_dir() or not _OURS.fullmatch(path.name) for path in inside):
+    if not all(_is_ours(path, folder) for path in folder.rglob("*")):
         return False
-    with contextlib.suppress(OSError):  # what can't be removed costs space, not the run
-        shutil.rmtree(folder)
+    _remove_ours(folder)
     return True
+
+
+def _remove_ours(folder: Path) -> None:
+    """Remove the files of a run and, if nothing else is there, their folder."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if _is_ours(path, folder):
+            with contextlib.suppress(OSError):  # what can't be removed costs space, not the run
+                path.rmdir() if path.is_dir() else path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _is_ours(path: Path, folder: Path) -> bool:
+    if path.parent == folder and path.name == INPUTS:
+        return path.is_dir() and not path.is_symlink()
+    return path.parent in (folder, folder / INPUTS) and _OURS.fullmatch(path.name) is not None

@@ -208,6 +208,7 @@ def _folder_of(path: Path, *names: str) -> None:
 TAKEN: dict[str, Callable[[Path], object]] = {
     "a file": lambda path: path.write_text("mine"),
     "a folder": lambda path: _folder_of(path, "notes.txt", "weights-00000.safetensors"),
+    "a folder in a folder": lambda path: (_folder_of(path), _folder_of(path / "inputs", "notes.txt")),
     "a link": lambda path: (_folder_of(path.with_name("elsewhere"), "notes.txt"), path.symlink_to("elsewhere")),
     "a dead link": lambda path: path.symlink_to("nowhere"),
 }
@@ -230,9 +231,18 @@ def test_its_name_is_taken_by_the_user(what: str, world: World, tmp_path: Path) 
 def test_what_a_killed_run_left_is_removed(placement: str, world: World, tmp_path: Path) -> None:
     folder = streaming_folder(tmp_path / "run")
     _folder_of(folder, "weights-00000.safetensors", "state-00070.safetensors", "weights-00001.safetensors.new")
+    _folder_of(folder / "inputs", "state-00003.safetensors")
     ended = world.train(str(tmp_path / "run"), *WORDS, f"memory.placement={placement}", "training.max_steps=1")
     assert ended.code == 0, ended.err
     assert not folder.exists()
+
+
+def test_what_somebody_puts_there_meanwhile_stays(world: World, tmp_path: Path, monkeypatch: Patch) -> None:
+    folder = streaming_folder(tmp_path / "run")
+    at_step(1, monkeypatch, lambda: (folder / "notes.txt").write_text("mine"))
+    ended = world.train(str(tmp_path / "run"), *WORDS, "training.max_steps=2")
+    assert ended.code == 0, ended.err
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 def test_another_run_in_the_same_folder(world: World, tmp_path: Path) -> None:
