@@ -33,8 +33,8 @@ def test_commands_and_their_options() -> None:
         "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
         "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
         "plan": [
-            *("--allow-shorter", "--config", "--device", "--fit", "--json", "--matrix", "--memory", "--model"),
-            *("--optimizer", "--output", "--picture", "-c", "-m", "-o", "overrides"),
+            *("--allow-shorter", "--config", "--device", "--fit", "--host-memory", "--json", "--matrix", "--memory"),
+            *("--model", "--optimizer", "--output", "--picture", "-c", "-m", "-o", "overrides"),
         ],
         "compare": ["--output", "--seeds", "words"],
         "report": ["--output", "runs"],

@@ -179,6 +179,50 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["data.packing=true"],
         )
     ],
+    "resident_without_streaming": [
+        (
+            ["memory.resident_layers=2"],
+            ["memory.resident_layers: 2", "memory.placement is auto"],
+            ["memory.resident_layers=2", "memory.placement=host"],
+        ),
+        (
+            ["memory.resident_layers=0", "memory.placement=device"],
+            ["memory.resident_layers: 0", "memory.placement is device"],
+            ["memory.resident_layers=auto", "memory.placement=device"],
+        ),
+    ],
+    "keeps_what_streams": [
+        (
+            ["memory.placement=host", "memory.resident_layers=1", "engine.keep_layers=2"],
+            ["memory.resident_layers: 1", "needs its layer's weights until backward"],
+            ["memory.placement=host", "memory.resident_layers=2", "engine.keep_layers=2"],
+        ),
+        (
+            ["memory.placement=disk", "gradient_checkpointing=false"],
+            ["memory.resident_layers: auto"],
+            ["memory.placement=auto", "gradient_checkpointing=false"],
+        ),
+    ],
+    "adapts_what_waits": [
+        (
+            ["memory.activations=host", "memory.on_oom=adapt"],
+            ["memory.on_oom: adapt", "memory.activations: host"],
+            ["memory.activations=host", "memory.on_oom=stop"],
+        ),
+        (["memory.activations=disk", "memory.on_oom=adapt"], ["activations: disk"], ["memory.on_oom=adapt"]),
+    ],
+    "bitsandbytes_streams": [
+        (
+            ["memory.placement=host", "load_in_8bit=true", "quantization.backend=bitsandbytes"],
+            ["memory.placement: host", "bitsandbytes holds"],
+            ["memory.placement=host", "load_in_8bit=true", "quantization.backend=native"],
+        ),
+        (
+            ["memory.placement=disk", "load_in_8bit=true", "quantization.backend=bitsandbytes"],
+            ["memory.placement: disk"],
+            ["memory.placement=auto", "load_in_8bit=true", "quantization.backend=bitsandbytes"],
+        ),
+    ],
     "reserve_takes_all": [
         (
             ["memory.limit=1GiB", "memory.reserve=2GiB"],

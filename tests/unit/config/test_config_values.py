@@ -115,9 +115,8 @@ def test_an_unknown_key_gets_the_nearest_known_one(tmp_path: Path, key: str) -> 
 
 
 def test_an_unknown_key_like_no_other_gets_the_list(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="Known under memory: limit, reserve, on_oom, predict, logits_chunk_mib, track_steps"
-    ):
+    known = "limit, reserve, on_oom, placement, resident_layers, host_limit, activations, prefetch, predict"
+    with pytest.raises(ConfigError, match=f"Known under memory: {known}, logits_chunk_mib, track_steps"):
         load_config(None, ["memory.zzzzzz=1"])
     with pytest.raises(ConfigError, match="Known sections: model, data"):
         load_config(None, ["zzzzzz=1"])

@@ -114,4 +114,4 @@ def test_an_estimate_is_made_of_what_is_here(folder: Path) -> None:
     planner, _ = found(config)
     forecast = planner.forecast(config, 0)
     assert planner.num_layers == 3 and forecast.phases["eval"] > forecast.phases["load"]
-    assert 0 < planner.standing_bytes(config) < forecast.peak_bytes
+    assert 0 < planner.standing_bytes(config, planner.streamed(config)) < forecast.peak_bytes

@@ -95,17 +95,34 @@ def test_one_simulation_serves_for_many_limits(counted: list[bool]) -> None:
 def test_the_estimate_is_what_rules_look_at(planner: Planner) -> None:
     free = planner.estimate(asked())
     assert free is not None and free.fits is None and free.budget is None
-    assert free.facts() == MemoryFacts(free.forecast.peak_bytes)
+    routes = planner.decide(asked()).routes
+    assert free.facts(routes) == MemoryFacts(free.forecast.peak_bytes)
     peak = free.forecast.peak_bytes
     estimate = planner.estimate(asked({"memory.limit": peak + 100, "memory.reserve": 100}))
     assert estimate is not None and estimate.fits is True
-    assert estimate.facts() == MemoryFacts(peak, peak + 100, 100)
+    assert estimate.facts(routes) == MemoryFacts(peak, peak + 100, 100)
     values = {"memory.limit": peak + 100, "memory.reserve": 101}
     less = planner.estimate(asked(values))  # full gradients one matrix after the other
     assert less is not None and less.forecast.peak_bytes < peak
-    assert planner.full_gradients(asked(values)) == less.full_gradients == less.facts().full_gradients == "matrix"
-    tight = planner.estimate(asked({**values, "engine.full_gradients": "layer"}))
-    assert tight is not None and tight.fits is False
+    assert planner.full_gradients(asked(values)) == less.full_gradients == less.facts(routes).full_gradients == "matrix"
+    tight = planner.estimate(asked({**values, "engine.full_gradients": "layer", "memory.placement": "device"}))
+    assert tight is not None and tight.fits is False and not tight.streamed.units
+    spilled = planner.estimate(asked({**values, "engine.full_gradients": "layer"}))  # a CPU has no other memory
+    assert spilled is not None and spilled.fits is True
+    assert set(spilled.streamed.placements.values()) == {"disk"} and spilled.facts(routes).disk_written_bytes > 0
+
+
+@pytest.mark.parametrize(("spare", "excess"), [(0, 0), (-1, 1)])
+def test_the_hosts_memory_has_a_limit_of_its_own(spare: int, excess: int, planner: Planner) -> None:
+    values = {"memory.placement": "host", "memory.resident_layers": 2}
+    config = asked(values)
+    there = planner.streamed(config)
+    assert there.num_resident_layers == 2 and set(there.placements.values()) == {"host"}
+    peak = planner.forecast(config, 0, there).peak_bytes
+    host = there.bytes_in("host")
+    found = planner.estimate(asked({**values, "memory.limit": peak, "memory.host_limit": host + spare}))
+    assert found is not None and found.host_excess_bytes == excess and found.fits is (excess == 0)
+    assert found.facts(planner.decide(config).routes).host_excess_bytes == excess
 
 
 def test_of_frozen_layers_nothing_is_known(planner: Planner) -> None:

@@ -39,7 +39,10 @@ DATA = DataFacts(largest_token=319, largest_known=319, num_steps=10)
 FEW, MOST = RouteFacts(0.2, 2, 1), RouteFacts(0.8, 2, 1)
 GIB = 2**30
 TOO_MUCH = MemoryFacts(needed_bytes=3 * GIB + GIB // 2, limit_bytes=4 * GIB, reserve_bytes=GIB)
-APART = MemoryFacts(2 * GIB, 4 * GIB, GIB, "matrix")
+APART = MemoryFacts(2 * GIB, 4 * GIB, GIB, full_gradients="matrix")
+STREAMS = MemoryFacts(
+    2 * GIB, 4 * GIB, GIB, "With their optimizer states, 2 of 4 layers live in host memory (1.00 GiB)"
+)
 
 
 def asked(**sections: Any) -> RunConfig:
@@ -364,6 +367,28 @@ CASES: dict[str, Case] = {
         ["over the whole model is clipped to 0.5", "full gradients are formed"],
         [clipping("auto", MOST), clipping("layer", FEW), facts()],
     ),
+    "streams": Case(
+        [facts(memory=STREAMS), facts(memory=replace(STREAMS, limit_bytes=None))],
+        "use",
+        ["2 of 4 layers live in host memory (1.00 GiB)."],
+        [facts(), facts(memory=replace(STREAMS, streamed="")), facts(memory=TOO_MUCH)],
+    ),
+    "host_too_small": Case(
+        [facts(memory=replace(STREAMS, host_excess_bytes=3 * GIB // 2))],
+        "refuse",
+        ["is 1.50 GiB more than memory.host_limit", "memory.placement=disk", "quantization.enabled=true"],
+        [facts(), facts(memory=STREAMS), facts(memory=None)],
+        EnvironmentProblem,
+    ),
+    "wears_the_disk": Case(
+        [
+            facts(memory=replace(STREAMS, disk_written_bytes=1_200_000_000)),
+            facts(memory=replace(STREAMS, disk_written_bytes=1_200_000_000), data=DataFacts()),
+        ],
+        "use",
+        ["Each step writes 1.2 GB", "150 to 600 TB", "memory.placement=host writes nothing"],
+        [facts(), facts(memory=STREAMS), facts(memory=None)],
+    ),
     "full_gradients_apart": Case(
         [facts(memory=APART), facts(memory=replace(APART, needed_bytes=GIB))],
         "use",
@@ -432,6 +457,12 @@ def test_the_rule_speaks(key: str, known: Facts) -> None:
 @pytest.mark.parametrize(("key", "known"), ids("quiet"))
 def test_one_step_away_it_does_not(key: str, known: Facts) -> None:
     assert not ROWS[key].applies(known)
+
+
+def test_what_a_run_writes_to_disk_is_said_if_its_steps_are_known() -> None:
+    known = facts(memory=replace(STREAMS, disk_written_bytes=2_500_000_000), data=replace(DATA, num_steps=4000))
+    assert known.disk_writes == "2.5 GB, 10 TB in this run"
+    assert replace(known, data=DataFacts()).disk_writes == "2.5 GB"
 
 
 @pytest.mark.parametrize("kind", ["galore", "adamw", "sophia", "apollo", "apollo_mini", "scale"])
