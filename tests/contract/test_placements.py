@@ -231,8 +231,8 @@ def test_a_limit_of_what_is_expected_is_enough(
 @pytest.mark.parametrize(
     ("number", "placement"),
     [
-        (17, "disk"),
-        pytest.param(0, "the last layer stays", marks=pytest.mark.thorough),
+        (0, "the last layer stays"),
+        pytest.param(17, "disk", marks=pytest.mark.thorough),
         pytest.param(2, "host", marks=pytest.mark.thorough),
         pytest.param(13, "disk, nothing ahead", marks=pytest.mark.thorough),
         pytest.param(9, "disk", marks=pytest.mark.thorough),

@@ -142,7 +142,7 @@ def test_files_of_layers_take_room_beside_the_checkpoints(
     (space,) = seen
     assert space.streamed_bytes == prepared.streamed.bytes_in("disk") > 0
     give_free(monkeypatch, space.total_bytes - 1)
-    with pytest.raises(EnvironmentProblem, match="layers that live on disk, "):
+    with pytest.raises(EnvironmentProblem, match="layers that live on disk of "):
         refuse_full_disk(tmp_path / "run", space)
 
 
