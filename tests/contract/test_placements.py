@@ -50,6 +50,8 @@ PLACEMENTS: dict[str, list[str]] = {
     "the last layer stays": ["memory.placement=host", "memory.resident_layers=1"],
     "disk, nothing ahead": ["memory.placement=disk", "memory.prefetch=false"],
     "host, nothing ahead": ["memory.placement=host", "memory.prefetch=false"],
+    "inputs in host memory": ["memory.placement=device", "memory.activations=host"],
+    "all on disk": ["memory.placement=disk", "memory.activations=disk"],
 }
 Setting = tuple[str, str, str, str]
 # Store, optimizer, family, and the rest. Updates are kept apart (folded late) only in GaLore's subspace, and only its
@@ -81,9 +83,10 @@ SETTINGS: tuple[Setting, ...] = (
 SOON: tuple[tuple[int, str], ...] = (
     (0, "disk"),
     (4, "host"),
+    (7, "inputs in host memory"),
     (8, "the last layer stays"),
     (9, "disk, nothing ahead"),
-    (13, "disk"),
+    (13, "all on disk"),
     (14, "host, nothing ahead"),
     (17, "host"),
     (20, "disk"),

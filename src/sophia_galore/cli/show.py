@@ -116,7 +116,7 @@ class Terminal(Callback):
         self.say(
             f"{plan.num_steps} steps on {plan.num_train_examples} examples "
             f"({plan.steps_per_epoch} steps an epoch), {plan.num_eval_examples} held out; "
-            f"{plan.device}, {plan.compute_dtype} arithmetic; stays in memory: {standing}."
+            f"{plan.device}, {plan.compute_dtype} arithmetic; weights and states: {standing}."
         )
         if said := arranged(plan):
             self.say(said)
