@@ -13,59 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from sophia_galore.config import load_config
-from sophia_galore.engine.determinism import repeatable
-from sophia_galore.memory.monitor import MemoryMonitor
-from sophia_galore.train.callback import Callback
-from sophia_galore.train.load import load
-from sophia_galore.train.prepare import prepare
-from sophia_galore.train.prepared import Loaded
-from sophia_galore.train.signals import StopRequest
+from sides import compare, open_side
+from sophia_galore.config import RunConfig, load_config
 
 FORMATS = {"fp32": "quantization.enabled=false", "int8": "quantization.enabled=true"}
 
 
-@dataclass
-class Side:
-    """A loaded run, and what was measured of it.
-
-    Args:
-        loaded: The run.
-        clock: Returns seconds.
-        seconds: Of each step.
-        losses: Of each step.
-    """
-
-    loaded: Loaded
-    clock: Callable[[], float]
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def take(self, step: int) -> int:
-        """Take a step; return the number of its tokens."""
-        batches = self.loaded.feed.step(step)
-        begun = self.clock()
-        result, _ = self.loaded.stepper.take(batches, step=step, factor=1.0)
-        if self.loaded.prepared.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(self.clock() - begun)
-        self.losses.append(result.loss)
-        return result.num_tokens
-
-
-def open_side(name: str, folder: str, arguments: argparse.Namespace, stack: ExitStack) -> Side:
-    """Load a run; its monitor stays entered until the stack is closed."""
-    config = load_config(
+def config_of(name: str, folder: str, arguments: argparse.Namespace) -> RunConfig:
+    """Return the settings of one side."""
+    return load_config(
         Path("configs/quickstart.yaml"),
         [
             f"model.name={arguments.model}",
@@ -87,10 +50,6 @@ def open_side(name: str, folder: str, arguments: argparse.Namespace, stack: Exit
             FORMATS[name],
         ],
     )
-    prepared = prepare(config, Callback(), None)
-    monitor = stack.enter_context(MemoryMonitor(prepared.device, config.memory))
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    return Side(load(prepared, monitor, Callback(), StopRequest()), clock)
 
 
 def main() -> None:
@@ -108,28 +67,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads or arguments.cpu_time:
         torch.set_num_threads(arguments.threads or 1)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        sides = {name: open_side(name, folder, arguments, stack) for name in FORMATS}
-        stack.enter_context(repeatable(next(iter(sides.values())).loaded.prepared.device))
-        tokens: list[int] = []
-        for step in range(1, arguments.steps + 1):
-            taken = {side.take(step) for side in sides.values()}
-            assert len(taken) == 1, "both have the same examples"
-            tokens.extend(taken)
-    speeds = {name: [n / s for n, s in zip(tokens, side.seconds, strict=True)][1:] for name, side in sides.items()}
-    ratios = [int8 / fp32 for fp32, int8 in zip(*speeds.values(), strict=True)]
-    print(
-        json.dumps(
-            {
-                "device": arguments.device,
-                "threads": torch.get_num_threads(),
-                "tokens a second": {name: round(statistics.median(found), 1) for name, found in speeds.items()},
-                "int8 / fp32": round(statistics.median(ratios), 3),
-                "from, to": [round(min(ratios), 3), round(max(ratios), 3)],
-                "losses": {name: side.losses for name, side in sides.items()},
-            }
-        )
-    )
+        sides = {name: open_side(config_of(name, folder, arguments), stack, clock) for name in FORMATS}
+        print(json.dumps({"device": arguments.device, **compare(sides, arguments.steps, stack)}))
 
 
 if __name__ == "__main__":

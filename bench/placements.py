@@ -5,9 +5,9 @@
 
 `--bits` trains SmolLM2-135M with each store and optimizer for 12 steps in every placement, with and without prefetch
 and with layer inputs elsewhere, and compares the SHA-256 of the final weights. `--speed` takes steps of 8 x 256 tokens
-in each placement in turn, in one process, and prints ratios of tokens a second to those of placement device: medians
-over the rounds, of which the first one is not counted. Run it when nothing else runs. Disk means a file that the
-system keeps in its cache.
+of three runs in one process in turns, and prints ratios of tokens a second to those of placement device: medians over
+the steps, of which the first one is not counted. Run it when nothing else runs. Disk means a file that the system keeps
+in its cache.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import shutil
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 from measured import weights_sha256
+from sides import compare, open_side
 from sophia_galore.config import load_config
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.run import train
@@ -97,42 +98,24 @@ def compare_bits(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def compare_speed(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return tokens a second in each placement, in turn, and their ratios to those on the device."""
-    rates: dict[str, list[float]] = {name: [] for name in ("device", "host", "disk")}
-    waited: dict[str, list[float]] = {name: [] for name in rates}
-
-    class Steps(Callback):
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
-            if record["step"] > 1:  # the first one fills caches
-                rates[self.name].append(record["tokens_per_second"])
-                waited[self.name].append(record["waiting_share"] or 0.0)
-
-    for _ in range(asked.rounds):
-        for name in rates:
-            words = [
-                "training.max_steps=3",
-                "training.batch_size=4",
-                "training.gradient_accumulation_steps=2",
-                "training.max_length=256",
-                "data.packing=true",
-                "optimizer.type=galore",
-                *STORES[asked.store],
-                *PLACEMENTS[name],
-            ]
-            run = folder / "run"
-            train(load_config(None, run_words(run, asked.model, asked.data, words)), Steps(name))
-            shutil.rmtree(run)
-            print(name, rates[name][-2:], flush=True)
-    base = median(rates["device"])
-    return {
-        "store": asked.store,
-        "tokens_per_second": rates,
-        "ratio": {name: round(median(each) / base, 4) for name, each in rates.items()},
-        "waiting_share": {name: round(median(each), 4) for name, each in waited.items()},
-    }
+    """Return tokens a second in each placement, and their ratios to those on the device."""
+    words = [
+        "training.max_steps=100",
+        "training.batch_size=4",
+        "training.gradient_accumulation_steps=2",
+        "training.max_length=256",
+        "data.packing=true",
+        "optimizer.type=galore",
+        *STORES[asked.store],
+    ]
+    with ExitStack() as stack:
+        sides = {
+            name: open_side(
+                load_config(None, run_words(folder / name, asked.model, asked.data, [*words, *PLACEMENTS[name]])), stack
+            )
+            for name in ("device", "host", "disk")
+        }
+        return {"store": asked.store, **compare(sides, asked.steps, stack)}
 
 
 def provenance() -> dict[str, Any]:
@@ -156,7 +139,7 @@ def main() -> None:
     parser.add_argument("--store", default="int8", choices=STORES)
     parser.add_argument("--stores", nargs="+", default=list(STORES))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each side, of which the first is not counted")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         began_s = time.monotonic()
@@ -165,7 +148,7 @@ def main() -> None:
         if asked.speed:
             figures = provenance() | compare_speed(asked, Path(temporary))
             asked.speed.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            print(figures["ratio"], figures["waiting_share"])
+            print(figures["ratio"], figures["waited"])
         print(f"{time.monotonic() - began_s:.0f} s")
 
 
