@@ -132,7 +132,11 @@ class _Search:
             if self.config.memory.placement == "disk" and not rung.costs_time_only:
                 continue  # more bytes would be read and written in each step
             richer = changed(self.config, {key: values[key] for key in changes})
-            if not self._need(richer).excess_bytes:
+            try:
+                need = self._need(richer)
+            except UserError:
+                continue  # it contradicts a setting that was changed since
+            if not need.excess_bytes and _difference(self.config, richer):
                 self._take_richer(f"{rung.name} (back)", richer)
         if not fills or self._planner.streamed(_alone(self.config)).units:
             return

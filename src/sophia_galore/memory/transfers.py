@@ -77,7 +77,8 @@ def transfers_of(streamed: Streamed, routes: Sequence[Route], num_tokens: int, m
     """Compute what moves in a step.
 
     A layer is read in forward, and again in backward with its state; a head is read three times, an embedding that is
-    not tied once. Weights and moments are written back, bases only at a refresh, which is not counted.
+    not tied once. State without which weights can't be read, as of late updates, is read each time. Weights and moments
+    are written back, bases only at a refresh, which is not counted.
 
     Args:
         streamed: What streams.
@@ -93,6 +94,8 @@ def transfers_of(streamed: Streamed, routes: Sequence[Route], num_tokens: int, m
         times = 2 if unit.name in streamed.parts.layers else 3 if unit.name == streamed.parts.head else 1
         read[unit.placement] += times * sum(route.weight_bytes for route in inside)
         read[unit.placement] += sum(route.state_bytes + route.projection_bytes for route in inside if route.spec)
+        early = sum(unit.layouts["state"].spans[name].num_bytes for name in unit.early)
+        read[unit.placement] += (times - 1) * early
         written[unit.placement] += sum(_written_bytes(route) for route in inside)
     rates_in = {"host": machine.host_bytes_per_s, "disk": machine.disk_read_bytes_per_s}
     rates_out = {"host": machine.host_bytes_per_s, "disk": machine.disk_write_bytes_per_s}
