@@ -48,6 +48,7 @@ _SETTINGS = (
     "memory.placement",
     "memory.resident_layers",
     "memory.host_limit",
+    "memory.activations",
 )
 
 
@@ -78,7 +79,7 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "reserve_bytes": budget.reserve_bytes if budget else None,
         "left_bytes": budget.tensor_bytes - forecast.peak_bytes if budget else None,
         "fits": estimate.fits,
-        "host_bytes": streamed.bytes_in("host"),
+        "host_bytes": estimate.host_bytes,
         "host_limit_bytes": estimate.host_limit_bytes,
         "disk_bytes": streamed.bytes_in("disk"),
         "resident_layers": streamed.num_resident_layers,

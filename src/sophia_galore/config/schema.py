@@ -242,8 +242,8 @@ class MemoryConfig(Section):
     placement: Literal["auto", "device", "host", "disk"] = Field(
         "auto",
         description="Where layers, embedding and head live between uses, with their optimizer states: on the device, "
-        "in host memory, or in files beside the run's folder. auto: on the device what fits into `limit`, the rest in host "
-        "memory up to `host_limit`, what is left on disk. Changes no number.",
+        "in host memory, or in files beside the run's folder. auto: on the device what fits into `limit`, the rest in "
+        "host memory up to `host_limit`, what is left on disk. Changes no number.",
     )
     resident_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",

@@ -157,6 +157,7 @@ class _Search:
             streamed,
             self._planner.full_gradients(config),
             self._planner.host_limit_bytes(config),
+            self._planner.input_bytes(config),
         )
 
     def _need(self, config: RunConfig) -> Need:
@@ -165,7 +166,8 @@ class _Search:
         peak = self._planner.standing_bytes(config, streamed)
         if is_known := self._budget.fits(peak):
             peak = self.estimate(config).forecast.peak_bytes
-        host, limit = streamed.bytes_in("host"), self._planner.host_limit_bytes(config)
+        host = streamed.bytes_in("host") + self._planner.input_bytes(config)
+        limit = self._planner.host_limit_bytes(config)
         excess = max(0, peak - self._budget.tensor_bytes) + (0 if limit is None else max(0, host - limit))
         return Need(peak, is_known, host, excess)
 

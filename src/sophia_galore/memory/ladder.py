@@ -5,12 +5,13 @@
     3  logits            only time: smaller tiles of the vocabulary's logits
     4  full gradients    only time: a layer goes backward several times where full gradients are needed
     5  host memory       only time: layers wait in host memory and visit the device
-    6  weight format     fp32, bf16, int8: stochastic rounding, without bias
-    7  state bits        32, 16, 8: the same for the optimizer's state
-    8  projection bits   32, 16, 4: coarser bases
-    9  disk              only time, but much of it where the disk is slow, and wear: layers wait in files
-    10 rank              halves: less of each gradient is seen
-    11 max_length        halves: less of each example is seen; only if that is allowed
+    6  layer inputs      only time: they wait in host memory between forward and backward
+    7  weight format     fp32, bf16, int8: stochastic rounding, without bias
+    8  state bits        32, 16, 8: the same for the optimizer's state
+    9  projection bits   32, 16, 4: coarser bases
+    10 disk              only time, but much of it where the disk is slow, and wear: layers wait in files
+    11 rank              halves: less of each gradient is seen
+    12 max_length        halves: less of each example is seen; only if that is allowed
 
 A rung returns the next change of a configuration, or None if nothing is left to change. Each rung is used up before
 the next one is tried.
@@ -88,6 +89,11 @@ def _to_host(config: RunConfig) -> Changes | None:
     return {"memory.placement": "host"} if config.memory.placement == "auto" else None
 
 
+def _inputs_to_host(config: RunConfig) -> Changes | None:
+    can_move = config.memory.activations == "device" and config.memory.on_oom == "stop"
+    return {"memory.activations": "host"} if can_move else None
+
+
 def _to_disk(config: RunConfig) -> Changes | None:
     return {"memory.placement": "disk"} if config.memory.placement in ("auto", "host") else None
 
@@ -151,6 +157,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("logits", _smaller_tile, costs_time_only=True),
     Rung("full gradients", _gradients_apart, costs_time_only=True),
     Rung("host memory", _to_host, costs_time_only=True, uses_host=True),
+    Rung("layer inputs", _inputs_to_host, costs_time_only=True, uses_host=True),
     Rung("weight format", _smaller_format),
     Rung("state bits", _fewer_state_bits),
     Rung("projection bits", _fewer_projection_bits),

@@ -66,6 +66,7 @@ class MemoryEstimate:
         full_gradients: Which full gradients may be in memory together.
         streamed: What lives elsewhere than on the device.
         host_limit_bytes: What that may take of the host's memory; None: as much as it needs.
+        input_bytes: Bytes of the layer inputs of the largest step that wait in host memory.
     """
 
     forecast: Forecast
@@ -73,6 +74,12 @@ class MemoryEstimate:
     streamed: Streamed
     full_gradients: FullGradients = "layer"
     host_limit_bytes: int | None = None
+    input_bytes: int = 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        return self.streamed.bytes_in("host") + self.input_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -85,7 +92,7 @@ class MemoryEstimate:
     def host_excess_bytes(self) -> int:
         """Bytes beyond the limit of the host's memory."""
         limit = self.host_limit_bytes
-        return 0 if limit is None else max(0, self.streamed.bytes_in("host") - limit)
+        return 0 if limit is None else max(0, self.host_bytes - limit)
 
     def sentence(self) -> str:
         """Return the estimate as a sentence for the user."""
@@ -160,6 +167,7 @@ class Planner:
             streamed,
             self.full_gradients(config),
             self.host_limit_bytes(config),
+            self.input_bytes(config),
         )
 
     def streamed(self, config: RunConfig) -> Streamed:
@@ -176,12 +184,17 @@ class Planner:
         config = self._settled(config)
         decided, num_kept = self.decide(config), self._num_kept(config)
 
+        @cache
+        def coming_and_going_bytes() -> int:
+            """Return the bytes at the peak that do not stay, which are the same wherever weights live."""
+            whole = sum(device_bytes(decided.routes, Streamed(self.parts)).values())
+            return self.forecast(config, num_kept).peak_bytes - whole
+
         def fits(streamed: Streamed) -> bool:
             assert budget is not None
-            standing = device_bytes(decided.routes, streamed)
-            if not budget.fits(sum(standing.values())):
-                return False  # known without a simulation
-            return budget.fits(self.forecast(config, num_kept, streamed).peak_bytes)
+            standing = sum(device_bytes(decided.routes, streamed).values())
+            # What stays may be too much already, which is known without a simulation.
+            return budget.fits(standing) and budget.fits(standing + coming_and_going_bytes())
 
         return choose(
             decided,
@@ -190,6 +203,15 @@ class Planner:
             host_bytes=self.host_limit_bytes(config),
             num_kept=num_kept,
         )
+
+    def input_bytes(self, config: RunConfig) -> int:
+        """Return the bytes of the layer inputs of the largest step that wait in host memory."""
+        if config.memory.activations != "host":
+            return 0
+        tokens = sum(batch.input_ids.numel() for batch in self.workload(config).train)
+        width = int(self.model_config.hidden_size) * self.decide(config).compute_dtype.itemsize
+        # The first layer's input stays with the embedding.
+        return tokens * width * (self.num_layers - 1)
 
     def host_limit_bytes(self, config: RunConfig) -> int | None:
         """Return what weights and states may take of the host's memory; None: as much as they need."""

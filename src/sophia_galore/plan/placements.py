@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -75,7 +76,7 @@ class Streamed:
     inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_rows: int = 1
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Names of the parameters that stream."""
         return frozenset(name for unit in self.units for name in self.inside[unit.name])
@@ -253,9 +254,10 @@ def device_bytes(routes: Sequence[Route], streamed: Streamed) -> dict[Category, 
     """
     found = standing_bytes(route for route in routes if route.name not in streamed.names)
     found["weights"] += streamed.buffer_bytes
-    for spec in (route.spec for route in routes if route.name in streamed.names):
-        counters = {key: kind for key, kind in spec.state_tensors().items() if kind[1] == COUNTER} if spec else {}
-        found["optimizer state"] += state_bytes(counters)
+    for route in routes:
+        if route.name in streamed.names and route.spec and route.spec.subspace and route.spec.subspace.adaptive:
+            counters = {key: kind for key, kind in route.spec.state_tensors().items() if kind[1] == COUNTER}
+            found["optimizer state"] += state_bytes(counters)
     return found
 
 
