@@ -23,6 +23,7 @@ def write_run(
     seed: int = 42,
     tokens: int = 100,
     tokens_per_second: float | Sequence[float] = 50.0,
+    waiting_shares: Sequence[float | None] = (),
     config: Mapping[str, Mapping[str, Any]] | None = None,
     plan: Mapping[str, Any] | None = None,
     peak_bytes: int = 900 * MIB,
@@ -40,6 +41,7 @@ def write_run(
         seed: `training.seed`.
         tokens: Of each step.
         tokens_per_second: Of each step, or of all.
+        waiting_shares: Of the first steps, how much of their time the computation waited for weights; None: unknown.
         config: Sections of the configuration that differ from a bare one.
         plan: Entries of the plan that differ.
         peak_bytes: Peak of live tensors.
@@ -79,6 +81,8 @@ def write_run(
         | {"allocated_bytes": peak_bytes - step, "reserved_bytes": peak_bytes}
         for step, (loss, speed) in enumerate(zip(losses, speeds, strict=True), start=1)
     ]
+    for line, share in zip(lines, waiting_shares, strict=False):
+        line |= {} if share is None else {"waiting_share": share}
     measured = {0: 3.1, 2: 2.6, 4: 2.4} if evals is None else evals
     lines += [{"step": step, "epoch": step / 2, "eval_loss": loss} for step, loss in measured.items()]
     for line in lines:

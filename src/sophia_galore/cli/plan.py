@@ -68,7 +68,7 @@ def plan(
     words = given_overrides({**short, "memory.host_limit": host_memory}, overrides)
     for name, size in (("--memory", memory), ("--host-memory", host_memory)):
         if size is not None:
-            parse_size(size, name=name)
+            parse_size(size, name=name, zero=name == "--host-memory")
     asked = load_config(None if config is None and (model or all_models) else there(config or DEFAULT_CONFIG), words)
     if all_models:
         _show_matrix(asked, output)

@@ -27,13 +27,25 @@ class Need:
         peak_bytes: Peak memory on the device, or only what stays there all the time if that does not fit already.
         is_known: Whether `peak_bytes` is the peak; False: the peak is higher.
         host_bytes: Bytes of weights and states in host memory.
-        excess_bytes: Bytes beyond the limits of both.
+        device_excess_bytes: Bytes beyond the device's limit.
+        host_excess_bytes: Bytes beyond the host's limit.
     """
 
     peak_bytes: int
     is_known: bool
     host_bytes: int
-    excess_bytes: int
+    device_excess_bytes: int
+    host_excess_bytes: int
+
+    @property
+    def excess_bytes(self) -> int:
+        """Bytes beyond both limits."""
+        return self.device_excess_bytes + self.host_excess_bytes
+
+    def is_less_than(self, other: Need) -> bool:
+        """Return whether it comes nearer to fitting: on the device first, since the host takes what leaves it."""
+        there = (other.device_excess_bytes, other.host_excess_bytes)
+        return (self.device_excess_bytes, self.host_excess_bytes) < there
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,7 @@ class _Search:
                 need = self._need(candidate)
             except UserError:
                 continue  # it contradicts another setting
-            if not (need.is_known and self.need.is_known) or need.excess_bytes < self.need.excess_bytes:
+            if not (need.is_known and self.need.is_known) or need.is_less_than(self.need):
                 self._take(rung.name, candidate, changes, need)
                 self._taken[rung] = {**self._taken.get(rung, {}), **changes}
 
@@ -168,8 +180,8 @@ class _Search:
             peak = self.estimate(config).forecast.peak_bytes
         host = streamed.bytes_in("host") + self._planner.input_bytes(config)
         limit = self._planner.host_limit_bytes(config)
-        excess = max(0, peak - self._budget.tensor_bytes) + (0 if limit is None else max(0, host - limit))
-        return Need(peak, is_known, host, excess)
+        over = 0 if limit is None else max(0, host - limit)
+        return Need(peak, is_known, host, max(0, peak - self._budget.tensor_bytes), over)
 
     def _steps(self, rungs: tuple[Rung, ...]) -> Iterator[tuple[Rung, Changes]]:
         """Yield all changes of each rung in turn."""

@@ -39,7 +39,7 @@ def build_document(comparison: Comparison) -> Document:
         Section("Memory", [_memory(groups), CATEGORIES]),
         Section("Time", [_time(groups)]),
     ]
-    if len(runs) > len(groups):
+    if len(runs) > len(groups) or any(run.waiting_share is not None for run in runs):
         sections.append(Section("Run by run", [_per_run(runs)]))
     if len(groups) > 1:
         sections.append(Section("What differs in the settings", [_settings(comparison.runs)]))

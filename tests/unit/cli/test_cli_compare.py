@@ -111,6 +111,7 @@ def test_every_field_of_the_json(whole: Compared, world: World, pair: list[str])
             "ended_early": False,
             "exported_step": None,
             "exported_eval_loss": None,
+            "waiting_share": None,
             "failure": "",
             "tokens": sum(line["tokens"] for line in steps),
             "folder": str(folder),

@@ -60,7 +60,45 @@ def test_on_this_machine_all_of_the_limit_is_for_tensors(world: World) -> None:
     assert (plan["compute_dtype"], plan["reserve_bytes"]) == ("float32", 0)
     tight = plan_json(*tiny(world), "--memory", str(plan["predicted_peak_bytes"]))
     assert tight["fits"] is True and tight["left_bytes"] == 0
-    assert plan_json(*tiny(world), "--memory", str(plan["predicted_peak_bytes"] - 1))["fits"] is False
+    less = ("--memory", str(plan["predicted_peak_bytes"] - 1))
+    assert plan_json(*tiny(world), *less, "memory.placement=device", "engine.full_gradients=layer")["fits"] is False
+
+
+HOST_KEYS = {"host_bytes", "host_limit_bytes", "disk_bytes", "resident_layers", "buffer_bytes", "transfers"}
+
+
+def test_what_the_card_has_no_room_for_goes_to_host_memory_and_then_to_disk() -> None:
+    """Weights in bf16 and two moments in fp32: 1.35 GB, of which the card holds a part."""
+    words = (*SMALL, "--optimizer", "adamw", "model.store=bf16", "--device", "cuda", "--memory", "1700MiB")
+    host, mixed, disk = (plan_json(*words, "--host-memory", size) for size in ("16GiB", "300MiB", "0"))
+    for plan in (host, mixed, disk):
+        assert plan.keys() >= KEYS | HOST_KEYS and plan["fits"] is True
+        assert plan["host_bytes"] <= plan["host_limit_bytes"] and plan["resident_layers"] < 30
+        moved = plan["transfers"]
+        assert moved["read_bytes"] > moved["written_bytes"] > 0 and moved["move_s"] > 0 < moved["compute_s"]
+        assert moved["tokens"] == 2 * 64 and not moved["machine"]["measured"], "the card is not here"
+        assert 0 < plan["buffer_bytes"] < plan["standing_bytes"]["weights"]
+    assert (host["disk_bytes"], host["transfers"]["disk_written_bytes"], host["host_limit_bytes"]) == (0, 0, 16 * 2**30)
+    assert mixed["host_bytes"] > 0 and mixed["disk_bytes"] > 0 and mixed["transfers"]["disk_written_bytes"] > 0
+    assert disk["host_bytes"] == 0 and disk["disk_bytes"] == host["host_bytes"] > 2**29
+    assert mixed["host_bytes"] + mixed["disk_bytes"] == host["host_bytes"]
+    assert disk["transfers"]["disk_written_bytes"] == disk["transfers"]["written_bytes"]
+    assert host["predicted_peak_bytes"] == mixed["predicted_peak_bytes"] == disk["predicted_peak_bytes"]
+
+
+def test_where_all_has_room_nothing_streams() -> None:
+    plan = plan_json(*SMALL, "--device", "cuda", "--memory", "8GiB", "--host-memory", "1GiB")
+    assert plan["transfers"] is None and plan["resident_layers"] == 30
+    assert plan["host_bytes"] == plan["disk_bytes"] == plan["buffer_bytes"] == 0
+
+
+def test_host_memory_that_is_too_small_for_what_was_asked_is_said() -> None:
+    words = (*SMALL, "--device", "cuda", "--memory", "4GiB", "memory.placement=host", "memory.resident_layers=0")
+    plan = plan_json(*words, "--host-memory", "100MiB")
+    assert plan["fits"] is False and plan["host_bytes"] > plan["host_limit_bytes"] == 100 * 2**20
+    assert plan_json(*words, "--host-memory", "16GiB")["fits"] is True
+    ended = command("plan", *words, "--host-memory", "many")
+    assert ended.code == 2 and "--host-memory" in ended.err
 
 
 def test_without_a_limit_nothing_is_said_about_fitting(world: World) -> None:
@@ -79,7 +117,7 @@ def test_what_is_shown() -> None:
         "fits",
     ):
         assert expected in shown
-    tight = command("plan", *SMALL, "--device", "cuda", "--memory", "1200MiB")
+    tight = command("plan", *SMALL, "--device", "cuda", "--memory", "1200MiB", "memory.placement=device")
     assert tight.code == 0 and "does not fit into 1.17 GiB" in tight.out and "--fit" in tight.out
 
 
@@ -127,9 +165,9 @@ def test_a_file_of_its_own_making_is_replaced_and_no_other(tmp_path: Path) -> No
 def test_where_nothing_fits_the_ladder_is_shown_and_nothing_written(tmp_path: Path) -> None:
     """Arithmetic alone says so, without a simulation of what comes and goes, but for the last row."""
     words = ("--model", "qwen3-8b", "training.max_length=16", "training.gradient_accumulation_steps=1")
-    ended = command("plan", *words, "--device", "cuda", "--fit", "--memory", "4GiB")
+    ended = command("plan", *words, "--device", "cuda", "--fit", "--memory", "4GiB", "memory.placement=device")
     assert ended.code == 2
-    assert "weight format" in ended.out and "No settings fit into 4.00 GiB" in ended.err
+    assert "weight format" in ended.out and "disk" not in ended.out and "No settings fit into 4.00 GiB" in ended.err
     # Weights in fp32 alone: four bytes for each of 8190.7 M parameters.
     assert re.search(r"as asked +> 3[0-9]\.[0-9]+ GiB +no", ended.out)
     assert not (tmp_path / "fitted.yaml").exists()

@@ -109,7 +109,7 @@ def test_two_percent_more_than_predicted_is_enough(
 
 
 def test_a_tenth_less_stops_in_the_probe_step_and_says_what_fits(world: World, predicted: int, tmp_path: Path) -> None:
-    ended = train(world, tmp_path / "run", 0.9 * predicted)
+    ended = train(world, tmp_path / "run", 0.9 * predicted, "memory.placement=device")
     assert ended.code == 1 and "Traceback" not in ended.err
     assert "so that it would stop in the probe step" in ended.out + ended.err, "said before"
     for words in (
@@ -122,8 +122,27 @@ def test_a_tenth_less_stops_in_the_probe_step_and_says_what_fits(world: World, p
     assert told, ended.err
     assert not (tmp_path / "run").exists(), "nothing was begun"
     # What is advised can be followed to the letter.
-    again = train(world, tmp_path / "run", 0.9 * predicted, *told[1].split())
+    again = train(world, tmp_path / "run", 0.9 * predicted, "memory.placement=device", *told[1].split())
     assert again.code == 0, again.err
+
+
+def test_left_to_itself_it_lets_layers_stream_and_has_the_same_losses(
+    world: World, free: Path, predicted: int, tmp_path: Path
+) -> None:
+    ended = train(world, tmp_path, 0.9 * predicted, "engine.full_gradients=layer")
+    assert ended.code == 0, ended.err
+    shown = " ".join(ended.out.split())
+    assert "With their optimizer states, " in shown and " live in files (" in shown, "a CPU has no other memory"
+    assert "to disk, which wears it" in shown and "more than there is" not in shown
+    found = report(tmp_path)
+    assert found["peak_allocated_bytes"] <= 0.9 * predicted and found["predicted_peak_bytes"] <= 0.9 * predicted
+    assert losses(tmp_path) == losses(free), "to the bit"
+    waited, none = (
+        [line["waiting_share"] for line in json_lines(folder / "metrics.jsonl") if "tokens_per_second" in line]
+        for folder in (tmp_path, free)
+    )
+    assert len(waited) == len(none) and all(0 <= share <= 1 for share in waited)
+    assert set(none) == {None}, "nothing that could be waited for"
 
 
 def test_where_no_settings_fit_that_is_said(world: World, predicted: int, tmp_path: Path) -> None:
@@ -138,7 +157,8 @@ def test_where_no_settings_fit_that_is_said(world: World, predicted: int, tmp_pa
 def test_a_run_that_may_adapt_finishes_with_the_same_loss(
     world: World, free: Path, predicted: int, tmp_path: Path
 ) -> None:
-    ended = train(world, tmp_path, 0.95 * predicted, "memory.on_oom=adapt", "engine.full_gradients=layer")
+    words = ("memory.on_oom=adapt", "engine.full_gradients=layer", "memory.placement=device")
+    ended = train(world, tmp_path, 0.95 * predicted, *words)
     assert ended.code == 0, ended.err
     assert "will make micro-batches smaller" in ended.out
     told = r"Memory ran out in .+: from here on micro-batches have [12] rows? instead of 4; the effective batch stays"

@@ -10,8 +10,9 @@ import pytest
 from made_runs import MIB, write_run
 from sophia_galore.errors import UserError
 from sophia_galore.report.comparison import compare_runs, read_runs
+from sophia_galore.report.document import Table
 from sophia_galore.report.numbers import group_by_name, run_numbers
-from sophia_galore.report.run import read_run
+from sophia_galore.report.run import Run, read_run
 from sophia_galore.report.sections import build_document
 
 
@@ -39,7 +40,38 @@ def test_every_number_of_a_run(tmp_path: Path) -> None:
         "ended_early": False,
         "exported_step": None,
         "exported_eval_loss": None,
+        "waiting_share": None,
     }
+
+
+def test_how_long_the_computation_waited_for_weights(tmp_path: Path) -> None:
+    # 10, 2, 2 and 4 seconds: 1 + 1 + 2 of them; of the third step it is not known.
+    folder = write_run(tmp_path / "a", tokens_per_second=[10.0, 50.0, 50.0, 25.0], waiting_shares=[0.1, 0.5, None, 0.5])
+    run = read_run(folder)
+    assert [line.waiting_share for line in run.metrics.train] == [0.1, 0.5, None, 0.5]
+    assert run_numbers(run).waiting_share == 0.25
+    assert run_numbers(read_run(write_run(tmp_path / "b", waiting_shares=[0.0] * 4))).waiting_share == 0.0
+
+
+def test_the_column_of_waiting_is_there_if_a_run_streams(tmp_path: Path) -> None:
+    still, streaming = (
+        read_run(write_run(tmp_path / name, waiting_shares=shares))
+        for name, shares in (("still", []), ("streaming", [0.125] * 4))
+    )
+
+    def tables(*runs: Run) -> list[Table]:
+        sections = build_document(compare_runs(list(runs))).sections
+        parts = [part for section in sections if section.heading == "Run by run" for part in section.parts]
+        return [part for part in parts if isinstance(part, Table)]
+
+    assert tables(still) == []
+    (alone,), (mixed,) = tables(streaming), tables(still, streaming)
+    assert alone.columns == mixed.columns and alone.columns[-1] == "waited for weights"
+    assert [row[-1] for row in alone.rows] == ["12.5%"] and [row[-1] for row in mixed.rows] == ["-", "12.5%"]
+    assert all(len(row) == len(mixed.columns) for row in mixed.rows)
+    again = read_run(write_run(tmp_path / "again", seed=7), name="still")
+    (seeds,) = tables(still, again)
+    assert "waited for weights" not in seeds.columns
 
 
 def test_a_run_that_is_under_way_has_the_numbers_so_far(tmp_path: Path) -> None:
