@@ -18,6 +18,7 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
+from sophia_galore.engine.observe import Category
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget, budget_of
@@ -184,15 +185,16 @@ class Planner:
         config = self._settled(config)
         decided, num_kept = self.decide(config), self._num_kept(config)
 
+        on_the_way = self._bytes_of_inputs(config) if config.memory.activations != "device" else 0
+
         @cache
         def coming_and_going_bytes() -> int:
             """Return the bytes at the peak that do not stay, which are the same wherever weights live."""
-            whole = sum(device_bytes(decided.routes, Streamed(self.parts)).values())
-            return self.forecast(config, num_kept).peak_bytes - whole
+            return self.forecast(config, num_kept).peak_bytes - self.standing_bytes(config, Streamed(self.parts))
 
         def fits(streamed: Streamed) -> bool:
             assert budget is not None
-            standing = sum(device_bytes(decided.routes, streamed).values())
+            standing = sum(device_bytes(decided.routes, streamed).values()) + on_the_way
             # What stays may be too much already, which is known without a simulation.
             return budget.fits(standing) and budget.fits(standing + coming_and_going_bytes())
 
@@ -200,7 +202,7 @@ class Planner:
             decided,
             self.parts,
             fits=None if budget is None else fits,
-            host_bytes=self.host_limit_bytes(config),
+            host_bytes=self._host_room_bytes(config),
             num_kept=num_kept,
         )
 
@@ -208,10 +210,8 @@ class Planner:
         """Return the bytes of the layer inputs of the largest step that wait in host memory."""
         if config.memory.activations != "host":
             return 0
-        tokens = sum(batch.input_ids.numel() for batch in self.workload(config).train)
-        width = int(self.model_config.hidden_size) * self.decide(config).compute_dtype.itemsize
         # The first layer's input stays with the embedding.
-        return tokens * width * (self.num_layers - 1)
+        return self._bytes_of_inputs(config) * (self.num_layers - 1)
 
     def host_limit_bytes(self, config: RunConfig) -> int | None:
         """Return what weights and states may take of the host's memory; None: as much as they need."""
@@ -220,7 +220,15 @@ class Planner:
             return asked
         if not self.facts.device.is_cpu:
             return int(_HOST_SHARE * psutil.virtual_memory().total)
-        return 0 if config.memory.placement == "auto" else None
+        asks = config.memory.placement == "host" or config.memory.activations == "host"
+        return None if asks or config.memory.placement == "disk" else 0
+
+    def _host_room_bytes(self, config: RunConfig) -> int | None:
+        """Return what is left of that for units; with placement auto on a CPU, nothing without memory.host_limit."""
+        limit = self.host_limit_bytes(config)
+        if self.facts.device.is_cpu and config.memory.host_limit is None and config.memory.placement == "auto":
+            return 0
+        return None if limit is None else max(0, limit - self.input_bytes(config))
 
     def forecast(self, config: RunConfig, keep_layers: int, streamed: Streamed | None = None) -> Forecast:
         """Return the forecast of a configuration.
@@ -233,7 +241,7 @@ class Planner:
         Raises:
             UserError: The configuration is refused.
         """
-        standing = device_bytes(self.decide(config).routes, streamed or Streamed(self.parts))
+        standing = self._standing(config, streamed or Streamed(self.parts))
         return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers, standing)
 
     def standing_bytes(self, config: RunConfig, streamed: Streamed) -> int:
@@ -246,7 +254,7 @@ class Planner:
         Raises:
             UserError: The configuration is refused.
         """
-        return sum(device_bytes(self.decide(config).routes, streamed).values())
+        return sum(self._standing(config, streamed).values())
 
     def budget(self, config: RunConfig) -> Budget | None:
         """Return the available memory; None without a limit."""
@@ -303,6 +311,19 @@ class Planner:
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
         """Return how many layers can run without activation checkpointing, with a margin; 0 also if nothing fits."""
         return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
+
+    def _bytes_of_inputs(self, config: RunConfig) -> int:
+        """Return the bytes of one layer's inputs over the largest step."""
+        tokens = sum(batch.input_ids.numel() for batch in self.workload(config).train)
+        return tokens * int(self.model_config.hidden_size) * self.decide(config).compute_dtype.itemsize
+
+    def _standing(self, config: RunConfig, streamed: Streamed) -> dict[Category, int]:
+        """Return the bytes that stay on the device for the whole run, by category."""
+        found = device_bytes(self.decide(config).routes, streamed)
+        if config.memory.activations != "device":
+            # Those of one layer are always on their way out or in.
+            found["activations"] = self._bytes_of_inputs(config)
+        return found
 
     def _settled(self, config: RunConfig) -> RunConfig:
         """Return a configuration in which engine.full_gradients is decided."""
