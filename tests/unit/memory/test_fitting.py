@@ -25,6 +25,8 @@ from sophia_galore.weights.safetensors_layout import FileLayout
 NUM_LAYERS = 4
 KEPT, PLACEMENT = "engine.keep_layers", "memory.placement"
 PARTS = Parts(("layer",), "embed", "embed")
+INPUTS = 20
+"""Bytes of layer inputs in host memory."""
 
 
 def standing(config: RunConfig) -> int:
@@ -46,8 +48,9 @@ def needed(config: RunConfig, keep_layers: int) -> int:
     tile = config.memory.logits_chunk_mib or 80
     rows, length = config.training.batch_size, config.training.max_length
     gradients = 0 if config.engine.full_gradients == "matrix" else 20
+    inputs = 30 if config.memory.activations == "device" else 10
     stays = standing(config) - elsewhere(config)
-    return stays + rows * length * (1 + keep_layers) + 10 * tile + gradients
+    return stays + rows * length * (1 + keep_layers) + 10 * tile + gradients + inputs
 
 
 class Arithmetic:
@@ -70,6 +73,9 @@ class Arithmetic:
 
     def host_limit_bytes(self, config: RunConfig) -> int | None:
         return config.memory.host_limit
+
+    def input_bytes(self, config: RunConfig) -> int:
+        return 0 if config.memory.activations == "device" else INPUTS
 
     def forecast(self, config: RunConfig, keep_layers: int, streamed: Streamed) -> Forecast:
         key, value = self.forbidden
@@ -127,8 +133,8 @@ def peak(**values: Any) -> int:
 
 
 def test_the_rungs_are_in_the_documented_order() -> None:
-    names = "kept layers, micro-batch, logits, full gradients, host memory, weight format, state bits, projection bits"
-    assert [rung.name for rung in RUNGS] == [*names.split(", "), "disk", "rank"] and SHORTER.name == "max_length"
+    names = "kept layers, micro-batch, logits, full gradients, host memory, layer inputs, weight format, state bits"
+    assert [rung.name for rung in RUNGS] == [*names.split(", "), "projection bits", "disk", "rank"] and SHORTER.name == "max_length"
 
 
 STEPS: dict[str, list[dict[str, Any]]] = {
@@ -140,6 +146,7 @@ STEPS: dict[str, list[dict[str, Any]]] = {
     "logits": [{"memory.logits_chunk_mib": 16}, {"memory.logits_chunk_mib": 4}],
     "full gradients": [{"engine.full_gradients": "matrix"}],
     "host memory": [{PLACEMENT: "host"}],
+    "layer inputs": [{"memory.activations": "host"}],
     "weight format": [{"model.store": "bf16"}, {"quantization.enabled": True}],
     "state bits": [{"optimizer.state_bits": 16}, {"optimizer.state_bits": 8}],
     "projection bits": [{"optimizer.galore.projection_bits": 4}],
@@ -332,7 +339,7 @@ def test_what_is_beyond_the_hosts_memory_counts_as_what_is_beyond_the_devices() 
 def test_nothing_is_given_back_that_the_host_has_no_room_for() -> None:
     smaller = {PLACEMENT: "host", "model.store": "bf16", "optimizer.state_bits": 8}
     asked = {KEPT: 0, PLACEMENT: "auto", "optimizer.galore.rank": 4096}
-    host_limit = room(**{**asked, **smaller})
+    host_limit = room(**{**asked, **smaller}) + INPUTS  # which are there until they are given back
     found = fit(
         config_of(**asked, **{"memory.host_limit": host_limit}), 36_000, forbidden=("quantization.enabled", True)
     )
