@@ -139,8 +139,9 @@ class _Search:
     def ascend(self, *, fills: bool) -> None:
         """Undo changes that are not needed, and use the memory that is left for speed."""
         values = flatten(self._asked)
-        # The last change was needed, or the search would have stopped before it.
-        for rung, changes in list(self._taken.items())[:-1]:
+        # The last change was needed, or the search would have stopped before it. The costliest of the others is undone
+        # first, while there is room.
+        for rung, changes in reversed(list(self._taken.items())[:-1]):
             if self.config.memory.placement == "disk" and not rung.costs_time_only:
                 continue  # more bytes would be read and written in each step
             richer = changed(self.config, {key: values[key] for key in changes})
