@@ -76,7 +76,7 @@ class StepActivations:
         self.embed = embed
         self._embedded: Embedded | None = None
         self.inputs: list[list[Tensor]] = []
-        self._spill, self._gone = spill, set[int]()
+        self._spill = spill
         self.graphs: dict[int, LayerGraph] = {}
         self.out_grads: list[Tensor] = []
         self.passes: Passes | None = None
@@ -106,17 +106,15 @@ class StepActivations:
             index = len(self.inputs) - 1
             self._spill.put(index, self.inputs[index])
             self.inputs[index] = []
-            self._gone.add(index)
         self.inputs.append(outputs)
 
     def last_input(self) -> list[Tensor]:
         """Return the input of the layer whose backward is next; that of the one before is fetched meanwhile."""
         index = len(self.inputs) - 1
         if self._spill is not None:
-            if index in self._gone:
-                self._gone.discard(index)
+            if not self.inputs[index]:
                 self.inputs[index] = self._spill.take(index)
-            if index - 1 in self._gone:
+            if index and not self.inputs[index - 1]:
                 self._spill.fetch(index - 1)
         return self.inputs[index]
 
