@@ -48,26 +48,15 @@ from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
-from sophia_galore.engine.cross_entropy import block_entries, default_chunk_bytes
+from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients, Layers
-from sophia_galore.engine.logits import comes_whole, keeps_logits
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
-from sophia_galore.engine.retry import (
-    ChunkSizes,
-    Made,
-    OnOom,
-    Retry,
-    Smaller,
-    fewer_kept_layers,
-    fewer_rows,
-    logits_twice,
-    silent,
-    smaller_logits,
-)
+from sophia_galore.engine.retry import ChunkSizes, OnOom, silent
+from sophia_galore.engine.step_retry import StepRetry
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.model.architecture import Architecture, count_idle_layers
 from sophia_galore.numerics.random import generator
@@ -179,7 +168,7 @@ class LayerwiseEngine:
         self._num_idle = count_idle_layers(architecture.layer_names, architecture.embed_name, trained)
         most_kept = len(architecture.layers) - self._num_idle
         sizes = ChunkSizes(min(keep_layers, most_kept), logits_chunk_bytes or default_chunk_bytes(device))
-        self._retry = Retry(sizes, on_oom, say, device)
+        self._retry = StepRetry(architecture, store, compute_dtype, sizes, on_oom, say, device)
         self._layers = Layers(
             architecture, store, compute_dtype, device, seed, self._observer, self._frozen, full_gradients
         )
@@ -218,21 +207,24 @@ class LayerwiseEngine:
         request = StepRequest(step, wants, objective)
         noise = EmbeddingNoise(self._neftune_alpha, self._seed, step) if self._neftune_alpha else None
         acts = self._start(batches, noise)
-        self._run(
-            partial(self._enter, acts), acts, lambda: f"the embedding at step {step}", partial(self._fewer_rows, acts)
+        self._retry.run_part(
+            partial(self._enter, acts),
+            acts,
+            lambda: f"the embedding at step {step}",
+            partial(self._retry.in_rows, acts),
         )
         while len(acts.inputs) <= len(self._architecture.layers):
-            self._run(
+            self._retry.run_part(
                 partial(self._forward_layer, acts, request),
                 acts,
                 lambda: f"forward of layer {len(acts.inputs) - 1} at step {step}",
-                partial(self._smaller_forward, acts),
+                partial(self._retry.in_forward, acts),
             )
-        head, loss, gradients = self._run(
+        head, loss, gradients = self._retry.run_part(
             partial(self._through_head, acts, request),
             acts,
             lambda: f"the head at step {step}",
-            partial(self._smaller_head, acts),
+            partial(self._retry.in_head, acts),
         )
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -260,11 +252,11 @@ class LayerwiseEngine:
         for index in reversed(range(self._num_idle, len(names))):
             then = names[index - 1] if index > self._num_idle else architecture.embed_name
             with store.borrow(names[index], trains=True, then=then) as weights:
-                gradients = self._run(
+                gradients = self._retry.run_part(
                     partial(self._backward_layer, acts, index, done.request),
                     acts,
                     partial("backward of layer {} at step {}".format, index, step),
-                    partial(self._smaller_backward, acts, index),
+                    partial(self._retry.in_backward, acts, index),
                 )
                 yield FinishedGradients(weights, gradients)
                 del gradients
@@ -297,14 +289,14 @@ class LayerwiseEngine:
         self._architecture.model.eval()
         try:
             with self._observer.phase("eval"):
-                hidden = self._run(
-                    partial(self._evaluate_layers, acts), acts, lambda: "evaluation", partial(self._fewer_rows, acts)
+                hidden = self._retry.run_part(
+                    partial(self._evaluate_layers, acts), acts, lambda: "evaluation", partial(self._retry.in_rows, acts)
                 )
-                loss = self._run(
+                loss = self._retry.run_part(
                     partial(self._evaluate_head, hidden, acts),
                     acts,
                     lambda: "the head in evaluation",
-                    partial(self._smaller_logits, acts, keeps=False),
+                    partial(self._retry.in_logits, acts, keeps=False),
                 )
                 return loss, _num_counted(batches)
         finally:
@@ -328,12 +320,12 @@ class LayerwiseEngine:
         with self._observer.phase("forward"):
             index = len(acts.inputs) - 1
             inputs, calls = acts.inputs[-1], acts.calls(index)
-            if index < self._first_kept():
+            if index < self._retry.first_kept:
                 out = self._layers.forward(index, inputs, calls, request.step)
             else:
                 out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants)
             # The first layer's input is a part of the embedding's graph.
-            acts.advance(out, leaves=max(1, self._num_idle) <= index < self._first_kept())
+            acts.advance(out, leaves=max(1, self._num_idle) <= index < self._retry.first_kept)
 
     def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
         """Run forward and backward through the head."""
@@ -421,57 +413,6 @@ class LayerwiseEngine:
     def _evaluate_head(self, hidden: list[Tensor], acts: StepActivations) -> float:
         with self._store.borrow(self._architecture.head_name):
             return self._head(hidden, acts).loss_sum()
-
-    # Which chunks become smaller when memory runs out in a part.
-
-    def _run(
-        self,
-        part: Callable[[], Made],
-        acts: StepActivations,
-        where: Callable[[], str],
-        smaller: Callable[[], Smaller | None],
-    ) -> Made:
-        return self._retry.run(part, where=where, smaller=smaller, shrink=partial(self._shrink, acts))
-
-    def _shrink(self, acts: StepActivations, sizes: ChunkSizes) -> None:
-        acts.drop_graphs(self._first_kept())
-        if sizes.max_rows is not None:
-            # Dropout draws different numbers for smaller micro-batches, so forward restarts at the embedding.
-            acts.split(sizes.max_rows, anew=self._architecture.has_dropout)
-
-    def _first_kept(self) -> int:
-        return len(self._architecture.layers) - self.chunk_sizes.keep_layers
-
-    def _smaller_forward(self, acts: StepActivations) -> Smaller | None:
-        is_kept = len(acts.inputs) - 1 >= self._first_kept()
-        return fewer_kept_layers(self.chunk_sizes) if acts.graphs or is_kept else self._fewer_rows(acts)
-
-    def _smaller_head(self, acts: StepActivations) -> Smaller | None:
-        if acts.head_is_final:
-            return None
-        return fewer_kept_layers(self.chunk_sizes) if acts.graphs else self._smaller_logits(acts)
-
-    def _smaller_backward(self, acts: StepActivations, index: int) -> Smaller | None:
-        if acts.passes is not None and acts.passes.is_final:
-            return None
-        # If there is no memory to recompute this layer, there is none to keep its graph beside others either.
-        if acts.graphs or index >= self._first_kept():
-            return fewer_kept_layers(self.chunk_sizes)
-        # Dropout in forward drew its numbers for the micro-batches of the current size.
-        return None if self._architecture.has_dropout else self._fewer_rows(acts)
-
-    def _smaller_logits(self, acts: StepActivations, *, keeps: bool = True) -> Smaller | None:
-        weight, sizes = self._store[self._architecture.head_name], self.chunk_sizes
-        num_entries, width = weight.shape
-        num_counted = _num_counted(acts.batches)
-        if not comes_whole(weight, self._dtype):
-            if keeps and keeps_logits(num_counted, num_entries, sizes.logits_bytes):
-                return logits_twice(sizes, num_counted, num_entries)
-            num_entries = block_entries(num_entries, width * self._dtype.itemsize, sizes.logits_bytes)
-        return smaller_logits(sizes, num_counted, num_entries)
-
-    def _fewer_rows(self, acts: StepActivations) -> Smaller | None:
-        return fewer_rows(self.chunk_sizes, acts.batches)
 
 
 def _num_counted(batches: Sequence[MicroBatch]) -> int:
