@@ -119,7 +119,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Planner:
-    """Forecasts the memory of configurations of one model. Simulations are cached, since many limits share them.
+    """Forecasts the memory of configurations of one model. Decisions and simulations are cached: many calls share them.
 
     Args:
         facts: The machine, the model and its parameters; each call replaces the configuration.
@@ -137,6 +137,7 @@ class Planner:
     num_steps: Callable[[RunConfig], int]
     source: str
     _traces: dict[str, ModelTrace] = field(default_factory=dict, init=False)
+    _decided: dict[str, Decisions] = field(default_factory=dict, init=False)
 
     @property
     def num_layers(self) -> int:
@@ -150,7 +151,10 @@ class Planner:
             UserError: The configuration is refused.
         """
         check(config)
-        return decide_step(replace(self.facts, config=config))
+        key = str(flatten(config))
+        if key not in self._decided:
+            self._decided[key] = decide_step(replace(self.facts, config=config))
+        return self._decided[key]
 
     def estimate(self, config: RunConfig) -> MemoryEstimate | None:
         """Return the estimate of a configuration; None with bitsandbytes, whose memory is unknown.
@@ -183,9 +187,7 @@ class Planner:
         if budget is None and config.memory.placement == "auto":
             return Streamed(self.parts)
         config = self._settled(config)
-        decided, num_kept = self.decide(config), self._num_kept(config)
-
-        on_the_way = self._bytes_of_inputs(config) if config.memory.activations != "device" else 0
+        num_kept = self._num_kept(config)
 
         @cache
         def coming_and_going_bytes() -> int:
@@ -194,12 +196,12 @@ class Planner:
 
         def fits(streamed: Streamed) -> bool:
             assert budget is not None
-            standing = sum(device_bytes(decided.routes, streamed).values()) + on_the_way
+            standing = self.standing_bytes(config, streamed)
             # What stays may be too much already, which is known without a simulation.
             return budget.fits(standing) and budget.fits(standing + coming_and_going_bytes())
 
         return choose(
-            decided,
+            self.decide(config),
             self.parts,
             fits=None if budget is None else fits,
             host_bytes=self._host_room_bytes(config),
