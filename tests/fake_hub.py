@@ -204,6 +204,17 @@ def serving(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @contextmanager
+def taking_uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """An empty hub that may be written to."""
+    # The library's other way of uploading talks to a server of its own.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_for_tests")
+    with serving({}, monkeypatch) as hub:
+        yield hub
+
+
+@contextmanager
 def fresh_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No hub was asked yet whether it is there, and ModelScope is not."""
     monkeypatch.setenv("MODELSCOPE_DOMAIN", "http://127.0.0.1:9")  # the discard port: refused at once

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from small_disk import mounted
 from sophia_galore.streaming import checked_file
 from sophia_galore.streaming.checked_file import CheckedFile
 from sophia_galore.streaming.homes import DiskHome
@@ -270,15 +271,8 @@ def test_host_memory_that_is_not_there(world: World, tmp_path: Path, monkeypatch
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 6 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a tmpfs can't be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
+    with mounted(tmp_path / "disk", "6m") as place:
+        yield place
 
 
 def _fill(place: Path) -> None:

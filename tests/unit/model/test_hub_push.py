@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from fake_hub import MODEL, FakeHub, serving
+from fake_hub import MODEL, FakeHub, taking_uploads
 from sophia_galore.cli.main import main
 from sophia_galore.model.export import convert_model
 from sophia_galore.records.files import INT8_FILE
@@ -23,11 +23,7 @@ PRIVATE = ["plan.json", "metrics.jsonl", "run_config.yaml", "environment.json", 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    # The library's other way of uploading talks to a server of its own.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_for_tests")
-    with serving({}, monkeypatch) as hub:
+    with taking_uploads(monkeypatch) as hub:
         yield hub
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from small_disk import mounted
 from sophia_galore.config import load_config
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.disk import errno_of, reason
@@ -169,15 +170,8 @@ def test_a_document_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 3 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a tmpfs can't be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=False)
+    with mounted(tmp_path / "disk", "3m") as place:
+        yield place
 
 
 def fill(place: Path, left_bytes: int) -> Path:

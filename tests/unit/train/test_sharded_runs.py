@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fake_hub import MODEL as HUB_ID
-from fake_hub import FakeHub, serving
+from fake_hub import FakeHub, taking_uploads
 from forked import run_forked
 from resume.crash_run import kill_at
 from sophia_galore.config import load_config
@@ -218,10 +217,7 @@ def test_the_final_model_answers_in_transformers(kind: str, runs: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_for_tests")
-    with serving({}, monkeypatch) as hub:
+    with taking_uploads(monkeypatch) as hub:
         yield hub
 
 
