@@ -65,7 +65,7 @@ def go(optimizer: ParamOptimizer, weight: Weight, steps: Iterable[int]) -> Weigh
 
 def copies(optimizer: ParamOptimizer) -> dict[str, Tensor]:
     """The state as it is now."""
-    return {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+    return {name: tensor.clone() for name, tensor in optimizer.states.named().items()}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -142,10 +142,10 @@ def test_a_checkpoint_goes_on_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> 
     straight = World(write_tiny_model(tmp_path / "model", "qwen2"), dtype)
     losses = [straight.step(step) for step in range(1, 3)]
     folder = straight.write(tmp_path / "checkpoint", None)
-    state = {name: tensor.clone() for name, tensor in straight.optimizer.named_state().items()}
+    state = {name: tensor.clone() for name, tensor in straight.optimizer.states.named().items()}
     losses = [straight.step(step) for step in range(3, 6)]
     resumed = World(folder, dtype)
-    resumed.optimizer.load_named_state(TensorStream.of(state))
+    resumed.optimizer.states.load(TensorStream.of(state))
     assert [resumed.step(step) for step in range(3, 6)] == losses
     assert resumed.engine.evaluate(ragged_batches()) == straight.engine.evaluate(ragged_batches())
     again, expected = resumed.tensors(), straight.tensors()

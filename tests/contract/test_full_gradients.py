@@ -108,7 +108,7 @@ class Run:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.store.tensors().items()
-        yield from self.optimizer.named_state().items()
+        yield from self.optimizer.states.named().items()
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ def end(spec: ParamSpec, by_products: bool, num_steps: int) -> tuple[Tensor, dic
                 projector = choose(unformed(grad))
         given = grad if projector is None else ProjectedGradient(projector.of(grad))
         optimizer.step_param("w", weight, given, step=step, factor=1.0)
-    return weight, optimizer.named_state()
+    return weight, optimizer.states.named()
 
 
 @SHAPES
@@ -115,15 +115,15 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_alone(
         gradient(shape, 1),
         torch.zeros(shape),
     )
-    optimizer.place_state("w", CPU)
-    before = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+    optimizer.states.place("w", CPU)
+    before = {name: tensor.clone() for name, tensor in optimizer.states.named().items()}
     grad[3, 5] = bad
     choose = optimizer.basis_from_gradient("w", 1)
     assert choose is not None
     with pytest.raises(NonFiniteError, match="gradient of w is not finite at step 1"):
         product = choose(unformed(grad)).of(grad)
         optimizer.step_param("w", weight, ProjectedGradient(product), step=1, factor=1.0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.named_state().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.states.named().items())
     assert not weight.any()
 
 
@@ -137,7 +137,7 @@ def test_curvature_by_products_alone(tmp_path: Path, kind: BasisKind, tied: bool
         parts = Parts(tmp_path, subspace=subspace, rule="sophia", curvature_every=2, tied=tied)
         begun = parts.weights()
         parts.go(5)
-        runs[fast] = parts.weights(), parts.optimizer.named_state()
+        runs[fast] = parts.weights(), parts.optimizer.states.named()
     # Sophia clips what it divides by a curvature that is a square: worst seen 7.3e-6.
     assert worst_error(runs[True][0], runs[False][0], begun) <= 5e-5
     for name, tensor in runs[False][1].items():
@@ -203,6 +203,6 @@ def test_choosers_and_projectors_say_the_same() -> None:
     chosen = choose(unformed(gradient((60, 24), 1)))
     assert isinstance(chosen, Projector) and chosen.side == "right"
     assert chosen.matrix.shape == (24, RANK + 8)
-    assert torch.equal(chosen.matrix[:, :RANK], optimizer.named_state()["w/basis"])
+    assert torch.equal(chosen.matrix[:, :RANK], optimizer.states.named()["w/basis"])
     # Probes are orthogonal to the basis, so that their products add to the norm what the basis does not see.
     assert float((chosen.matrix[:, :RANK].T @ chosen.matrix[:, RANK:]).abs().max()) <= 1e-6  # roundings

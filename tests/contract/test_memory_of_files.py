@@ -161,14 +161,14 @@ def test_a_checkpoint_is_saved_and_loaded(held: str, models: Path, tmp_path: Pat
     def saving(size: str) -> Callable[[], int]:
         store, source = opened(models / size / held, held), read_source_files(models / size / held)
         optimizer = make_optimizer(store)
-        for tensor in optimizer.named_state().values():
+        for tensor in optimizer.states.named().values():
             tensor.fill_(1)
 
         def save() -> int:
             save_checkpoint(
                 tmp_path / size,
                 1,
-                optimizer_state=optimizer.state_stream(),
+                optimizer_state=optimizer.states.stream(),
                 write_model=lambda folder: write_model(
                     folder, store=store, dtype=None, source=source, shard_bytes=SHARD_BYTES
                 ),
@@ -183,13 +183,13 @@ def test_a_checkpoint_is_saved_and_loaded(held: str, models: Path, tmp_path: Pat
     def loading(size: str) -> Callable[[], int]:
         store = opened(models / size / held, held)
         optimizer = make_optimizer(store)
-        for tensor in optimizer.named_state().values():
+        for tensor in optimizer.states.named().values():
             tensor.fill_(0)
 
         def load() -> int:
             found = find_checkpoint(tmp_path / size, None)
             load_weights(found, store, optimizer)
-            assert all(tensor.amin() == tensor.amax() == 1 for tensor in optimizer.named_state().values())
+            assert all(tensor.amin() == tensor.amax() == 1 for tensor in optimizer.states.named().values())
             return 0
 
         return load

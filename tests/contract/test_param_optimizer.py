@@ -97,11 +97,11 @@ def test_state_goes_to_disk_and_back_to_the_bit(case: Case, tmp_path: Path) -> N
     straight, first, second = make(spec), make(spec), make(spec)
     whole = go(straight, start(case), range(1, 2 * NUM_STEPS))
     weight = go(first, start(case), range(1, NUM_STEPS))
-    write_stream(tmp_path, "state", first.state_stream())
-    second.load_named_state(read_stream([tmp_path / "state.safetensors"]))
-    assert same(second.named_state(), first.named_state())
+    write_stream(tmp_path, "state", first.states.stream())
+    second.states.load(read_stream([tmp_path / "state.safetensors"]))
+    assert same(second.states.named(), first.states.named())
     assert torch.equal(values(go(second, weight, range(NUM_STEPS, 2 * NUM_STEPS))), values(whole))
-    assert same(second.named_state(), straight.named_state())
+    assert same(second.states.named(), straight.states.named())
 
 
 @every_case
@@ -120,7 +120,7 @@ def test_a_bad_gradient_touches_neither_weight_nor_state(case: Case) -> None:
             with pytest.raises(NonFiniteError, match=f"w is not finite at step {step}"):
                 optimizer.observe_curvature("w", broken, step=step, num_samples=2)
     assert torch.equal(values(weight), kept)
-    assert same(optimizer.named_state(), state)
+    assert same(optimizer.states.named(), state)
 
 
 @every_third
@@ -130,12 +130,12 @@ def test_what_a_state_is_made_of(case: Case) -> None:
     optimizer = make(spec)
     go(optimizer, start(case), range(1, NUM_STEPS))
     declared = {f"w/{name}": tensor for name, tensor in spec.state_tensors().items()}
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in optimizer.named_state().items()} == declared
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in optimizer.states.named().items()} == declared
     stored = {name for name in declared if name.startswith("w/basis")}
     assert bool(stored) == (case.kind in ("svd", "randomized", "tracked"))
     # What was just folded in leaves nothing.
     empty = ("w/next_refresh", "w/remainder")
-    kept = {name: tensor for name, tensor in optimizer.named_state().items() if name not in empty}
+    kept = {name: tensor for name, tensor in optimizer.states.named().items() if name not in empty}
     assert all(tensor.any() for tensor in kept.values())
     floats = [tensor for tensor in kept.values() if tensor.is_floating_point()]
     assert all(tensor.isfinite().all() for tensor in floats)
@@ -161,7 +161,7 @@ def test_what_was_there_is_not_changed(case: Case) -> None:
     weight, grad = start(case), gradient(specs[0], 1)
     optimizer.step_param("w", weight, grad, step=1, factor=1.0)
     assert torch.equal(grad, gradient(specs[0], 1))
-    others = {name: tensor for name, tensor in optimizer.named_state().items() if name.startswith("v/")}
+    others = {name: tensor for name, tensor in optimizer.states.named().items() if name.startswith("v/")}
     assert not any(tensor.any() for name, tensor in others.items() if name != "v/shrink")  # which begins with 1
 
 
@@ -219,7 +219,7 @@ def test_two_halves_are_one_step(case: Case) -> None:
 )
 def test_a_state_that_does_not_fit_is_refused_whole(change: str, case: Case, name: str) -> None:
     optimizer = make(case.spec())
-    state = {key: torch.ones_like(tensor) for key, tensor in optimizer.named_state().items()}
+    state = {key: torch.ones_like(tensor) for key, tensor in optimizer.states.named().items()}
     key = f"w/{name}"
     if change == "missing":
         del state[key]
@@ -230,8 +230,8 @@ def test_a_state_that_does_not_fit_is_refused_whole(change: str, case: Case, nam
     else:
         state[key] = state[key].to(torch.float64)
     with pytest.raises(CheckpointError, match=rf"[wv]/{name}"):
-        optimizer.load_named_state(TensorStream.of(state))
-    assert all(not tensor.any() for name, tensor in optimizer.named_state().items() if name != "w/shrink")
+        optimizer.states.load(TensorStream.of(state))
+    assert all(not tensor.any() for name, tensor in optimizer.states.named().items() if name != "w/shrink")
 
 
 @pytest.mark.parametrize("rule", RULES)

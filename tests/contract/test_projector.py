@@ -75,7 +75,7 @@ def test_bad_products_touch_neither_weight_nor_state(case: Case) -> None:
             with pytest.raises(NonFiniteError):
                 optimizer.observe_curvature("w", low, step=step, num_samples=2)
     assert torch.equal(values(weight), kept)
-    assert same(optimizer.named_state(), state)
+    assert same(optimizer.states.named(), state)
 
 
 @every_fast_case
@@ -84,7 +84,7 @@ def test_asking_changes_nothing(case: Case) -> None:
     for step in range(1, 5):
         state = copies(optimizer)
         one, other = optimizer.projector("w", step), optimizer.projector("w", step)
-        assert same(optimizer.named_state(), state)
+        assert same(optimizer.states.named(), state)
         assert (one is None) == (other is None)
         assert one is None or other is None or torch.equal(one.matrix, other.matrix)
         optimizer.step_param("w", weight, gradient(optimizer.specs["w"], step), step=step, factor=1.0)

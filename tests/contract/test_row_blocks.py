@@ -144,7 +144,7 @@ def largest_share(case: Case) -> float:
     weight = start(case)
     grads = [torch.randn(case.shape, generator=torch.Generator().manual_seed(step)) for step in (1, 2)]
     tracker = Largest(CPU)
-    for tensor in [weight.first, *grads, *optimizer.named_state().values()]:
+    for tensor in [weight.first, *grads, *optimizer.states.named().values()]:
         tracker.tag(tensor, "weights")
     tracker.largest = 0
     with tracker:

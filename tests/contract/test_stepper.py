@@ -206,7 +206,7 @@ def test_curvature_is_looked_at_every_so_often(tmp_path: Path, fast: bool) -> No
     counted = {step: sum(batch.num_counted for batch in ragged_batches(step)) for step in (1, 4, 7)}
     assert all(num_samples == counted[step] for step, _, num_samples, _ in seen)
     assert any(projected for *_, projected in seen) == fast
-    state = parts.stepper._optimizer.named_state()
+    state = parts.stepper._optimizer.states.named()
     curvatures = [tensor for name, tensor in state.items() if name.endswith("/curvature")]
     assert len(curvatures) == len(parts.specs) and all((h >= 0).all() and h.any() for h in curvatures)
 
@@ -227,7 +227,7 @@ def test_one_bad_gradient_under_clipping_by_the_model_moves_no_weight(tmp_path: 
     parts = Parts(tmp_path, subspace=subspace, clip_by="model", max_grad_norm=1.0)
     parts.go(2)
     before = parts.weights()
-    kept = {name: tensor.clone() for name, tensor in parts.optimizer.named_state().items()}
+    kept = {name: tensor.clone() for name, tensor in parts.optimizer.states.named().items()}
     engine = parts.stepper._engine
     original = engine.backward
 
@@ -243,7 +243,7 @@ def test_one_bad_gradient_under_clipping_by_the_model_moves_no_weight(tmp_path: 
         parts.stepper.take(ragged_batches(3), step=3, factor=1.0)
     after = parts.weights()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    state = parts.optimizer.named_state()
+    state = parts.optimizer.states.named()
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 

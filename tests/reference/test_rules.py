@@ -46,7 +46,7 @@ def start(shape: tuple[int, ...]) -> Tensor:
 def basis_of(optimizer: ParamOptimizer, spec: ParamSpec, step: int) -> Tensor:
     """The basis that is in use: what was stored, or what the seed says."""
     assert spec.subspace is not None
-    state, subspace, short = optimizer.named_state(), spec.subspace, min(spec.shape)
+    state, subspace, short = optimizer.states.named(), spec.subspace, min(spec.shape)
     if subspace.kind not in STORED_BASES:
         draw = generator(SEED, "basis", spec.name, (step - 1 + subspace.offset) // subspace.gap)
         make = gaussian_basis if subspace.kind == "gaussian" else random_basis

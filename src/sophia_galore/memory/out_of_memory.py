@@ -92,7 +92,7 @@ def storage_names(store: WeightStore, optimizer: ParamOptimizer) -> dict[int, st
         store: The weights.
         optimizer: The optimizer, which has the states.
     """
-    tensors = dict(optimizer.named_state())
+    tensors = dict(optimizer.states.named())
     for name, weight in store.items():
         if not weight.held_by_module:
             # The tensors of a deferred update belong to the optimizer's state.

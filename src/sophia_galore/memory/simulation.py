@@ -117,7 +117,7 @@ def simulate(
         optimizer = ParamOptimizer(specs, seed=config.training.seed, device=_CPU)
         for weight in store.tensors().values():
             tracker.tag(weight, "weights")
-        for name, state in optimizer.named_state().items():
+        for name, state in optimizer.states.named().items():
             tracker.tag(state, state_category(name))
         engine = LayerwiseEngine(
             model.architecture,

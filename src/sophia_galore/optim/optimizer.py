@@ -1,4 +1,4 @@
-"""`ParamOptimizer` holds all optimizer states and is the only place where a weight changes.
+"""`ParamOptimizer` is the only place where a weight changes.
 
 The layer-wise engine and the `torch.optim` classes call it for one parameter after the other. It looks up the
 parameter's state, runs the dense or the low-rank step, and rounds the updated weight into its stored format.
@@ -6,15 +6,14 @@ parameter's state, runs the dense or the low-rank step, and rounds the updated w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sophia_galore.errors import CheckpointError, NonFiniteError
+from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.noise import Noise
 from sophia_galore.numerics.random import generator
 from sophia_galore.numerics.row_blocks import row_blocks
@@ -40,9 +39,9 @@ from sophia_galore.optim.lowrank import (
 )
 from sophia_galore.optim.request import BasisFromGradient, FromGradient, GradientRequest
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.optim.state import COUNTER, ParamState
+from sophia_galore.optim.state import ParamState
+from sophia_galore.optim.states import ParamStates
 from sophia_galore.weights.plain import as_weight
-from sophia_galore.weights.tensor_stream import TensorStream, blocks_of
 from sophia_galore.weights.weight import Weight
 
 # Number of random directions outside of the subspace that estimate the norm of a gradient that is never formed.
@@ -67,16 +66,17 @@ class PreparedGradient:
 
 
 class ParamOptimizer:
-    """The optimizer states of all parameters, and the functions that update a parameter.
+    """The functions that update a parameter, and the optimizer states of all of them.
 
     Args:
         specs: One per parameter; names must be distinct.
         seed: The run's seed, for random bases and stochastic rounding.
-        device: Device of the states; None: each is created at its first use, on its parameter's device.
-        elsewhere: Names of the parameters whose states live elsewhere: on the meta device unless they are lent.
+        device: As for `ParamStates`.
+        elsewhere: As for `ParamStates`.
 
     Attributes:
-        lend: Lends the state of a parameter inside a context; by default, all are there.
+        specs: The parameters, by name.
+        states: Their states.
     """
 
     def __init__(
@@ -88,12 +88,8 @@ class ParamOptimizer:
         elsewhere: Collection[str] = (),
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
+        self.states = ParamStates(self.specs, device=device, elsewhere=elsewhere)
         self._seed = seed
-        self.lend: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext()
-        self._states: dict[str, ParamState] = {}
-        if device is not None:
-            places = {name: torch.device("meta") if name in elsewhere else device for name in self.specs}
-            self._states = {name: ParamState(spec, places[name]) for name, spec in self.specs.items()}
 
     def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
         """Update one weight.
@@ -144,7 +140,7 @@ class ParamOptimizer:
             step: As for `step_param`.
             factor: As for `step_param`.
         """
-        spec, state = self.specs[name], self._state(name, weight.device)
+        spec, state = self.specs[name], self.states.of(name, weight.device)
         rate = spec.learning_rate * factor
         noise = Noise.of(self._seed, "rounding", name, step)
         state_noise = Noise.of(self._seed, "state rounding", name, step)
@@ -200,7 +196,7 @@ class ParamOptimizer:
             The projector; None: the full gradient, or a basis made from it, is needed.
         """
         spec = self.specs[name]
-        state = self._states.get(name)
+        state = self.states.get(name)
         if not _wants_products(spec) or state is None or refresh_is_due(spec, state, step):
             return None
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
@@ -222,7 +218,7 @@ class ParamOptimizer:
             return None
 
         def choose(grad: LazyGradient) -> Projector:
-            state = self._state(name, grad.device)
+            state = self.states.of(name, grad.device)
             if _refreshes(spec, state, step, observing):
                 refresh(spec, state, _CheckedGradient(grad, name, step), step, self._seed)
             return self._with_probes(spec, state, _basis_step(step, observing), grad.device)
@@ -248,7 +244,7 @@ class ParamOptimizer:
         if spec.rule != "sophia":
             return
         _refuse_non_finite(name, tensor_of(grad), step)
-        state = self._state(name, tensor_of(grad).device)
+        state = self.states.of(name, tensor_of(grad).device)
         if isinstance(grad, ProjectedGradient):
             grad = _inside(spec, grad)
         elif spec.subspace is not None:
@@ -258,91 +254,6 @@ class ParamOptimizer:
         for rows in row_blocks(grad.shape):
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
-
-    def begin(self, names: Iterable[str]) -> None:
-        """Write the states of parameters that live elsewhere as they are before the first step: not all are zero.
-
-        Args:
-            names: The parameters; those without a state are left out.
-        """
-        for name in names:
-            if name in self._states and self._states[name].begins_above_zero:
-                with self.lend(name):
-                    self._states[name].begin()
-
-    def each_state(self) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """Yield each parameter's name and state tensors; those that live elsewhere are lent until the next one."""
-        for name, state in self._states.items():
-            with self.lend(name):
-                yield name, state.tensors
-
-    def states(self) -> dict[str, MutableMapping[str, Tensor]]:
-        """Return the live state tensors of each parameter by their names; to replace one changes the state."""
-        return {name: state.tensors for name, state in self._states.items()}
-
-    def named_state(self) -> dict[str, Tensor]:
-        """Return all state tensors by their "parameter/state" names; they are not copies.
-
-        Those that live elsewhere are on the meta device, unless they are lent.
-        """
-        return {
-            f"{name}/{key}": tensor for name, state in self._states.items() for key, tensor in state.tensors.items()
-        }
-
-    def state_stream(self) -> TensorStream:
-        """Return all state tensors as `named_state` names them, parameter by parameter, to be written into files."""
-        return TensorStream(
-            [
-                {f"{name}/{key}": (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.tensors.items()}
-                for name, state in self._states.items()
-            ],
-            lambda: (
-                block
-                for name, tensors in self.each_state()
-                for key, tensor in tensors.items()
-                for block in blocks_of(f"{name}/{key}", tensor)
-            ),
-        )
-
-    def load_named_state(self, saved: TensorStream) -> None:
-        """Load a saved state exactly, one tensor after the other.
-
-        Args:
-            saved: From `state_stream`, in any order.
-
-        Raises:
-            CheckpointError: A tensor is missing, unexpected, or of another shape or dtype; nothing was changed.
-        """
-        own, kinds = self.named_state(), saved.kinds
-        odd = sorted(own.keys() ^ kinds.keys()) or sorted(
-            key for key in own if (own[key].dtype, tuple(own[key].shape)) != kinds[key]
-        )
-        if odd:
-            raise CheckpointError(
-                f"The saved optimizer state does not fit this run: {odd[0]} (and {len(odd) - 1} more) differs.",
-                "Resume with the configuration that the checkpoint was made with.",
-            )
-        for name, rows, first in saved.blocks():
-            parameter, _, key = name.rpartition("/")
-            with self.lend(parameter):
-                tensor = self._states[parameter].tensors[key]
-                (tensor[first : first + len(rows)] if rows.ndim else tensor).copy_(rows)
-
-    def place_state(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """Create a parameter's state on a device, or move it there.
-
-        Args:
-            name: The parameter's name.
-            device: The parameter's device.
-
-        Returns:
-            The state tensors by name, not copies; int64 tensors, which only the CPU reads, stay on the CPU.
-        """
-        tensors = self._state(name, device).tensors
-        for key, tensor in tensors.items():
-            if tensor.dtype != COUNTER:
-                tensors[key] = tensor.to(device)
-        return tensors
 
     def with_deferred_update(self, name: str, weight: Weight) -> Weight:
         """Return the weight, joined with the deferred update in its state if its updates are deferred.
@@ -354,16 +265,11 @@ class ParamOptimizer:
         spec = self.specs.get(name)  # a frozen weight has none
         if spec is None or spec.subspace is None or not spec.subspace.folds_late:
             return weight
-        return with_deferred_update(spec, self._state(name, weight.device), weight)
-
-    def _state(self, name: str, device: torch.device) -> ParamState:
-        if name not in self._states:
-            self._states[name] = ParamState(self.specs[name], device)
-        return self._states[name]
+        return with_deferred_update(spec, self.states.of(name, weight.device), weight)
 
     def _project(self, spec: ParamSpec, grad: Tensor, step: int, *, observing: bool) -> Tensor:
         """Refresh the basis if it is due, and return R of a full gradient."""
-        state = self._state(spec.name, grad.device)
+        state = self.states.of(spec.name, grad.device)
         if _refreshes(spec, state, step, observing):
             refresh(spec, state, grad, step, self._seed)
         return project(grad, basis_at(spec, state, _basis_step(step, observing), self._seed, grad.device))

@@ -43,7 +43,7 @@ def to_dict(
         Tensors, numbers, strings, lists and dicts; the tensors are not copies.
     """
     state: dict[str, dict[str, Any]] = {}
-    for full_name, tensor in param_optimizer.named_state().items():
+    for full_name, tensor in param_optimizer.states.named().items():
         name, _, key = full_name.rpartition("/")
         entry = state.setdefault(name, {"step": steps.get(name, 0), "tensors": {}})
         entry["tensors"][key] = tensor
@@ -121,7 +121,7 @@ def restore(
     """
     param_optimizer = ParamOptimizer(specs.values(), seed=seed)
     for name, entry in state_dict["state"].items():
-        own = param_optimizer.place_state(name, params[name].device)
+        own = param_optimizer.states.place(name, params[name].device)
         for key, tensor in entry["tensors"].items():
             own[key].copy_(tensor)
     return param_optimizer, {name: int(entry["step"]) for name, entry in state_dict["state"].items()}

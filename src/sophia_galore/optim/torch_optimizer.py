@@ -266,7 +266,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             grad: Its gradient, dense and finite.
         """
         note_owner(name, param, self)
-        self._param_optimizer.place_state(name, param.device)
+        self._param_optimizer.states.place(name, param.device)
         step = self._steps.get(name, 0) + 1
         weight, full = in_vectors(param.detach()), in_vectors(grad.float())
         self._param_optimizer.step_param(name, weight, full, step=step, factor=float(group["lr"]))
@@ -303,7 +303,7 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _observe(self, grads: Mapping[str, Tensor], num_samples: int) -> None:
         params = self.named_parameters()
         for name, grad in grads.items():
-            self._param_optimizer.place_state(name, params[name].device)
+            self._param_optimizer.states.place(name, params[name].device)
             step = self._steps.get(name, 0) + 1
             self._param_optimizer.observe_curvature(name, in_vectors(grad.float()), step=step, num_samples=num_samples)
         self.curvature_seen = True

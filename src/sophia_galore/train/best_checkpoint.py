@@ -166,7 +166,7 @@ def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOpt
         store: The run's weights.
         optimizer: The run's optimizer; its state may hold updates that are not in the weights yet.
     """
-    optimizer.load_named_state(checkpoint.optimizer_state())
+    optimizer.states.load(checkpoint.optimizer_state())
     for saved in saved_weights(checkpoint.folder):
         # The optimizer's state holds the updates that are not in the codes yet. What a module holds is frozen.
         if not store[saved.name].held_by_module:

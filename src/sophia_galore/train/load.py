@@ -75,15 +75,15 @@ def load(
         )
         if streaming:
             store = StreamedStore(
-                dict(store.items()), streaming.streams, optimizer.states(), optimizer.with_deferred_update
+                dict(store.items()), streaming.streams, optimizer.states.tensors(), optimizer.with_deferred_update
             )
-            optimizer.lend = partial(store.borrow, trains=True)
-            optimizer.begin(prepared.streamed.names)
+            optimizer.states.lend = partial(store.borrow, trains=True)
+            optimizer.states.begin(prepared.streamed.names)
         if checkpoint:
             with monitor.apart():
-                optimizer.load_named_state(checkpoint.optimizer_state())
+                optimizer.states.load(checkpoint.optimizer_state())
         monitor.names = lambda: storage_names(store, optimizer)
-        monitor.tag_state(optimizer.named_state().items())
+        monitor.tag_state(optimizer.states.named().items())
 
     def adapted(change: str) -> None:
         monitor.adaptations.append(change)

@@ -80,7 +80,7 @@ def _weight_problem(weight: Weight, route: Route) -> str | None:
 def _state_is_finite(run: Loaded) -> None:
     if run.prepared.checkpoint is None:
         return  # all zeros
-    for name, state in run.optimizer.each_state():
+    for name, state in run.optimizer.states.each():
         for key, tensor in state.items():
             # Integer codes are always finite; their scales are separate tensors.
             if tensor.is_floating_point() and not _is_finite(tensor):

@@ -274,7 +274,7 @@ class _Run:
         self._last_saved_s = time.monotonic()
 
     def _state_stream(self) -> TensorStream:
-        stream, streams = self._loaded.optimizer.state_stream(), self._loaded.streams
+        stream, streams = self._loaded.optimizer.states.stream(), self._loaded.streams
         return replace(stream, finished=streams.finished("state")) if streams else stream
 
     def _ask(self, when: When) -> None:

@@ -115,12 +115,12 @@ def refresh_log(spec: ParamSpec, grads: list[Tensor], reload_at: int = 0) -> lis
     optimizer, weight, log = ParamOptimizer([spec], seed=0, device=CPU), torch.zeros(50, 40), []
     for step, grad in enumerate(grads, 1):
         if step == reload_at:
-            kept = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+            kept = {name: tensor.clone() for name, tensor in optimizer.states.named().items()}
             optimizer = ParamOptimizer([spec], seed=0, device=CPU)
-            optimizer.load_named_state(TensorStream.of(kept))
-        before = optimizer.named_state()["w/next_refresh"].clone()
+            optimizer.states.load(TensorStream.of(kept))
+        before = optimizer.states.named()["w/next_refresh"].clone()
         optimizer.step_param("w", weight, grad, step=step, factor=1.0)
-        if not torch.equal(before, optimizer.named_state()["w/next_refresh"]):
+        if not torch.equal(before, optimizer.states.named()["w/next_refresh"]):
             log.append(step)
     return log
 
@@ -158,9 +158,9 @@ def test_the_first_curvature_follows_the_first_basis() -> None:
     door = ParamOptimizer([spec], seed=0, device=CPU)
     sampled, grad = (torch.randn(24, 10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     door.observe_curvature("w", sampled, step=1, num_samples=1)
-    before = door.named_state()["w/curvature"].clone()
+    before = door.states.named()["w/curvature"].clone()
     door.step_param("w", torch.zeros(24, 10), grad, step=1, factor=0.0)
-    after = door.named_state()["w/curvature"]
+    after = door.states.named()["w/curvature"]
     assert not torch.equal(before, after)
     # At full rank nothing lies outside: each row keeps its sum. A float32 product; worst seen 2e-6.
     assert torch.allclose(before.sum(1), after.sum(1), rtol=1e-5)

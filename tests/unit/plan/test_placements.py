@@ -169,7 +169,7 @@ def test_the_bytes_on_the_device_are_those_of_real_tensors(
     weights = [tensor for route in resident for tensor in tensors_of(empty_weight(route, form, CPU))]
     specs = [route.spec for route in decided.routes if route.spec]
     optimizer = ParamOptimizer(specs, seed=0, device=CPU, elsewhere=found.names)
-    states = [tensor for state in optimizer.states().values() for tensor in state.values()]
+    states = [tensor for state in optimizer.states.tensors().values() for tensor in state.values()]
     streaming = open_streaming(
         found.units, found.parts.ends, folder=tmp_path, device=CPU, prefetches=False, most_rows=found.most_rows
     )

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sophia_galore.config.schema import RunConfig
 from sophia_galore.model.architecture import find_architecture
 from sophia_galore.numerics.subspace import basis_shape
-from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
+from sophia_galore.optim.states import ParamStates
 from sophia_galore.plan.routes import Route, make_routes
 from tiny import FAMILIES, tiny_model
 
@@ -162,7 +162,7 @@ def test_settings_reach_the_rule() -> None:
 def test_the_price_is_what_the_optimizer_takes(drawn: list[tuple[int, ...]], rank: int, optimizer: str) -> None:
     shapes = {f"p{number}": shape for number, shape in enumerate(drawn)}
     routes = routes_by_name(make_config(optimizer, rank=rank), shapes)
-    states = ParamOptimizer((route.spec for route in routes.values()), seed=0, device=torch.device("cpu")).named_state()
+    states = ParamStates({name: route.spec for name, route in routes.items()}, device=torch.device("cpu")).named()
     for name, route in routes.items():
         own = {key: tensor for key, tensor in states.items() if key.startswith(f"{name}/")}
         bases = {key: tensor for key, tensor in own.items() if "/basis" in key}
