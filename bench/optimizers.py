@@ -148,6 +148,7 @@ def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> 
     """Train once; the loop of the ordinary run without its records and checkpoints."""
     from sophia_galore.config import load_config
     from sophia_galore.data.feed import Feed
+    from sophia_galore.data.portion import whole
     from sophia_galore.optim.schedule import schedule
 
     config = load_config(Path("configs/quickstart.yaml"), settings(variant, rate, seed, arguments))
@@ -160,7 +161,7 @@ def run(variant: str, rate: float, seed: int, arguments: argparse.Namespace) -> 
     for step in range(1, plan.num_steps + 1):
         batches = feed.step(step)
         started = time.perf_counter()
-        found, _ = stepper.take(batches, step=step, factor=factor(step))
+        found, _ = stepper.take(whole(batches), step=step, factor=factor(step))
         seconds.append(time.perf_counter() - started)
         losses.append(round(found.loss, 4))
         tokens += found.num_tokens

@@ -28,6 +28,7 @@ def measure(subspace: str, model: str, data: str, arguments: argparse.Namespace)
     """Times of the first steps and of those in the second gap, and the part of them that refreshes took."""
     from sophia_galore.config import load_config
     from sophia_galore.data.feed import Feed
+    from sophia_galore.data.portion import whole
     from sophia_galore.optim import optimizer
 
     words = [
@@ -57,7 +58,7 @@ def measure(subspace: str, model: str, data: str, arguments: argparse.Namespace)
         for step in (1, *range(1, arguments.steps + 1), *range(201, 201 + arguments.steps)):
             spent.append(0.0)
             started = time.perf_counter()
-            stepper.take(batches, step=step, factor=0.0)
+            stepper.take(whole(batches), step=step, factor=0.0)
             seconds[step] = (time.perf_counter() - started, spent[-1])
     finally:
         optimizer.refresh = refresh

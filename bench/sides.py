@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sophia_galore.config import RunConfig
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.train.callback import Callback
@@ -45,7 +46,7 @@ class Side:
         if streams := self.loaded.streams:
             streams.take_waited_s()
         begun = self.clock()
-        result, _ = self.loaded.stepper.take(batches, step=step, factor=1.0)
+        result, _ = self.loaded.stepper.take(whole(batches), step=step, factor=1.0)
         if self.loaded.prepared.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(self.clock() - begun)

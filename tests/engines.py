@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
 from sophia_galore.engine.objective import CrossEntropy, Objective, SampledCrossEntropy
 from sophia_galore.model.architecture import Architecture
@@ -73,7 +74,7 @@ def take_step(
 ) -> StepResult:
     """Forward and backward; `apply` gets the tensors of each layer's finished gradients."""
     objective = objective or (SampledCrossEntropy() if sampled else CrossEntropy())
-    forward = engine.forward(batches, step=step, wants=wants, objective=objective)
+    forward = engine.forward(whole(batches), step=step, wants=wants, objective=objective)
     result = forward.result
     with closing(engine.backward(forward)) as layers:
         del forward

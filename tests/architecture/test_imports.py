@@ -24,6 +24,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"model", "data"},
     {"engine"},
+    {"distributed"},
     {"plan"},
     {"memory"},
     {"train"},

@@ -15,6 +15,7 @@ from torch import Tensor
 from contract.running_out import RunsOut
 from engines import CPU, load_parts, make_engine
 from pairwise import covering, words_of
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients, Passes, groups_of
 from sophia_galore.engine.probe import take_probe
@@ -99,7 +100,7 @@ class Run:
         )
 
     def take(self, step: int) -> tuple[float, float]:
-        result, norm = self.stepper.take(ragged_batches(step), step=step, factor=1.0)
+        result, norm = self.stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)
         return result.loss, norm
 
     def tensors(self) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ def test_full_gradients_take_no_more_than_the_largest(
     if probes:
         take_probe(
             run.engine,
-            ragged_batches(),
+            whole(ragged_batches()),
             step=1,
             optimizer=run.optimizer,
             trained=(),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engines import CPU, everything_projected, load_parts, make_engine, take_step
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
@@ -109,7 +110,7 @@ def test_the_bits_of_steps_with_curvature(tmp_path: Path, fast: bool) -> None:
             make_engine(architecture, store, keep_layers=keep_layers), optimizer, store, curvature_every=2
         )
         for step in (1, 2, 3):
-            stepper.take(ragged_batches(step), step=step, factor=1.0)
+            stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)
         ends.append({spec.name: store[spec.name].first.clone() for spec in specs})
     assert not [name for name, weight in ends[0].items() if not torch.equal(weight, ends[1][name])]
 

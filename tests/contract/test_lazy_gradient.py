@@ -12,6 +12,7 @@ from torch import Tensor
 
 from contract.test_stepper import SUBSPACE, Parts, worst_error
 from engines import CPU
+from sophia_galore.data.portion import whole
 from sophia_galore.engine import cross_entropy
 from sophia_galore.engine.projected_gradient import LazyTerms
 from sophia_galore.errors import NonFiniteError
@@ -189,7 +190,7 @@ def test_nothing_as_large_as_the_head_is_ever_made(
     monkeypatch.setattr("sophia_galore.numerics.row_blocks._BLOCK_ELEMENTS", 64 * 64)
     for step in range(1, 3):
         with _Largest(codes) as tracker:
-            parts.stepper.take(ragged_batches(step), step=step, factor=1.0)
+            parts.stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)
         # Products are V x (rank + probes), 14 columns of 64; the weight would be 32 of them even in bfloat16.
         assert tracker.largest <= 4 * num_words * (RANK + 8), step
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from contract.running_out import TOLERANCE, RunsOut, gradients, rows_of, shrink_tiles, worst
 from engines import CPU, everything_projected, load_parts, make_engine, take_step
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.observe import Phase
 from sophia_galore.engine.retry import ChunkSizes, split_rows
@@ -132,7 +133,7 @@ def test_no_weight_moves_twice(tmp_path: Path, tied: bool, fast: bool | None) ->
             memory.counts.clear()
             memory.operation = {1: -2, 2: 20, 3: 45}[step]  # not in the first, in which bases are made
             with memory:
-                stepper.take(ragged_batches(step), step=step, factor=1.0)
+                stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)
         assert memory.ran_out == (2 if place else 0)
         ends.append({spec.name: store[spec.name].first.clone() for spec in specs})  # type: ignore[union-attr]
     for end in ends[1:]:

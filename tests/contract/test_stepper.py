@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engines import CPU, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import whole
 from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass
 from sophia_galore.engine.observe import Observer, Phase
 from sophia_galore.engine.probe import take_probe
@@ -73,7 +74,9 @@ class Parts:
         )
 
     def go(self, num_steps: int) -> list[float]:
-        return [self.stepper.take(ragged_batches(step), step=step, factor=1.0)[1] for step in range(1, num_steps + 1)]
+        return [
+            self.stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)[1] for step in range(1, num_steps + 1)
+        ]
 
     def weights(self) -> dict[str, Tensor]:
         return {spec.name: self.store[spec.name].first.clone() for spec in self.specs}
@@ -176,8 +179,8 @@ def test_micro_batches_in_another_order(tmp_path: Path) -> None:
     parts, other = Parts(tmp_path), Parts(tmp_path)
     begun = parts.weights()
     for step in range(1, 4):
-        one, one_norm = parts.stepper.take(ragged_batches(step), step=step, factor=1.0)
-        two, two_norm = other.stepper.take(ragged_batches(step)[::-1], step=step, factor=1.0)
+        one, one_norm = parts.stepper.take(whole(ragged_batches(step)), step=step, factor=1.0)
+        two, two_norm = other.stepper.take(whole(ragged_batches(step)[::-1]), step=step, factor=1.0)
         assert one.loss == pytest.approx(two.loss, rel=1e-5)
         assert one_norm == pytest.approx(two_norm, rel=1e-5)
     # Sums over micro-batches in another order, and three steps of Adam; worst seen 2.0e-6.
@@ -240,7 +243,7 @@ def test_one_bad_gradient_under_clipping_by_the_model_moves_no_weight(tmp_path: 
 
     engine.backward = spoiled  # type: ignore[method-assign,assignment]
     with pytest.raises(NonFiniteError):
-        parts.stepper.take(ragged_batches(3), step=3, factor=1.0)
+        parts.stepper.take(whole(ragged_batches(3)), step=3, factor=1.0)
     after = parts.weights()
     assert all(torch.equal(after[name], before[name]) for name in before)
     state = parts.optimizer.states.named()
@@ -283,7 +286,7 @@ class _Open(Observer):
 def probe(parts: Parts, stopped: Callable[[], bool]) -> None:
     take_probe(
         parts.stepper._engine,
-        ragged_batches(),
+        whole(ragged_batches()),
         step=1,
         optimizer=parts.optimizer,
         trained=[],
@@ -341,5 +344,5 @@ def test_an_error_in_a_step_leaves_nothing_open(
     assert not observer.entered and not num_borrowed and torch.is_grad_enabled()
     assert generators and all(getgeneratorstate(each) == GEN_CLOSED for each in generators)
     del error
-    parts.stepper.take(ragged_batches(2), step=2, factor=1.0)
+    parts.stepper.take(whole(ragged_batches(2)), step=2, factor=1.0)
     assert not observer.entered and not num_borrowed and torch.is_grad_enabled()

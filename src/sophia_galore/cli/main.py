@@ -119,7 +119,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, ModuleNotFoundError):
         error = lacks_package(error) or error
     if isinstance(error, SophiaGaloreError):
-        _complain(error.cause, error.remedy)
+        if error.cause:  # else another process of the run says it
+            _complain(error.cause, error.remedy)
         return error.exit_code
     if isinstance(error, typer.TyperException):
         message = error.format_message() if hasattr(error, "format_message") else str(error)

@@ -21,6 +21,7 @@ from sophia_galore.cli.bars import memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.paths import has_date
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.distributed.launch import is_first_process
 from sophia_galore.errors import EnvironmentProblem, lacks_package, short
 from sophia_galore.records.files import ANSWERS
 from sophia_galore.records.memory import MemoryReport
@@ -61,6 +62,8 @@ def train(
         )
     finally:
         terminal.clear_status()
+    if not is_first_process():
+        return
     if not result.finished:
         terminal.say(f"Stopped after step {result.step}; saved in {result.saved}.")
         # After going back to an older checkpoint, the newest one is not the one that was just made.

@@ -285,6 +285,19 @@ class MemoryConfig(Section):
     )
 
 
+class DistributedConfig(Section):
+    """Several processes that train one model, as `torchrun` starts them; no number depends on how many there are."""
+
+    overlap: bool = Field(
+        True,
+        description="Sum a layer's gradients over the processes while the next layer's are formed, which takes the "
+        "memory of one more layer's gradients; false, or where weights stream: wait for each sum.",
+    )
+    timeout_minutes: Positive = Field(
+        30.0, description="How long a process waits for the others, for instance while the first one saves."
+    )
+
+
 class RunConfig(Section):
     """The complete configuration of a run."""
 
@@ -297,6 +310,7 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     engine: EngineConfig = EngineConfig()
     memory: MemoryConfig = MemoryConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def run_folder(self) -> str:

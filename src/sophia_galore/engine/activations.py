@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import Portion
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.embedding import Embedded
 from sophia_galore.engine.layer import LayerGraph
@@ -27,11 +28,13 @@ class StepRequest:
         step: Number of the step, counted from 1.
         wants: Returns the form in which a parameter's gradient is needed.
         objective: The loss to minimise.
+        portion: This process's micro-batches.
     """
 
     step: int
     wants: Wants
     objective: Objective
+    portion: Portion
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -26,10 +26,17 @@ Lengths = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments of one layer, apart from the hidden states."""
+    """The arguments of one layer for one micro-batch, apart from the hidden states.
+
+    Args:
+        args: By position.
+        kwargs: By name.
+        micro_batch: Number of the micro-batch in the effective batch, for dropout.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    micro_batch: int = 0
 
     @property
     def is_packed(self) -> bool:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sophia_galore.numerics.random import draw_classes
-
 TokenWeight = float | Tensor
 """The factor of a token's loss in the gradient: one number for all tokens, or (N,) float32, one per token."""
 
@@ -98,12 +96,12 @@ def loss_sum(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     Returns:
         Scalar.
     """
-    return functional.cross_entropy(_capped(logits, softcap), labels, reduction="sum")
+    return functional.cross_entropy(cap(logits, softcap), labels, reduction="sum")
 
 
 def log_probs(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
     """Compute log p of each label, (N,) float32; arguments as for `loss_sum`."""
-    return functional.cross_entropy(_capped(logits, softcap), labels, reduction="none").neg_()
+    return functional.cross_entropy(cap(logits, softcap), labels, reduction="none").neg_()
 
 
 def loss_sum_and_grad(
@@ -122,26 +120,18 @@ def loss_sum_and_grad(
     """
     reduction = "sum" if isinstance(weight, float) else "none"
     with torch.enable_grad():
-        capped = _capped(logits.requires_grad_(), softcap)
+        capped = cap(logits.requires_grad_(), softcap)
         loss = functional.cross_entropy(capped, labels, reduction=reduction)
     factor = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device)
     (grad,) = torch.autograd.grad(loss, logits, factor)
     return loss.detach().sum(), grad
 
 
-def draw_labels(logits: Tensor, softcap: float | None, generator: torch.Generator) -> Tensor:
-    """Draw one label per token from the model's distribution, softmax(logits).
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(logits / softcap); None: the logits themselves.
 
     Args:
-        logits: (N, V) float32.
+        logits: Any shape.
         softcap: As for `loss_sum`.
-        generator: Source of randomness, on the device of `logits`.
-
-    Returns:
-        (N,) int64.
     """
-    return draw_classes(_capped(logits, softcap), generator)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

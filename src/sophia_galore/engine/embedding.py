@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,11 +64,13 @@ class EmbeddingNoise:
         alpha: Its scale.
         seed: The run's seed.
         step: Number of the optimizer step.
+        first_row: Number of rows of the effective batch before these, in other processes.
     """
 
     alpha: float
     seed: int
     step: int
+    first_row: int = 0
 
     @torch.no_grad()
     def add_to(self, embedded: Tensor, batch: MicroBatch, first_row: int) -> None:
@@ -77,11 +79,12 @@ class EmbeddingNoise:
         Args:
             embedded: (B, T, d).
             batch: The micro-batch.
-            first_row: Number of rows in the micro-batches before it.
+            first_row: Number of rows in the micro-batches before it, in this process.
         """
         width = embedded.shape[-1]
         for row, lengths in enumerate(_example_lengths(batch)):
-            draw = generator(self.seed, "neftune", self.step, first_row + row, device=embedded.device)
+            number = self.first_row + first_row + row
+            draw = generator(self.seed, "neftune", self.step, number, device=embedded.device)
             start = 0
             for length in lengths:
                 noise = torch.empty(length, width, device=embedded.device).uniform_(-1, 1, generator=draw)
@@ -106,6 +109,7 @@ def embed(
     *,
     trains: bool = True,
     noise: EmbeddingNoise | None = None,
+    first_batch: int = 0,
 ) -> Embedded:
     """Look up the embeddings of an effective batch, and record the arguments of each layer.
 
@@ -116,6 +120,7 @@ def embed(
         dtype: Compute precision.
         trains: Whether the embedding's weight is trained.
         noise: Noise to add to the embeddings; None: no noise.
+        first_batch: Number of micro-batches of the effective batch before these, in other processes.
 
     Returns:
         Hidden states and calls; the hidden states have a graph back to the rows if gradients are enabled.
@@ -127,13 +132,13 @@ def embed(
         rows.requires_grad_(trains and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
-    num_rows = 0
-    for batch, places_flat in zip(batches, places.split([b.input_ids.numel() for b in batches]), strict=True):
+    num_rows, of_batches = 0, places.split([batch.input_ids.numel() for batch in batches])
+    for number, (batch, places_flat) in enumerate(zip(batches, of_batches, strict=True), first_batch):
         embedded = functional_call(architecture.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
         if noise is not None:
             noise.add_to(embedded, batch, num_rows)
         num_rows += len(batch.input_ids)
         first, layer_calls = capture_calls(architecture, embedded, batch)
         hidden.append(first)
-        calls.append(layer_calls)
+        calls.append([replace(call, micro_batch=number) for call in layer_calls])
     return Embedded(tokens, rows, hidden, calls)

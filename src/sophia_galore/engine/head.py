@@ -20,6 +20,7 @@ from sophia_galore.engine.objective import CountedTokens, Objective, sequence_nu
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.projected_gradient import LazyTerms, ProjectedSum
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.numerics.subspace import Gradient, ProjectedGradient, Projector
 from sophia_galore.optim.request import BasisFromGradient, FromGradient, Wants, whole_gradients
 from sophia_galore.weights.store import WeightStore
@@ -40,14 +41,16 @@ class Head:
         hidden: Per micro-batch (B, T, d), the output of the last layer.
         batches: The micro-batches.
         objective: The loss to minimise.
-        sampler: Draws the labels, if the objective samples them.
+        clocks: Sample the labels, if the objective does.
         wants: Returns the form in which the gradient of the head's or the embedding's weight is needed. If the basis
             is made from the gradient, each product with the gradient computes the logits once more.
         chunk_bytes: Size of the float32 logits that are computed at once, in bytes.
         frozen: Names of weights that get no gradient.
+        num_counted: N, the number of counted tokens of the effective batch, of which other processes may have some;
+            None: they are all here.
 
     Attributes:
-        labels: (N,) int64, the labels of the counted positions, in the order of the micro-batches; sampled labels are
+        labels: (n,) int64, the labels of the counted positions, in the order of the micro-batches; sampled labels are
             here after `backward`.
     """
 
@@ -61,10 +64,11 @@ class Head:
         batches: Sequence[MicroBatch],
         *,
         objective: Objective = _MEAN_CROSS_ENTROPY,
-        sampler: torch.Generator | None = None,
+        clocks: Clocks | None = None,
         wants: Wants = whole_gradients,
         chunk_bytes: int,
         frozen: Collection[str] = (),
+        num_counted: int | None = None,
     ) -> None:
         self._architecture, self._store, self._dtype, self._observer = architecture, store, dtype, observer
         self._batches, self._objective = batches, objective
@@ -79,8 +83,9 @@ class Head:
         self._normed: Tensor | None = None
         self._weight: TokenWeight = 0.0
         # fp16 computes the gradient of the summed loss: divided by the number of tokens it would underflow.
-        self._scale = float(len(self.labels)) if dtype == torch.float16 else 1.0
-        loss = LossOf(self.labels, architecture.logit_softcap, sampler, chunk_bytes)
+        self._num_counted = len(self.labels) if num_counted is None else num_counted
+        self._scale = float(self._num_counted) if dtype == torch.float16 else 1.0
+        loss = LossOf(self.labels, architecture.logit_softcap, clocks, chunk_bytes)
         self._logits = logits_of(store, architecture.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
@@ -91,9 +96,9 @@ class Head:
         """Run forward and backward through the head.
 
         Returns:
-            The loss; the gradient with respect to the hidden states, per micro-batch (B, T, d) (float32 if the compute
-            precision is float16, else in compute precision); and the float32 gradients of the norm and of an untied
-            head's weight, unless `late_gradient` computes the latter.
+            The loss, or this process's part of it; the gradient with respect to the hidden states, per micro-batch
+            (B, T, d) (float32 if the compute precision is float16, else in compute precision); and the float32
+            gradients of the norm and of an untied head's weight, unless `late_gradient` computes the latter.
         """
         architecture = self._architecture
         now, trains = self._product, architecture.head_name not in self._frozen
@@ -118,7 +123,7 @@ class Head:
         elif not architecture.tied and now is not None:
             gradients[architecture.head_name] = ProjectedGradient(now.sum)
             self._product = None
-        return loss_sum / len(self.labels) if loss is None else loss, in_grads, gradients
+        return loss_sum / self._num_counted if loss is None else loss, in_grads, gradients
 
     @torch.no_grad()
     def late_gradient(self) -> Gradients:
@@ -172,7 +177,7 @@ class Head:
     def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
         """Return the loss (None: it is the mean over the next pass) and the scaled token weights."""
         if not self._objective.needs_log_probs:
-            return None, self._scale / len(self.labels)
+            return None, self._scale / self._num_counted
         tokens = CountedTokens(self.labels, sequence_numbers(self._batches))
         loss, weights = self._objective.weigh(tokens, self._logits.log_probs(normed))
         return loss, weights * self._scale

@@ -107,8 +107,8 @@ class Layers:
             calls: Per micro-batch, the layer's other arguments.
         """
         with self._weights(index, then=self._after(index)) as weights:
-            for micro_batch, call in enumerate(calls):
-                hidden[micro_batch] = self._run(index, weights, call, hidden[micro_batch])
+            for number, call in enumerate(calls):
+                hidden[number] = self._run(index, weights, call, hidden[number])
 
     @torch.no_grad()
     def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
@@ -125,9 +125,9 @@ class Layers:
         """
         out: list[Tensor] = []
         with self._weights(index, then=self._after(index)) as weights:
-            for micro_batch, call in enumerate(calls):
-                with self._dropout_stream(step, index, micro_batch):
-                    out.append(self._run(index, weights, call, inputs[micro_batch]))
+            for entering, call in zip(inputs, calls, strict=True):
+                with self._dropout_stream(step, index, call):
+                    out.append(self._run(index, weights, call, entering))
         return out
 
     def keep(
@@ -146,8 +146,8 @@ class Layers:
             The output, per micro-batch (B, T, d), detached from the graph; and the graph.
         """
         graph = self._begin(index, wants, self.new_passes())
-        for micro_batch, call in enumerate(calls):
-            graph.kept.append(self._forward_with_graph(index, graph, call, inputs[micro_batch], step, micro_batch))
+        for entering, call in zip(inputs, calls, strict=True):
+            graph.kept.append(self._forward_with_graph(index, graph, call, entering, step))
         return [out.detach() for _, out in graph.kept], graph
 
     def backward(
@@ -243,12 +243,10 @@ class Layers:
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
-        for micro_batch, call in enumerate(calls):
+        for call in calls:
             layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
             entering, out = (
-                graph.kept.pop(0)
-                if is_kept
-                else self._forward_with_graph(index, graph, call, layer_input, step, micro_batch)
+                graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
             )
             if scale != 1.0:
                 out_grad = out_grad * scale
@@ -315,12 +313,12 @@ class Layers:
         leaf.grad = None
 
     def _forward_with_graph(
-        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, micro_batch: int
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int
     ) -> tuple[Tensor, Tensor]:
         """Run a micro-batch with gradients; return its input as a leaf, which shares memory, and its output."""
         leaf = entering.detach().requires_grad_()
         # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
-        with self._dropout_stream(step, index, micro_batch), graph.linears if graph.products else nullcontext():
+        with self._dropout_stream(step, index, call), graph.linears if graph.products else nullcontext():
             return leaf, self._run(index, graph.leaves, call, leaf)
 
     def _products(self, layer: str, leaves: Tensors, wants: Wants, passes: Passes) -> dict[str, ProjectedSum]:
@@ -361,13 +359,13 @@ class Layers:
         return result
 
     @contextmanager
-    def _dropout_stream(self, step: int, index: int, micro_batch: int) -> Iterator[None]:
+    def _dropout_stream(self, step: int, index: int, call: LayerCall) -> Iterator[None]:
         """Seed dropout, so that it draws the same numbers in forward, in recomputation and after a resume."""
         if not self._architecture.has_dropout:
             yield
             return
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            seed = key(self._seed, "dropout", step, index, micro_batch)
+            seed = key(self._seed, "dropout", step, index, call.micro_batch)
             # Only the generator that is used: torch.manual_seed seeds those of all kinds of devices, which takes longer
             # than a small layer.
             if self._device.type == "cuda":

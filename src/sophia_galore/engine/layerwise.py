@@ -30,7 +30,10 @@ An observer sees a step of L layers as these phases, none inside another. The me
     head or backward   the embedding's gradient; `head` if it is tied, since the logits are computed once more
     step               the update with it
 
-The caller of `backward` enters the phase `step` with `using`. A part that is repeated enters its phase again.
+The caller of `backward` enters the phase `step` with `using`. A part that is repeated enters its phase again. If
+gradients are summed over processes during the backward of the next part, an update comes one phase `step` later: the
+first of these phases is empty, and the last one has two updates.
+
 Evaluation is one phase, `eval`. There is no backward through the first layers if they and all weights before them are
 frozen, but their phases are entered all the same.
 """
@@ -47,6 +50,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import Portion
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
@@ -55,11 +59,12 @@ from sophia_galore.engine.layer import Gradients, Layers
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
+from sophia_galore.engine.reducer import Reducer
 from sophia_galore.engine.retry import ChunkSizes, OnOom, silent
 from sophia_galore.engine.step_retry import StepRetry
-from sophia_galore.errors import NonFiniteError
+from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.architecture import Architecture, count_idle_layers
-from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.streaming.spill import Spill
@@ -73,7 +78,8 @@ class StepResult:
     """The loss and the token counts of one step.
 
     Args:
-        loss: The objective's loss over the counted tokens of the effective batch; for cross-entropy the mean, in nats.
+        loss: The objective's loss over the counted tokens of the effective batch, in all processes; for cross-entropy
+            the mean, in nats.
         num_tokens: Tokens of the effective batch, without padding.
         num_counted: Tokens whose loss counts.
     """
@@ -115,6 +121,21 @@ class FinishedGradients:
     gradients: Gradients
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of backward.
+
+    Args:
+        names: The modules and weights that it uses, and whose gradients it forms.
+        then: The layer or weight that is needed next.
+        form: Forms the gradients, in this process.
+    """
+
+    names: tuple[str, ...]
+    then: str
+    form: Callable[[], Gradients]
+
+
 class LayerwiseEngine:
     """Runs a model layer by layer over an effective batch.
 
@@ -135,6 +156,7 @@ class LayerwiseEngine:
         spill: Where layer inputs wait for their backward; None: on the device.
         full_gradients: Which full gradients of a layer's matrices may be in memory together, if only products of them
             are needed.
+        reducer: Sums gradients over the processes that share an effective batch.
     """
 
     def __init__(
@@ -154,6 +176,7 @@ class LayerwiseEngine:
         neftune_alpha: float = 0.0,
         spill: Spill | None = None,
         full_gradients: FullGradients = "layer",
+        reducer: Reducer | None = None,
     ) -> None:
         self._architecture = architecture
         self._store = store
@@ -162,6 +185,7 @@ class LayerwiseEngine:
         self._seed = seed
         self._observer = observer or Observer()
         self._spill = spill
+        self._reducer = reducer or Reducer()
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
         self._trains_embedding = architecture.embed_name not in self._frozen
         trained = [name for name in architecture.parameter_shapes() if name not in self._frozen]
@@ -180,7 +204,7 @@ class LayerwiseEngine:
 
     def forward(
         self,
-        batches: Sequence[MicroBatch],
+        portion: Portion,
         *,
         step: int,
         wants: Wants = whole_gradients,
@@ -189,7 +213,7 @@ class LayerwiseEngine:
         """Run the embedding, the layers and the head, and compute the loss.
 
         Args:
-            batches: The micro-batches of one optimizer step.
+            portion: This process's micro-batches of one optimizer step.
             step: Number of the optimizer step, for dropout and sampled labels.
             wants: Returns the form in which a parameter's gradient is needed: full, (m, n); or as a product, G A (m, k)
                 or A^T G (k, n). In half precision A is rounded to it; in fp16 its columns should have about unit
@@ -204,9 +228,13 @@ class LayerwiseEngine:
         Raises:
             NonFiniteError: The loss is not finite.
         """
-        request = StepRequest(step, wants, objective)
-        noise = EmbeddingNoise(self._neftune_alpha, self._seed, step) if self._neftune_alpha else None
-        acts = self._start(batches, noise)
+        if objective.needs_log_probs and not self._reducer.is_alone:
+            raise RunError(f"{type(objective).__name__} weighs tokens of the whole batch.", "Train in one process.")
+        request = StepRequest(step, self._reducer.wants(wants), objective, portion)
+        noise = None
+        if self._neftune_alpha:
+            noise = EmbeddingNoise(self._neftune_alpha, self._seed, step, portion.first_row)
+        acts = self._start(portion.batches, noise, portion.first_batch)
         self._retry.run_part(
             partial(self._enter, acts),
             acts,
@@ -226,12 +254,13 @@ class LayerwiseEngine:
             lambda: f"the head at step {step}",
             partial(self._retry.in_head, acts),
         )
+        loss = self._reducer.total(loss)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"The loss is {loss} at step {step}.",
                 "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
             )
-        result = StepResult(loss, sum(batch.num_tokens for batch in batches), _num_counted(batches))
+        result = StepResult(loss, portion.num_tokens, portion.num_counted)
         return ForwardPass(result, request, acts, head, gradients)
 
     def backward(self, done: ForwardPass) -> Generator[FinishedGradients]:
@@ -241,29 +270,41 @@ class LayerwiseEngine:
             done: From `forward`; used up.
 
         Yields:
-            The finished float32 gradients: of head and norm; of each layer, last to first; and of the embedding. They
-            are empty if all weights of that part are frozen. The weights may be changed until the generator is
-            resumed. Close the generator if you do not exhaust it.
+            The finished float32 gradients, over the whole effective batch: of head and norm; of each layer, last to
+            first; and of the embedding. They are empty if all weights of that part are frozen. The weights may be
+            changed until the generator is resumed. Close the generator if you do not exhaust it.
         """
-        architecture, store, acts, step = self._architecture, self._store, done.activations, done.request.step
+        if not self._reducer.overlaps:
+            for part in self._parts(done):
+                with self._store.borrow(*part.names, trains=True, then=part.then) as weights:
+                    yield FinishedGradients(weights, self._reducer.start(part.form())())
+            return
+        before: tuple[str, ...] = ()
+        sums: Callable[[], Gradients] = Gradients
+        for part in self._parts(done):
+            with self._store.borrow(*part.names, trains=True, then=part.then):
+                own_sums = self._reducer.start(part.form())
+            if part.then:
+                names, gradients = before, sums()
+            else:  # the last part
+                names, gradients = (*before, *part.names), sums() | own_sums()
+            before, sums = part.names, own_sums
+            with self._store.borrow(*names, trains=True) as weights:
+                finished = FinishedGradients(weights, gradients)
+                del gradients, own_sums  # else they would live during the next part's backward
+                yield finished
+                del finished
+
+    def _parts(self, done: ForwardPass) -> Iterator[_Part]:
+        """Yield the parts of backward, in order; the gradients of one must be formed before the next one is taken."""
+        architecture, acts = self._architecture, done.activations
         names = architecture.layer_names
-        with store.borrow(architecture.norm_name, architecture.head_name, trains=True, then=names[-1]) as weights:
-            yield FinishedGradients(weights, done.gradients)
-        for index in reversed(range(self._num_idle, len(names))):
+        yield _Part((architecture.norm_name, architecture.head_name), names[-1], lambda: done.gradients)
+        for index in reversed(range(len(names))):
+            is_idle = index < self._num_idle
             then = names[index - 1] if index > self._num_idle else architecture.embed_name
-            with store.borrow(names[index], trains=True, then=then) as weights:
-                gradients = self._retry.run_part(
-                    partial(self._backward_layer, acts, index, done.request),
-                    acts,
-                    partial("backward of layer {} at step {}".format, index, step),
-                    partial(self._retry.in_backward, acts, index),
-                )
-                yield FinishedGradients(weights, gradients)
-                del gradients
-        for index in reversed(range(self._num_idle)):
-            yield FinishedGradients(Borrowed({}), self._backward_layer(acts, index, done.request))
-        with store.borrow(architecture.embed_name, trains=True) as weights:
-            yield FinishedGradients(weights, self._through_embedding(acts, done.head))
+            yield _Part(() if is_idle else (names[index],), then, partial(self._layer_part, acts, index, done.request))
+        yield _Part((architecture.embed_name,), "", partial(self._through_embedding, acts, done.head))
 
     @contextmanager
     def using(self, finished: FinishedGradients) -> Iterator[Gradients]:
@@ -304,10 +345,18 @@ class LayerwiseEngine:
 
     # The parts of a step. Each may be repeated.
 
-    def _start(self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None) -> StepActivations:
+    def _start(
+        self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0
+    ) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
         how = partial(
-            embed, self._architecture, self._store, dtype=self._dtype, trains=self._trains_embedding, noise=noise
+            embed,
+            self._architecture,
+            self._store,
+            dtype=self._dtype,
+            trains=self._trains_embedding,
+            noise=noise,
+            first_batch=first_batch,
         )
         return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
@@ -335,10 +384,8 @@ class LayerwiseEngine:
             self._store.borrow(architecture.norm_name, architecture.head_name, trains=True),
         ):
             acts.out_grads, acts.head_is_final = [], False
-            samples = request.objective.samples_labels
-            sampler = generator(self._seed, "sampled labels", request.step, device=self._device) if samples else None
             hidden = self._take_output(acts, request.step)
-            head = self._head(hidden, acts, request, sampler)
+            head = self._head(hidden, acts, request)
             del hidden
             loss, acts.out_grads, gradients = head.backward()
             if math.isfinite(loss):
@@ -355,13 +402,10 @@ class LayerwiseEngine:
             return [out.detach() for _, out in acts.graphs[last].kept]
         return self._layers.forward(last, acts.inputs[-1], acts.calls(last), step)
 
-    def _head(
-        self,
-        hidden: list[Tensor],
-        acts: StepActivations,
-        request: StepRequest | None = None,
-        sampler: torch.Generator | None = None,
-    ) -> Head:
+    def _head(self, hidden: list[Tensor], acts: StepActivations, request: StepRequest | None = None) -> Head:
+        clocks = None
+        if request and request.objective.samples_labels:
+            clocks = Clocks(self._seed, ("sampled labels", request.step), request.portion.first_counted)
         return Head(
             self._architecture,
             self._store,
@@ -370,10 +414,22 @@ class LayerwiseEngine:
             hidden,
             acts.batches,
             objective=request.objective if request else _CROSS_ENTROPY,
-            sampler=sampler,
+            clocks=clocks,
             wants=request.wants if request else whole_gradients,
             chunk_bytes=self.chunk_sizes.logits_bytes,
             frozen=self._frozen,
+            num_counted=request.portion.num_counted if request else None,
+        )
+
+    def _layer_part(self, acts: StepActivations, index: int, request: StepRequest) -> Gradients:
+        """Form the gradients of a layer; in smaller chunks if memory runs out."""
+        if index < self._num_idle:
+            return self._backward_layer(acts, index, request)
+        return self._retry.run_part(
+            partial(self._backward_layer, acts, index, request),
+            acts,
+            partial("backward of layer {} at step {}".format, index, request.step),
+            partial(self._retry.in_backward, acts, index),
         )
 
     def _backward_layer(self, acts: StepActivations, index: int, request: StepRequest) -> Gradients:

@@ -22,14 +22,15 @@ from torch import Tensor
 from sophia_galore.engine.cross_entropy import (
     TokenWeight,
     blocks,
+    cap,
     chunks,
-    draw_labels,
     log_probs,
     loss_sum,
     loss_sum_and_grad,
 )
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.online_loss import OnlineLoss
+from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.weight import Weight
 
@@ -62,13 +63,13 @@ class LossOf:
     Args:
         labels: (N,) int64; sampled labels are written here in the first pass.
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
-        sampler: Draws the labels from softmax(logits); None: the labels are given.
+        clocks: Sample the labels from softmax(logits); None: the labels are given.
         chunk_bytes: Size of a tile's float32 logits in bytes.
     """
 
     labels: Tensor
     softcap: float | None
-    sampler: torch.Generator | None
+    clocks: Clocks | None
     chunk_bytes: int
 
 
@@ -157,7 +158,7 @@ class WholeLogits(Logits):
 
     def __init__(self, store: WeightStore, name: str, dtype: torch.dtype, loss: LossOf, observer: Observer) -> None:
         self._store, self._name, self._dtype, self._loss, self._observer = store, name, dtype, loss, observer
-        self._sampler = loss.sampler
+        self._clocks = loss.clocks
 
     def loss_sum(self, normed: Tensor) -> float:
         """See `Logits`; for given labels only."""
@@ -174,7 +175,7 @@ class WholeLogits(Logits):
             for tokens in self._chunks():
                 logits = self._drawn(normed, tokens, head)
                 found[tokens] = log_probs(logits, self._loss.labels[tokens], self._loss.softcap)
-        self._sampler = None
+        self._clocks = None
         return found
 
     def walk(self, normed: Tensor, weight: TokenWeight, visit: Callable[[Tile], None]) -> float:
@@ -186,7 +187,7 @@ class WholeLogits(Logits):
                 total += float(loss)
                 visit(Tile(tokens, slice(0, head.shape[0]), head, grad))
                 del grad
-        self._sampler = None
+        self._clocks = None
         return total
 
     def _grad(self, normed: Tensor, tokens: slice, head: Tensor, weight: TokenWeight) -> tuple[Tensor, Tensor]:
@@ -199,8 +200,9 @@ class WholeLogits(Logits):
     def _drawn(self, normed: Tensor, tokens: slice, head: Tensor) -> Tensor:
         """Return the logits of a chunk; sample its labels from them if they are to be sampled."""
         logits = _product(normed[tokens], head, self._observer)
-        if self._sampler is not None:
-            self._loss.labels[tokens] = draw_labels(logits, self._loss.softcap, self._sampler)
+        if self._clocks is not None:
+            every_entry = slice(0, logits.shape[1])
+            self._loss.labels[tokens] = self._clocks.sample(cap(logits, self._loss.softcap), tokens, every_entry)[1]
         return logits
 
     @contextmanager
@@ -256,7 +258,7 @@ class BlockLogits(Logits):
         """Return the result of the first pass, which runs at the first call; keep the logits if they are few."""
         if self._online is not None:
             return self._online
-        online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.sampler)
+        online = OnlineLoss(self._loss.labels, self._loss.softcap, self._loss.clocks)
         kept, shape = None, (len(normed), self._store[self._name].shape[0])
         if keeps and keeps_logits(*shape, self._loss.chunk_bytes):
             kept = torch.empty(shape, dtype=torch.float32, device=normed.device)

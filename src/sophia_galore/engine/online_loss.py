@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.engine.cross_entropy import TokenWeight
-from sophia_galore.numerics.random import draw_exponential
+from sophia_galore.numerics.clocks import Clocks
 
 
 class OnlineLoss:
@@ -20,11 +20,11 @@ class OnlineLoss:
     Args:
         labels: (N,) int64; sampled labels are written here.
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
-        sampler: Draws the labels from softmax(logits), on the device of `labels`; None: the labels are given.
+        clocks: Sample the labels from softmax(logits); None: the labels are given.
     """
 
-    def __init__(self, labels: Tensor, softcap: float | None, sampler: torch.Generator | None = None) -> None:
-        self._labels, self._softcap, self._sampler = labels, softcap, sampler
+    def __init__(self, labels: Tensor, softcap: float | None, clocks: Clocks | None = None) -> None:
+        self._labels, self._softcap, self._clocks = labels, softcap, clocks
         self._largest = torch.full(labels.shape, -torch.inf, device=labels.device)
         # The sum of exp(z - largest), which neither overflows nor underflows float32, whatever the logits are.
         self._sum = torch.zeros_like(self._largest)
@@ -40,10 +40,10 @@ class OnlineLoss:
             logits: (t, v) float32; used up.
         """
         capped = logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
-        if self._sampler is None:
+        if self._clocks is None:
             inside, places = self._places(tokens, vocab_slice)
         else:
-            inside, places = self._draw(tokens, vocab_slice, capped, self._sampler)
+            inside, places = self._draw(tokens, vocab_slice, capped, self._clocks)
         found = capped.gather(1, places[:, None])[:, 0]
         self._label_logit[tokens] = torch.where(inside, found, self._label_logit[tokens])
         before = self._largest[tokens]
@@ -89,14 +89,9 @@ class OnlineLoss:
         inside = (labels >= vocab_slice.start) & (labels < vocab_slice.stop)
         return inside, (labels - vocab_slice.start).clamp_(0, vocab_slice.stop - vocab_slice.start - 1)
 
-    def _draw(
-        self, tokens: slice, vocab_slice: slice, capped: Tensor, sampler: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _draw(self, tokens: slice, vocab_slice: slice, capped: Tensor, clocks: Clocks) -> tuple[Tensor, Tensor]:
         """Sample labels; return whether each token's label so far is in this slice, and its best entry's index."""
-        # The label is the first of independent exponential clocks to ring, clock j with the rate exp(z_j). The first
-        # one has the largest z_j - log(e_j), with e_j exponential at rate 1.
-        rings = draw_exponential(capped, sampler).log_().neg_().add_(capped)
-        earliest, places = rings.max(1)
+        earliest, places = clocks.sample(capped, tokens, vocab_slice)
         ahead = earliest > self._earliest[tokens]
         self._earliest[tokens] = torch.where(ahead, earliest, self._earliest[tokens])
         self._labels[tokens] = torch.where(ahead, places + vocab_slice.start, self._labels[tokens])

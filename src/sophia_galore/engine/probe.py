@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import Portion
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.errors import NonFiniteError, OutOfMemory, RunError, lacks_memory, short
 from sophia_galore.numerics.bases import random_basis, tracked_basis
@@ -37,7 +38,7 @@ _PRECISION = "Compute in fp32 (training.compute_dtype=fp32); if it is that alrea
 
 def take_probe(
     engine: LayerwiseEngine,
-    batches: Sequence[MicroBatch],
+    portion: Portion,
     *,
     step: int,
     optimizer: ParamOptimizer,
@@ -51,7 +52,7 @@ def take_probe(
 
     Args:
         engine: Computes the gradients.
-        batches: The micro-batches of the largest effective batch.
+        portion: This process's micro-batches of the largest effective batch.
         step: Number of the next step, counted from 1.
         optimizer: Says in which form it needs each gradient; not changed.
         trained: Names of the parameters that must get a gradient.
@@ -71,7 +72,7 @@ def take_probe(
     kept: list[Tensor] = []
 
     try:
-        forward = engine.forward(batches, step=step, wants=lambda name: _trial(optimizer, name, step))
+        forward = engine.forward(portion, step=step, wants=lambda name: _trial(optimizer, name, step))
         with closing(engine.backward(forward)) as layers:
             del forward
             for layer in layers:
@@ -91,9 +92,9 @@ def take_probe(
         raise NonFiniteError(cause, _PRECISION) from error
     except (RuntimeError, MemoryError, OutOfMemory) as error:
         if lacks_memory(error):
-            raise (explain or _repeat)(error, _too_large(batches, max_length)) from error
+            raise (explain or _repeat)(error, _too_large(portion.batches, max_length)) from error
         raise RunError(
-            f"The probe step ({describe_probe(batches)}) failed: {short(error)}.",
+            f"The probe step ({describe_probe(portion.batches)}) failed: {short(error)}.",
             "A training step would fail in the same way; --debug shows where.",
         ) from error
     without = [name for name in trained if name not in seen]

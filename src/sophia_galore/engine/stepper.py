@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from typing import Literal
 
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import Portion
 from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
 from sophia_galore.engine.objective import CrossEntropy, SampledCrossEntropy
 from sophia_galore.errors import NonFiniteError
@@ -47,11 +46,11 @@ class Stepper:
         for name in optimizer.specs:
             store[name] = optimizer.with_deferred_update(name, store[name])
 
-    def take(self, batches: Sequence[MicroBatch], *, step: int, factor: float) -> tuple[StepResult, float]:
+    def take(self, portion: Portion, *, step: int, factor: float) -> tuple[StepResult, float]:
         """Run one optimizer step.
 
         Args:
-            batches: The micro-batches of its effective batch.
+            portion: This process's micro-batches of its effective batch.
             step: Number of the step, counted from 1.
             factor: The schedule's value, a factor on the learning rate.
 
@@ -62,12 +61,12 @@ class Stepper:
             NonFiniteError: The loss or a gradient is not finite.
         """
         if self._curvature_every and (step - 1) % self._curvature_every == 0:
-            self._estimate_curvature(batches, step)
+            self._estimate_curvature(portion, step)
         engine, optimizer = self._engine, self._optimizer
         norms: list[float] = []
         held: dict[str, PreparedGradient] = {}
         forward = engine.forward(
-            batches, step=step, wants=partial(optimizer.request, step=step), objective=CrossEntropy()
+            portion, step=step, wants=partial(optimizer.request, step=step), objective=CrossEntropy()
         )
         result = forward.result
         with closing(engine.backward(forward)) as layers:
@@ -102,11 +101,11 @@ class Stepper:
             with self._store.borrow(name, trains=True, then=following) as weights:
                 self._optimizer.apply(name, weights[name], prepared, step=step, factor=factor)
 
-    def _estimate_curvature(self, batches: Sequence[MicroBatch], step: int) -> None:
+    def _estimate_curvature(self, portion: Portion, step: int) -> None:
         """Update curvature estimates with a gradient whose labels are sampled from the model."""
         engine, optimizer = self._engine, self._optimizer
         wants = partial(optimizer.request, step=step, observing=True)
-        forward = engine.forward(batches, step=step, wants=wants, objective=SampledCrossEntropy())
+        forward = engine.forward(portion, step=step, wants=wants, objective=SampledCrossEntropy())
         num_samples = forward.result.num_counted
         with closing(engine.backward(forward)) as layers:
             del forward

@@ -57,6 +57,8 @@ class MemoryMonitor(Observer):
         """The report in the checkpoint that the run was resumed from; {} without one."""
         self.adaptations: list[str] = []
         """What was changed when memory ran out, in sentences."""
+        self.processes: list[dict[str, Any]] = []
+        """The peaks of all processes of the run; empty for a single one."""
         self.names: Callable[[], Mapping[int, str]] = dict
         """Returns names of storages, by key."""
         self.advice: Callable[[], str] = self._usual_advice
@@ -236,6 +238,7 @@ class MemoryMonitor(Observer):
             "adaptations": self.adaptations,
             **self._peaks.as_json(),
             "timeline": self._timeline.highest if self._timeline is not None else None,
+            **({"processes": self.processes} if self.processes else {}),
         }
         return merge_reports(self.earlier, report) if self.earlier else report
 

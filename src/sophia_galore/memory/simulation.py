@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.portion import whole
+from sophia_galore.distributed.processes import Pending, in_buffers
+from sophia_galore.distributed.reducer import ProcessReducer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.probe import take_probe
 from sophia_galore.engine.stepper import Stepper
@@ -119,6 +122,9 @@ def simulate(
             tracker.tag(weight, "weights")
         for name, state in optimizer.states.named().items():
             tracker.tag(state, state_category(name))
+        reducer = None
+        if decided.facts.num_processes > 1:
+            reducer = ProcessReducer(_NothingIsSent(), overlaps=config.distributed.overlap)
         engine = LayerwiseEngine(
             model.architecture,
             store,
@@ -133,6 +139,7 @@ def simulate(
             neftune_alpha=config.training.neftune_alpha or 0.0,
             spill=_ShapesOnly() if config.memory.activations != "device" else None,
             full_gradients="matrix" if config.engine.full_gradients == "matrix" else "layer",
+            reducer=reducer,
         )
         stepper = Stepper(
             engine,
@@ -154,7 +161,7 @@ def simulate(
             if probes:
                 take_probe(
                     engine,
-                    own,
+                    whole(own),
                     step=step,
                     optimizer=optimizer,
                     trained=(),
@@ -163,9 +170,19 @@ def simulate(
                     stopped=lambda: False,
                 )
             else:
-                stepper.take(own, step=step, factor=1.0)
+                stepper.take(whole(own), step=step, factor=1.0)
             passes.append(split_passes(recorder.take(), len(model.architecture.layers)))
     return Simulated(tuple(passes), evaluation)
+
+
+class _NothingIsSent:
+    """Has the buffers in which gradients would be sent to other processes."""
+
+    def start_sum(self, tensors: Sequence[torch.Tensor]) -> Pending:
+        return Pending([], in_buffers(tensors)[1])
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        return list(values)
 
 
 class _ShapesOnly(Spill):

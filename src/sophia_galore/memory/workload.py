@@ -15,6 +15,7 @@ from sophia_galore.config.schema_data import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
+from sophia_galore.data.portion import deal
 from sophia_galore.engine.passes import FullGradients, most_at_once
 from sophia_galore.optim.spec import SubspaceSpec
 from sophia_galore.plan.route import Route
@@ -57,22 +58,25 @@ class Sample:
     factor: float
 
 
-def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int) -> Workload:
-    """Return a run's largest step, its probe step, and its longest evaluation examples.
+def workload_of_data(
+    config: RunConfig, dataset: Dataset, num_steps: int, pad_id: int, num_processes: int = 1
+) -> Workload:
+    """Return a run's largest step, its probe step, and its longest evaluation examples, in one process.
 
     Args:
         config: The configuration.
         dataset: The tokenised data.
         num_steps: Steps of the run.
         pad_id: The token id to pad with.
+        num_processes: Processes that share the micro-batches.
     """
     training = config.training
     feed = Feed.of(config, dataset.train, pad_id)
-    train = feed.largest_step(num_steps)
-    probe = feed.largest_window() if training.probe_step else []
+    train = _largest_portion(feed.largest_step(num_steps), num_processes)
+    probe = _largest_portion(feed.largest_window(), num_processes) if training.probe_step else []
     if _sizes(probe) == _sizes(train):
         probe = []  # it needs no more than the first step
-    together = training.gradient_accumulation_steps
+    together = -(-training.gradient_accumulation_steps // num_processes)
     evaluated = Feed.of(config, dataset.eval, pad_id).longest_first()[:together]
     longest = max(batch.input_ids.shape[1] for batch in (*probe, *train))
     what = "fullest rows" if feed.arrangement == "packed" else "longest examples"
@@ -82,15 +86,17 @@ def workload_of_data(config: RunConfig, dataset: Dataset, num_steps: int, pad_id
     return Workload(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
 
 
-def largest_workload(config: RunConfig, vocab_size: int) -> Workload:
-    """Return the largest workload that the settings allow.
+def largest_workload(config: RunConfig, vocab_size: int, num_processes: int = 1) -> Workload:
+    """Return the largest workload that the settings allow, in one process.
 
     Args:
         config: The configuration.
         vocab_size: Size of the model's vocabulary.
+        num_processes: Processes that share the micro-batches.
     """
     training = config.training
-    size, together, length = training.batch_size, training.gradient_accumulation_steps, training.max_length
+    size, length = training.batch_size, training.max_length
+    together = -(-training.gradient_accumulation_steps // num_processes)
     batches = full_batches(size, together, length, vocab_size)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     source = f"examples of training.max_length: {together} x {size} x {length} tokens"
@@ -174,6 +180,12 @@ def batch_bytes(batches: Sequence[MicroBatch]) -> int:
     """Return the bytes of the tensors of micro-batches."""
     tensors = [tensor for batch in batches for tensor in (batch.input_ids, batch.labels, batch.attention_mask)]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _largest_portion(batches: Sequence[MicroBatch], num_processes: int) -> Sequence[MicroBatch]:
+    """Return the portion with the most tokens, including padding."""
+    portions = [deal(batches, rank, num_processes).batches for rank in range(num_processes)]
+    return max(portions, key=lambda portion: sum(batch.input_ids.numel() for batch in portion))
 
 
 def _sizes(batches: Sequence[MicroBatch]) -> list[tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from sophia_galore.errors import EnvironmentProblem
@@ -35,7 +37,10 @@ def choose_device(name: str, option: str = "training.device=") -> torch.device:
             f"{option}{name}, but PyTorch finds no GPU.",
             f"Install a CUDA build of PyTorch and the GPU's driver, or use {option}cpu.",
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index
+    if index is None:
+        # Of several processes on a machine, each has a GPU of its own.
+        index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
     if index >= torch.cuda.device_count():
         raise EnvironmentProblem(
             f"{option}{name}, but there are only {torch.cuda.device_count()} GPUs.",

@@ -189,6 +189,7 @@ class Facts:
     Args:
         config: What was asked.
         device: Where the arithmetic runs.
+        num_processes: Processes that share an effective batch.
         bitsandbytes: The package; None: it is not needed, and was not looked for.
         missing_trackers: Those of `training.report_to` whose package is not installed.
         model: The model.
@@ -200,6 +201,7 @@ class Facts:
 
     config: RunConfig
     device: DeviceFacts = DeviceFacts()
+    num_processes: int = 1
     bitsandbytes: BitsandbytesFacts | None = None
     missing_trackers: tuple[TrackerName, ...] = ()
     model: ModelFacts = ModelFacts()

@@ -245,6 +245,15 @@ _DATA: tuple[Rule, ...] = (
 
 _TRAINING: tuple[Rule, ...] = (
     Rule(
+        "more_processes_than_micro_batches",
+        lambda f: f.num_processes > f.config.training.gradient_accumulation_steps,
+        Refuse(),
+        "There are {f.num_processes} processes, but only {f.config.training.gradient_accumulation_steps} micro-batches "
+        "in a step to deal out.",
+        "Raise training.gradient_accumulation_steps to {f.num_processes} or more, and lower training.batch_size to "
+        "keep the effective batch; or start fewer processes.",
+    ),
+    Rule(
         "frozen_layers",
         lambda f: f.freezes_layers and f.config.optimizer.type == "adamw",
         Use(),

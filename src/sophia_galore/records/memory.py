@@ -83,6 +83,20 @@ class MemoryStep(Record):
     process_bytes: Size = None
 
 
+class ProcessMemory(Record):
+    """The memory of one of several processes; None where it was not measured.
+
+    Args:
+        machine: Name of its machine.
+        peak_allocated_bytes: Most bytes of live tensors at once.
+        peak_process_bytes: Largest resident size.
+    """
+
+    machine: Text = ""
+    peak_allocated_bytes: Size = None
+    peak_process_bytes: Size = None
+
+
 class MemoryReport(Record):
     """The memory of a run.
 
@@ -100,6 +114,7 @@ class MemoryReport(Record):
         categories: What the peak consists of, in bytes.
         steps: Peaks of single steps.
         timeline: One step from moment to moment; None where nothing was followed.
+        processes: The processes of a run with several, by rank; empty for one.
     """
 
     device: Text = ""
@@ -117,3 +132,4 @@ class MemoryReport(Record):
     timeline: Annotated[
         Timeline | None, AfterValidator(lambda found: found if found and found.peak_bytes else None)
     ] = None
+    processes: Annotated[tuple[ProcessMemory, ...], BeforeValidator(_list)] = ()

@@ -38,6 +38,7 @@ class TrainStep(Line):
         tokens_per_second: Speed of the step.
         waiting_share: Share of the step's time, from 0 to 1, in which the computation waited for weights that live
             elsewhere; None: none do.
+        summed_bytes: Bytes of the gradients that were summed over processes; None: there is one process.
         allocated_bytes: Peak of live tensors; None where it was not measured.
         reserved_bytes: Peak of what the allocator held; None where it was not measured.
         process_bytes: Resident size of the process after the step.
@@ -49,6 +50,7 @@ class TrainStep(Line):
     tokens: Whole | None = None
     tokens_per_second: Number | None = None
     waiting_share: Number | None = None
+    summed_bytes: Size = None
     allocated_bytes: Size = None
     reserved_bytes: Size = None
     process_bytes: Size = None

@@ -40,12 +40,16 @@ class Environment(Record):
         versions: Versions of packages, by name.
         command: The command that started the run; "" if there is none.
         started: Start of the run in UTC, as ISO 8601.
+        processes: The machine of each process, by rank.
+        launcher: The program that started the processes, as a machine and a number; "" for a single process.
     """
 
     machine: Machine = Machine()
     versions: dict[str, str] = Field(default_factory=dict)
     command: str = ""
     started: str = ""
+    processes: tuple[str, ...] = ()
+    launcher: str = ""
 
 
 class PlannedRoute(Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,14 +18,17 @@ from sophia_galore.records.run import Environment, Machine
 _PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "numpy")
 
 
-def environment(device: torch.device, command: str) -> dict[str, Any]:
+def environment(device: torch.device, command: str, machines: Sequence[str], launcher: str) -> dict[str, Any]:
     """Return machine, versions, command and time, for `environment.json`.
 
     Args:
         device: The device of the arithmetic.
         command: The command line; "" if the run was started from Python.
+        machines: The machine of each process, by rank.
+        launcher: What started several processes; "" for one.
     """
     on_gpu = device.type == "cuda"
+    several = {"processes": tuple(machines), "launcher": launcher} if len(machines) > 1 else {}
     return Environment(
         machine=Machine(
             system=platform.platform(aliased=True, terse=True),
@@ -38,6 +42,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         versions={"sophia-galore": __version__, "python": platform.python_version(), **_installed()},
         command=command,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
+        **several,
     ).to_json()
 
 

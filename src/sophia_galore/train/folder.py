@@ -54,14 +54,15 @@ def refuse_unwritable(folder: Path) -> None:
         raise not_writable(folder, error) from error
 
 
-def streaming_folder(folder: Path) -> Path:
+def streaming_folder(folder: Path, rank: int = 0) -> Path:
     """Return where a run keeps weights and states that live on disk: beside its folder, like the lock that guards it.
 
     Args:
         folder: The run's folder; it need not exist.
+        rank: Number of the process among those of the run; each has a folder of its own.
     """
     place = folder.resolve()
-    return place.with_name(f".{place.name}.streaming")
+    return place.with_name(f".{place.name}.streaming" + (f"-{rank}" if rank else ""))
 
 
 @contextmanager

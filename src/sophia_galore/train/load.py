@@ -7,6 +7,8 @@ from functools import partial
 
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
+from sophia_galore.distributed.processes import Processes
+from sophia_galore.distributed.reducer import ProcessReducer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
@@ -27,7 +29,12 @@ from sophia_galore.weights.weight import Weight
 
 
 def load(
-    prepared: Prepared, monitor: MemoryMonitor, callback: Callback, stop: StopRequest, at_end: ExitStack
+    prepared: Prepared,
+    monitor: MemoryMonitor,
+    callback: Callback,
+    stop: StopRequest,
+    at_end: ExitStack,
+    processes: Processes | None = None,
 ) -> Loaded:
     """Load a prepared run.
 
@@ -37,14 +44,16 @@ def load(
         callback: Called at each event of the run.
         stop: Whether the user asked the run to stop.
         at_end: Ended with the run.
+        processes: The processes of the run; None: there is one.
 
     Raises:
         UserError: Weights or state can't be read, or do not belong together.
         OutOfMemory: They do not fit into memory.
     """
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
+    processes = processes or Processes()
     with monitor.phase("load"):
-        streaming = open_streamed(prepared, monitor, at_end)
+        streaming = open_streamed(prepared, monitor, at_end, processes.rank)
 
         def settle(name: str, weight: Weight) -> Weight:
             if streaming is None:
@@ -89,6 +98,8 @@ def load(
         monitor.adaptations.append(change)
         callback.say(change)
 
+    # A layer that streams would have to come a second time for its update.
+    overlaps = config.distributed.overlap and streaming is None
     engine = LayerwiseEngine(
         architecture,
         store,
@@ -104,6 +115,7 @@ def load(
         neftune_alpha=config.training.neftune_alpha or 0.0,
         spill=streaming.spill if streaming else None,
         full_gradients=plan.full_gradients,
+        reducer=None if processes.is_alone else ProcessReducer(processes, overlaps=overlaps),
     )
     stepper = Stepper(
         engine,
@@ -126,4 +138,5 @@ def load(
         eval_feed,
         monitor,
         stop,
+        processes,
     )

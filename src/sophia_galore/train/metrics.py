@@ -17,18 +17,20 @@ class MetricsLog:
     On a full disk, records are kept in memory and written as soon as there is room, so the run is not lost.
 
     Args:
-        path: The file.
+        path: The file; None: records are only kept, for a process that writes none.
         up_to_step: When resuming, the step of the checkpoint: later lines will be written again and are
             dropped. None: a new file.
         say: Takes a sentence for the user.
     """
 
-    def __init__(self, path: Path, up_to_step: int | None, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, path: Path | None, up_to_step: int | None, say: Callable[[str], None] = lambda _: None) -> None:
         self.records: list[dict[str, Any]] = []
         self.problem: OSError | None = None
         """The error because of which the file lacks records; None: it has all."""
         self._path, self._say = path, say
         self._file: TextIO | None = None
+        if path is None:
+            return
         if up_to_step is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -42,6 +44,8 @@ class MetricsLog:
     def add(self, record: dict[str, Any]) -> None:
         """Append one record, which has at least a `step`."""
         self.records.append(record)
+        if self._path is None:
+            return
         try:
             if self.problem is None and self._file is not None:
                 self._file.write(json.dumps(record) + "\n")
@@ -68,6 +72,7 @@ class MetricsLog:
             self._file.close()
 
     def _write_all(self) -> None:
+        assert self._path is not None
         # Written beside and renamed: a kill or a full disk in between leaves the old file.
         beside = self._path.with_suffix(".tmp")
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.data.portion import deal
 from sophia_galore.engine.probe import describe_probe, take_probe
 from sophia_galore.errors import CheckpointError, ModelError
 from sophia_galore.plan.route import Route
@@ -101,11 +102,11 @@ def _probe_step_fits(run: Loaded) -> str | None:
     step = (checkpoint.step if checkpoint else 0) + 1
     if not training.probe_step or step > plan.num_steps:
         return None
-    batches = run.feed.largest_window()
+    portion = deal(run.feed.largest_window(), run.processes.rank, run.processes.count)
     specs = [route.spec for route in plan.routes if route.spec]
     take_probe(
         run.engine,
-        batches,
+        portion,
         step=step,
         optimizer=run.optimizer,
         trained=[spec.name for spec in specs],
@@ -117,7 +118,7 @@ def _probe_step_fits(run: Loaded) -> str | None:
     peak = run.monitor.end_probe()
     if torch.device(plan.device).type == "cuda":
         torch.cuda.empty_cache()  # what the allocator keeps shall be what the steps themselves need
-    return f"Probe step: {describe_probe(batches)} fit" + (f", peak {bytes_in_words(peak)}." if peak else ".")
+    return f"Probe step: {describe_probe(portion.batches)} fit" + (f", peak {bytes_in_words(peak)}." if peak else ".")
 
 
 BEFORE_LOADING: tuple[Callable[[Prepared], str | None], ...] = (_disk_has_room, _learns_to_stop, _stops_at_turns)

@@ -46,13 +46,16 @@ from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_a
 _NUM_SHOWN_EXAMPLES = 2
 
 
-def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None = None) -> Prepared:
+def prepare(
+    config: RunConfig, callback: Callback, checkpoint: Checkpoint | None = None, num_processes: int = 1
+) -> Prepared:
     """Find the model, read the data and make the plan; only downloads are written.
 
     Args:
         config: The run's configuration.
         callback: Called at each event of the run.
         checkpoint: The checkpoint to resume from; model and tokenizer are read from it.
+        num_processes: Processes that share an effective batch.
 
     Returns:
         The run before any weight is loaded.
@@ -65,7 +68,12 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
     refuse_own_folders(config)
     refuse_unwritable(Path(config.run_folder))
     device = choose_device(config.training.device)
-    facts = Facts(config, device=detect_device(device), missing_trackers=missing_trackers(config.training.report_to))
+    facts = Facts(
+        config,
+        device=detect_device(device),
+        num_processes=num_processes,
+        missing_trackers=missing_trackers(config.training.report_to),
+    )
     if facts.freezes_layers:
         facts = replace(facts, bitsandbytes=detect_bitsandbytes(device))
     # Rules are checked before each slow step, so that nothing is downloaded, built or tokenised in vain.
@@ -103,7 +111,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         facts,
         model_config,
         architecture.layer_names,
-        lambda asked: workload_of_data(asked, dataset, num_steps, pad_token(tokenizer)),
+        lambda asked: workload_of_data(asked, dataset, num_steps, pad_token(tokenizer), num_processes),
         lambda asked: num_steps,
         model.source,
     )
@@ -137,6 +145,7 @@ def prepare(config: RunConfig, callback: Callback, checkpoint: Checkpoint | None
         planner,
         estimate,
         streamed,
+        num_processes,
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:

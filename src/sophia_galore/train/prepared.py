@@ -11,6 +11,7 @@ import torch
 from sophia_galore.config import RunConfig
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
+from sophia_galore.distributed.processes import Processes
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
@@ -46,6 +47,7 @@ class Prepared:
         planner: Predicts the memory of this and other configurations.
         estimate: The predicted memory; None without memory.predict.
         streamed: What lives elsewhere than on the device.
+        num_processes: Processes that share an effective batch.
     """
 
     config: RunConfig
@@ -63,6 +65,7 @@ class Prepared:
     planner: Planner
     estimate: MemoryEstimate | None
     streamed: Streamed
+    num_processes: int = 1
 
     @property
     def stop_ids(self) -> list[int] | None:
@@ -85,6 +88,7 @@ class Loaded:
         eval_feed: The evaluation batches.
         monitor: Measures memory.
         stop: Whether the user asked the run to stop.
+        processes: The processes of the run.
     """
 
     prepared: Prepared
@@ -97,3 +101,4 @@ class Loaded:
     eval_feed: Feed
     monitor: MemoryMonitor
     stop: StopRequest
+    processes: Processes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,10 @@ import torch
 
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
+from sophia_galore.data.portion import deal
+from sophia_galore.distributed.folder import on_each_machine
+from sophia_galore.distributed.launch import joined, launcher, uses_gpus
+from sophia_galore.distributed.processes import Processes
 from sophia_galore.engine.determinism import repeatable
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.memory.fitting import advice
@@ -29,22 +34,23 @@ from sophia_galore.records.metrics import Evaluation, Exported, TrainStep, evalu
 from sophia_galore.records.run import TrainerState
 from sophia_galore.records.schema import write_json, write_jsonl, write_text
 from sophia_galore.train import progress
+from sophia_galore.train.agreement import equalise, refuse_differences
 from sophia_galore.train.answers import When, ask
+from sophia_galore.train.begin import Beginning, Start, begin
 from sophia_galore.train.best_checkpoint import open_best
 from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
-from sophia_galore.train.folder import finish_replacing, locked, replace_model
+from sophia_galore.train.folder import locked, replace_model
 from sophia_galore.train.load import load
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.preflight import after_loading
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.prepared import Loaded
-from sophia_galore.train.result import RunResult, finished_result
+from sophia_galore.train.result import RunResult
 from sophia_galore.train.resume import changed_noise, refuse_difference
-from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
 from sophia_galore.train.trackers import Trackers
@@ -77,38 +83,50 @@ def train(
         UserError: The configuration, the data or the model can't be used.
         RunError: The run failed.
     """
-    config = fill_date(config, resume=resume, resume_from=resume_from)
-    folder = Path(config.run_folder)
-    finish_replacing(folder)
-    if resume and not resume_from and (finished := finished_result(folder, config)):
-        callback.say(f"The run in {folder} is finished: {finished.how_it_ended}.")
-        return finished
-    if config.training.report_to:
+    start = Start(resume, resume_from, command, config_file)
+    gpus, minutes = uses_gpus(config.training.device), config.distributed.timeout_minutes
+    with joined(uses_gpus=gpus, timeout_minutes=minutes) as processes:
+        # What the first process finds counts, so that a date or an option of one machine is the same for all.
+        begins = processes.together(lambda: begin(config, start) if processes.is_first else None)
+        if begins := processes.from_first(begins):
+            return _train(begins, start, callback if processes.is_first else Callback(), processes)
+        raise AssertionError("the first process said how to begin")
+
+
+def _train(begins: Beginning, start: Start, callback: Callback, processes: Processes) -> RunResult:
+    """Train in each of the processes."""
+    config, folder = begins.config, Path(begins.config.run_folder)
+    if begins.finished:
+        callback.say(f"The run in {folder} is finished: {begins.finished.how_it_ended}.")
+        return begins.finished
+    if config.training.report_to and processes.is_first:
         callback = Callbacks(callback, Trackers(config, callback.say))
-    checkpoint = find_checkpoint(folder, resume_from) if resume else None
-    # Checked before anything is downloaded, and again right before an earlier run is moved.
-    keep = refuse_unsafe_folder(config, config_file, checkpoint)
-    prepared = prepare(config, callback, checkpoint)
-    if checkpoint:
-        refuse_difference(checkpoint, config, prepared.plan)
-        callback.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
-        if said := changed_noise(checkpoint, prepared.plan):
-            callback.say(said)
-    with (
-        locked(folder),
-        repeatable(prepared.device),
-        stop_on_signal() as stop,
-        MemoryMonitor(prepared.device, config.memory) as monitor,
-        contextlib.ExitStack() as at_end,
-    ):
+    with contextlib.ExitStack() as at_end:
+        given = at_end.enter_context(on_each_machine(processes, begins.checkpoint, files.MANIFEST))
+        checkpoint = processes.together(lambda: find_checkpoint(folder, given) if given else None)
+        keep: list[Path] = []
+        if processes.is_first:
+            # Checked before anything is downloaded, and again right before an earlier run is moved.
+            keep = refuse_unsafe_folder(config, start.config_file, checkpoint)
+        prepared = processes.together(lambda: prepare(config, callback, checkpoint, processes.count), in_turns=True)
+        if checkpoint:
+            refuse_difference(checkpoint, config, prepared.plan)
+            callback.say(f"Going on after step {checkpoint.step}, from {checkpoint.folder}.")
+            if said := changed_noise(checkpoint, prepared.plan):
+                callback.say(said)
+        at_end.enter_context(locked(folder) if processes.is_first else contextlib.nullcontext())
+        at_end.enter_context(repeatable(prepared.device))
+        stop = at_end.enter_context(stop_on_signal(once_more_ends=processes.is_alone, says=processes.is_first))
+        monitor = at_end.enter_context(MemoryMonitor(prepared.device, config.memory))
         monitor.earlier = checkpoint.memory_report() if checkpoint else {}
         if prepared.estimate is not None:
             forecast = prepared.estimate.forecast
             monitor.predicted_bytes, monitor.expected_step = forecast.peak_bytes, forecast.step
             monitor.advice = lambda: advice(prepared.planner, config)
         with monitor.explaining():
-            run = _Run(load(prepared, monitor, callback, stop, at_end), folder, callback, keep)
-            write_json(folder / files.ENVIRONMENT, environment(prepared.device, command))
+            loaded = load(prepared, monitor, callback, stop, at_end, processes)
+            refuse_differences(processes, prepared.plan, loaded.store)
+            run = _Run(loaded, folder, callback, keep, start.command)
         failed = True
         try:
             with monitor.explaining(run.resume_hint), writing("What a run records", folder, run.resume_hint):
@@ -119,14 +137,18 @@ def train(
             run.close(failed=failed)
 
 
+_PEAKS = ("peak_allocated_bytes", "peak_process_bytes")
+
+
 class _Run:
     """The loaded parts of a run and its training loop."""
 
-    def __init__(self, loaded: Loaded, folder: Path, callback: Callback, keep: Sequence[Path]) -> None:
+    def __init__(self, loaded: Loaded, folder: Path, callback: Callback, keep: Sequence[Path], command: str) -> None:
         prepared = loaded.prepared
         config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
         self._loaded, self._prepared, self._config, self._plan = loaded, prepared, config, plan
         self._folder, self._callback = folder, callback
+        self._processes, self._writes = loaded.processes, loaded.processes.is_first
         self._monitor, self._stop = loaded.monitor, loaded.stop
         self._last_step = checkpoint.step if checkpoint else 0
         self._last_saved_s = time.monotonic()
@@ -137,20 +159,30 @@ class _Run:
         )
         for said in after_loading(loaded):
             callback.say(said)
+        machines = self._processes.gather(socket.gethostname())
         # Not earlier: an error before this line must leave the folder unchanged.
-        moved = open_run_folder(folder, going_on=checkpoint, keep=[*keep, prepared.folder])
-        if moved:
-            callback.say(f"The earlier run in {folder} was moved to {moved}.")
-        write_json(folder / files.PLAN, plan.to_json())
-        write_text(folder / files.CONFIG, dump_config(config))
-        if bad := prepared.dataset.bad:
-            write_jsonl(folder / files.BAD_RECORDS, (each.to_json() for each in bad))
-        self._log = MetricsLog(folder / files.METRICS, checkpoint.step if checkpoint else None, callback.say)
+        if self._writes:
+            self._open_folder(keep, machines, command)
+        metrics = folder / files.METRICS if self._writes else None
+        self._log = MetricsLog(metrics, checkpoint.step if checkpoint else None, callback.say)
         self._evaluations = checkpoint.evaluations() if checkpoint else []
         self._limits = progress.stopping_limits(config)
-        self._best = open_best(config, checkpoint, self._evaluations, folder, callback.say)
-        write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
+        self._best = open_best(config, checkpoint if self._writes else None, self._evaluations, folder, callback.say)
+        if self._writes:
+            write_json(folder / files.TRAINER_STATE, self._trainer_state().to_json())
         callback.opened(folder, after_step=self._last_step, records=tuple(self._log.records))
+
+    def _open_folder(self, keep: Sequence[Path], machines: Sequence[str], command: str) -> None:
+        """Make the run's folder, and write what is known before the first step."""
+        folder, prepared = self._folder, self._prepared
+        moved = open_run_folder(folder, going_on=prepared.checkpoint, keep=[*keep, prepared.folder])
+        if moved:
+            self._callback.say(f"The earlier run in {folder} was moved to {moved}.")
+        write_json(folder / files.PLAN, self._plan.to_json())
+        write_text(folder / files.CONFIG, dump_config(self._config))
+        write_json(folder / files.ENVIRONMENT, environment(prepared.device, command, machines, launcher()))
+        if bad := prepared.dataset.bad:
+            write_jsonl(folder / files.BAD_RECORDS, (each.to_json() for each in bad))
 
     def carry_out(self) -> RunResult:
         """Take the remaining steps, until the end or until a stop is requested."""
@@ -167,20 +199,24 @@ class _Run:
             self._callback.stepped(record, num_steps=self._plan.num_steps, seconds_left=seconds_left)
             if evaluates_after(step, self._config, self._plan.steps_per_epoch, self._plan.num_steps):
                 self._evaluate(step)
-            if self._stop.requested or self._saves_after(step) or self._best.is_new(step, self._evaluations):
+            stops, saves = self._agreed(step)
+            if stops or saves:
                 self._save(step)
-            if self._stop.requested and step < self._plan.num_steps:
+            if stops and step < self._plan.num_steps:
                 return self._result(finished=False)
         if self._limits and self._last_step < self._plan.num_steps:
             why = progress.early_stop_reason(self._evaluations, self._limits, self._plan.num_steps)
             self._callback.say(f"Ended early: {why}.")
-        self._restore_best()
-        self._write_final_model()
+        if self._writes:
+            self._restore_best()
+            self._write_final_model()
         self._ask("after")
         return self._result(finished=True)
 
     def close(self, *, failed: bool) -> None:
-        """Write the last records and close them, and end what moves weights, whether the run succeeded or failed."""
+        """Write the last records and close them, whether the run succeeded or failed."""
+        if not self._writes:
+            return
         # A full disk was already reported where it was first met; write what still fits.
         with contextlib.suppress(OSError):
             self._log.close()
@@ -201,11 +237,12 @@ class _Run:
         streams = self._loaded.streams
         if streams:
             streams.take_waited_s()  # what evaluations and checkpoints waited
+        summed_bytes = self._processes.summed_bytes
         started_s = time.perf_counter()
-        batches = self._loaded.feed.step(step)
+        portion = deal(self._loaded.feed.step(step), self._processes.rank, self._processes.count)
         factor = self._factor(step)
         try:
-            result, norm = self._loaded.stepper.take(batches, step=step, factor=factor)
+            result, norm = self._loaded.stepper.take(portion, step=step, factor=factor)
         except NonFiniteError as error:
             raise self._with_resume_hint(error) from error
         seconds = time.perf_counter() - started_s
@@ -219,6 +256,7 @@ class _Run:
             tokens=result.num_tokens,
             tokens_per_second=round(result.num_tokens / seconds, 2),
             waiting_share=round(streams.take_waited_s() / seconds, 4) if streams else None,
+            **({} if self._processes.is_alone else {"summed_bytes": self._processes.summed_bytes - summed_bytes}),
             **memory,
         ).to_json()
 
@@ -227,12 +265,13 @@ class _Run:
         if not batches:
             return
         # As many micro-batches at a time as in a training step, so evaluation needs no more memory than training.
-        together = self._config.training.gradient_accumulation_steps
-        parts = [
-            self._loaded.engine.evaluate(batches[start : start + together])
-            for start in range(0, len(batches), together)
-        ]
-        eval_loss = sum(loss for loss, _ in parts) / sum(count for _, count in parts)
+        rank, count = self._processes.rank, self._processes.count
+        together = -(-self._config.training.gradient_accumulation_steps // count)
+        # Neighbours are of almost the same length, so each process has as much to do.
+        own = batches[rank::count]
+        parts = [self._loaded.engine.evaluate(own[start : start + together]) for start in range(0, len(own), together)]
+        loss, num_counted = self._processes.sums([sum(column) for column in zip(*parts, strict=True)] or [0.0, 0.0])
+        eval_loss = loss / num_counted
         if not math.isfinite(eval_loss):
             cause = f"The evaluation loss is {eval_loss} after step {step}."
             raise self._with_resume_hint(NonFiniteError(cause, "Lower training.learning_rate."))
@@ -247,6 +286,12 @@ class _Run:
         self._log.add(record)
         self._callback.recorded(record)
 
+    def _agreed(self, step: int) -> tuple[bool, bool]:
+        """Return whether any process was asked to stop, and whether the first one is to save now."""
+        saves = self._saves_after(step) or self._best.is_new(step, self._evaluations)
+        stops, saves_too = self._processes.sums([self._stop.requested, saves and self._writes])
+        return stops > 0, saves_too > 0
+
     def _saves_after(self, step: int) -> bool:
         settings = self._config.checkpoint
         minutes = (time.monotonic() - self._last_saved_s) / 60
@@ -254,7 +299,11 @@ class _Run:
         return by_steps or 0 < settings.save_every_minutes <= minutes
 
     def _save(self, step: int) -> None:
+        equalise(self._processes, self._loaded.store, self._loaded.optimizer.states, self._callback.say)
         self._refuse_broken_weights()
+        self._last_saved_s = time.monotonic()
+        if not self._writes:
+            return
         self._best.saving(step, self._evaluations)
         self._saved = save_checkpoint(
             self._folder,
@@ -271,14 +320,14 @@ class _Run:
             keep_steps=self._best.steps,
             needed_bytes=sum(self._plan.standing_bytes.values()),
         )
-        self._last_saved_s = time.monotonic()
+        self._last_saved_s = time.monotonic()  # from its end on
 
     def _state_stream(self) -> TensorStream:
         stream, streams = self._loaded.optimizer.states.stream(), self._loaded.streams
         return replace(stream, finished=streams.finished("state")) if streams else stream
 
     def _ask(self, when: When) -> None:
-        if self._config.training.sample_questions:
+        if self._writes and self._config.training.sample_questions:
             with self._monitor.phase("eval"):
                 given = ask(self._prepared, self._loaded.store, self._folder, when)
             self._callback.answered(when, given)
@@ -342,6 +391,9 @@ class _Run:
         )
 
     def _result(self, *, finished: bool) -> RunResult:
+        peaks = self._monitor.report()
+        own = {"machine": socket.gethostname(), **{key: peaks[key] for key in _PEAKS}}
+        self._monitor.processes = [] if self._processes.is_alone else self._processes.gather(own)
         memory = MemoryReport.of(self._monitor.report(), files.MEMORY_REPORT)
         return RunResult(self._folder, self._trainer_state(), memory, None if finished else self._saved)
 

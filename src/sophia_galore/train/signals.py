@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_STOPPING = b"\nStopping: the step is finished and saved first. Once more stops at once, without saving.\n"
+_STOPPING = "\nStopping: the step is finished and saved first."
+_ONCE_MORE = " Once more stops at once, without saving."
 
 
 class StopRequest:
@@ -32,8 +33,13 @@ def hangup_signals() -> tuple[signal.Signals, ...]:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(*, once_more_ends: bool = True, says: bool = True) -> Iterator[StopRequest]:
     """Set a request at the first SIGINT, SIGTERM or SIGHUP; a second SIGINT or SIGTERM acts as usual.
+
+    Args:
+        once_more_ends: Whether it does. A launcher of several processes passes on the signal that the terminal has
+            sent to each of them already.
+        says: Whether the user is told that the run is stopping.
 
     Yields:
         The request; outside the main thread, where Python allows no handlers, it is never set.
@@ -46,16 +52,18 @@ def stop_on_signal() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in (*asking, *hangups)}
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        request.requested = True
+        is_repeated, request.requested = request.requested, True
         for each in hangups:
             signal.signal(each, signal.SIG_IGN)
-        if number in hangups:
+        if number in hangups or (is_repeated and not once_more_ends):
             return
-        for each in asking:
-            signal.signal(each, signal.SIG_DFL)
+        if once_more_ends:
+            for each in asking:
+                signal.signal(each, signal.SIG_DFL)
         # Not by print: a handler may run in the middle of one, which can't be entered twice. The terminal may be gone.
         with contextlib.suppress(OSError):
-            os.write(2, _STOPPING)
+            if says:
+                os.write(2, f"{_STOPPING}{_ONCE_MORE if once_more_ends else ''}\n".encode())
 
     for number in before:
         signal.signal(number, handle)

@@ -25,13 +25,14 @@ from sophia_galore.train.prepared import Prepared
 _OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
 
 
-def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack) -> Streaming | None:
+def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack, rank: int = 0) -> Streaming | None:
     """Open what moves weights and states that live elsewhere than on the device.
 
     Args:
         prepared: The prepared run; its folder is locked.
         monitor: Measures memory.
         at_end: Ended with the run: then no more is written, and the files are removed.
+        rank: Number of this process among those of the run; each has files of its own.
 
     Returns:
         What moves them; None if nothing lives elsewhere.
@@ -40,7 +41,7 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack)
         EnvironmentProblem: There is no room for them, or their folder's name is taken.
     """
     streamed, memory = prepared.streamed, prepared.config.memory
-    folder = streaming_folder(Path(prepared.config.run_folder))
+    folder = streaming_folder(Path(prepared.config.run_folder), rank)
     on_disk = "disk" in (memory.activations, *streamed.placements.values())
     if not remove_streamed(folder) and on_disk:
         raise EnvironmentProblem(

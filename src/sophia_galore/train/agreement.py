@@ -1,0 +1,82 @@
+"""What the processes of a run must have in common, and how differences of rounding are removed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+
+from sophia_galore.distributed.processes import Processes
+from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.optim.states import ParamStates
+from sophia_galore.plan.plan import RunPlan
+from sophia_galore.weights.store import WeightStore
+
+_WHAT = {
+    "data": "other training data",
+    "steps": "another number of steps",
+    "routes": "another plan for the parameters",
+    "weights": "other weights",
+}
+
+
+def refuse_differences(processes: Processes, plan: RunPlan, store: WeightStore) -> None:
+    """Refuse processes that do not train the same model on the same data.
+
+    Args:
+        processes: The processes of the run.
+        plan: This process's plan.
+        store: This process's weights.
+
+    Raises:
+        EnvironmentProblem: They differ; in each process, with the same message.
+    """
+    if processes.is_alone:
+        return
+    own = {
+        "data": plan.data_fingerprint,
+        "steps": plan.num_steps,
+        "routes": str([route.to_json() for route in plan.routes]),
+        "weights": weights_checksum(store),
+    }
+    first, *others = processes.gather(own)
+    for rank, other in enumerate(others, 1):
+        odd = next((what for what in own if other[what] != first[what]), None)
+        if odd:
+            raise EnvironmentProblem(
+                f"Process {rank} has {_WHAT[odd]} than process 0.",
+                "Give all machines the same files and versions, and the same command.",
+            )
+
+
+def equalise(processes: Processes, store: WeightStore, states: ParamStates, say: Callable[[str], None]) -> None:
+    """Let all processes go on with the first one's weights and states, if they differ.
+
+    Every process takes each step itself. Unlike processors may round a product differently, so that the copies of the
+    model would slowly drift apart.
+
+    Args:
+        processes: The processes of the run.
+        store: This process's weights.
+        states: This process's optimizer states.
+        say: Takes a sentence for the user.
+    """
+    if processes.is_alone or len(set(processes.gather(weights_checksum(store)))) == 1:
+        return
+    say("The machines round differently, so their copies of the model differed a little: all go on with the first one.")
+    own_states = states.tensors()
+    for name, _ in store.items():
+        with store.borrow(name, trains=True) as weights:
+            for tensor in [*weights[name].tensors().values(), *own_states.get(name, {}).values()]:
+                processes.send_from_first(tensor)
+
+
+def weights_checksum(store: WeightStore) -> int:
+    """Return a checksum of all weights as they are stored."""
+    found = 0
+    for _, weight in store.each():
+        for tensor in weight.tensors().values():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found = zlib.crc32(flat.view(torch.uint8).numpy().data, found)
+    return found

@@ -1,0 +1,104 @@
+"""The same configuration gives the same curve, whatever the number of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from contract.test_placements import SETTINGS, words_of
+from placed import QUICK, Left, PlacedRuns, assert_same
+from processes import run_processes
+from sophia_galore.records import files
+from sophia_galore.train.callback import Callback
+from sophia_galore.train.run import train
+
+# 18 examples one by one in steps of 5: in each epoch's last step there are 3, so that of 4 processes one has none.
+DEALT = (*QUICK, "training.batch_size=1", "training.gradient_accumulation_steps=5")
+# The order of sums differs, which changes a gradient by some 1e-7 of itself. A step moves every weight by a rate of
+# 0.01, whatever the size of its gradient: 1e-7 grow to the 1e-5 that are promised.
+FP32_TOLERANCE = 1e-5
+# A weight in bf16 or int8 is rounded up or down by chance, and a gradient that is off by 1e-7 changes that for one
+# weight in thousands, by one step of its format. Largest difference of all settings: 2.5e-4.
+ROUNDED_TOLERANCE = 1e-3
+SOON = {(0, 2), (4, 4), (12, 2), (16, 2)}
+CASES = [
+    pytest.param(
+        number,
+        count,
+        id=f"{', '.join(SETTINGS[number])}: {count}",
+        marks=[] if (number, count) in SOON else [pytest.mark.thorough],
+    )
+    for number in range(len(SETTINGS))
+    for count in (2, 4)
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> PlacedRuns:
+    return PlacedRuns(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def by_one_process(runs: PlacedRuns) -> Callable[[int], Left]:
+    @cache
+    def left(number: int) -> Left:
+        return runs.train(runs.folder / f"one-{number}", SETTINGS[number][2], *DEALT, *words_of(number))
+
+    return left
+
+
+def by_processes(count: int, runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Left:
+    config = runs.config(output, family, *words)
+
+    def one() -> int:
+        train(config, Callback(), resume=resume)
+        return 0
+
+    log = output.with_suffix(".log")
+    codes = run_processes(count, one, log)
+    assert codes == [0] * count, log.read_text()
+    return Left.in_folder(output)
+
+
+@pytest.mark.parametrize(("number", "count"), CASES)
+def test_the_curve_does_not_depend_on_the_number_of_processes(
+    number: int, count: int, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path
+) -> None:
+    found = by_processes(count, runs, tmp_path / "run", SETTINGS[number][2], *DEALT, *words_of(number))
+    expected = by_one_process(number)
+    tolerance = FP32_TOLERANCE if SETTINGS[number][0] == "fp32" else ROUNDED_TOLERANCE
+    assert len(found.numbers) == len(expected.numbers)
+    for own, other in zip(found.numbers, expected.numbers, strict=True):
+        assert own.keys() == other.keys()
+        assert {key: own[key] for key in ("step", "tokens") if key in own} == {
+            key: other[key] for key in ("step", "tokens") if key in other
+        }
+        for key in {"loss", "eval_loss"} & own.keys():
+            assert own[key] == pytest.approx(other[key], rel=tolerance), (own["step"], key)
+    assert found.tensors.keys() == expected.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "number", [7, *(pytest.param(number, marks=pytest.mark.thorough) for number in (3, 4, 12, 20))]
+)
+def test_two_runs_of_two_processes_are_the_same(number: int, runs: PlacedRuns, tmp_path: Path) -> None:
+    first, second = (
+        by_processes(2, runs, tmp_path / part / "run", SETTINGS[number][2], *DEALT, *words_of(number))
+        for part in ("first", "second")
+    )
+    assert_same(second, first)
+
+
+def test_the_records_tell_of_each_process(runs: PlacedRuns, tmp_path: Path) -> None:
+    by_processes(2, runs, tmp_path / "run", "llama", *DEALT, *words_of(1))
+    report = json.loads((tmp_path / "run" / files.MEMORY_REPORT).read_text())
+    assert [process["peak_process_bytes"] > 0 for process in report["processes"]] == [True, True]
+    environment = json.loads((tmp_path / "run" / files.ENVIRONMENT).read_text())
+    assert len(environment["processes"]) == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / files.METRICS).read_text().splitlines()]
+    sent = [line["summed_bytes"] for line in lines if "loss" in line]
+    assert min(sent) > 0 and max(sent) > min(sent), "whole gradients where a basis is made, projected ones elsewhere"
