@@ -54,6 +54,10 @@ class PlacedRuns:
 
     def config(self, output: Path, family: str, *words: str) -> RunConfig:
         """The configuration of a run into a folder."""
+        return load_config(None, self.words(output, family, *words))
+
+    def words(self, output: Path, family: str, *words: str) -> list[str]:
+        """The same as words of the command line."""
         model = self.folder / family
         if not model.exists():
             kind, tied = FAMILIES[family]
@@ -62,8 +66,7 @@ class PlacedRuns:
         data = self.folder / "data.json"
         if not data.exists():
             write_tiny_data(data)
-        asked = (f"model.name={model}", f"data.train={data}", f"training.output_dir={output}", *SETTINGS, *words)
-        return load_config(None, list(asked))
+        return [f"model.name={model}", f"data.train={data}", f"training.output_dir={output}", *SETTINGS, *words]
 
     def train(self, output: Path, family: str, *words: str, resume: bool = False) -> Left:
         """A whole run, or the rest of one; returns what it left behind."""

@@ -45,6 +45,9 @@ def plan(
         Literal["cuda", "cpu"] | None,
         typer.Option(help="Plan for a CUDA card, which need not be here, or for this CPU; short for training.device."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share the effective batch, as `torchrun` starts them.")
+    ] = 1,
     fit: Annotated[bool, typer.Option("--fit", help="Find settings that fit, and write them to a file.")] = False,
     shorter: Annotated[
         bool, typer.Option("--allow-shorter", help="With --fit: max_length may be lowered, if nothing else is enough.")
@@ -79,7 +82,7 @@ def plan(
         if not as_json:
             console.print(text, markup=False)
 
-    planner = find_planner(asked, say, reads_data=config is not None or model is None)
+    planner = find_planner(asked, say, reads_data=config is not None or model is None, num_processes=processes)
     if fit:
         _fit(planner, asked, output, console, as_json=as_json, may_shorten=shorter)
         return

@@ -24,6 +24,10 @@ from sophia_galore.memory.transfers import USUAL, measure, transfers_of
 from sophia_galore.plan.placements import Streamed, device_bytes
 from sophia_galore.plan.route import Route
 from sophia_galore.plan.rules import compute_dtype
+from sophia_galore.plan.traffic import Traffic, traffic_of
+
+# Bytes a second of a network of 1 Gbit/s.
+_ETHERNET = 1.25e8
 
 # The keys that memory depends on.
 _SETTINGS = (
@@ -49,6 +53,7 @@ _SETTINGS = (
     "memory.resident_layers",
     "memory.host_limit",
     "memory.activations",
+    "distributed.shard_state",
 )
 
 
@@ -84,6 +89,8 @@ def plan_of(planner: Planner, config: RunConfig, estimate: MemoryEstimate, found
         "disk_bytes": streamed.bytes_in("disk"),
         "resident_layers": streamed.num_resident_layers,
         "buffer_bytes": streamed.buffer_bytes,
+        "num_processes": planner.facts.num_processes,
+        "traffic": vars(traffic_of(decided.routes)) if planner.facts.num_processes > 1 else None,
         "transfers": _transfers(planner, config, decided.routes, streamed) if streamed.units else None,
         "settings": {key: values[key] for key in _SETTINGS}
         | {"engine.keep_layers": forecast.keep_layers, "engine.full_gradients": planner.full_gradients(config)},
@@ -140,6 +147,15 @@ def _transfer_words(found: dict[str, Any]) -> list[str]:
     return words
 
 
+def _traffic_words(traffic: Traffic, num_processes: int) -> str:
+    seconds = 2 * (num_processes - 1) / num_processes * traffic.usual_bytes / _ETHERNET
+    return (
+        f"That is for each of {num_processes} processes. In a step they sum {bytes_in_words(traffic.usual_bytes)} of "
+        f"gradients, {traffic.share:.0%} of the whole ones ({bytes_in_words(traffic.whole_bytes)}), which are summed "
+        f"only for new bases: {seconds:.1f} s over 1 Gbit/s, beside the computation."
+    )
+
+
 def show_estimate(console: Console, planner: Planner, config: RunConfig, estimate: MemoryEstimate) -> None:
     """Print the memory that a configuration needs, by phase and category, and whether it fits."""
     plan, forecast, budget = plan_of(planner, config, estimate), estimate.forecast, estimate.budget
@@ -168,6 +184,8 @@ def show_estimate(console: Console, planner: Planner, config: RunConfig, estimat
         console.print(f"{estimate.streamed.sentence()}.", markup=False)
         for line in _transfer_words(plan["transfers"]):
             console.print(line, markup=False)
+    if (number := planner.facts.num_processes) > 1:
+        console.print(_traffic_words(traffic_of(planner.decide(config).routes), number), markup=False)
     for note in plan["notes"]:
         console.print(Text(note, style="yellow"))
 

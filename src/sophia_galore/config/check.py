@@ -107,6 +107,20 @@ RULES: dict[str, Rule] = {
         "only kind there is",
         "For weights in eight bits leave out load_in_8bit; for none set enabled to false.",
     ),
+    "shard_state_deferred": Rule(
+        lambda c: c.distributed.shard_state and _folds_late(c),
+        ("distributed.shard_state", "quantization.fold"),
+        "distributed.shard_state: true leaves a state to its owner, but with quantization.fold: refresh every process "
+        "needs the updates that are in it.",
+        "Use quantization.fold: step, or distributed.shard_state: false.",
+    ),
+    "shard_state_streamed": Rule(
+        lambda c: c.distributed.shard_state and c.memory.placement in ("host", "disk"),
+        ("distributed.shard_state", "memory.placement"),
+        "distributed.shard_state: true leaves a state to its owner, but with memory.placement: {c.memory.placement} "
+        "every process has its own copy elsewhere.",
+        "Use memory.placement: auto or device, or distributed.shard_state: false.",
+    ),
     "fold_refresh": Rule(
         lambda c: _folds_late(c) and not (keeps_projected_gradients(c) and _stores_bases(c)),
         ("quantization.fold", "optimizer.type", "optimizer.galore.residual", "optimizer.galore.subspace"),

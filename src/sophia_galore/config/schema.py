@@ -288,6 +288,11 @@ class MemoryConfig(Section):
 class DistributedConfig(Section):
     """Several processes that train one model, as `torchrun` starts them; no number depends on how many there are."""
 
+    shard_state: bool = Field(
+        False,
+        description="Divide the optimizer's states over the processes: each parameter has an owner, which steps it and "
+        "sends its weight. Less memory in each process, more to send.",
+    )
     overlap: bool = Field(
         True,
         description="Sum a layer's gradients over the processes while the next layer's are formed, which takes the "

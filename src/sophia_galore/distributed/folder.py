@@ -63,7 +63,7 @@ def _send(processes: Processes, source: Path, target: Path | None, size: int) ->
             view = memoryview(buffer)[: min(_CHUNK_BYTES, size - start)]
             if reading is not None:
                 reading.readinto(view)
-            processes.send_from_first(torch.frombuffer(view, dtype=torch.uint8))
+            processes.send(torch.frombuffer(view, dtype=torch.uint8), 0)
             if writing is not None:
                 writing.write(view)
     finally:

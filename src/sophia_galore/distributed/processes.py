@@ -148,14 +148,37 @@ class Processes:
         self._guarded(lambda: dist.broadcast_object_list(held, src=0))
         return held[0]
 
-    def send_from_first(self, tensor: Tensor) -> None:
-        """Replace a tensor by that of the first process.
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Replace a tensor by that of one process.
 
         Args:
             tensor: In each process of the same shape and dtype.
+            source: Rank of that process.
         """
         if not self.is_alone:
-            self._guarded(lambda: dist.broadcast(tensor, src=0))
+            self._guarded(lambda: dist.broadcast(tensor, src=source))
+
+    def start_sending(self, tensor: Tensor, source: int) -> Callable[[], None]:
+        """Begin to replace a tensor by that of one process; return a function that waits for it.
+
+        Args:
+            tensor: As for `send`; not to be used until it is there.
+            source: As for `send`.
+        """
+        work = self._guarded(lambda: dist.broadcast(tensor, src=source, async_op=True))
+        return Pending([work], [], self.lost).wait
+
+    def hand_over(self, tensor: Tensor, source: int) -> None:
+        """Replace a tensor of the first process by that of another one; only these two call it.
+
+        Args:
+            tensor: In both of the same shape and dtype.
+            source: Rank of the other process.
+        """
+        if self.is_first:
+            self._guarded(lambda: dist.recv(tensor, src=source))
+        else:
+            self._guarded(lambda: dist.send(tensor, dst=0))
 
     def together(self, act: Callable[[], Made], *, in_turns: bool = False) -> Made:
         """Do something in each process; if it fails in one, all fail.

@@ -88,6 +88,7 @@ class Stepper:
         norm = math.hypot(*norms)
         if held:
             self._apply_all(held, norm, step, factor)
+        optimizer.settle()
         return result, norm
 
     def _apply_all(self, held: dict[str, PreparedGradient], norm: float, step: int, factor: float) -> None:

@@ -18,6 +18,7 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
+from sophia_galore.distributed.sharding import owners_of
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError
@@ -181,7 +182,8 @@ class Planner:
         Raises:
             UserError: The configuration is refused.
         """
-        if config.memory.placement == "device" or replace(self.facts, config=config).freezes_layers:
+        stays = config.memory.placement == "device" or self._shards_state(config)
+        if stays or replace(self.facts, config=config).freezes_layers:
             return Streamed(self.parts)
         budget = self.budget(config) if config.memory.predict else None
         if budget is None and config.memory.placement == "auto":
@@ -321,11 +323,17 @@ class Planner:
 
     def _standing(self, config: RunConfig, streamed: Streamed) -> dict[Category, int]:
         """Return the bytes that stay on the device for the whole run, by category."""
-        found = device_bytes(self.decide(config).routes, streamed)
+        routes = self.decide(config).routes
+        found = device_bytes(routes, streamed)
+        if self._shards_state(config):
+            found |= _largest_shard(routes, self.facts.num_processes)
         if config.memory.activations != "device":
             # Those of one layer are always on their way out or in.
             found["activations"] = self._bytes_of_inputs(config)
         return found
+
+    def _shards_state(self, config: RunConfig) -> bool:
+        return config.distributed.shard_state and self.facts.num_processes > 1
 
     def _settled(self, config: RunConfig) -> RunConfig:
         """Return a configuration in which engine.full_gradients is decided."""
@@ -372,7 +380,18 @@ class Planner:
         return self._traces[key]
 
 
-def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: bool) -> Planner:
+def _largest_shard(routes: Sequence[Route], num_processes: int) -> dict[Category, int]:
+    """Return the bytes of the states in the process that has most of them, by category."""
+    owners = owners_of((route.spec for route in routes if route.spec), num_processes)
+    shards = [[route for route in routes if owners.get(route.name) == rank] for rank in range(num_processes)]
+    most = max(shards, key=lambda shard: sum(route.state_bytes + route.projection_bytes for route in shard))
+    return {
+        "optimizer state": sum(route.state_bytes for route in most),
+        "projections": sum(route.projection_bytes for route in most),
+    }
+
+
+def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: bool, num_processes: int = 1) -> Planner:
     """Make a planner without a run: only the model's configuration is downloaded, and no GPU is needed.
 
     Args:
@@ -380,12 +399,13 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
         say: Takes lines for the user.
         reads_data: Whether to forecast for the longest training examples, if data and tokenizer are on this machine;
             else for examples of `training.max_length`.
+        num_processes: Processes that share an effective batch; the plan is for one of them.
 
     Raises:
         UserError: The model is unknown, or the run is refused.
     """
     check(config)
-    facts = Facts(config, device=planned_device(config.training.device))
+    facts = Facts(config, device=planned_device(config.training.device), num_processes=num_processes)
     if facts.freezes_layers:
         facts = replace(facts, bitsandbytes=detect_bitsandbytes(_CPU))
     decide(RULES, facts)
@@ -403,7 +423,7 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
     vocab_size = architecture.embed.num_embeddings
 
     def workload(asked: RunConfig) -> Workload:
-        return largest_workload(asked, vocab_size)
+        return largest_workload(asked, vocab_size, num_processes)
 
     if reads_data and shape.folder is not None and all(is_here(source.path) for source in config.data.train_sources):
         tokenizer = load_tokenizer(shape.folder, trust_remote_code=trust)
@@ -415,7 +435,7 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
 
         def workload(asked: RunConfig) -> Workload:
             dataset = read(asked.data, asked.training.max_length, asked.training.seed)
-            return workload_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id)
+            return workload_of_data(asked, dataset, count_steps(asked, dataset)[1], pad_id, num_processes)
 
     return Planner(facts, shape.config, architecture.layer_names, workload, _asked_steps, shape.source)
 

@@ -121,7 +121,7 @@ class ParamOptimizer:
         Raises:
             NonFiniteError: As for `step_param`.
         """
-        _refuse_non_finite(name, tensor_of(grad), step)
+        refuse_non_finite(name, tensor_of(grad), step)
         spec = self.specs[name]
         if isinstance(grad, ProjectedGradient):
             return PreparedGradient(None, _inside(spec, grad))
@@ -197,7 +197,7 @@ class ParamOptimizer:
         """
         spec = self.specs[name]
         state = self.states.get(name)
-        if not _wants_products(spec) or state is None or refresh_is_due(spec, state, step):
+        if not wants_products(spec) or state is None or refresh_is_due(spec, state, step):
             return None
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
 
@@ -214,7 +214,7 @@ class ParamOptimizer:
             NonFiniteError, with the state unchanged, if a product is not finite. None: the full gradient is needed.
         """
         spec = self.specs[name]
-        if not _wants_products(spec) or subspace_of(spec).kind == "svd":
+        if not wants_products(spec) or subspace_of(spec).kind == "svd":
             return None
 
         def choose(grad: LazyGradient) -> Projector:
@@ -243,7 +243,7 @@ class ParamOptimizer:
         spec = self.specs[name]
         if spec.rule != "sophia":
             return
-        _refuse_non_finite(name, tensor_of(grad), step)
+        refuse_non_finite(name, tensor_of(grad), step)
         state = self.states.of(name, tensor_of(grad).device)
         if isinstance(grad, ProjectedGradient):
             grad = _inside(spec, grad)
@@ -254,6 +254,9 @@ class ParamOptimizer:
         for rows in row_blocks(grad.shape):
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
+
+    def settle(self) -> None:
+        """Wait until all updates of a step have arrived in the weights; here they are there at once."""
 
     def with_deferred_update(self, name: str, weight: Weight) -> Weight:
         """Return the weight, joined with the deferred update in its state if its updates are deferred.
@@ -276,12 +279,12 @@ class ParamOptimizer:
 
     def _reduce(self, name: str, step: int, observing: bool, grad: Tensor) -> ProjectedGradient:
         """Return what `prepare` or `observe_curvature` needs of a full gradient."""
-        _refuse_non_finite(name, grad, step)
+        refuse_non_finite(name, grad, step)
         return ProjectedGradient(self._project(self.specs[name], grad, step, observing=observing), norm_of(grad))
 
     def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
         basis = basis_at(spec, state, step, self._seed, device)
-        num_probes = min(_NUM_PROBES, basis.shape[0] - basis.shape[1])
+        num_probes = num_products(spec) - basis.shape[1]
         draw = generator(self._seed, "norm probes", spec.name, step, device=device)
         probes = torch.randn(basis.shape[0], num_probes, generator=draw, device=device)
         probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
@@ -306,7 +309,7 @@ class _CheckedGradient:
 
     def of(self, projector: Projector) -> Tensor:
         product = self.grad.of(projector)
-        _refuse_non_finite(self.name, product, self.step)
+        refuse_non_finite(self.name, product, self.step)
         return product
 
 
@@ -328,12 +331,25 @@ def _inside(spec: ParamSpec, grad: ProjectedGradient) -> Tensor:
     return grad.product[:, :rank].contiguous() if spec.side == "right" else grad.product[:rank]
 
 
-def _wants_products(spec: ParamSpec) -> bool:
+def num_products(spec: ParamSpec) -> int:
+    """Return the number of columns of the projector of a parameter: those of the basis, and probes of the norm."""
+    rank = subspace_of(spec).rank
+    return rank + min(_NUM_PROBES, min(spec.shape) - rank)
+
+
+def wants_products(spec: ParamSpec) -> bool:
     """Return whether products with the gradient are enough for a parameter that has a basis."""
     return spec.subspace is not None and spec.subspace.fast and spec.subspace.residual == "none"
 
 
-def _refuse_non_finite(name: str, grad: Tensor, step: int) -> None:
+def refuse_non_finite(name: str, grad: Tensor, step: int) -> None:
+    """Raise NonFiniteError if a gradient, or a product with it, is not finite.
+
+    Args:
+        name: The parameter's name.
+        grad: The gradient or product.
+        step: Number of the step.
+    """
     if not is_usable(grad):
         raise NonFiniteError(
             f"The gradient of {name} is not finite at step {step} (or above {LARGEST_GRAD:g}).",

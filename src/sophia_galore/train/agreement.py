@@ -69,7 +69,7 @@ def equalise(processes: Processes, store: WeightStore, states: ParamStates, say:
     for name, _ in store.items():
         with store.borrow(name, trains=True) as weights:
             for tensor in [*weights[name].tensors().values(), *own_states.get(name, {}).values()]:
-                processes.send_from_first(tensor)
+                processes.send(tensor, 0)
 
 
 def weights_checksum(store: WeightStore) -> int:

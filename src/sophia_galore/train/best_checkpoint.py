@@ -164,9 +164,10 @@ def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOpt
     Args:
         checkpoint: A checkpoint of the same run.
         store: The run's weights.
-        optimizer: The run's optimizer; its state may hold updates that are not in the weights yet.
+        optimizer: The run's optimizer; if its state holds updates that are not in the weights yet, it is loaded too.
     """
-    optimizer.states.load(checkpoint.optimizer_state())
+    if any(spec.subspace and spec.subspace.folds_late for spec in optimizer.specs.values()):
+        optimizer.states.load(checkpoint.optimizer_state())
     for saved in saved_weights(checkpoint.folder):
         # The optimizer's state holds the updates that are not in the codes yet. What a module holds is frozen.
         if not store[saved.name].held_by_module:

@@ -9,6 +9,7 @@ from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
 from sophia_galore.distributed.processes import Processes
 from sophia_galore.distributed.reducer import ProcessReducer
+from sophia_galore.distributed.sharding import ShardedOptimizer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
@@ -79,9 +80,16 @@ def load(
             settle=settle,
         )
         specs = [route.spec for route in plan.routes if route.spec]
-        optimizer = ParamOptimizer(
-            specs, seed=config.training.seed, device=prepared.device, elsewhere=prepared.streamed.names
-        )
+        optimizer: ParamOptimizer
+        shards = config.distributed.shard_state and not processes.is_alone
+        if shards:
+            optimizer = sharded = ShardedOptimizer(
+                specs, seed=config.training.seed, device=prepared.device, processes=processes
+            )
+        else:
+            optimizer = ParamOptimizer(
+                specs, seed=config.training.seed, device=prepared.device, elsewhere=prepared.streamed.names
+            )
         if streaming:
             store = StreamedStore(
                 dict(store.items()), streaming.streams, optimizer.states.tensors(), optimizer.with_deferred_update
@@ -91,6 +99,8 @@ def load(
         if checkpoint:
             with monitor.apart():
                 optimizer.states.load(checkpoint.optimizer_state())
+        if shards:
+            optimizer.states.lend = sharded.lend_to_first
         monitor.names = lambda: storage_names(store, optimizer)
         monitor.tag_state(optimizer.states.named().items())
 

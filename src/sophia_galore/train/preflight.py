@@ -81,10 +81,11 @@ def _weight_problem(weight: Weight, route: Route) -> str | None:
 def _state_is_finite(run: Loaded) -> None:
     if run.prepared.checkpoint is None:
         return  # all zeros
+    # Those of parameters that another process owns are looked at there.
     for name, state in run.optimizer.states.each():
         for key, tensor in state.items():
             # Integer codes are always finite; their scales are separate tensors.
-            if tensor.is_floating_point() and not _is_finite(tensor):
+            if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
                 raise CheckpointError(
                     f"{run.prepared.checkpoint.folder}: the optimizer's state {name}/{key} holds values that are not "
                     "finite.",

@@ -299,10 +299,13 @@ class _Run:
         return by_steps or 0 < settings.save_every_minutes <= minutes
 
     def _save(self, step: int) -> None:
-        equalise(self._processes, self._loaded.store, self._loaded.optimizer.states, self._callback.say)
+        if not self._config.distributed.shard_state:  # an owner sends each weight as it is
+            equalise(self._processes, self._loaded.store, self._loaded.optimizer.states, self._callback.say)
         self._refuse_broken_weights()
         self._last_saved_s = time.monotonic()
         if not self._writes:
+            for _ in self._loaded.optimizer.states.each():
+                pass  # each state that this process owns is lent to the first one
             return
         self._best.saving(step, self._evaluations)
         self._saved = save_checkpoint(

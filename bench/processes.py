@@ -1,0 +1,252 @@
+"""Several processes that share an effective batch: the same curve, what they send, and how fast they are.
+
+    python bench/processes.py --curve outputs/curve.json     # losses with 1, 2 and 4 processes; an hour
+    python bench/processes.py --speed outputs/speed.json     # 2 processes of a thread each against 1 of two
+    python bench/processes.py --link outputs/link.json       # 2 machines at 1 Gbit/s, beside DDP with AdamW; root
+
+`--link` makes two network namespaces, joins them by a link that `tc` limits, and runs one process in each. All runs
+take their turns, several times; ratios are medians. Run `--speed` and `--link` when nothing else runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from measured import weights_sha256
+
+HERE = Path(__file__).parent
+STORES: dict[str, list[str]] = {"fp32": [], "int8": ["quantization.enabled=true"]}
+OPTIMIZERS = ("galore", "adamw", "sophia")
+QUIET = ["memory.predict=false", "memory.track_steps=0", "training.probe_step=false", "training.sample_questions=[]"]
+
+
+def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[str] = ()) -> None:
+    """Run a program in several processes; each in a network namespace of its own, if some are given."""
+    base = {**os.environ, "OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(count), "MASTER_PORT": "29511"}
+    base |= {"MASTER_ADDR": "10.77.0.1" if spaces else "127.0.0.1"}
+    children = []
+    for rank in range(count):
+        names = base | {"RANK": str(rank), "LOCAL_RANK": "0" if spaces else str(rank)}
+        inside: list[str] = []
+        if spaces:
+            inside = ["ip", "netns", "exec", spaces[rank]]
+            names["GLOO_SOCKET_IFNAME"] = f"sgv{rank}"
+        children.append(subprocess.Popen([*inside, sys.executable, *program], env=names))
+    codes = [child.wait() for child in children]
+    if any(codes):
+        raise SystemExit(f"{' '.join(program)}: exit codes {codes}")
+
+
+def train(count: int, folder: Path, words: Sequence[str], threads: int = 1, spaces: Sequence[str] = ()) -> None:
+    """Train with several processes."""
+    launch(count, ["-m", "sophia_galore", "train", f"training.output_dir={folder}", *QUIET, *words], threads, spaces)
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Return all losses of a run, those of evaluations too."""
+    return [line.get("loss", line.get("eval_loss")) for line in lines_of(folder) if {"loss", "eval_loss"} & line.keys()]
+
+
+def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
+    """Train with 1, 2, 2 and 4 processes; write the largest relative differences of the losses."""
+    found: dict[str, Any] = {}
+    for store in asked.stores:
+        for optimizer in asked.optimizers:
+            words = [
+                f"model.name={asked.model}",
+                f"data.train={asked.data}",
+                f"optimizer.type={optimizer}",
+                "optimizer.galore.update_proj_gap=8",
+                "optimizer.sophia.curvature_every=6",
+                "training.max_steps=20",
+                "training.batch_size=1",
+                "training.gradient_accumulation_steps=4",
+                "training.max_length=64",
+                *STORES[store],
+            ]
+            runs = {"1": 1, "2": 2, "2 again": 2, "4": 4}
+            for name, count in runs.items():
+                train(count, folder / f"{store}-{optimizer}-{name.replace(' ', '-')}", words)
+            places = {name: folder / f"{store}-{optimizer}-{name.replace(' ', '-')}" for name in runs}
+            one = losses_of(places["1"])
+            found[f"{store}, {optimizer}"] = {
+                "largest_relative_difference": {
+                    name: max(abs(a - b) / b for a, b in zip(losses_of(places[name]), one, strict=True))
+                    for name in ("2", "4")
+                },
+                "same_bits_again": weights_sha256(places["2"]) == weights_sha256(places["2 again"])
+                and losses_of(places["2"]) == losses_of(places["2 again"]),
+                "summed_bytes": sorted({line["summed_bytes"] for line in lines_of(places["2"]) if "loss" in line}),
+                "losses": one,
+            }
+            print(
+                store, optimizer, {k: v for k, v in found[f"{store}, {optimizer}"].items() if k != "losses"}, flush=True
+            )
+            asked.curve.write_text(json.dumps(provenance() | {"runs": found}, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
+    """Two processes of one thread each against one process with two threads."""
+    words = [
+        f"model.name={asked.model}",
+        f"data.train={asked.data}",
+        f"training.max_steps={asked.steps}",
+        "training.batch_size=2",
+        "training.gradient_accumulation_steps=4",
+        "training.max_length=256",
+        "data.packing=true",
+        "data.eval_fraction=0",
+    ]
+    speeds: dict[str, list[float]] = {"1 x 2 threads": [], "2 x 1 thread": []}
+    for turn in range(asked.turns):
+        for name, count, threads in (("1 x 2 threads", 1, 2), ("2 x 1 thread", 2, 1)):
+            run = folder / f"{turn}-{count}"
+            train(count, run, words, threads)
+            speeds[name].append(_speed([line for line in lines_of(run) if "tokens_per_second" in line]))
+            print(name, speeds[name], flush=True)
+    one, two = speeds.values()
+    ratios = [b / a for a, b in zip(one, two, strict=True)]
+    figures = {"tokens_per_second": speeds, "ratios": ratios, "median_ratio": statistics.median(ratios)}
+    asked.speed.write_text(json.dumps(provenance() | figures, indent=2) + "\n", encoding="utf-8")
+
+
+def compare_link(asked: argparse.Namespace, folder: Path) -> None:
+    """Two machines with a slow link between them, beside DDP with AdamW."""
+    found: dict[str, Any] = {}
+    for tokens in asked.tokens:
+        words = [
+            f"model.name={asked.model}",
+            f"data.train={asked.data}",
+            f"training.max_steps={asked.steps}",
+            "training.batch_size=1",
+            f"training.gradient_accumulation_steps={tokens // 256}",
+            "training.max_length=256",
+            "data.packing=true",
+            "data.eval_fraction=0",
+        ]
+        speeds: dict[str, list[float]] = {"DDP, AdamW": [], "GaLore": []}
+        sent: dict[str, float] = {}
+        for turn in range(asked.turns):
+            with linked(asked.mbits) as spaces:
+                result = folder / f"ddp-{tokens}-{turn}.json"
+                peer = [f"training.output_dir={folder / 'peer'}", *QUIET, *words, "optimizer.type=adamw"]
+                launch(2, [str(HERE / "ddp_adamw.py"), str(result), *peer], 1, spaces)
+                theirs = json.loads(result.read_text(encoding="utf-8"))
+                speeds["DDP, AdamW"].append(statistics.median(n / s for n, s in theirs["steps"][1:]))
+                sent["DDP, AdamW"] = theirs["summed_bytes"]
+                run = folder / f"run-{tokens}-{turn}"
+                # Without recomputation, as the peer.
+                train(2, run, [*words, "optimizer.type=galore", "training.gradient_checkpointing=false"], 1, spaces)
+                lines = [line for line in lines_of(run) if "tokens_per_second" in line]
+                # The first step makes all bases.
+                speeds["GaLore"].append(_speed(lines))
+                sent["GaLore"] = statistics.median(line["summed_bytes"] for line in lines[1:])
+            print(tokens, speeds, sent, flush=True)
+        theirs_all, ours = speeds.values()
+        ratios = [b / a for a, b in zip(theirs_all, ours, strict=True)]
+        found[str(tokens)] = {
+            "tokens_per_second": speeds,
+            "median_ratio": statistics.median(ratios),
+            "summed_bytes": sent,
+            "share_of_bytes": sent["GaLore"] / sent["DDP, AdamW"],
+        }
+        figures = {"mbits": asked.mbits, "by_tokens_a_step": found}
+        asked.link.write_text(json.dumps(provenance() | figures, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def linked(mbits: int) -> Iterator[list[str]]:
+    """Make two network namespaces with a link of a given speed between them.
+
+    Args:
+        mbits: Mbit/s in each direction.
+
+    Yields:
+        Their names.
+    """
+    spaces = ["sophia0", "sophia1"]
+    commands = [
+        *(f"ip netns add {space}" for space in spaces),
+        f"ip link add sgv0 netns {spaces[0]} type veth peer name sgv1 netns {spaces[1]}",
+        *(
+            f"ip netns exec {space} {command}"
+            for number, space in enumerate(spaces)
+            for command in (
+                f"ip addr add 10.77.0.{number + 1}/24 dev sgv{number}",
+                f"ip link set sgv{number} up",
+                "ip link set lo up",
+                f"tc qdisc add dev sgv{number} root tbf rate {mbits}mbit burst 256kb latency 200ms",
+            )
+        ),
+    ]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        yield spaces
+    finally:
+        for space in spaces:
+            subprocess.run(["ip", "netns", "delete", space], check=False)
+
+
+def _speed(lines: Sequence[dict[str, Any]]) -> float:
+    """Return the median tokens a second, without the first step."""
+    return statistics.median(line["tokens_per_second"] for line in lines[1:])
+
+
+def provenance() -> dict[str, Any]:
+    """Return date, machine, versions and commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def main() -> None:
+    """Compare curves, or speed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curve", type=Path, help="compare losses, and write the figures to this file")
+    parser.add_argument("--speed", type=Path, help="compare speed on this machine")
+    parser.add_argument("--link", type=Path, help="compare speed over a slow link")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, default=Path("data/sample_data.json"))
+    parser.add_argument("--stores", nargs="+", default=list(STORES))
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
+    parser.add_argument("--steps", type=int, default=7, help="steps of a run, of which the first is not counted")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a step, for --link")
+    parser.add_argument("--mbits", type=int, default=1000, help="speed of the link, for --link")
+    asked = parser.parse_args()
+    asked.data = asked.data.resolve()
+    with tempfile.TemporaryDirectory() as temporary:
+        if asked.curve:
+            compare_curves(asked, Path(temporary))
+        if asked.speed:
+            compare_speed(asked, Path(temporary))
+        if asked.link:
+            compare_link(asked, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What one process of several finds, all act on; none hangs, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from contract.test_placements import SETTINGS, words_of
+from contract.test_processes import DEALT
+from forked import Forked
+from placed import Left, PlacedRuns, assert_same
+from processes import run_processes, started, wait
+from resume.crash_run import MOMENTS, kill_at
+from sophia_galore.cli.main import main
+from sophia_galore.engine.stepper import Stepper
+from sophia_galore.train.checkpoint import checkpoints
+from tiny import write_tiny_data
+
+# The survivor of a killed process is to end within this time.
+SURVIVAL_S = 30
+FAMILY = "llama, untied"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> PlacedRuns:
+    return PlacedRuns(tmp_path_factory.mktemp("runs"))
+
+
+def command(runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Callable[[], int]:
+    arguments = runs.words(output, family, *DEALT, *words)
+    return lambda: main(["train", *(["--resume"] if resume else []), *arguments])
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: PlacedRuns) -> Callable[[int], Left]:
+    found: dict[int, Left] = {}
+
+    def left(number: int) -> Left:
+        if number not in found:
+            output = runs.folder / f"undisturbed-{number}"
+            log = output.with_suffix(".log")
+            run = command(runs, output, SETTINGS[number][2], *words_of(number))
+            assert run_processes(2, run, log) == [0, 0], log.read_text()
+            found[number] = Left.in_folder(output)
+        return found[number]
+
+    return left
+
+
+def kills(count: int) -> list[tuple[int, int, str, int]]:
+    """Random settings, ranks and moments."""
+    draw = random.Random(15)
+    moments = {"after a step": 6, "at a weight": 150, "at a refresh": 40, "while saving": 12, "before the rename": 2}
+    chosen = []
+    for _ in range(count):
+        moment = draw.choice(list(moments))
+        by_first = moment in ("while saving", "before the rename") or draw.random() < 0.5
+        chosen.append((draw.choice((1, 3, 16)), 0 if by_first else 1, moment, draw.randint(1, moments[moment])))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("number", "victim", "moment", "count"),
+    [pytest.param(*each, marks=[] if place < 2 else [pytest.mark.thorough]) for place, each in enumerate(kills(20))],
+)
+def test_a_killed_process(
+    number: int,
+    victim: int,
+    moment: str,
+    count: int,
+    runs: PlacedRuns,
+    undisturbed: Callable[[int], Left],
+    tmp_path: Path,
+) -> None:
+    """The other one ends soon and says why; started again, as by the launcher, both go on to the same bits."""
+    assert moment in MOMENTS
+    run = command(runs, tmp_path / "run", SETTINGS[number][2], *words_of(number))
+    log = tmp_path / "log"
+
+    def deadly() -> int:
+        if rank() == victim:
+            kill_at(moment, count)
+        return run()
+
+    with started(2, deadly, log) as children:
+        code = wait(children[victim])
+        since = time.monotonic()
+        other = wait(children[1 - victim])
+        assert time.monotonic() - since < SURVIVAL_S
+    if code != 0:  # else it was done before its moment came
+        assert code == -signal.SIGKILL and other == 1, log.read_text()
+        assert "Another process of the run is gone" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        with started(2, run, log, restarts=1) as children:
+            assert [wait(child) for child in children] == [0, 0], log.read_text()
+    assert_same(Left.in_folder(tmp_path / "run"), undisturbed(number))
+
+
+def lacking_memory() -> None:
+    """A call of attention in the middle of a step finds no memory."""
+    attention, calls = torch.nn.functional.scaled_dot_product_attention, [0]
+
+    def failing(*given: Any, **more: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attention(*given, **more)
+
+    torch.nn.functional.scaled_dot_product_attention = failing
+
+
+def test_memory_that_runs_out_in_one_process(runs: PlacedRuns, tmp_path: Path) -> None:
+    run, log = command(runs, tmp_path / "run", FAMILY), tmp_path / "log"
+
+    def lacking() -> int:
+        if rank() == 1:
+            lacking_memory()
+        return run()
+
+    assert run_processes(2, lacking, log) == [1, 1]
+    said = log.read_text()
+    assert said.count("Error:") == 1 and "memory" in said and "Traceback" not in said
+
+
+def test_memory_that_runs_out_in_one_process_that_adapts(runs: PlacedRuns, tmp_path: Path) -> None:
+    run, log = command(runs, tmp_path / "run", FAMILY, "memory.on_oom=adapt", "training.batch_size=2"), tmp_path / "log"
+
+    def lacking() -> int:
+        if rank() == 1:
+            lacking_memory()
+        return run()
+
+    assert run_processes(2, lacking, log) == [0, 0], log.read_text()
+
+
+@pytest.mark.parametrize("store", ["fp32", "bf16"])
+def test_a_loss_that_is_not_finite(runs: PlacedRuns, tmp_path: Path, store: str) -> None:
+    words = ["training.learning_rate=1e9", "optimizer.type=adamw", f"model.store={store}"]
+    log = tmp_path / "log"
+    assert run_processes(2, command(runs, tmp_path / "run", FAMILY, *words), log) == [1, 1]
+    said = log.read_text()
+    assert said.count("Error:") == 1 and "finite" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_one_process_is_asked_to_stop(asked: int, runs: PlacedRuns, undisturbed: Any, tmp_path: Path) -> None:
+    run, log = command(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1)), tmp_path / "log"
+
+    def stopping() -> int:
+        take = Stepper.take
+
+        def asking(*given: Any, step: int, factor: float) -> Any:
+            if step == 2 and rank() == asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes it on
+            return take(*given, step=step, factor=factor)
+
+        Stepper.take = asking  # type: ignore[method-assign]
+        return run()
+
+    assert run_processes(2, stopping, log) == [0, 0], log.read_text()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    resumed = command(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1), resume=True)
+    assert run_processes(2, resumed, log) == [0, 0], log.read_text()
+    left, expected = Left.in_folder(tmp_path / "run"), undisturbed(1)
+    assert left.numbers == expected.numbers
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.train=missing.json"], "missing.json"),
+        (["training.learning_rate=-1"], "learning_rate"),
+        (["optimizer.galore.rank=0"], "rank"),
+    ],
+)
+def test_what_the_user_gave_is_refused_once(words: list[str], said: str, runs: PlacedRuns, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert run_processes(2, command(runs, tmp_path / "run", FAMILY, *words), log) == [2, 2]
+    assert said in log.read_text() and "Traceback" not in log.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_in_one_process(runs: PlacedRuns, tmp_path: Path) -> None:
+    run = command(runs, tmp_path / "run", FAMILY, "data.train=data.json")
+
+    def each() -> int:
+        machine = tmp_path / str(rank())
+        machine.mkdir()
+        write_tiny_data(machine / "data.json", seed=rank())
+        os.chdir(machine)
+        return run()
+
+    log = tmp_path / "log"
+    assert run_processes(2, each, log) == [2, 2], log.read_text()
+    assert "Process 1 has other training data than process 0." in log.read_text()
+
+
+def test_fewer_micro_batches_than_processes(runs: PlacedRuns, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run = command(runs, tmp_path / "run", FAMILY, "training.gradient_accumulation_steps=1")
+    assert run_processes(2, run, log) == [2, 2]
+    assert log.read_text().count("only 1 micro-batches in a step to deal out") == 1
+
+
+def test_a_run_that_is_alone_is_not_a_traceback(runs: PlacedRuns, tmp_path: Path) -> None:
+    """The other process never comes."""
+    log, run = tmp_path / "log", command(runs, tmp_path / "run", FAMILY, "distributed.timeout_minutes=0.02")
+
+    def one() -> int:
+        return run() if rank() == 0 else 0
+
+    with started(2, one, log) as children:
+        child: Forked = children[0]
+        assert wait(child) == 2
+    assert "can't reach each other" in log.read_text() and "Traceback" not in log.read_text()
