@@ -141,11 +141,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(progress)
 
-    def _fill(self) -> None:
-        """Create the states that are missing, such as those of parameters that were frozen until now."""
-        for _, name, param in self.members():
-            self._states.fill(name, param)
-
     def _complete(self, group: Group) -> None:
         """Set the derived settings of a group."""
         group["betas"] = group["betas"] or RULES[self._rule(group, is_projected=True)].betas
@@ -174,7 +169,6 @@ class GroupedOptimizer(torch.optim.Optimizer):
         for group in groups:
             self._route(group)
             self._settings.append(self._settings_of(group))
-        self._fill()
 
     def _route(self, group: Group) -> None:
         for name, param in zip(group["param_names"], group["params"], strict=True):

@@ -1,7 +1,7 @@
 """The base of `GaLore`, `Apollo` and `Sophia`: a `torch.optim.Optimizer` for any training loop.
 
-A step checks all gradients before any weight changes, and then calls `ParamOptimizer.step_param` for one parameter after
-another. `GroupedOptimizer` knows how each is trained, and `TorchStates` keeps its state.
+A step checks all gradients before any weight changes, and then calls `ParamOptimizer.step_param` for one parameter
+after another. `GroupedOptimizer` knows how each is trained, and `TorchStates` keeps its state.
 """
 
 from __future__ import annotations
@@ -132,8 +132,7 @@ class TorchOptimizer(GroupedOptimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        self._fill()
-        state = saved.to_dict(self.param_groups, self._states.entries)
+        state = saved.to_dict(self.param_groups, self._states.existing())
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed

@@ -1,8 +1,9 @@
 """`optimizer.state` of the `torch.optim` classes: what they keep of each parameter, where torch looks for it.
 
 An entry holds the live state tensors of a parameter, its number of steps, and its place in the gap between refreshes:
-tensors and numbers, since distributed checkpoints keep nothing else. Entries are complete from the beginning. torch
-makes missing ones by a step with zero gradients (`torch.distributed.checkpoint.state_dict`), which would count.
+tensors and numbers, since distributed checkpoints keep nothing else. Whoever looks into `optimizer.state` finds
+complete entries from the beginning: where torch finds none, it makes them by a step with zero gradients, which would
+count (`torch.distributed.checkpoint.state_dict`). Until somebody looks, or a step needs them, they take no memory.
 
 Entries are kept by the parameter's name, because whoever shards a model replaces its parameters in `param_groups`. A
 step takes the tensors from its entry, so they may be replaced too, for example to wait on another device.
@@ -48,6 +49,11 @@ class TorchStates:
         self.places: dict[str, float] = {}
         self._specs = specs
         self._states = states
+
+    def existing(self) -> dict[str, Entry]:
+        """Return the entries that take memory, and the places of all other matrices."""
+        places: dict[str, Entry] = {name: {"place": place} for name, place in self.places.items()}
+        return places | self.entries
 
     def fill(self, name: str, param: Tensor, *, begins: bool = False) -> Entry:
         """Return the entry of a parameter; what it lacks is created.
@@ -102,7 +108,6 @@ class TorchStates:
         """
         if "step" not in saved:
             self.entries.pop(name, None)
-            self.fill(name, param)
             return
         entry = self.fill(name, param, begins=True)
         for key, value in saved.items():
