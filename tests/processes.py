@@ -1,74 +1,61 @@
-"""Several processes of one run, as `torchrun` starts them, but forked from this one."""
+"""A function in several processes that can talk to each other, as `torchrun` starts them: over gloo, on the CPU."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from forked import Forked
 
-_LIMIT_S = 120
+# None of these tests takes that long; a process that waits for one that failed must not wait for half an hour.
+PATIENCE = timedelta(seconds=120)
 
 
-def run_processes(count: int, function: Callable[[], int], log: Path) -> list[int]:
-    """Call a function in several processes that can join each other; return their exit codes by rank.
-
-    Args:
-        count: Number of processes.
-        function: What to call; its result is the exit code.
-        log: Takes what the processes print.
-    """
-    with started(count, function, log) as children:
-        return [wait(child) for child in children]
-
-
-@contextmanager
-def started(count: int, function: Callable[[], int], log: Path, *, restarts: int = 0) -> Iterator[list[Forked]]:
-    """Start several processes; those that are left at the end are killed.
+def in_processes(function: Callable[[], Any], num: int, folder: Path) -> list[Any]:
+    """Call a function in forked processes that form a group.
 
     Args:
-        count: Number of processes.
-        function: What to call; its result is the exit code.
-        log: Takes what the processes print.
-        restarts: How often the launcher has started them again.
+        function: What to call in each of them.
+        num: Number of processes.
+        folder: For what they print and return.
+
+    Returns:
+        What each returned, by rank: anything that `torch.save` takes.
     """
-    port = _free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder))
 
-    def child(rank: int) -> int:
-        torch.set_num_threads(1)
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
-        names["TORCHELASTIC_RESTART_COUNT"] = restarts
-        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-        return function()
+    def child(rank: int) -> Callable[[], int]:
+        def body() -> int:
+            os.environ |= {
+                "GLOO_SOCKET_IFNAME": "lo",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num),
+                "LOCAL_WORLD_SIZE": str(num),
+            }
+            torch.set_num_threads(1)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{place / 'store'}", rank=rank, world_size=num, timeout=PATIENCE
+            )
+            torch.save(function(), place / f"{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
+            return 0
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        children = [Forked(lambda rank=rank: child(rank), file) for rank in range(count)]  # type: ignore[misc]
-    try:
-        yield children
-    finally:
-        for each in children:
-            each.send_signal(signal.SIGKILL)
-            each.wait()
+        return body
 
-
-def wait(child: Forked) -> int:
-    """Wait for the end of a process, which must not hang; return its exit code."""
-    end = time.monotonic() + _LIMIT_S
-    while (code := child.poll()) is None:
-        assert time.monotonic() < end, "a process hangs"
-        time.sleep(0.02)
-    return code
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    logs = [(place / f"{rank}.log").open("a", encoding="utf-8") for rank in range(num)]
+    children = [Forked(child(rank), log) for rank, log in enumerate(logs)]
+    codes = [one.wait() for one in children]
+    for log in logs:
+        log.close()
+    assert not any(codes), "\n".join((place / f"{rank}.log").read_text() for rank in range(num))
+    return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(num)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,23 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     for name, tensor in one.items():
         assert tensor.dtype == other[name].dtype, name
         assert torch.equal(tensor, other[name]), name
+
+
+def entries(optimizer: Any) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps of each parameter, by name; copies."""
+    return {name: copy.deepcopy(optimizer.state[param]) for name, param in optimizer.named_parameters().items()}
+
+
+def assert_same_entries(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> None:
+    """The same keys, numbers, dtypes and bits."""
+    assert one.keys() == other.keys()
+    for name, entry in one.items():
+        assert [*entry] == [*other[name]], name
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                assert value.dtype == other[name][key].dtype and torch.equal(value, other[name][key]), (name, key)
+            else:
+                assert type(value) is type(other[name][key]) and value == other[name][key], (name, key)
 
 
 RULES = ["adamw", "sophia", "adafactor", "sgd", "muon"]

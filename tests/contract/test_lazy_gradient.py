@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_alone(
         gradient(shape, 1),
         torch.zeros(shape),
     )
-    optimizer.states.place("w", CPU)
+    optimizer.states.of("w", CPU)
     before = {name: tensor.clone() for name, tensor in optimizer.states.named().items()}
     grad[3, 5] = bad
     choose = optimizer.basis_from_gradient("w", 1)

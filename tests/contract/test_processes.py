@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from contract.test_placements import SETTINGS, words_of
+from launched import run_processes
 from placed import QUICK, Left, PlacedRuns, assert_same
-from processes import run_processes
 from sophia_galore.records import files
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.run import train

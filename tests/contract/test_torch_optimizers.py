@@ -13,7 +13,18 @@ import torch
 from torch import nn
 
 import sophia_galore
-from small_net import VARIANTS, apollo, assert_same, galore, loss_of, make_net, train, weights
+from small_net import (
+    VARIANTS,
+    apollo,
+    assert_same,
+    assert_same_entries,
+    entries,
+    galore,
+    loss_of,
+    make_net,
+    train,
+    weights,
+)
 from sophia_galore.errors import NonFiniteError, StepError
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.rules import RULES
@@ -143,10 +154,10 @@ def test_groups_have_settings_of_their_own() -> None:
     optimizer = sophia_galore.GaLore(groups, lr=1e-2, rank=6)
     assert [group["rank"] for group in optimizer.param_groups] == [4, 6]
     train(net, optimizer, range(1, 3))
-    state = optimizer.state_dict()["state"]
-    assert state["rise.weight"]["tensors"]["basis"].shape == (64, 4)
-    assert state["rise.weight"]["tensors"]["exp_avg"].dtype == torch.bfloat16
-    assert "exp_avg_sq" not in state["rise.weight"]["tensors"]
+    state = entries(optimizer)["rise.weight"]
+    assert state["basis"].shape == (64, 4)
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert "exp_avg_sq" not in state
     # Alone, the first dense step of AdamW is its rate.
     twin = make_net()
     alone = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0)
@@ -229,12 +240,11 @@ def test_a_parameter_counts_its_own_steps() -> None:
     net, optimizer = started("tracked")
     net.rise.requires_grad_(False)
     train(net, optimizer, range(1, 4))
-    assert "rise.weight" not in optimizer.state_dict()["state"]
+    assert entries(optimizer)["rise.weight"]["step"] == 0
     net.rise.requires_grad_(True)
     train(net, optimizer, range(4, 6))
-    state = optimizer.state_dict()["state"]
-    assert (state["rise.weight"]["step"], state["fall.weight"]["step"]) == (2, 5)
-    assert "idle" not in state
+    steps = {name: entry["step"] for name, entry in entries(optimizer).items()}
+    assert (steps["rise.weight"], steps["fall.weight"], steps["idle"]) == (2, 5, 0)
 
 
 def test_frozen_parameters_may_be_of_any_kind_and_groups_can_be_added() -> None:
@@ -244,7 +254,7 @@ def test_frozen_parameters_may_be_of_any_kind_and_groups_can_be_added() -> None:
     optimizer.add_param_group({"params": net.norm.named_parameters(prefix="norm"), "lr": 1e-3})
     net.rise.float()
     train(net, optimizer, range(1, 3))
-    assert set(optimizer.state_dict()["state"]) == {"fall.weight", "norm.weight", "norm.bias"}
+    assert set(entries(optimizer)) == {"fall.weight", "norm.weight", "norm.bias"}
     assert sophia_galore.GaLore(net.half().requires_grad_(False).named_parameters(), lr=1.0, rank=6).param_groups
 
 
@@ -253,15 +263,13 @@ def test_frozen_parameters_may_be_of_any_kind_and_groups_can_be_added() -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(variant: str, bad: float) -> None:
     net, optimizer = started(variant)
     train(net, optimizer, range(1, 3))
-    before, state = weights(net), copy.deepcopy(optimizer.state_dict())
+    before, state = weights(net), entries(optimizer)
     loss_of(net, 3).backward()
     net.head.bias.grad[-1] = bad  # one of the last, when others could have moved
     with pytest.raises(NonFiniteError, match=r"head\.bias is not finite at step 3"):
         optimizer.step()
     assert_same(weights(net), before)
-    for name, entry in optimizer.state_dict()["state"].items():
-        assert entry["step"] == state["state"][name]["step"]
-        assert_same(entry["tensors"], state["state"][name]["tensors"])
+    assert_same_entries(entries(optimizer), state)
 
 
 def test_state_is_made_where_the_parameter_is() -> None:
@@ -270,9 +278,9 @@ def test_state_is_made_where_the_parameter_is() -> None:
     train(net, optimizer, range(1, 3))
     fresh = VARIANTS["adaptive"](make_net().to("meta"))
     fresh.load_state_dict(optimizer.state_dict())
-    tensors = fresh.state_dict()["state"]["rise.weight"]["tensors"]
-    assert {tensor.device.type for key, tensor in tensors.items() if key != "next_refresh"} == {"meta"}
-    assert tensors["next_refresh"].device.type == "cpu"
+    entry = entries(fresh)["rise.weight"]
+    assert {value.device.type for value in entry.values() if torch.is_tensor(value)} == {"meta"}
+    assert (entry["step"], entry["next_refresh"]) == (2, entries(optimizer)["rise.weight"]["next_refresh"])
 
 
 def test_two_optimizers_on_one_parameter_warn_once_while_both_live() -> None:
@@ -301,7 +309,7 @@ def test_all_matrices_dense_is_said_once() -> None:
         optimizer = sophia_galore.GaLore(net.named_parameters(), lr=1e-2, rank=128)
     assert len(seen) == 1
     train(net, optimizer, range(1, 3))
-    assert "basis" not in optimizer.state_dict()["state"]["rise.weight"]["tensors"]
+    assert "basis" not in entries(optimizer)["rise.weight"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         VARIANTS["tracked"](net)

@@ -138,7 +138,8 @@ def test_numbers_of_numpy() -> None:
     ours.param_groups[0]["lr"] = np.float64(5e-3)  # a scheduler's
     train(net, ours, range(1, 3))
     saved = on_disk(ours.state_dict())
-    assert (saved["param_groups"][0]["rank"], saved["param_groups"][0]["lr"], saved["seed"]) == (6, 5e-3, 3)
+    group = saved["param_groups"][0]
+    assert (group["rank"], group["lr"], group["seed"]) == (6, 5e-3, 3)
     with pytest.raises(ArgumentError, match="rank="):
         GaLore(net.parameters(), lr=1e-2, rank=np.float64(6))
 
@@ -209,7 +210,7 @@ def test_a_compiled_model() -> None:
 
 
 def test_the_loop_of_lightning() -> None:
-    """`step` with a closure, the optimizer's own class extended, and its (empty) `state` walked through."""
+    """`step` with a closure, the optimizer's own class extended, and its `state` walked through."""
     net, optimizer = started("galore")
     twin, other = started("galore")
     wrapped = type("LightningGaLore", (type(optimizer),), {"step": type(optimizer).step})
@@ -224,5 +225,12 @@ def test_the_loop_of_lightning() -> None:
 
         optimizer.step(closure=closure)
         train(twin, other, range(step, step + 1))
-    assert not optimizer.state
+    assert_same(weights(net), weights(twin))
+    for param, entry in optimizer.state.items():  # as it moves states to a device
+        optimizer.state[param] = {
+            key: value.clone() if torch.is_tensor(value) else value for key, value in entry.items()
+        }
+    optimizer.zero_grad()
+    for one, its in ((net, optimizer), (twin, other)):
+        train(one, its, range(4, 6))
     assert_same(weights(net), weights(twin))

@@ -16,8 +16,8 @@ import torch
 from contract.test_placements import SETTINGS, words_of
 from contract.test_processes import DEALT
 from forked import Forked
+from launched import run_processes, started, wait
 from placed import Left, PlacedRuns, assert_same
-from processes import run_processes, started, wait
 from resume.crash_run import MOMENTS, kill_at
 from sophia_galore.cli.main import main
 from sophia_galore.engine.stepper import Stepper

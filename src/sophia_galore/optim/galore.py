@@ -15,10 +15,11 @@ from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim import recipes
 from sophia_galore.optim.arguments import Group, dense_ratio
 from sophia_galore.optim.build import apollo_subspace, galore_subspace
+from sophia_galore.optim.groups import Betas
 from sophia_galore.optim.members import param_shape
 from sophia_galore.optim.recipes import ApolloSettings, GaLoreSettings, settings_among
 from sophia_galore.optim.spec import SubspaceSpec
-from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
+from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 
 class _Projecting(TorchOptimizer):

@@ -113,13 +113,14 @@ def _refuse_odd(owner: str, item: Any) -> None:
         raise ArgumentError(*untrainable(name, param))
 
 
-def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
+def check_keys(owner: str, group: Group, known: Iterable[str], derived: Iterable[str]) -> None:
     """Refuse a group with unknown settings.
 
     Args:
         owner: The optimizer's name, for the message.
         group: The user's group.
         known: Names of the known settings.
+        derived: Other keys that the groups of an existing optimizer have.
 
     Raises:
         ArgumentError: A setting is unknown, or "params" is missing.
@@ -127,7 +128,8 @@ def check_keys(owner: str, group: Group, known: Iterable[str]) -> None:
     if not isinstance(group, dict):
         raise ArgumentError(f"{owner} was given a {type(group).__name__} as a parameter group.", _GIVE)
     settings = sorted(set(known))
-    unknown = sorted(map(str, group.keys() - {"params", "param_names"} - set(settings) - _SCHEDULERS_KEYS))
+    allowed = {"params", "param_names", *settings, *derived, *_SCHEDULERS_KEYS}
+    unknown = sorted(map(str, group.keys() - allowed))
     if unknown or "params" not in group:
         wrong = f"the unknown setting {unknown[0]!r}" if unknown else "no 'params'"
         raise ArgumentError(f"{owner}: a parameter group has {wrong}.", f"Known are: params, {', '.join(settings)}.")

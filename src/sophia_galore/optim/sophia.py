@@ -8,8 +8,9 @@ from typing import Any
 from sophia_galore.numerics.hyper import Hyper
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.arguments import Group
+from sophia_galore.optim.groups import Betas
 from sophia_galore.optim.recipes import CURVATURE_EVERY, STATE_BITS, StateBits
-from sophia_galore.optim.torch_optimizer import Betas, TorchOptimizer
+from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 
 class Sophia(TorchOptimizer):

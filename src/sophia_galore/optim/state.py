@@ -26,15 +26,19 @@ class ParamState:
     Args:
         spec: The parameter.
         device: Their device; int64 tensors, which only the CPU reads, are on the CPU.
+        tensors: Existing state tensors to use instead of new ones, by name.
 
     Attributes:
         tensors: The stored tensors, by name.
     """
 
-    def __init__(self, spec: ParamSpec, device: torch.device) -> None:
+    def __init__(self, spec: ParamSpec, device: torch.device, tensors: dict[str, Tensor] | None = None) -> None:
         self._spec = spec
         self._slots = RULES[spec.rule].slots
-        self.tensors: dict[str, Tensor] = {
+        if tensors is not None:
+            self.tensors = tensors
+            return
+        self.tensors = {
             name: torch.zeros(shape, dtype=dtype, device="cpu" if dtype == COUNTER else device)
             for name, (shape, dtype) in spec.state_tensors().items()
         }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import CheckpointError
 from sophia_galore.optim.spec import ParamSpec
-from sophia_galore.optim.state import COUNTER, ParamState
+from sophia_galore.optim.state import ParamState
 from sophia_galore.weights.tensor_stream import TensorStream, blocks_of
 
 
@@ -46,21 +46,20 @@ class ParamStates:
             self._states[name] = ParamState(self._specs[name], device)
         return self._states[name]
 
-    def place(self, name: str, device: torch.device) -> dict[str, Tensor]:
-        """Create a parameter's state on a device, or move it there.
+    @contextmanager
+    def using(self, name: str, device: torch.device, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Use existing tensors as the state of a parameter inside a context.
 
         Args:
             name: The parameter's name.
-            device: The parameter's device.
-
-        Returns:
-            The state tensors by name, not copies; int64 tensors, which only the CPU reads, stay on the CPU.
+            device: Their device.
+            tensors: The state tensors by name, which steps change in place.
         """
-        tensors = self.of(name, device).tensors
-        for key, tensor in tensors.items():
-            if tensor.dtype != COUNTER:
-                tensors[key] = tensor.to(device)
-        return tensors
+        self._states[name] = ParamState(self._specs[name], device, tensors)
+        try:
+            yield
+        finally:
+            del self._states[name]
 
     def begin(self, names: Iterable[str]) -> None:
         """Write the states of parameters that live elsewhere as they are before the first step: not all are zero.

@@ -1,22 +1,20 @@
 """The base of `GaLore`, `Apollo` and `Sophia`: a `torch.optim.Optimizer` for any training loop.
 
-It updates the `ParamSpec` of each parameter when its parameter group changes. A step checks all gradients before any
-weight changes, and then calls `ParamOptimizer.step_param` for one parameter after the other. States are kept by name.
-Subclasses define how each parameter is trained.
+A step checks all gradients before any weight changes, and then calls `ParamOptimizer.step_param` for one parameter
+after another. `GroupedOptimizer` knows how each is trained, and `TorchStates` keeps its state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sophia_galore.errors import StepError
-from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim import saved
-from sophia_galore.optim.arguments import Group, check_settings, plain, spec_of
+from sophia_galore.optim.arguments import Group, check_settings
 from sophia_galore.optim.gradients import (
     SampledGradients,
     in_vectors,
@@ -24,22 +22,15 @@ from sophia_galore.optim.gradients import (
     refuse_untrainable,
     refuse_valueless,
 )
-from sophia_galore.optim.members import check_keys, param_shape, read_groups, read_pairs, refuse_doubles, refuse_nothing
-from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.optim.groups import LIVE, GroupedOptimizer
 from sophia_galore.optim.owners import note_owner
 from sophia_galore.optim.recipes import CURVATURE_EVERY
-from sophia_galore.optim.spec import SubspaceSpec
+from sophia_galore.optim.torch_states import Entry, StateView
 
-Betas = tuple[float, float]
-
-# Group settings that are computed from other settings.
-_DERIVED = ("dense_ratio", "dense_betas")
-# Settings that may change between steps; all others determine the format of existing states.
-_LIVE = {"lr", "weight_decay", "betas", "eps", "rho", *_DERIVED}
-_KEPT_BY_COPIES = ("seed", "curvature_every", "num_steps", "curvature_seen", "_param_optimizer", "_steps", "places")
+_KEPT_BY_COPIES = ("seed", "curvature_every", "_param_optimizer", "_states")
 
 
-class TorchOptimizer(torch.optim.Optimizer):
+class TorchOptimizer(GroupedOptimizer):
     """The base class of the `torch.optim` classes of this package.
 
     Args:
@@ -55,45 +46,20 @@ class TorchOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], *, seed: int, curvature_every: int = CURVATURE_EVERY
     ) -> None:
-        owner = type(self).__name__
-        check_settings(owner, {"seed": seed, "curvature_every": curvature_every})
-        self.seed = int(seed)
-        self.curvature_every = int(curvature_every)
-        self.num_steps = 0
-        self.curvature_seen = False
         self.sampled = SampledGradients()
         self.end_attached_step: Callable[[], None] | None = None
-        self._settings: list[dict[str, Any]] = []
-        self._steps: dict[str, int] = {}
-        self.places: dict[str, float] = {}
-        super().__init__([dict(group) for group in read_groups(owner, params)], defaults)
-        refuse_nothing(owner, self.named_parameters())
-        self._param_optimizer = ParamOptimizer([], seed=seed)
-        self._join(self.param_groups)
+        super().__init__(params, defaults, seed=seed, curvature_every=curvature_every)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, such as those of a layer that was frozen until now.
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Tensor, Entry]:
+        """What is kept of each parameter: tensors, which are live, and numbers by name, such as its "step"."""
+        return StateView(lambda: ((name, param) for _, name, param in self.members()), self._states)
 
-        Args:
-            param_group: "params" (named if the existing ones are) and settings that differ from the defaults.
-
-        Raises:
-            ArgumentError: A parameter or a setting can't be used.
-        """
-        owner = type(self).__name__
-        # The group may come from an existing GaLore, whose groups also hold derived settings.
-        check_keys(owner, param_group, {*self.defaults, *(_DERIVED if "dense_lr" in self.defaults else ())})
-        group = {**self.defaults, **param_group}
-        group["params"] = pairs = read_pairs(owner, group, list(self.named_parameters()))
-        group["param_names"] = []  # torch sets them, except in an empty group
-        # betas=None, the rule's defaults, is valid only here.
-        check_settings(owner, {key: value for key, value in group.items() if key != "betas" or value is not None})
-        group |= {key: plain(value) for key, value in group.items() if key not in ("params", "param_names")}
-        self._complete(group)
-        refuse_doubles(owner, [*self.named_parameters().items(), *pairs])
-        super().add_param_group(group)
-        if "_param_optimizer" in self.__dict__:  # if not, torch's constructor is still adding groups
-            self._join(self.param_groups[-1:])
+    @state.setter
+    def state(self, state: Mapping[Tensor, Entry]) -> None:
+        self._states.entries.clear()
+        for param, entry in state.items():
+            self.state[param] = entry
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,7 +92,7 @@ class TorchOptimizer(torch.optim.Optimizer):
             for group, name, param in self.members():
                 if name in grads:
                     self.step_one(group, name, param, grads[name])
-        self.num_steps += 1
+        self._note(num_steps=self.num_steps + 1)
         return loss
 
     def observe_curvature(self, num_samples: int) -> None:
@@ -160,13 +126,13 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Return everything that later steps depend on.
 
         Returns:
-            Tensors (not copies), numbers, strings, lists and dicts, which `torch.save` and
-            `torch.load(weights_only=True)` restore exactly.
+            "state" and "param_groups", in torch's layout: tensors (not copies), numbers, strings, lists and dicts,
+            which `torch.save` and `torch.load(weights_only=True)` restore exactly, and so does
+            `torch.distributed.checkpoint`.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        progress = {"curvature_seen": self.curvature_seen, "num_steps": self.num_steps, "places": dict(self.places)}
-        state = saved.to_dict({**self._identity(), **progress}, self.param_groups, self._param_optimizer, self._steps)
+        state = saved.to_dict(self.param_groups, self._states.existing())
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state)
             state = state if changed is None else changed
@@ -176,7 +142,8 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Load a saved state exactly. As in torch, this also sets the saved learning rates and weight decays.
 
         Args:
-            state_dict: From `state_dict` of an optimizer with the same names, shapes and settings.
+            state_dict: From `state_dict` of an optimizer with the same names, shapes and settings; also as
+                `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` returns it.
 
         Raises:
             CheckpointError: It does not fit; nothing was changed.
@@ -184,72 +151,36 @@ class TorchOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        fixed = self.defaults.keys() - _LIVE
-        saved.check(state_dict, self._identity(), self.param_groups, self._param_optimizer.specs, fixed)
-        self.places = dict(state_dict["places"])  # they depend on when parameters were added
-        for group in self.param_groups:
+        state = saved.read(state_dict, type(self).__name__, self.param_groups)
+        fixed = self.defaults.keys() - LIVE
+        saved.check(state, self._identity(), self.param_groups, self._param_optimizer.specs, fixed)
+        # They depend on when parameters were added.
+        self._states.places |= {name: entry["place"] for name, entry in state.entries.items() if "place" in entry}
+        for group, old in zip(self.param_groups, state.groups, strict=True):
             self._route(group)
-        self._param_optimizer, self._steps = saved.restore(
-            state_dict, self._param_optimizer.specs, self.named_parameters(), self.seed
-        )
-        self.sampled = SampledGradients()
-        for group, old in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved.settings_of(old))
-        self.num_steps = int(state_dict["num_steps"])
-        self.curvature_seen = bool(state_dict["curvature_seen"])
+        for name, param in self.named_parameters().items():
+            self._states.load(name, param, state.entries.get(name, {}))
+        self.sampled = SampledGradients()
+        self._note(num_steps=int(state.facts["num_steps"]), curvature_seen=bool(state.facts["curvature_seen"]))
         self.follow_settings()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for copies and pickles, without hooks and without an attachment."""
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in _KEPT_BY_COPIES}}
+        kept = {key: getattr(self, key) for key in _KEPT_BY_COPIES}
+        return {"defaults": self.defaults, "param_groups": self.param_groups, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the attributes of a copy."""
         super().__setstate__(state)
-        self.sampled, self.end_attached_step = SampledGradients(), None
+        self.sampled, self.end_attached_step, self._is_made = SampledGradients(), None, True
         self._settings = [self._settings_of(group) for group in self.param_groups]
 
     def curvature_is_due(self) -> bool:
         """Return whether the curvature is to be estimated before the next step."""
         return self.num_steps % self.curvature_every == 0
-
-    def curved_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters whose rule has a curvature, by name."""
-        specs = self._param_optimizer.specs
-        return {name: param for _, name, param in self.members() if specs[name].rule == "sophia"}
-
-    def named_parameters(self) -> dict[str, Tensor]:
-        """Return the parameters by name."""
-        return {name: param for _, name, param in self.members()}
-
-    def members(self) -> Iterator[tuple[Group, str, Tensor]]:
-        """Yield each parameter, as its group, its name and itself."""
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                yield group, name, param
-
-    def follow_settings(self) -> None:
-        """Update the specs with settings that schedulers or users changed in the parameter groups.
-
-        Raises:
-            ArgumentError: A new value is invalid.
-            StepError: A setting was changed on which existing states depend.
-        """
-        for index, group in enumerate(self.param_groups):
-            settings, old = self._settings_of(group), self._settings[index]
-            if settings == old:
-                continue
-            check_settings(type(self).__name__, settings)
-            fixed = sorted(key for key in settings if settings[key] != old[key] and key not in _LIVE)
-            if fixed:
-                raise StepError(
-                    f"{fixed[0]} of a parameter group was changed from {old[fixed[0]]!r} to {settings[fixed[0]]!r}.",
-                    f"Only {', '.join(sorted(_LIVE))} may change; make a new optimizer for anything else.",
-                )
-            self._route(group)
-            self._settings[index] = settings
 
     def check(self, name: str, param: Tensor) -> None:
         """Raise `StepError` if the dtype, shape or gradient of a parameter is unsuitable."""
@@ -266,15 +197,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             grad: Its gradient, dense and finite.
         """
         note_owner(name, param, self)
-        self._param_optimizer.states.place(name, param.device)
-        step = self._steps.get(name, 0) + 1
         weight, full = in_vectors(param.detach()), in_vectors(grad.float())
-        self._param_optimizer.step_param(name, weight, full, step=step, factor=float(group["lr"]))
-        self._steps[name] = step
-
-    def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal in a saved state."""
-        return {"optimizer": type(self).__name__, "seed": self.seed, "curvature_every": self.curvature_every}
+        with self._states.lend(name, param) as entry:
+            step = int(entry["step"]) + 1
+            self._param_optimizer.step_param(name, weight, full, step=step, factor=float(group["lr"]))
+            entry["step"] = step
 
     def _gradients(self) -> dict[str, Tensor]:
         """Return the existing gradients by name, without those of empty parameters."""
@@ -303,48 +230,8 @@ class TorchOptimizer(torch.optim.Optimizer):
     def _observe(self, grads: Mapping[str, Tensor], num_samples: int) -> None:
         params = self.named_parameters()
         for name, grad in grads.items():
-            self._param_optimizer.states.place(name, params[name].device)
-            step = self._steps.get(name, 0) + 1
-            self._param_optimizer.observe_curvature(name, in_vectors(grad.float()), step=step, num_samples=num_samples)
-        self.curvature_seen = True
-
-    def _complete(self, group: Group) -> None:
-        """Set the derived settings of a group."""
-        group["betas"] = group["betas"] or RULES[self._rule(group, is_projected=True)].betas
-
-    def _is_projected(self, shape: tuple[int, ...], group: Group) -> bool:
-        """Return whether the gradients of a parameter are projected."""
-        return False
-
-    def _subspace(self, shape: tuple[int, ...], group: Group, place: float) -> SubspaceSpec:
-        """Return how a parameter's gradients are projected; `place` in [0, 1) spreads the refreshes over the gap."""
-        raise NotImplementedError
-
-    def _rule(self, group: Group, is_projected: bool) -> str:
-        """Return the name of a parameter's update rule."""
-        return "adamw"
-
-    def _join(self, groups: list[Group]) -> None:
-        """Make specs for the parameters of new groups; spread their refreshes over the gap."""
-        matrices = [
-            name
-            for group in groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-            if self._is_projected(param_shape(param), group)
-        ]
-        self.places |= {name: index / len(matrices) for index, name in enumerate(matrices)}
-        for group in groups:
-            self._route(group)
-            self._settings.append(self._settings_of(group))
-
-    def _route(self, group: Group) -> None:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            shape = param_shape(param)
-            place = self.places.get(name)
-            subspace = None if place is None else self._subspace(shape, group, place)
-            rule = self._rule(group, is_projected=subspace is not None)
-            self._param_optimizer.specs[name] = spec_of(name, shape, group, rule, subspace)
-
-    def _settings_of(self, group: Group) -> dict[str, Any]:
-        """Return the settings of a group on which its specs depend."""
-        return {key: group[key] for key in (*self.defaults, *_DERIVED) if key in group and key != "lr"}
+            full = in_vectors(grad.float())
+            with self._states.lend(name, params[name]) as entry:
+                step = int(entry["step"]) + 1
+                self._param_optimizer.observe_curvature(name, full, step=step, num_samples=num_samples)
+        self._note(curvature_seen=True)
