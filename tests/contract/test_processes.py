@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from contract.test_forecast import TOLERANCE
 from contract.test_placements import SETTINGS, words_of
 from launched import run_processes
 from placed import QUICK, Left, PlacedRuns, assert_same
+from sophia_galore.engine.stepper import Stepper
+from sophia_galore.plan.traffic import traffic_of
 from sophia_galore.records import files
 from sophia_galore.train.callback import Callback
+from sophia_galore.train.prepare import prepare
 from sophia_galore.train.run import train
 
 # 18 examples one by one in steps of 5: in each epoch's last step there are 3, so that of 4 processes one has none.
@@ -51,10 +58,20 @@ def by_one_process(runs: PlacedRuns) -> Callable[[int], Left]:
     return left
 
 
-def by_processes(count: int, runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Left:
+def by_processes(
+    count: int,
+    runs: PlacedRuns,
+    output: Path,
+    family: str,
+    *words: str,
+    resume: bool = False,
+    stops_after: int | None = None,
+) -> Left:
     config = runs.config(output, family, *words)
 
     def one() -> int:
+        if stops_after is not None:
+            stop_after(stops_after)
         train(config, Callback(), resume=resume)
         return 0
 
@@ -62,6 +79,18 @@ def by_processes(count: int, runs: PlacedRuns, output: Path, family: str, *words
     codes = run_processes(count, one, log)
     assert codes == [0] * count, log.read_text()
     return Left.in_folder(output)
+
+
+def stop_after(last: int) -> None:
+    """Ask this process to stop during a step."""
+    take = Stepper.take
+
+    def asking(*given: Any, step: int, factor: float) -> Any:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*given, step=step, factor=factor)
+
+    Stepper.take = asking  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("number", "count"), CASES)
@@ -91,6 +120,83 @@ def test_two_runs_of_two_processes_are_the_same(number: int, runs: PlacedRuns, t
         for part in ("first", "second")
     )
     assert_same(second, first)
+
+
+# Of these no state is needed by all, and nothing streams.
+SHARDED = (1, 2, 3, 4, 8, 12, 13, 16)
+
+
+@pytest.mark.parametrize(
+    ("number", "count"),
+    [
+        (1, 2),
+        (16, 2),
+        *(pytest.param(number, 2, marks=pytest.mark.thorough) for number in SHARDED if number not in (1, 16)),
+        *(pytest.param(number, 4, marks=pytest.mark.thorough) for number in SHARDED),
+    ],
+)
+def test_no_bit_depends_on_where_states_are(number: int, count: int, runs: PlacedRuns, tmp_path: Path) -> None:
+    whole, sharded = (
+        by_processes(
+            count,
+            runs,
+            tmp_path / part / "run",
+            SETTINGS[number][2],
+            *DEALT,
+            *words_of(number),
+            f"distributed.shard_state={part == 'sharded'}",
+        )
+        for part in ("whole", "sharded")
+    )
+    assert_same(sharded, whole)
+
+
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.thorough)])
+def test_a_checkpoint_does_not_know_the_number_of_processes(
+    sharded: bool, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path
+) -> None:
+    """Two steps by two processes, two by one, and the rest by four."""
+    number, output = 1, tmp_path / "run"
+    words = [*DEALT, *words_of(number), "checkpoint.save_every_steps=2", f"distributed.shard_state={sharded}"]
+    family = SETTINGS[number][2]
+    by_processes(2, runs, output, family, *words, stops_after=2)
+    by_processes(1, runs, output, family, *words, resume=True, stops_after=4)
+    found = by_processes(4, runs, output, family, *words, resume=True)
+    for own, other in zip(found.numbers, by_one_process(number).numbers, strict=True):
+        for key in {"loss", "eval_loss"} & own.keys():
+            assert own[key] == pytest.approx(other[key], rel=FP32_TOLERANCE), own["step"]
+
+
+@pytest.mark.parametrize("placement", ["host", "disk"])
+def test_each_process_streams_its_own_copy(placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
+    there, elsewhere = (
+        by_processes(
+            2, runs, tmp_path / where / "run", SETTINGS[7][2], *DEALT, *words_of(7), f"memory.placement={where}"
+        )
+        for where in ("device", placement)
+    )
+    assert_same(elsewhere, there)
+    assert not list((tmp_path / placement).glob(".run.streaming*"))
+
+
+def test_the_forecast_is_for_one_of_the_processes(runs: PlacedRuns, tmp_path: Path) -> None:
+    words = [*words_of(1), "training.batch_size=1", "training.gradient_accumulation_steps=4", "data.packing=true"]
+    by_processes(2, runs, tmp_path / "run", "llama, untied", *words)
+    report = json.loads((tmp_path / "run" / files.MEMORY_REPORT).read_text())
+    assert max(each["peak_allocated_bytes"] for each in report["processes"]) == pytest.approx(
+        report["predicted_peak_bytes"], rel=TOLERANCE
+    )
+
+
+def test_what_is_planned_to_be_sent_is_sent(runs: PlacedRuns, tmp_path: Path) -> None:
+    # Of 200 steps between two bases, the first of a matrix after step 1 is beyond this run.
+    words = [*DEALT, "optimizer.galore.subspace=svd", "optimizer.galore.update_proj_gap=200"]
+    by_processes(2, runs, tmp_path / "run", "llama", *words)
+    plan = prepare(runs.config(tmp_path / "other", "llama", *words), Callback(), None, 2).plan
+    traffic = traffic_of(plan.routes)
+    lines = [json.loads(line) for line in (tmp_path / "run" / files.METRICS).read_text().splitlines()]
+    sent = [line["summed_bytes"] for line in lines if "loss" in line]
+    assert sent == [traffic.whole_bytes, *[traffic.usual_bytes] * (len(sent) - 1)]
 
 
 def test_the_records_tell_of_each_process(runs: PlacedRuns, tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from contract.test_placements import SETTINGS, words_of
-from contract.test_processes import DEALT
+from contract.test_processes import DEALT, stop_after
 from forked import Forked
 from launched import run_processes, started, wait
 from placed import Left, PlacedRuns, assert_same
 from resume.crash_run import MOMENTS, kill_at
 from sophia_galore.cli.main import main
-from sophia_galore.engine.stepper import Stepper
 from sophia_galore.train.checkpoint import checkpoints
 from tiny import write_tiny_data
 
@@ -36,7 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> PlacedRuns:
 
 def command(runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Callable[[], int]:
     arguments = runs.words(output, family, *DEALT, *words)
-    return lambda: main(["train", *(["--resume"] if resume else []), *arguments])
+    config = runs.folder / "empty.yaml"
+    config.write_text("{}\n")
+    return lambda: main(["train", "--config", str(config), *(["--resume"] if resume else []), *arguments])
 
 
 def rank() -> int:
@@ -159,15 +160,8 @@ def test_one_process_is_asked_to_stop(asked: int, runs: PlacedRuns, undisturbed:
     run, log = command(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1)), tmp_path / "log"
 
     def stopping() -> int:
-        take = Stepper.take
-
-        def asking(*given: Any, step: int, factor: float) -> Any:
-            if step == 2 and rank() == asked:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes it on
-            return take(*given, step=step, factor=factor)
-
-        Stepper.take = asking  # type: ignore[method-assign]
+        if rank() == asked:
+            stop_after(2)
         return run()
 
     assert run_processes(2, stopping, log) == [0, 0], log.read_text()

@@ -228,10 +228,11 @@ class Processes:
         """
         if self.is_alone or isinstance(error, FailedElsewhere):
             return error
+        own = f"{self.rank} {error.exit_code}"
         with suppress(RuntimeError):  # the store may be gone
-            said = self.store.compare_set(_FAILURE, "", f"{self.rank}").decode()
-            if said != f"{self.rank}":
-                return FailedElsewhere(error.exit_code)
+            said = self.store.compare_set(_FAILURE, "", own).decode()
+            if said != own:
+                return FailedElsewhere(int(said.split()[1]))
         return error
 
     def lost(self, error: Exception) -> SophiaGaloreError:

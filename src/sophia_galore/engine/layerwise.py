@@ -115,10 +115,13 @@ class FinishedGradients:
     Args:
         weights: The borrowed weights; weights that have a gradient may be written.
         gradients: By the parameter's name. Pop them one by one, so that each is freed as soon as it was used.
+        parts: The names of the gradients of each part of the model: a layer, or what is around the layers. Mostly there
+            is one part.
     """
 
     weights: Borrowed
     gradients: Gradients
+    parts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -277,21 +280,26 @@ class LayerwiseEngine:
         if not self._reducer.overlaps:
             for part in self._parts(done):
                 with self._store.borrow(*part.names, trains=True, then=part.then) as weights:
-                    yield FinishedGradients(weights, self._reducer.start(part.form())())
+                    gradients = self._reducer.start(part.form())()
+                    finished = FinishedGradients(weights, gradients, (tuple(gradients),))
+                    del gradients  # else they would live during the next part's backward
+                    yield finished
+                    del finished
             return
         before: tuple[str, ...] = ()
         sums: Callable[[], Gradients] = Gradients
         for part in self._parts(done):
             with self._store.borrow(*part.names, trains=True, then=part.then):
                 own_sums = self._reducer.start(part.form())
-            if part.then:
-                names, gradients = before, sums()
-            else:  # the last part
-                names, gradients = (*before, *part.names), sums() | own_sums()
+            gradients, names = sums(), before
+            parts: tuple[tuple[str, ...], ...] = (tuple(gradients),)
             before, sums = part.names, own_sums
+            if not part.then:  # the last part
+                gradients, names, sums = gradients | own_sums(), (*names, *part.names), Gradients
+                parts = (*parts, tuple(name for name in gradients if name not in parts[0]))
             with self._store.borrow(*names, trains=True) as weights:
-                finished = FinishedGradients(weights, gradients)
-                del gradients, own_sums  # else they would live during the next part's backward
+                finished = FinishedGradients(weights, gradients, parts)
+                del gradients, own_sums
                 yield finished
                 del finished
 

@@ -73,18 +73,19 @@ class Stepper:
             del forward
             for layer in layers:
                 with engine.using(layer) as gradients:
-                    norms.append(grad_norm(gradients.values()))
-                    # If the norm is not finite, `prepare` raises an error that names the gradient.
-                    clips = self._clip_by == "layer" and math.isfinite(norms[-1])
-                    for name in list(gradients):
-                        prepared = optimizer.prepare(name, gradients.pop(name), step=step)
-                        if clips:
-                            clip_(prepared.tensors(), norms[-1], self._max_grad_norm)
-                        if self._clip_by == "model":
-                            held[name] = prepared
-                        else:
-                            optimizer.apply(name, layer.weights[name], prepared, step=step, factor=factor)
-                        del prepared  # else it would stay in memory during the next layer's backward
+                    for names in layer.parts:
+                        norms.append(grad_norm(gradients[name] for name in names))
+                        # If the norm is not finite, `prepare` raises an error that names the gradient.
+                        clips = self._clip_by == "layer" and math.isfinite(norms[-1])
+                        for name in names:
+                            prepared = optimizer.prepare(name, gradients.pop(name), step=step)
+                            if clips:
+                                clip_(prepared.tensors(), norms[-1], self._max_grad_norm)
+                            if self._clip_by == "model":
+                                held[name] = prepared
+                            else:
+                                optimizer.apply(name, layer.weights[name], prepared, step=step, factor=factor)
+                            del prepared  # else it would stay in memory during the next layer's backward
         norm = math.hypot(*norms)
         if held:
             self._apply_all(held, norm, step, factor)

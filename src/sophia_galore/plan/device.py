@@ -38,6 +38,11 @@ def choose_device(name: str, option: str = "training.device=") -> torch.device:
             f"Install a CUDA build of PyTorch and the GPU's driver, or use {option}cpu.",
         )
     index = device.index
+    if index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise EnvironmentProblem(
+            f"{option}{name} is one GPU, but several processes on this machine would use it.",
+            f"Use {option}cuda: each process then takes a GPU of its own.",
+        )
     if index is None:
         # Of several processes on a machine, each has a GPU of its own.
         index = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from statistics import median_low
 from typing import Any
 
 from sophia_galore.records import files
@@ -153,6 +155,7 @@ def _provenance(comparison: Comparison) -> list[Part]:
     machine, versions = comparison.environment.machine, comparison.environment.versions
     if machine.model_fields_set:
         lines.append(f"Machine: {_describe_machine(machine)}.")
+    lines += [f"{run.label}: {_processes(run)}." for run in comparison.runs if run.environment.processes]
     if versions:
         lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
     if comparison.date:
@@ -169,6 +172,17 @@ def _provenance(comparison: Comparison) -> list[Part]:
     if typed := [command for command in commands if command]:
         parts.append(Code(typed))
     return parts
+
+
+def _processes(run: Run) -> str:
+    """Return the processes of a run as text: machines, what they sum in most steps, and their peaks of memory."""
+    counts = Counter(run.environment.processes)
+    words = ", ".join(f"{count} on {machine}" for machine, count in counts.items())
+    sent = [line.summed_bytes for line in run.metrics.train if line.summed_bytes is not None]
+    summed = f"; in most steps they sum {mebibytes(median_low(sent))} of gradients" if sent else ""
+    peaks = [each.peak_allocated_bytes for each in run.memory.processes] if run.memory else []
+    known = [mebibytes(peak) for peak in peaks if peak is not None]
+    return f"{sum(counts.values())} processes, {words}{summed}" + (f"; peaks {', '.join(known)}" if known else "")
 
 
 def _endings(comparison: Comparison) -> list[tuple[str, str]]:

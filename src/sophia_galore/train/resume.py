@@ -43,6 +43,7 @@ _FREE = (
     "training.report_to",
     "training.sample_",
     "checkpoint.",
+    "distributed.",
     "export.",
     "engine.full_gradients",
     "engine.keep_layers",
