@@ -61,6 +61,10 @@ def test_commands_exist(line: str) -> None:
         check_arguments(words[0], words[1:])
     elif program in ("python", "python3"):
         check_python(words)
+    elif program == "torchrun":
+        start = words.index("-m")
+        assert words[start + 1] == "sophia_galore"
+        check_arguments(words[start + 2], words[start + 3 :])
     else:
         assert program in ("make", "pip"), f"{program} is none of our commands"
 

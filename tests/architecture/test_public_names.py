@@ -33,7 +33,17 @@ def test_commands_and_their_options() -> None:
         "train": ["--config", "--optimizer", "--resume", "-c", "-o", "overrides"],
         "check": ["--config", "--json", "--optimizer", "--parameters", "-c", "-o", "overrides"],
         "plan": [
-            *("--allow-shorter", "--config", "--device", "--fit", "--host-memory", "--json", "--matrix", "--memory", "--processes"),
+            *(
+                "--allow-shorter",
+                "--config",
+                "--device",
+                "--fit",
+                "--host-memory",
+                "--json",
+                "--matrix",
+                "--memory",
+                "--processes",
+            ),
             *("--model", "--optimizer", "--output", "--picture", "-c", "-m", "-o", "overrides"),
         ],
         "compare": ["--output", "--seeds", "words"],

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sophia_galore.engine.online_loss import OnlineLoss
-from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.clocks import Clocks
 
 NUM_TOKENS, VOCAB = 40, 330
 SOFTCAP = pytest.mark.parametrize("softcap", [None, 1.5], ids=["uncapped", "capped"])
@@ -28,10 +28,10 @@ def by_blocks(
     softcap: float | None,
     block: int,
     chunk: int,
-    sampler: torch.Generator | None = None,
+    clocks: Clocks | None = None,
 ) -> tuple[float, Tensor]:
     """Loss, and gradient of loss / 7."""
-    online = OnlineLoss(labels, softcap, sampler)
+    online = OnlineLoss(labels, softcap, clocks)
     every = list(tiles(block, chunk, *logits.shape))
     for tokens, words in every:
         online.take(tokens, words, logits[tokens, words].clone())
@@ -79,10 +79,10 @@ def test_a_gradient_sums_to_nothing() -> None:
 
 def test_logits_that_are_not_finite_show_in_the_loss() -> None:
     for bad in (torch.nan, torch.inf):
-        for sampler in (None, generator(0, "test")):
+        for clocks in (None, Clocks(0, ("test",))):
             logits, labels = random_logits(1.0)
             logits[3, 200] = bad
-            loss, _ = by_blocks(logits, labels, None, 64, 40, sampler)
+            loss, _ = by_blocks(logits, labels, None, 64, 40, clocks)
             assert not torch.isfinite(torch.tensor(loss))
             assert bool(((labels >= 0) & (labels < VOCAB)).all())
 
@@ -94,7 +94,7 @@ def test_drawn_labels_follow_the_softmax(softcap: float | None, block: int) -> N
     logits = 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(num_draws, dtype=torch.int64)
     every = logits.expand(num_draws, vocab).contiguous()
-    loss, grad = by_blocks(every, labels, softcap, block, 6000, generator(0, "test"))
+    loss, grad = by_blocks(every, labels, softcap, block, 6000, Clocks(0, ("test",)))
     capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     expected = num_draws * capped.softmax(0)
     # Pearson's sum has 11 degrees of freedom: 11 on average, above 31.3 once in 1000.
@@ -105,10 +105,29 @@ def test_drawn_labels_follow_the_softmax(softcap: float | None, block: int) -> N
     assert float((grad - expected_grad).norm() / expected_grad.norm()) <= 2e-6
 
 
-def test_drawn_labels_are_a_function_of_the_generator() -> None:
+def test_a_drawn_label_does_not_depend_on_the_tiles() -> None:
+    """Nor on the tokens before it, which another process may have."""
     logits, labels = random_logits(1.0)
     drawn = []
-    for purpose in ("one", "one", "other"):
+    for block, chunk in ((64, 16), (330, 40), (7, 3)):
         drawn.append(labels.clone())
-        by_blocks(logits, drawn[-1], None, 64, 16, generator(0, purpose))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        by_blocks(logits, drawn[-1], None, block, chunk, Clocks(0, ("one",)))
+    assert all(torch.equal(other, drawn[0]) for other in drawn)
+    later = labels[25:].clone()
+    by_blocks(logits[25:], later, None, 64, 16, Clocks(0, ("one",), first=25))
+    assert torch.equal(later, drawn[0][25:])
+    other = labels.clone()
+    by_blocks(logits, other, None, 64, 16, Clocks(0, ("other",)))
+    assert not torch.equal(other, drawn[0])
+
+
+def test_neighbouring_tokens_draw_independently() -> None:
+    num_draws, vocab = 60_000, 6
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
+    _, drawn = Clocks(5, ("test",)).sample(logits.repeat(num_draws, 1), slice(0, num_draws), slice(0, vocab))
+    share = logits.softmax(0)
+    for gap in (1, 2, 64):
+        pairs = (drawn[:-gap] * vocab + drawn[gap:]).bincount(minlength=vocab**2)
+        expected = (num_draws - gap) * (share[:, None] * share).flatten()
+        # Pearson's sum has 35 degrees of freedom: above 66.6 once in 1000.
+        assert float(((pairs - expected) ** 2 / expected).sum()) <= 66.6, gap
