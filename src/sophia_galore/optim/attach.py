@@ -19,6 +19,7 @@ from sophia_galore.errors import ArgumentError, StepError
 from sophia_galore.optim.arguments import Group, check_settings
 from sophia_galore.optim.gradients import refuse_non_finite
 from sophia_galore.optim.limits import clip_, grad_norm
+from sophia_galore.optim.sharding import is_sharded, local_of, whole_norm
 from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -89,7 +90,8 @@ class Attachment:
         self._optimizer.check(name, param)
         refuse_non_finite([(name, param.grad)], self._optimizer.num_steps + 1)
         grad = param.grad.float()
-        clip_([grad], grad_norm([grad]), self._max_grad_norm)
+        norm = whole_norm(grad) if is_sharded(grad) else grad_norm([grad])
+        clip_([local_of(grad)], norm, self._max_grad_norm)
         self._optimizer.step_one(group, name, param, grad)
         param.grad = None
         self._stepped.add(name)
