@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from processes import in_processes
-from small_net import VARIANTS, assert_same, assert_same_entries, loss_of, make_net
+from small_net import VARIANTS, assert_same, assert_same_entries, make_net
 
 STEPS = 7
 

@@ -11,19 +11,15 @@ whole ones. (Distributed Muon gathers its matrices in this way too.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from sophia_galore.optim.sharding import Sharding, dim_of, local_of, part_of, part_shape
+from sophia_galore.optim.exchange import exchange
+from sophia_galore.optim.sharding import Sharding, dim_of, local_of, part_of
 from sophia_galore.optim.state import COUNTER
-
-# So that each tensor in a buffer begins where its dtype may begin.
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +42,9 @@ class Job:
 
     def parts(self) -> list[_Part]:
         """Return what is sent: to the owner, and back."""
-        parts = [] if self.weight is None else [_Part("weight", self.weight, comes_back=True)]
-        parts.append(_Part("grad", self.grad, comes_back=False))
-        return parts + [_Part(f"state {key}", tensor, comes_back=True) for key, tensor in self.tensors.items()]
+        parts = [] if self.weight is None else [_Part(self.weight, comes_back=True)]
+        parts.append(_Part(self.grad, comes_back=False))
+        return parts + [_Part(tensor, comes_back=True) for tensor in self.tensors.values()]
 
 
 Act = Callable[[Job, Tensor | None, Tensor, dict[str, Tensor]], None]
@@ -59,20 +55,12 @@ Act = Callable[[Job, Tensor | None, Tensor, dict[str, Tensor]], None]
 class _Part:
     """One tensor of a job; what each process has as a whole is not sent to the owner, only back."""
 
-    key: str
     tensor: Tensor
     comes_back: bool
 
     @property
     def dim(self) -> int | None:
         return dim_of(self.tensor)
-
-    def shape(self, rank: int, size: int) -> tuple[int, ...]:
-        return part_shape(self.tensor.shape, self.dim, rank, size)
-
-    def num_bytes(self, rank: int, size: int) -> int:
-        used = math.prod(self.shape(rank, size)) * self.tensor.dtype.itemsize
-        return -(-used // _ALIGNMENT) * _ALIGNMENT
 
 
 def run_on_owners(jobs: Sequence[Job], act: Act) -> None:
@@ -131,21 +119,16 @@ def _run_round(bins: list[list[Job]], sharding: Sharding, act: Act) -> None:
         tensors = {key: whole[id(tensor)] for key, tensor in job.tensors.items()}
         act(job, None if job.weight is None else whole[id(job.weight)], whole[id(job.grad)], tensors)
     back = [part for part in mine if part.comes_back]
-    to_others = [
-        [_Parcel(part, part_of(whole[id(part.tensor)], part.dim, other, size), other) for part in back]
-        for other in range(size)
-    ]
-    from_owners = [
-        [_Parcel(part, local_of(part.tensor), rank) for job in jobs for part in job.parts() if part.comes_back]
-        for jobs in bins
-    ]
-    _exchange(to_others, from_owners, sharding)
+    exchange(
+        [[part_of(whole[id(part.tensor)], part.dim, other, size) for part in back] for other in range(size)],
+        [[local_of(part.tensor) for job in jobs for part in job.parts() if part.comes_back] for jobs in bins],
+        sharding,
+    )
 
 
 def _collect(bins: list[list[Job]], mine: list[_Part], sharding: Sharding) -> dict[int, Tensor]:
     """Send each owner the parts of its tensors; return this process's tensors as a whole, by the parts' ids."""
-    rank, size = sharding.rank, sharding.size
-    device = torch.device(sharding.mesh.device_type)
+    size, device = sharding.size, torch.device(sharding.mesh.device_type)
     whole = {}
     for part in mine:
         own = local_of(part.tensor)
@@ -154,54 +137,10 @@ def _collect(bins: list[list[Job]], mine: list[_Part], sharding: Sharding) -> di
         whole[id(part.tensor)] = (
             own.clone().to(place) if part.dim is None else own.new_empty(part.tensor.shape, device=place)
         )
-    to_owners = [
-        [_Parcel(part, local_of(part.tensor), rank) for job in jobs for part in job.parts() if part.dim is not None]
-        for jobs in bins
-    ]
-    from_others = [
-        [
-            _Parcel(part, part_of(whole[id(part.tensor)], part.dim, other, size), other)
-            for part in mine
-            if part.dim is not None
-        ]
-        for other in range(size)
-    ]
-    _exchange(to_owners, from_others, sharding)
-    return whole
-
-
-@dataclass(frozen=True, eq=False)
-class _Parcel:
-    """A process's part of a tensor on its way: where it is read, or where it is written."""
-
-    part: _Part
-    place: Tensor
-    rank: int
-
-
-def _exchange(sent: list[list[_Parcel]], received: list[list[_Parcel]], sharding: Sharding) -> None:
-    """Send tensors of any dtypes to all processes at once.
-
-    Args:
-        sent: For each process, what it gets from this one.
-        received: For each process, what this one gets from it, in the same order; written to their places.
-        sharding: The processes.
-    """
-    size, device = sharding.size, torch.device(sharding.mesh.device_type)
-    num_sent, num_received = (
-        [sum(parcel.part.num_bytes(parcel.rank, size) for parcel in parcels) for parcels in way]
-        for way in (sent, received)
+    cut = [part for part in mine if part.dim is not None]
+    exchange(
+        [[local_of(part.tensor) for job in jobs for part in job.parts() if part.dim is not None] for jobs in bins],
+        [[part_of(whole[id(part.tensor)], part.dim, other, size) for part in cut] for other in range(size)],
+        sharding,
     )
-    outgoing = torch.empty(sum(num_sent), dtype=torch.uint8, device=device)
-    start = 0
-    for parcel in chain.from_iterable(sent):
-        flat = parcel.place.contiguous().view(-1).view(torch.uint8)
-        outgoing[start : start + len(flat)].copy_(flat)
-        start += parcel.part.num_bytes(parcel.rank, size)
-    incoming = torch.empty(sum(num_received), dtype=torch.uint8, device=device)
-    torch.distributed.all_to_all_single(incoming, outgoing, num_received, num_sent, group=sharding.group)
-    start = 0
-    for parcel in chain.from_iterable(received):
-        used = parcel.place.numel() * parcel.place.dtype.itemsize
-        parcel.place.copy_(incoming[start : start + used].view(parcel.place.dtype).view(parcel.place.shape))
-        start += parcel.part.num_bytes(parcel.rank, size)
+    return whole

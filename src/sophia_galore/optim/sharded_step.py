@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from sophia_galore.optim.local_step import LocalStep, is_local, step_locally
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.optim.owner_step import Job, run_on_owners
 from sophia_galore.optim.sharding import sharding_of
@@ -30,7 +31,16 @@ def step_sharded(
         with param_optimizer.states.using(job.name, weight.device, tensors):
             param_optimizer.step_param(job.name, weight, grad.float(), step=step, factor=items[job.name][2])
 
-    run_on_owners(jobs, act)
+    local, others = [], []
+    for job in jobs:
+        spec, step = param_optimizer.specs[job.name], states.step_of(job.name) + 1
+        if is_local(spec, job, step):
+            rate = spec.learning_rate * items[job.name][2]
+            local.append(LocalStep(spec, job, step, rate, param_optimizer.seed))
+        else:
+            others.append(job)
+    step_locally(local)
+    run_on_owners(others, act)
     for job in jobs:
         entry = states.entries[job.name]
         entry |= {**to_entry(job.tensors), "step": states.step_of(job.name) + 1}

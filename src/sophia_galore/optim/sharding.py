@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.errors import ArgumentError
+from sophia_galore.optim.spec import ParamSpec
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -138,18 +139,22 @@ def part_of(full: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
     return full.narrow(dim, own.start, own.stop - own.start)
 
 
-def cut_dim(shape: Shape, of_param: Shape, sharding: Sharding) -> int | None:
+def cut_dim(spec: ParamSpec, shape: Shape, sharding: Sharding) -> int | None:
     """Return the dimension along which a state tensor is cut; None: each process has all of it.
 
     Args:
+        spec: Its parameter.
         shape: Shape of the state tensor.
-        of_param: Shape of its parameter.
         sharding: How the parameter is cut.
     """
     if sharding.mesh_dim is None or math.prod(shape) <= 1:
         return None
-    # The moments of a gradient that is not projected are cut like it; all others along their longest dimension.
-    return sharding.dim if shape == of_param else max(range(len(shape)), key=lambda dim: shape[dim])
+    if shape == spec.shape:
+        return sharding.dim
+    if spec.subspace is not None and shape == spec.held_shape:
+        # (m, r) by rows, whatever is cut; (r, n) by columns if the parameter is: its parts are products of parts then.
+        return sharding.dim if spec.side == "left" else 0
+    return max(range(len(shape)), key=lambda dim: shape[dim])
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -188,19 +193,19 @@ def copy_parts(own: Tensor, saved: Tensor, sharding: Sharding | None) -> None:
 
 
 def shard_states(
-    tensors: Mapping[str, tuple[Shape, torch.dtype]], shape: Shape, sharding: Sharding, device: torch.device
+    tensors: Mapping[str, tuple[Shape, torch.dtype]], spec: ParamSpec, sharding: Sharding, device: torch.device
 ) -> dict[str, Tensor]:
     """Return state tensors of zeros that are cut as `cut_dim` says.
 
     Args:
         tensors: Whole shapes and dtypes by name.
-        shape: Shape of the parameter.
+        spec: The parameter.
         sharding: How it is cut.
         device: Device of this process's parts.
     """
     return {
-        key: sharding.shard(whole, cut_dim(whole, shape, sharding), device, dtype)
-        for key, (whole, dtype) in tensors.items()
+        key: sharding.shard(shape, cut_dim(spec, shape, sharding), device, dtype)
+        for key, (shape, dtype) in tensors.items()
     }
 
 

@@ -87,7 +87,7 @@ class TorchStates:
         whole = ParamState(spec, torch.device("meta")).tensors
         kinds = {key: (tuple(one.shape), one.dtype) for key, one in whole.items() if one.dtype != COUNTER}
         counters = {key: one for key, one in whole.items() if one.dtype == COUNTER}
-        return shard_states(kinds, spec.shape, sharding, param.device) | to_entry(counters)
+        return shard_states(kinds, spec, sharding, param.device) | to_entry(counters)
 
     def step_of(self, name: str) -> int:
         """Return the number of steps of a parameter so far."""
