@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sophia_galore.numerics.blockwise import BLOCK, num_blocks
-from sophia_galore.numerics.noise import Noise
+from sophia_galore.numerics.noise import ColumnNoise, Noise
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT
 from sophia_galore.numerics.rules import RULES
 from sophia_galore.optim.dense import dense_step
@@ -68,8 +68,9 @@ def is_local(spec: ParamSpec, job: Job, step: int) -> bool:
 
 def _lies_in_parts(spec: ParamSpec, shape: Shape, bits: int, sharding: Sharding) -> bool:
     """Return whether no group of noise and no eight-bit block has elements of two processes."""
-    if cut_dim(spec, shape, sharding) != 0:
-        return False
+    if cut_dim(spec, shape, sharding) == 1:
+        # The scales of blocks are in the order of rows, so those of some columns are not in one part.
+        return bits == 16 and len(shape) == 2
     elements = part(shape[0], 0, sharding.size).stop * math.prod(shape[1:])
     blocks = part(num_blocks(math.prod(shape)), 0, sharding.size).stop
     return elements % ROW_ALIGNMENT == 0 and (bits != 8 or blocks * BLOCK == elements)
@@ -115,10 +116,14 @@ class LocalStep:
         return subspace_of(self.spec).rank * (max if self.is_crossed else min)(self.spec.shape)
 
     def noise(self, purpose: str, shape: Shape) -> Noise:
-        """Return the noise for the own part of a tensor that is cut by rows; any other needs none."""
+        """Return the noise for the own part of a tensor of this parameter."""
         sharding = self.job.sharding
-        first = part(shape[0], sharding.rank, sharding.size).start * math.prod(shape[1:])
-        return replace(Noise.of(self.seed, purpose, self.spec.name, self.step), first=first)
+        whole = Noise.of(self.seed, purpose, self.spec.name, self.step)
+        dim = cut_dim(self.spec, shape, sharding) or 0
+        start = part(shape[dim], sharding.rank, sharding.size).start
+        if dim == 1:
+            return ColumnNoise(whole.seed, whole.purpose, start=start, width=math.prod(shape[1:]))
+        return replace(whole, first=start * math.prod(shape[1:]))
 
 
 def step_locally(steps: Sequence[LocalStep]) -> None:
