@@ -17,7 +17,8 @@ ANSWERING = [
 
 
 def test_public_names() -> None:
-    assert sorted(sophia_galore.__all__) == ["Apollo", "GaLore", "Sophia", "__version__", "attach", "watch"]
+    names = ["Apollo", "GaLore", "Sophia", "__version__", "attach", "shard_placement", "watch"]
+    assert sorted(sophia_galore.__all__) == names
     for name in sophia_galore.__all__:
         assert hasattr(sophia_galore, name)
 

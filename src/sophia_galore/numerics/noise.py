@@ -147,6 +147,40 @@ class Noise:
         return words[:num_lower].view(1, _DIGIT, _LANES), words[num_lower:].view(-1, 1, _LANES)
 
 
+@dataclass(frozen=True)
+class ColumnNoise(Noise):
+    """The noise of some columns of a tensor, the same as if all of its columns were there.
+
+    Args:
+        seed: As for `Noise`.
+        purpose: As for `Noise`.
+        first: Index of the first element of the whole row with which a block begins.
+        start: The first column.
+        width: Number of columns of the whole tensor.
+    """
+
+    start: int = 0
+    width: int = 1
+
+    def rows(self, rows: slice, columns: int) -> Noise:
+        """Return the noise of some rows, of which `columns` elements are there."""
+        return super().rows(rows, self.width)
+
+    def pieces(
+        self, like: Tensor, dtype: torch.dtype, columns: int = 1, *, odd: bool = True
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the noise of a matrix of these columns; see `Noise`. Pieces are whole rows."""
+        if not like.numel():
+            return
+        num_rows, num_columns = like.shape
+        # Only its size and its device are used.
+        whole = like.new_empty(1).expand(num_rows, self.width)
+        for part, drawn in super().pieces(whole, dtype, self.width, odd=odd):
+            there = drawn.view(-1, self.width)[:, self.start : self.start + num_columns]
+            rows = slice(part.start // self.width, part.stop // self.width)
+            yield slice(rows.start * num_columns, rows.stop * num_columns), there.reshape(-1)
+
+
 def piece_elements(columns: int) -> int:
     """Return the number of elements of a piece: whole rows and whole groups of noise, about a million.
 

@@ -19,6 +19,7 @@ from sophia_galore.errors import ArgumentError, StepError
 from sophia_galore.optim.arguments import Group, check_settings
 from sophia_galore.optim.gradients import refuse_non_finite
 from sophia_galore.optim.limits import clip_, grad_norm
+from sophia_galore.optim.sharding import is_sharded, local_of, whole_norm
 from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -89,7 +90,8 @@ class Attachment:
         self._optimizer.check(name, param)
         refuse_non_finite([(name, param.grad)], self._optimizer.num_steps + 1)
         grad = param.grad.float()
-        clip_([grad], grad_norm([grad]), self._max_grad_norm)
+        norm = whole_norm(grad) if is_sharded(grad) else grad_norm([grad])
+        clip_([local_of(grad)], norm, self._max_grad_norm)
         self._optimizer.step_one(group, name, param, grad)
         param.grad = None
         self._stepped.add(name)
@@ -101,8 +103,8 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
     `optimizer.step()` then only ends the step, and must still be called once after each backward, before the
     scheduler; `zero_grad()` does no harm. In the `Trainer`, set `gradient_accumulation_steps=1` and `max_grad_norm=0`
     (no gradients are left when the `Trainer` clips). Accumulation is refused at the second backward, before any
-    weight is updated twice. Don't scale the loss (`GradScaler`, fp16): use bfloat16. Gradients are not averaged over
-    processes, so train in one process.
+    weight is updated twice. Don't scale the loss (`GradScaler`, fp16): use bfloat16. Parameters that `fully_shard`
+    sharded are updated when their gradients are averaged; DDP averages them too late, so don't use it.
 
     A gradient that is not finite raises `NonFiniteError` in backward; parameters whose gradients came before it are
     already updated. To go on, call `optimizer.step()`, which ends this step.
@@ -118,7 +120,8 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
 
     Raises:
         ArgumentError: The optimizer is neither a `GaLore` nor an `Apollo`, has a curvature, is attached already, or
-            does not fit the model; or another one is attached to the model.
+            does not fit the model; or another one is attached to the model; or each of several processes has all of a
+            parameter.
     """
     if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
@@ -135,9 +138,23 @@ def attach(optimizer: torch.optim.Optimizer, model: torch.nn.Module, max_grad_no
             "Train with optimizer.step(), or choose a rule without a curvature.",
         )
     refuse_strangers(optimizer, model)
+    _refuse_copies(optimizer)
     if any(holder() is not None for param in model.parameters() if (holder := _ATTACHED.get(param))):
         raise ArgumentError("Another optimizer is attached to this model.", "Call remove() on its handle first.")
     return Attachment(optimizer, max_grad_norm)
+
+
+def _refuse_copies(optimizer: TorchOptimizer) -> None:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    for _, name, param in optimizer.members():
+        if param.requires_grad and not is_sharded(param):
+            raise ArgumentError(
+                f"Each process has all of {name} and would update it with its own gradient: DDP averages gradients "
+                "only after each is ready.",
+                "Shard the model (fully_shard), or train with optimizer.step().",
+            )
 
 
 def refuse_strangers(optimizer: TorchOptimizer, model: Any) -> None:

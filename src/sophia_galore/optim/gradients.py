@@ -10,6 +10,7 @@ from torch import Tensor
 from sophia_galore.errors import NonFiniteError, StepError
 from sophia_galore.optim.limits import LARGEST_GRAD, is_usable
 from sophia_galore.optim.members import TRAINABLE_DTYPES, param_shape, untrainable
+from sophia_galore.optim.sharding import all_true, groups_of, local_of
 
 
 def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None:
@@ -28,7 +29,8 @@ def refuse_untrainable(name: str, param: Tensor, shape: tuple[int, ...]) -> None
     if param_shape(param) != shape:
         raise StepError(
             f"{name} has the shape {tuple(param.shape)}, but had {shape} when the optimizer was made.",
-            "Make the optimizer after the model has its final shape; sharded parameters (FSDP, ZeRO) can't be stepped.",
+            "Make the optimizer after the model has its final shape. Flat parameters (the first FSDP, ZeRO) can't be "
+            "stepped: shard with fully_shard (FSDP2).",
         )
     if param.grad is not None and param.grad.layout != torch.strided:
         raise StepError(f"The gradient of {name} is sparse.", "Make the embedding with sparse=False.")
@@ -56,16 +58,22 @@ def refuse_non_finite(grads: Iterable[tuple[str, Tensor]], step: int) -> None:
     """Refuse gradients with a NaN, an infinity or an entry above 1e15.
 
     Args:
-        grads: Pairs of name and gradient; no gradient is empty.
+        grads: Pairs of name and gradient; no gradient is empty. If some are sharded, each process gives the same names,
+            and all refuse what one of them has seen.
         step: Number of the step, counted from 1, for the message.
 
     Raises:
         NonFiniteError: A gradient has such an entry; the message names the first one.
     """
     looked_at = list(grads)
-    flags = [is_usable(grad) for _, grad in looked_at]
+    if not looked_at:
+        return
+    parts = [local_of(grad) for _, grad in looked_at]
+    # A process may have no row of a sharded gradient.
+    flags = [is_usable(part) if part.numel() else torch.tensor(True, device=part.device) for part in parts]
     # One transfer for all gradients, since each one makes the host wait for the device.
-    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    together = torch.stack([flag.to(flags[0].device) for flag in flags])
+    finite = all_true(together, groups_of(dict(looked_at))).tolist()
     for (name, _), is_finite in zip(looked_at, finite, strict=True):
         if not is_finite:
             raise NonFiniteError(

@@ -136,7 +136,7 @@ def lowrank_step(
         state_noise: Noise for rounding the state.
     """
     subspace, side = subspace_of(spec), spec.side
-    direction, scales = _directions(spec, state, projected, step, state_noise)
+    direction, scales = directions(spec, state, projected, step, state_noise)
     if scales is not None and grad is not None:
         if subspace.residual == "fira":
             norm = residual.residual_norm(grad, projected, basis.T @ basis, scales, side)
@@ -151,20 +151,48 @@ def lowrank_step(
         if refresh_is_due(spec, state, step + 1):
             _round_in(deferred, state, noise)
         return
+    outside = (scales, grad) if scales is not None and grad is not None else None
+    move_weight(spec, weight, direction, basis, outside, rate=rate, noise=noise)
+
+
+def move_weight(
+    spec: ParamSpec,
+    weight: Weight,
+    direction: Tensor,
+    basis: Tensor,
+    outside: tuple[Tensor, Tensor] | None,
+    *,
+    rate: float,
+    noise: Noise,
+) -> None:
+    """Move a weight along a direction in the subspace, and along what is used of the gradient outside of it.
+
+    Args:
+        spec: The parameter.
+        weight: The stored weight, (m, n), or rows or columns of it; changed in place.
+        direction: N, (m, r) or (r, n), or the same rows or columns of it.
+        basis: P, (min(m, n), r), or the same rows of it.
+        outside: Factors s and gradient G, whose product is added; None: nothing is.
+        rate: Learning rate.
+        noise: Noise for rounding the weight.
+    """
+    subspace = subspace_of(spec)
+    length = -rate * subspace.scale
     for rows in row_blocks(weight.shape):
         stored = weight[rows]
         values = read_decayed(stored, rate, spec.weight_decay)
         # Added in place, so that the full-size update is never formed.
         if subspace.residual in ("none", "fira"):
-            left, right = (direction[rows], basis.T) if side == "right" else (basis[rows], direction)
+            left, right = (direction[rows], basis.T) if spec.side == "right" else (basis[rows], direction)
             values.addmm_(left.to(values.dtype), right.to(values.dtype), alpha=length)
-        if scales is not None and grad is not None:
+        if outside is not None:
+            scales, grad = outside
             factors = scales[rows] if scales.shape[0] > 1 else scales
             values.addcmul_(factors.to(values.dtype), grad[rows].to(values.dtype), value=length)
         stored.write(values, noise.rows(rows, weight.shape[1]))
 
 
-def _directions(
+def directions(
     spec: ParamSpec, state: ParamState, projected: Tensor, step: int, state_noise: Noise
 ) -> tuple[Tensor, Tensor | None]:
     """Return the direction N that the rule computes from R; and the factors |N| / |R|, if the residual needs them."""

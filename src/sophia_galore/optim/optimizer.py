@@ -77,6 +77,7 @@ class ParamOptimizer:
     Attributes:
         specs: The parameters, by name.
         states: Their states.
+        seed: The run's seed.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ParamOptimizer:
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self.states = ParamStates(self.specs, device=device, elsewhere=elsewhere)
-        self._seed = seed
+        self.seed = seed
 
     def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
         """Update one weight.
@@ -142,8 +143,8 @@ class ParamOptimizer:
         """
         spec, state = self.specs[name], self.states.of(name, weight.device)
         rate = spec.learning_rate * factor
-        noise = Noise.of(self._seed, "rounding", name, step)
-        state_noise = Noise.of(self._seed, "state rounding", name, step)
+        noise = Noise.of(self.seed, "rounding", name, step)
+        state_noise = Noise.of(self.seed, "state rounding", name, step)
         if prepared.projected is None:
             assert prepared.full is not None  # a gradient that is not projected is held in full
             dense_step(spec, state, weight, prepared.full, step=step, rate=rate, noise=noise, state_noise=state_noise)
@@ -154,7 +155,7 @@ class ParamOptimizer:
             weight,
             prepared.projected,
             prepared.full,
-            basis_at(spec, state, step, self._seed, weight.device),
+            basis_at(spec, state, step, self.seed, weight.device),
             step=step,
             rate=rate,
             noise=noise,
@@ -220,7 +221,7 @@ class ParamOptimizer:
         def choose(grad: LazyGradient) -> Projector:
             state = self.states.of(name, grad.device)
             if _refreshes(spec, state, step, observing):
-                refresh(spec, state, _CheckedGradient(grad, name, step), step, self._seed)
+                refresh(spec, state, _CheckedGradient(grad, name, step), step, self.seed)
             return self._with_probes(spec, state, _basis_step(step, observing), grad.device)
 
         return choose
@@ -250,7 +251,7 @@ class ParamOptimizer:
         elif spec.subspace is not None:
             grad = self._project(spec, grad, step, observing=True)
         first = state.is_empty("curvature")
-        noise = Noise.of(self._seed, "curvature rounding", name, step)
+        noise = Noise.of(self.seed, "curvature rounding", name, step)
         for rows in row_blocks(grad.shape):
             before = None if first else state.read("curvature", rows)
             state.write("curvature", sophia_curvature(grad[rows], before, spec.hyper, num_samples), noise, rows)
@@ -274,8 +275,8 @@ class ParamOptimizer:
         """Refresh the basis if it is due, and return R of a full gradient."""
         state = self.states.of(spec.name, grad.device)
         if _refreshes(spec, state, step, observing):
-            refresh(spec, state, grad, step, self._seed)
-        return project(grad, basis_at(spec, state, _basis_step(step, observing), self._seed, grad.device))
+            refresh(spec, state, grad, step, self.seed)
+        return project(grad, basis_at(spec, state, _basis_step(step, observing), self.seed, grad.device))
 
     def _reduce(self, name: str, step: int, observing: bool, grad: Tensor) -> ProjectedGradient:
         """Return what `prepare` or `observe_curvature` needs of a full gradient."""
@@ -283,9 +284,9 @@ class ParamOptimizer:
         return ProjectedGradient(self._project(self.specs[name], grad, step, observing=observing), norm_of(grad))
 
     def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
-        basis = basis_at(spec, state, step, self._seed, device)
+        basis = basis_at(spec, state, step, self.seed, device)
         num_probes = num_products(spec) - basis.shape[1]
-        draw = generator(self._seed, "norm probes", spec.name, step, device=device)
+        draw = generator(self.seed, "norm probes", spec.name, step, device=device)
         probes = torch.randn(basis.shape[0], num_probes, generator=draw, device=device)
         probes.sub_(basis @ (basis.T @ probes)).div_(max(1, num_probes) ** 0.5)
         return Projector(torch.cat([basis, probes], 1), spec.side)

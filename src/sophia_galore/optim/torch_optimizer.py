@@ -25,6 +25,8 @@ from sophia_galore.optim.gradients import (
 from sophia_galore.optim.groups import LIVE, GroupedOptimizer
 from sophia_galore.optim.owners import note_owner
 from sophia_galore.optim.recipes import CURVATURE_EVERY
+from sophia_galore.optim.sharded_step import observe_sharded, step_sharded
+from sophia_galore.optim.sharding import is_sharded
 from sophia_galore.optim.torch_states import Entry, StateView
 
 _KEPT_BY_COPIES = ("seed", "curvature_every", "_param_optimizer", "_states")
@@ -89,9 +91,15 @@ class TorchOptimizer(GroupedOptimizer):
             grads = self._gradients()
             refuse_non_finite(grads.items(), self.num_steps + 1)
             self._take_curvature(grads)
+            sharded = []
             for group, name, param in self.members():
-                if name in grads:
+                if name not in grads:
+                    continue
+                if is_sharded(param):
+                    sharded.append((group, name, param, grads[name]))
+                else:
                     self.step_one(group, name, param, grads[name])
+            self._step_sharded(sharded)
         self._note(num_steps=self.num_steps + 1)
         return loss
 
@@ -194,14 +202,24 @@ class TorchOptimizer(GroupedOptimizer):
             group: Its group.
             name: Its name.
             param: The parameter.
-            grad: Its gradient, dense and finite.
+            grad: Its gradient, dense and finite. If it is sharded, all processes step the same parameter.
         """
+        if is_sharded(param):
+            self._step_sharded([(group, name, param, grad)])
+            return
         note_owner(name, param, self)
         weight, full = in_vectors(param.detach()), in_vectors(grad.float())
         with self._states.lend(name, param) as entry:
             step = int(entry["step"]) + 1
             self._param_optimizer.step_param(name, weight, full, step=step, factor=float(group["lr"]))
             entry["step"] = step
+
+    def _step_sharded(self, chosen: list[tuple[Group, str, Tensor, Tensor]]) -> None:
+        """Update sharded parameters: pairs of group, name, parameter and gradient, the same in all processes."""
+        for _, name, param, _ in chosen:
+            note_owner(name, param, self)
+        items = {name: (param, grad, float(group["lr"])) for group, name, param, grad in chosen}
+        step_sharded(self._param_optimizer, self._states, items)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Return the existing gradients by name, without those of empty parameters."""
@@ -229,9 +247,18 @@ class TorchOptimizer(GroupedOptimizer):
     @torch.no_grad()
     def _observe(self, grads: Mapping[str, Tensor], num_samples: int) -> None:
         params = self.named_parameters()
+        sharded = {name: grad for name, grad in grads.items() if is_sharded(params[name])}
         for name, grad in grads.items():
+            if name in sharded:
+                continue
             full = in_vectors(grad.float())
             with self._states.lend(name, params[name]) as entry:
                 step = int(entry["step"]) + 1
                 self._param_optimizer.observe_curvature(name, full, step=step, num_samples=num_samples)
+        observe_sharded(
+            self._param_optimizer,
+            self._states,
+            {name: (params[name], grad) for name, grad in sharded.items()},
+            num_samples=num_samples,
+        )
         self._note(curvature_seen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sophia_galore.optim.sharding import Sharding, copy_parts, is_sharded, shard_states, sharding_of
 from sophia_galore.optim.spec import ParamSpec
 from sophia_galore.optim.state import COUNTER, ParamState
 from sophia_galore.optim.states import ParamStates
@@ -66,10 +67,27 @@ class TorchStates:
         entry = self.entries.setdefault(name, {})
         if name in self.places:
             entry["place"] = self.places[name]
+        sharding = sharding_of(name, param)
         if (begins or param.requires_grad) and "step" not in entry:
             entry["step"] = 0
-            entry |= to_entry(ParamState(self._specs[name], param.device).tensors)
+            entry |= self._fresh(name, param, sharding)
+        elif sharding is not None and any(isinstance(one, Tensor) and not is_sharded(one) for one in entry.values()):
+            # The model was sharded after its states were made.
+            whole = from_entry(entry)
+            entry |= {key: one for key, one in self._fresh(name, param, sharding).items() if key in whole}
+            for key, tensor in whole.items():
+                if tensor.dtype != COUNTER:
+                    copy_parts(entry[key], tensor, sharding)
         return entry
+
+    def _fresh(self, name: str, param: Tensor, sharding: Sharding | None) -> Entry:
+        spec = self._specs[name]
+        if sharding is None:
+            return to_entry(ParamState(spec, param.device).tensors)
+        whole = ParamState(spec, torch.device("meta")).tensors
+        kinds = {key: (tuple(one.shape), one.dtype) for key, one in whole.items() if one.dtype != COUNTER}
+        counters = {key: one for key, one in whole.items() if one.dtype == COUNTER}
+        return shard_states(kinds, spec, sharding, param.device) | to_entry(counters)
 
     def step_of(self, name: str) -> int:
         """Return the number of steps of a parameter so far."""
@@ -109,12 +127,13 @@ class TorchStates:
         if "step" not in saved:
             self.entries.pop(name, None)
             return
-        entry = self.fill(name, param, begins=True)
+        entry, sharding = self.fill(name, param, begins=True), sharding_of(name, param)
+        numbers = {*NUMBERS, *(part for parts in _COUNTERS.values() for part in parts)}
         for key, value in saved.items():
-            if isinstance(value, Tensor) and key not in NUMBERS:
-                entry[key].copy_(value)
-            else:
+            if key in numbers:
                 entry[key] = NUMBERS.get(key, int)(value)
+            else:
+                copy_parts(entry[key], value, sharding)
 
 
 class StateView(MutableMapping[Tensor, Entry]):

@@ -13,6 +13,7 @@ from torch.nn import functional
 from sophia_galore.errors import ArgumentError, StepError
 from sophia_galore.numerics.random import draw_classes, generator
 from sophia_galore.optim.attach import refuse_strangers
+from sophia_galore.optim.sharding import is_sharded
 from sophia_galore.optim.torch_optimizer import TorchOptimizer
 
 _IGNORED = -100
@@ -82,7 +83,8 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
     (B, T, V) or (N, V). Which positions count depends on the keyword arguments of forward: `labels` (shifted, as
     Hugging Face does, and -100 is left out) or `shift_labels`; else `attention_mask`; else all count. The `Trainer`
     passes labels. TRL's `SFTTrainer` computes no logits: use the `Trainer` with its data, or pass a
-    `compute_loss_func`. Activation checkpointing needs `use_reentrant=False`. Train in one process.
+    `compute_loss_func`. Activation checkpointing needs `use_reentrant=False`. Train in one process; with sharded
+    parameters, call `optimizer.observe_curvature` instead.
 
     Args:
         optimizer: A `Sophia`, or a `GaLore` with rule="sophia".
@@ -92,7 +94,8 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
         A handle with `remove()`; also a context manager.
 
     Raises:
-        ArgumentError: The optimizer has no curvature, is watched already, or does not fit the model.
+        ArgumentError: The optimizer has no curvature, is watched already, or does not fit the model; or the parameters
+            are sharded.
     """
     if not isinstance(optimizer, TorchOptimizer):
         raise ArgumentError(
@@ -105,6 +108,13 @@ def watch(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Watch:
             "Use sophia_galore.Sophia, or GaLore(..., rule='sophia').",
         )
     refuse_strangers(optimizer, model)
+    if any(is_sharded(param) for param in optimizer.curved_parameters().values()):
+        raise ArgumentError(
+            "The parameters are sharded (fully_shard), and the graph of a forward holds gathered copies of them: the "
+            "extra backward for the curvature would find no gradient.",
+            "Call backward on the loss with sampled labels and then optimizer.observe_curvature(num_samples), with the "
+            "labels of all processes counted, every curvature_every steps.",
+        )
     if optimizer in _WATCHING:
         raise ArgumentError("This optimizer is watched already.", "Call remove() on the first handle.")
     return Watch(optimizer, model)
@@ -162,5 +172,6 @@ def _refuse_processes() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise StepError(
             "Each process would estimate a different curvature, and the copies of the model would diverge.",
-            "Train with Sophia in one process.",
+            "Train with Sophia in one process, or call optimizer.observe_curvature after a backward on sampled labels, "
+            "whose gradients are averaged over the processes.",
         )
