@@ -16,6 +16,8 @@ from contract.test_forecast import TOLERANCE
 from contract.test_placements import SETTINGS, words_of
 from launched import run_processes
 from placed import QUICK, Left, PlacedRuns, assert_same
+from sophia_galore.config import load_config
+from sophia_galore.distributed import folder as distributed_folder
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.plan.traffic import traffic_of
 from sophia_galore.records import files
@@ -163,6 +165,36 @@ def test_a_checkpoint_does_not_know_the_number_of_processes(
     by_processes(1, runs, output, family, *words, resume=True, stops_after=4)
     found = by_processes(4, runs, output, family, *words, resume=True)
     for own, other in zip(found.numbers, by_one_process(number).numbers, strict=True):
+        for key in {"loss", "eval_loss"} & own.keys():
+            assert own[key] == pytest.approx(other[key], rel=FP32_TOLERANCE), own["step"]
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 4096], ids=["one piece", "pieces of 4 KiB"])
+def test_a_checkpoint_is_sent_to_a_machine_that_lacks_it(
+    shard_bytes: int | None, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Each process is in a folder of its own, as on a machine of its own; only the first one's has the run."""
+    if shard_bytes:
+        monkeypatch.setattr(distributed_folder, "_CHUNK_BYTES", shard_bytes)
+    words = runs.words(Path("run"), SETTINGS[1][2], *DEALT, *words_of(1), "checkpoint.save_every_steps=2")
+
+    def each(resume: bool) -> int:
+        machine = tmp_path / os.environ["RANK"]
+        machine.mkdir(exist_ok=True)
+        os.chdir(machine)
+        os.environ["LOCAL_RANK"] = "0"
+        if not resume:
+            stop_after(2)
+        train(load_config(None, words), Callback(), resume=resume)
+        return 0
+
+    log = tmp_path / "log"
+    assert run_processes(2, lambda: each(False), log) == [0, 0], log.read_text()
+    assert not (tmp_path / "1" / "run").exists()
+    assert run_processes(2, lambda: each(True), log) == [0, 0], log.read_text()
+    assert [path.name for path in (tmp_path / "1").iterdir()] == [], "nothing is left on the other machine"
+    found = Left.in_folder(tmp_path / "0" / "run")
+    for own, other in zip(found.numbers, by_one_process(1).numbers, strict=True):
         for key in {"loss", "eval_loss"} & own.keys():
             assert own[key] == pytest.approx(other[key], rel=FP32_TOLERANCE), own["step"]
 

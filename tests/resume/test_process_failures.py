@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from contract.test_placements import SETTINGS, words_of
 from contract.test_processes import DEALT, stop_after
+from documents import ROOT
 from forked import Forked
 from launched import run_processes, started, wait
 from placed import Left, PlacedRuns, assert_same
@@ -33,11 +36,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> PlacedRuns:
     return PlacedRuns(tmp_path_factory.mktemp("runs"))
 
 
-def command(runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Callable[[], int]:
-    arguments = runs.words(output, family, *DEALT, *words)
+def command_words(runs: PlacedRuns, output: Path, family: str, *words: str) -> list[str]:
     config = runs.folder / "empty.yaml"
     config.write_text("{}\n")
-    return lambda: main(["train", "--config", str(config), *(["--resume"] if resume else []), *arguments])
+    return ["--config", str(config), *runs.words(output, family, *DEALT, *words)]
+
+
+def command(runs: PlacedRuns, output: Path, family: str, *words: str, resume: bool = False) -> Callable[[], int]:
+    arguments = command_words(runs, output, family, *words)
+    return lambda: main(["train", *(["--resume"] if resume else []), *arguments])
 
 
 def rank() -> int:
@@ -220,3 +227,33 @@ def test_a_run_that_is_alone_is_not_a_traceback(runs: PlacedRuns, tmp_path: Path
         child: Forked = children[0]
         assert wait(child) == 2
     assert "can't reach each other" in log.read_text() and "Traceback" not in log.read_text()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def launched(words: list[str]) -> str:
+    """What a launcher and its processes print; it must end well."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests"))),
+        "PYTHON": sys.executable,
+    }
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.thorough
+def test_the_launcher_starts_them_again(runs: PlacedRuns, undisturbed: Callable[[int], Left], tmp_path: Path) -> None:
+    words = command_words(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1))
+    script = str(Path(__file__).with_name("dies_once.py"))
+    said = launched([*TORCHRUN, "--max-restarts", "1", script, "after a step", "4", "train", *words])
+    assert "Going on after step 3" in said
+    assert_same(Left.in_folder(tmp_path / "run"), undisturbed(1))
+
+
+@pytest.mark.thorough
+def test_the_example(runs: PlacedRuns, undisturbed: Callable[[int], Left], tmp_path: Path) -> None:
+    words = command_words(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1))
+    launched(["sh", str(ROOT / "examples" / "torchrun_two_processes.sh"), *words])
+    assert_same(Left.in_folder(tmp_path / "run"), undisturbed(1))

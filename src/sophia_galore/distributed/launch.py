@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from sophia_galore.distributed.meeting import meet
 from sophia_galore.distributed.processes import Processes
 from sophia_galore.errors import EnvironmentProblem, SophiaGaloreError, short
 
@@ -40,7 +41,8 @@ def joined(*, uses_gpus: bool, timeout_minutes: float) -> Iterator[Processes]:
         return
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        store, rank, count = next(rendezvous("env://", timeout=timeout))
+        shared, rank, count = next(rendezvous("env://", timeout=timeout))
+        store = meet(shared, rank, count, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if uses_gpus else "gloo", store=store, rank=rank, world_size=count, timeout=timeout
         )

@@ -7,6 +7,7 @@ it closes its connections; the others meet a closed connection, and read why.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +23,8 @@ from sophia_galore.errors import RunError, SophiaGaloreError, UserError, short
 Made = TypeVar("Made")
 
 _FAILURE = "sophia_galore/failure"
+# How messages of Gloo begin.
+_SOURCE_PLACE = re.compile(r"^\[[^\]]*\] ")
 # Smaller tensors are sent together, since each message takes time of its own.
 _SMALL_BYTES = 2**20
 
@@ -242,7 +245,7 @@ class Processes:
             error: From torch.
         """
         return RunError(
-            f"Another process of the run is gone, says {self.name}: {short(error)}.",
+            f"Another process of the run is gone, says {self.name}: {_SOURCE_PLACE.sub('', short(error))}.",
             "It was killed, ran out of memory, or its machine can't be reached. All processes end.",
         )
 
