@@ -55,8 +55,10 @@ def batch(tokenizer: Any, device: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def show_loss(when: str, model: Any, tokenizer: Any) -> None:
-    """Print the loss over all texts."""
+def show_loss(when: str, model: Any, tokenizer: Any, *, quiet: bool = False) -> None:
+    """Print the loss over all texts; `quiet` where another process does, since all must compute a sharded model."""
     model.eval()
-    print(f"loss {when}: {model(**batch(tokenizer, model.device)).loss.item():.3f}")
+    loss = model(**batch(tokenizer, model.device)).loss.item()
+    if not quiet:
+        print(f"loss {when}: {loss:.3f}")
     model.train()

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
 
 from documents import ROOT
 from sophia_galore.model.aliases import ALIASES
@@ -91,6 +95,16 @@ def python_names() -> dict[str, Any]:
             "outputs/trainer", max_steps=2, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True
         ),
     }
+
+
+@contextmanager
+def mesh_of_one() -> Iterator[Any]:
+    """What a document about sharded models takes for granted: processes, of which this is the only one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def _merged(given: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from document_folder import make_folder, python_names, write_data, write_small
+from document_folder import make_folder, mesh_of_one, python_names, write_data, write_small
 from documents import ROOT, TYPED, Block, blocks, file_name
 from forked import forked_command
 from sophia_galore.cli import compare
@@ -41,15 +41,18 @@ def test_a_document_can_be_followed(name: str, tmp_path: Path, monkeypatch: pyte
     if sys.platform == "linux":
         monkeypatch.setattr(compare, "carry_out", partial(carry_out, begin=forked_command))
     names = None
-    for block in blocks(name):
-        if block.language == "bash" and not block.mark:
-            for line in block.lines:
-                follow(line, folder, monkeypatch)
-        elif block.language == "python":
-            names = python_names() if names is None else names
-            exec(compile(block.text, name, "exec"), names)
-        elif file := file_name(block):
-            write_small(block.text, folder / file)
+    with ExitStack() as until_the_end:
+        for block in blocks(name):
+            if block.language == "bash" and not block.mark:
+                for line in block.lines:
+                    follow(line, folder, monkeypatch)
+            elif block.language == "python":
+                names = python_names() if names is None else names
+                if "mesh" in block.text and "mesh" not in names:
+                    names["mesh"] = until_the_end.enter_context(mesh_of_one())
+                exec(compile(block.text, name, "exec"), names)
+            elif file := file_name(block):
+                write_small(block.text, folder / file)
 
 
 def follow(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

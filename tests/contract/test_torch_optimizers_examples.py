@@ -67,5 +67,26 @@ def test_example(name: str, tmp_path: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_there_are_five() -> None:
-    assert EXAMPLES == ["hf_trainer", "plain_loop", "sophia_trainer", "trl_sft", "update_in_backward"]
+def test_the_sharded_loop_under_torchrun(tmp_path: Path) -> None:
+    """Two processes, as a reader starts them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "examples" / "fsdp2_loop.py"), *WORDS],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = (
+        float(loss) for loss in re.findall(r"^loss (?:before|after): ([\d.]+)$", done.stdout, re.MULTILINE)
+    )
+    assert after < before - 0.2
+
+
+def test_there_are_seven() -> None:
+    assert [
+        *("accelerate_fsdp2", "fsdp2_loop", "hf_trainer", "plain_loop"),
+        *("sophia_trainer", "trl_sft", "update_in_backward"),
+    ] == EXAMPLES

@@ -57,7 +57,8 @@ class GaLore(_Projecting):
             dicts whose "params" are either. States and random numbers are kept by name. Parameters without names are
             named by their position over all groups, "parameter 0" and so on, and a saved state is restored by position.
             Trained parameters must be float32, bfloat16 or float64; others may have any dtype. With float64, moments
-            and directions are float32, and the update is added to the weight in float64.
+            and directions are float32, and the update is added to the weight in float64. If `fully_shard` sharded
+            them, so are the states.
         lr: Learning rate of projected matrices.
         rank: Columns of the basis.
         update_proj_gap: Steps between two refreshes of a basis.

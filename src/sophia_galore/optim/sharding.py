@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,13 +31,11 @@ class Sharding:
 
     Args:
         mesh: The processes.
-        placements: What torch says about the parameter, one for each dimension of the mesh.
         mesh_dim: Dimension of the mesh over which it is cut; None: each process has all of it.
         dim: Dimension of the parameter that is cut.
     """
 
     mesh: DeviceMesh
-    placements: tuple[Any, ...]
     mesh_dim: int | None
     dim: int
 
@@ -108,7 +106,7 @@ def sharding_of(name: str, tensor: Tensor) -> Sharding | None:
             "can't be combined with it.",
         )
     mesh_dim = cut[0] if cut else None
-    return Sharding(tensor.device_mesh, placements, mesh_dim, dim_of(tensor) or 0)
+    return Sharding(tensor.device_mesh, mesh_dim, dim_of(tensor) or 0)
 
 
 def part(length: int, rank: int, size: int) -> slice:

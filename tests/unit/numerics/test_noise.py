@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sophia_galore.numerics.noise import Noise, piece_elements
+from sophia_galore.numerics.noise import ColumnNoise, Noise, piece_elements
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT, two_blocks_of_each
 
@@ -86,6 +86,24 @@ def test_rows_of_rows(start: int, more: int, columns: int) -> None:
     like = torch.empty(num_rows, columns)
     assert torch.equal(noise.rows(first, columns).rows(second, columns).integers(like), both.integers(like))
     assert torch.equal(noise.rows(slice(None), columns).integers(like), noise.integers(like))
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize(
+    ("rows", "width", "start", "columns"), [(5, 12, 3, 4), (300, 4099, 0, 7), (128, 9, 8, 1), (3, 4, 4, 0)]
+)
+def test_columns_have_the_noise_that_they_have_in_the_whole(
+    dtype: torch.dtype, rows: int, width: int, start: int, columns: int
+) -> None:
+    whole = torch.empty(2 * ROW_ALIGNMENT + rows, width)
+    wanted = Noise(1, ("x",)).integers(whole)[:, start : start + columns]
+    noise = ColumnNoise(1, ("x",), start=start, width=width)
+    for block in (slice(0, 2 * ROW_ALIGNMENT), slice(2 * ROW_ALIGNMENT, len(whole))):
+        own = torch.empty(block.stop - block.start, columns)
+        made = torch.empty(own.numel(), dtype=dtype)
+        for part, drawn in noise.rows(block, columns).pieces(own, dtype):
+            made[part] = drawn
+        assert torch.equal(made.view(own.shape), wanted[block].to(dtype))
 
 
 def test_rows_that_begin_elsewhere_are_refused() -> None:
