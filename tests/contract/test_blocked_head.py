@@ -15,6 +15,7 @@ from sophia_galore.engine.head import Head
 from sophia_galore.engine.logits import BlockLogits, LossOf, Tile, WholeLogits
 from sophia_galore.engine.observe import Observer
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.numerics.subspace import Projector, Side
 from sophia_galore.weights.int8 import Int8Format, quantise
 from sophia_galore.weights.store import WeightStore
@@ -176,10 +177,10 @@ def test_logits_that_are_kept_are_those_that_would_be_computed_again(
 
     def walks(chunk_bytes: int) -> tuple[list[float], list[Tensor], int]:
         products.clear()
-        sampler = torch.Generator().manual_seed(1) if sampled else None
+        clocks = Clocks(1, ("test",)) if sampled else None
         labels = torch.arange(50)
         logits = BlockLogits(
-            store, "model.embed_tokens.weight", DTYPES[dtype], LossOf(labels, softcap, sampler, chunk_bytes), Observer()
+            store, "model.embed_tokens.weight", DTYPES[dtype], LossOf(labels, softcap, clocks, chunk_bytes), Observer()
         )
         grads: list[Tensor] = []
         losses = [logits.walk(normed, 1 / 50.0, lambda tile: grads.append(tile.grad.clone())) for _ in range(2)]

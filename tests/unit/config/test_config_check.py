@@ -45,6 +45,25 @@ CASES: dict[str, list[tuple[list[str], list[str], list[str]]]] = {
             ["quantization.enabled=false", "load_in_8bit=true"],
         ),
     ],
+    "shard_state_deferred": [
+        (
+            ["distributed.shard_state=true", "load_in_8bit=true", "quantization.fold=refresh"],
+            ["distributed.shard_state: true", "quantization.fold: refresh"],
+            ["distributed.shard_state=true", "load_in_8bit=true"],
+        ),
+    ],
+    "shard_state_streamed": [
+        (
+            ["distributed.shard_state=true", "memory.placement=host"],
+            ["distributed.shard_state: true", "memory.placement: host"],
+            ["distributed.shard_state=true", "memory.placement=device"],
+        ),
+        (
+            ["distributed.shard_state=true", "memory.placement=disk"],
+            ["memory.placement: disk"],
+            ["distributed.shard_state=true", "memory.placement=auto"],
+        ),
+    ],
     "fold_refresh": [
         (
             ["load_in_8bit=true", "quantization.fold=refresh", "optimizer.type=adamw"],

@@ -276,6 +276,17 @@ CASES: dict[str, Case] = {
         ["nothing to choose from", "training.eval_every_steps"],
         [evaluated(2, load_best_model=True), evaluated(1)],
     ),
+    "more_processes_than_micro_batches": Case(
+        [facts(num_processes=4, training={"gradient_accumulation_steps": 3}), facts(num_processes=9)],
+        "refuse",
+        ["processes, but only", "in a step to deal out", "Raise training.gradient_accumulation_steps to"],
+        [
+            facts(num_processes=4, training={"gradient_accumulation_steps": 4}),
+            facts(num_processes=8),
+            facts(training={"gradient_accumulation_steps": 1}),
+        ],
+        ConfigError,
+    ),
     "frozen_layers": Case(
         [facts(quantization=BNB, optimizer={"type": "adamw"})],
         "use",
