@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import DistributedType, PartialState
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -34,9 +34,16 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
+def begin_anew() -> None:
+    """Forget what Accelerate found out in the process that this one is a copy of."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 def with_accelerate(folder: Path, kind: str, *, named: bool, resumes: bool) -> dict[str, Tensor]:
     """Five steps, saved, and five more; or only the last five."""
-    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    begin_anew()
     PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -99,7 +106,7 @@ def test_the_trainer_makes_it_by_class_and_arguments(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (24, 8), generator=draw)]
 
     def run(*, resumes: bool) -> dict[str, Tensor]:
-        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        begin_anew()
         arguments = TrainingArguments(
             str(tmp_path / "out"),
             max_steps=4,
