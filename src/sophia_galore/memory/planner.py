@@ -18,7 +18,7 @@ from sophia_galore.config.size import bytes_in_words
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.dataset import Dataset, load_data
 from sophia_galore.data.read import is_here
-from sophia_galore.distributed.sharding import owners_of
+from sophia_galore.distributed.owned_states import owners_of
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError

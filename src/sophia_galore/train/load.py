@@ -7,9 +7,9 @@ from functools import partial
 
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.feed import Feed
+from sophia_galore.distributed.owned_states import ShardedOptimizer
 from sophia_galore.distributed.processes import Processes
 from sophia_galore.distributed.reducer import ProcessReducer
-from sophia_galore.distributed.sharding import ShardedOptimizer
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
