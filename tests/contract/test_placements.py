@@ -93,7 +93,7 @@ SOON: tuple[tuple[int, str], ...] = (
 )
 CASES = [
     pytest.param(
-        number, placement, id=f"{', '.join(setting)}: {placement}", marks=[] if soon else [pytest.mark.thorough]
+        number, placement, id=f"{', '.join(setting)}: {placement}", marks=[] if soon else [pytest.mark.by_hand]
     )
     for number, setting in enumerate(SETTINGS)
     for placement in PLACEMENTS
@@ -141,11 +141,11 @@ def test_no_bit_depends_on_where_things_live(
     ("number", "placement"),
     [
         (14, "disk"),
-        pytest.param(3, "host", marks=pytest.mark.thorough),
-        pytest.param(7, "disk", marks=pytest.mark.thorough),
-        pytest.param(4, "host, nothing ahead", marks=pytest.mark.thorough),
-        pytest.param(18, "host", marks=pytest.mark.thorough),
-        pytest.param(11, "disk", marks=pytest.mark.thorough),
+        pytest.param(3, "host", marks=pytest.mark.by_hand),
+        pytest.param(7, "disk", marks=pytest.mark.by_hand),
+        pytest.param(4, "host, nothing ahead", marks=pytest.mark.by_hand),
+        pytest.param(18, "host", marks=pytest.mark.by_hand),
+        pytest.param(11, "disk", marks=pytest.mark.by_hand),
     ],
 )
 def test_nor_when_embedding_and_head_come_in_several_blocks(
@@ -167,8 +167,8 @@ def test_nor_when_embedding_and_head_come_in_several_blocks(
     [
         # Four layers, two micro-batches: 8 calls in the first evaluation, then 8 in each forward and in each backward.
         (0, "disk", 36),
-        pytest.param(0, "host", 28, marks=pytest.mark.thorough),
-        pytest.param(13, "disk", 36, marks=pytest.mark.thorough),
+        pytest.param(0, "host", 28, marks=pytest.mark.by_hand),
+        pytest.param(13, "disk", 36, marks=pytest.mark.by_hand),
     ],
 )
 def test_nor_when_memory_runs_out_in_between(
@@ -207,7 +207,7 @@ LIMITED = (2, 4, 11, 15)
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(number, marks=[pytest.mark.thorough] if number != LIMITED[0] else []) for number in LIMITED],
+    [pytest.param(number, marks=[pytest.mark.by_hand] if number != LIMITED[0] else []) for number in LIMITED],
     ids=lambda number: ", ".join(SETTINGS[number]),
 )
 def test_a_limit_of_what_is_expected_is_enough(
@@ -235,12 +235,12 @@ def test_a_limit_of_what_is_expected_is_enough(
     ("number", "placement"),
     [
         (0, "the last layer stays"),
-        pytest.param(17, "disk", marks=pytest.mark.thorough),
-        pytest.param(2, "host", marks=pytest.mark.thorough),
-        pytest.param(13, "disk, nothing ahead", marks=pytest.mark.thorough),
-        pytest.param(9, "disk", marks=pytest.mark.thorough),
-        pytest.param(16, "host", marks=pytest.mark.thorough),
-        pytest.param(20, "host", marks=pytest.mark.thorough),
+        pytest.param(17, "disk", marks=pytest.mark.by_hand),
+        pytest.param(2, "host", marks=pytest.mark.by_hand),
+        pytest.param(13, "disk, nothing ahead", marks=pytest.mark.by_hand),
+        pytest.param(9, "disk", marks=pytest.mark.by_hand),
+        pytest.param(16, "host", marks=pytest.mark.by_hand),
+        pytest.param(20, "host", marks=pytest.mark.by_hand),
     ],
 )
 def test_what_is_expected_is_taken(number: int, placement: str, runs: PlacedRuns, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ CASES = [
         number,
         count,
         id=f"{', '.join(SETTINGS[number])}: {count}",
-        marks=[] if (number, count) in SOON else [pytest.mark.thorough],
+        marks=[] if (number, count) in SOON else [pytest.mark.by_hand],
     )
     for number in range(len(SETTINGS))
     for count in (2, 4)
@@ -113,9 +113,7 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
     assert found.tensors.keys() == expected.tensors.keys()
 
 
-@pytest.mark.parametrize(
-    "number", [7, *(pytest.param(number, marks=pytest.mark.thorough) for number in (3, 4, 12, 20))]
-)
+@pytest.mark.parametrize("number", [7, *(pytest.param(number, marks=pytest.mark.by_hand) for number in (3, 4, 12, 20))])
 def test_two_runs_of_two_processes_are_the_same(number: int, runs: PlacedRuns, tmp_path: Path) -> None:
     first, second = (
         by_processes(2, runs, tmp_path / part / "run", SETTINGS[number][2], *DEALT, *words_of(number))
@@ -133,8 +131,8 @@ SHARDED = (1, 2, 3, 4, 8, 12, 13, 16)
     [
         (1, 2),
         (16, 2),
-        *(pytest.param(number, 2, marks=pytest.mark.thorough) for number in SHARDED if number not in (1, 16)),
-        *(pytest.param(number, 4, marks=pytest.mark.thorough) for number in SHARDED),
+        *(pytest.param(number, 2, marks=pytest.mark.by_hand) for number in SHARDED if number not in (1, 16)),
+        *(pytest.param(number, 4, marks=pytest.mark.by_hand) for number in SHARDED),
     ],
 )
 def test_no_bit_depends_on_where_states_are(number: int, count: int, runs: PlacedRuns, tmp_path: Path) -> None:
@@ -153,7 +151,7 @@ def test_no_bit_depends_on_where_states_are(number: int, count: int, runs: Place
     assert_same(sharded, whole)
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.by_hand)])
 def test_a_checkpoint_does_not_know_the_number_of_processes(
     sharded: bool, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path
 ) -> None:

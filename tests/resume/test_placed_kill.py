@@ -83,7 +83,7 @@ def final_files(output: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "number",
-    [pytest.param(number, marks=[pytest.mark.thorough] if number >= NUM_SOON else []) for number in range(NUM_KILLS)],
+    [pytest.param(number, marks=[pytest.mark.by_hand] if number >= NUM_SOON else []) for number in range(NUM_KILLS)],
 )
 def test_killed_at_any_moment(number: int, runs: PlacedRuns, whole: Callable[[str], Whole], tmp_path: Path) -> None:
     draw = random.Random(number)

@@ -93,7 +93,7 @@ def begun(runs: PlacedRuns) -> Callable[[str, str], Path]:
 @pytest.mark.parametrize(
     ("kind", "before", "after"),
     [
-        pytest.param(kind, before, after, marks=[] if kind == "galore" else [pytest.mark.thorough])
+        pytest.param(kind, before, after, marks=[] if kind == "galore" else [pytest.mark.by_hand])
         for kind in KINDS
         for before in PLACEMENTS
         for after in PLACEMENTS
@@ -120,7 +120,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {name: sha256_of(folder / name) for name in json.loads((folder / MANIFEST).read_text())["files"]}
 
 
-@pytest.mark.parametrize("kind", ["galore", pytest.param("int8, folded late", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", ["galore", pytest.param("int8, folded late", marks=pytest.mark.by_hand)])
 def test_what_was_saved_never_changes(kind: str, runs: PlacedRuns, tmp_path: Path) -> None:
     output = tmp_path / "run"
     seen: dict[Path, dict[str, str]] = {}
@@ -190,9 +190,9 @@ def test_each_changed_byte_is_written_once(
     ("kind", "placement"),
     [
         ("galore", "disk"),
-        pytest.param("galore", "host", marks=pytest.mark.thorough),
-        pytest.param("int8, folded late", "disk", marks=pytest.mark.thorough),
-        pytest.param("adamw", "disk", marks=pytest.mark.thorough),
+        pytest.param("galore", "host", marks=pytest.mark.by_hand),
+        pytest.param("int8, folded late", "disk", marks=pytest.mark.by_hand),
+        pytest.param("adamw", "disk", marks=pytest.mark.by_hand),
     ],
 )
 def test_the_best_model_comes_back(kind: str, placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_the_best_model_comes_back(kind: str, placement: str, runs: PlacedRuns, 
 
 
 @pytest.mark.signals
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.by_hand)])
 def test_a_run_that_is_stopped_saves_and_removes_its_files(
     number: signal.Signals, runs: PlacedRuns, whole: Callable[[str], Left], tmp_path: Path
 ) -> None:

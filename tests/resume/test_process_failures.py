@@ -81,7 +81,7 @@ def kills(count: int) -> list[tuple[int, int, str, int]]:
 
 @pytest.mark.parametrize(
     ("number", "victim", "moment", "count"),
-    [pytest.param(*each, marks=[] if place < 2 else [pytest.mark.thorough]) for place, each in enumerate(kills(20))],
+    [pytest.param(*each, marks=[] if place < 2 else [pytest.mark.by_hand]) for place, each in enumerate(kills(20))],
 )
 def test_a_killed_process(
     number: int,
