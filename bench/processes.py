@@ -110,7 +110,7 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
         f"model.name={asked.model}",
         f"data.train={asked.data}",
         f"training.max_steps={asked.steps}",
-        "training.batch_size=2",
+        "training.batch_size=1",
         "training.gradient_accumulation_steps=4",
         "training.max_length=256",
         "data.packing=true",
