@@ -31,7 +31,13 @@ from measured import weights_sha256
 HERE = Path(__file__).parent
 STORES: dict[str, list[str]] = {"fp32": [], "int8": ["quantization.enabled=true"]}
 OPTIMIZERS = ("galore", "adamw", "sophia")
-QUIET = ["memory.predict=false", "memory.track_steps=0", "training.probe_step=false", "training.sample_questions=[]"]
+QUIET = [
+    "training.warmup_steps=0",
+    "memory.predict=false",
+    "memory.track_steps=0",
+    "training.probe_step=false",
+    "training.sample_questions=[]",
+]
 
 
 def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[str] = ()) -> None:
