@@ -29,6 +29,7 @@ import torch
 from measured import weights_sha256
 
 HERE = Path(__file__).parent
+CONFIG = HERE.parent / "configs" / "quickstart.yaml"
 STORES: dict[str, list[str]] = {"fp32": [], "int8": ["quantization.enabled=true"]}
 OPTIMIZERS = ("galore", "adamw", "sophia")
 QUIET = [
@@ -59,7 +60,8 @@ def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[st
 
 def train(count: int, folder: Path, words: Sequence[str], threads: int = 1, spaces: Sequence[str] = ()) -> None:
     """Train with several processes."""
-    launch(count, ["-m", "sophia_galore", "train", f"training.output_dir={folder}", *QUIET, *words], threads, spaces)
+    start = ["-m", "sophia_galore", "train", "--config", str(CONFIG), f"training.output_dir={folder}"]
+    launch(count, [*start, *QUIET, *words], threads, spaces)
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -87,6 +89,8 @@ def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
                 "training.batch_size=1",
                 "training.gradient_accumulation_steps=4",
                 "training.max_length=64",
+                "data.max_eval_examples=8",
+                "checkpoint.save_every_steps=0",
                 *STORES[store],
             ]
             runs = {"1": 1, "2": 2, "2 again": 2, "4": 4}
