@@ -125,6 +125,7 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
         "training.max_length=256",
         "data.packing=true",
         "data.eval_fraction=0",
+        "training.eval_every_steps=0",
     ]
     speeds: dict[str, list[float]] = {"1 x 2 threads": [], "2 x 1 thread": []}
     for turn in range(asked.turns):
@@ -152,6 +153,7 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
             "training.max_length=256",
             "data.packing=true",
             "data.eval_fraction=0",
+            "training.eval_every_steps=0",
         ]
         speeds: dict[str, list[float]] = {"DDP, AdamW": [], "GaLore": []}
         sent: dict[str, float] = {}
