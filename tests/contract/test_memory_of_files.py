@@ -188,6 +188,7 @@ def test_a_checkpoint_is_saved_and_loaded(held: str, models: Path, tmp_path: Pat
 
         def load() -> int:
             found = find_checkpoint(tmp_path / size, None)
+            optimizer.states.load(found.optimizer_state())
             load_weights(found, store, optimizer)
             assert all(tensor.amin() == tensor.amax() == 1 for tensor in optimizer.states.named().values())
             return 0
