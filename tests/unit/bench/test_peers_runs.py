@@ -20,6 +20,7 @@ from measured import reason, weights_sha256
 from ours import run_ours
 from peers_sides import BASE, SIDES, Work, run_config
 from sophia_galore.config import RunConfig
+from sophia_galore.data.portion import Portion
 from sophia_galore.engine.stepper import Stepper
 from tiny import ragged_batches, write_tiny_data, write_tiny_model
 
@@ -45,9 +46,9 @@ def test_both_sides_take_the_same_micro_batches(
     seen: dict[str, list[list[list[int]]]] = {"ours": [], "trainer": []}
     take, forward = Stepper.take, LlamaForCausalLM.forward
 
-    def taken(self: Stepper, batches: Any, **more: Any) -> Any:
-        seen["ours"] += [batch.input_ids.tolist() for batch in batches]
-        return take(self, batches, **more)
+    def taken(self: Stepper, portion: Portion, **more: Any) -> Any:
+        seen["ours"] += [batch.input_ids.tolist() for batch in portion.batches]
+        return take(self, portion, **more)
 
     def forwarded(self: Any, input_ids: Any = None, **more: Any) -> Any:
         seen["trainer"].append(input_ids.tolist())
