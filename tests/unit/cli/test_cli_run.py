@@ -217,12 +217,14 @@ def test_the_run_says_what_it_does(ended: dict[str, Ended], finished: Path) -> N
 def test_resuming_a_finished_run_changes_nothing(world: World, finished: Path) -> None:
     before = sha256(finished / "model.safetensors")
     metrics = (finished / "metrics.jsonl").read_text()
+    # The fixture may have trained it twice, when tests were dealt to another process.
+    moved = set(world.folder.glob("galore-fp32.previous*"))
     ended = world.train("galore-fp32", "--resume")
     assert ended.code == 0, ended.err
     assert "finished" in ended.out
     assert sha256(finished / "model.safetensors") == before
     assert (finished / "metrics.jsonl").read_text() == metrics
-    assert not list(world.folder.glob("galore-fp32.previous*"))
+    assert set(world.folder.glob("galore-fp32.previous*")) == moved
 
 
 def test_a_second_run_moves_the_first_aside_and_has_the_same_bits(world: World, tmp_path: Path) -> None:
