@@ -247,7 +247,8 @@ def launched(words: list[str]) -> str:
 def test_the_launcher_starts_them_again(runs: PlacedRuns, undisturbed: Callable[[int], Left], tmp_path: Path) -> None:
     words = command_words(runs, tmp_path / "run", SETTINGS[1][2], *words_of(1))
     script = str(Path(__file__).with_name("dies_once.py"))
-    said = launched([*TORCHRUN, "--max-restarts", "1", script, "after a step", "4", "train", *words])
+    # The fifth record is that of step 4, which no process takes before the checkpoint after step 3 is whole.
+    said = launched([*TORCHRUN, "--max-restarts", "1", script, "after a step", "5", "train", *words])
     assert "Going on after step 3" in said
     assert_same(Left.in_folder(tmp_path / "run"), undisturbed(1))
 
