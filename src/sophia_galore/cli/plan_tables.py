@@ -184,8 +184,8 @@ def show_estimate(console: Console, planner: Planner, config: RunConfig, estimat
         console.print(f"{estimate.streamed.sentence()}.", markup=False)
         for line in _transfer_words(plan["transfers"]):
             console.print(line, markup=False)
-    if (number := planner.facts.num_processes) > 1:
-        console.print(_traffic_words(traffic_of(planner.decide(config).routes), number), markup=False)
+    if plan["traffic"]:
+        console.print(_traffic_words(Traffic(**plan["traffic"]), plan["num_processes"]), markup=False)
     for note in plan["notes"]:
         console.print(Text(note, style="yellow"))
 

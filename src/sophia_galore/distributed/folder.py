@@ -16,19 +16,18 @@ _CHUNK_BYTES = 16 * 2**20
 
 
 @contextmanager
-def on_each_machine(processes: Processes, folder: Path | None, proof: str) -> Iterator[Path | None]:
+def on_each_machine(processes: Processes, folder: Path, proof: str) -> Iterator[Path]:
     """Send a folder of the first process to the machines that lack it.
 
     Args:
         processes: The processes of the run.
-        folder: The folder, as the first process sees it; None: there is nothing to send.
+        folder: The folder, as the first process sees it; the same in all.
         proof: Name of a file in it whose content tells it from other folders at the same place.
 
     Yields:
         The folder on this machine: the same one or, where it is not, a copy in a temporary folder.
     """
-    folder = processes.from_first(folder)
-    if folder is None or processes.is_alone:
+    if processes.is_alone:
         yield folder
         return
     sizes, content = processes.from_first((_sizes(folder), _read(folder / proof)) if processes.is_first else ({}, b""))

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -218,6 +218,21 @@ class Processes:
                 raise failed or (UserError if exit_code == UserError.exit_code else RunError)(where + cause, remedy)
             raise FailedElsewhere(exit_code) from failed
         return made[0]
+
+    def by_first(self, act: Callable[[], Made]) -> Made:
+        """Do something in the first process; if it fails, all fail.
+
+        Args:
+            act: What is to be done.
+
+        Returns:
+            What it returned there: plain data.
+
+        Raises:
+            SophiaGaloreError: It failed.
+        """
+        made = self.together(lambda: act() if self.is_first else None)
+        return cast(Made, self.from_first(made))
 
     def failing(self, error: SophiaGaloreError) -> SophiaGaloreError:
         """Tell the others that this process fails; return the error to raise.

@@ -11,7 +11,7 @@ from sophia_galore.distributed.processes import num_restarts
 from sophia_galore.errors import CheckpointError
 from sophia_galore.records import files
 from sophia_galore.records.run import Environment
-from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
+from sophia_galore.train.checkpoint import Checkpoint, checkpoints, find_checkpoint
 from sophia_galore.train.folder import finish_replacing
 from sophia_galore.train.result import RunResult, finished_result
 from sophia_galore.train.run_date import fill_date
@@ -40,12 +40,12 @@ class Beginning:
 
     Args:
         config: The configuration, with the date of the run in its folder's name.
-        checkpoint: The folder of the checkpoint to resume from; None: the run begins anew.
+        checkpoint: The checkpoint to resume from, verified; None: the run begins anew.
         finished: The result, if the run is finished already.
     """
 
     config: RunConfig
-    checkpoint: Path | None
+    checkpoint: Checkpoint | None
     finished: RunResult | None
 
 
@@ -60,7 +60,7 @@ def begin(config: RunConfig, start: Start) -> Beginning:
         UserError: There is no such checkpoint.
     """
     if num_restarts() and (own := _own_run(config)):
-        return Beginning(own, checkpoints(Path(own.run_folder))[-1], None)
+        return Beginning(own, find_checkpoint(Path(own.run_folder), None), None)
     config = fill_date(config, resume=start.resume, resume_from=start.resume_from)
     folder = Path(config.run_folder)
     finish_replacing(folder)
@@ -68,7 +68,7 @@ def begin(config: RunConfig, start: Start) -> Beginning:
         return Beginning(config, None, None)
     if not start.resume_from and (finished := finished_result(folder, config)):
         return Beginning(config, None, finished)
-    return Beginning(config, find_checkpoint(folder, start.resume_from).folder, None)
+    return Beginning(config, find_checkpoint(folder, start.resume_from), None)
 
 
 def _own_run(config: RunConfig) -> RunConfig | None:

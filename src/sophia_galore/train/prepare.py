@@ -145,7 +145,6 @@ def prepare(
         planner,
         estimate,
         streamed,
-        num_processes,
     )
     plan = replace(plan, notes=(*plan.notes, *before_loading(prepared)))
     if checkpoint:

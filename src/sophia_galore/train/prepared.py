@@ -47,7 +47,6 @@ class Prepared:
         planner: Predicts the memory of this and other configurations.
         estimate: The predicted memory; None without memory.predict.
         streamed: What lives elsewhere than on the device.
-        num_processes: Processes that share an effective batch.
     """
 
     config: RunConfig
@@ -65,7 +64,6 @@ class Prepared:
     planner: Planner
     estimate: MemoryEstimate | None
     streamed: Streamed
-    num_processes: int = 1
 
     @property
     def stop_ids(self) -> list[int] | None:

@@ -87,10 +87,8 @@ def train(
     gpus, minutes = uses_gpus(config.training.device), config.distributed.timeout_minutes
     with joined(uses_gpus=gpus, timeout_minutes=minutes) as processes:
         # What the first process finds counts, so that a date or an option of one machine is the same for all.
-        begins = processes.together(lambda: begin(config, start) if processes.is_first else None)
-        if begins := processes.from_first(begins):
-            return _train(begins, start, callback if processes.is_first else Callback(), processes)
-        raise AssertionError("the first process said how to begin")
+        begins = processes.by_first(lambda: begin(config, start))
+        return _train(begins, start, callback if processes.is_first else Callback(), processes)
 
 
 def _train(begins: Beginning, start: Start, callback: Callback, processes: Processes) -> RunResult:
@@ -102,8 +100,12 @@ def _train(begins: Beginning, start: Start, callback: Callback, processes: Proce
     if config.training.report_to and processes.is_first:
         callback = Callbacks(callback, Trackers(config, callback.say))
     with contextlib.ExitStack() as at_end:
-        given = at_end.enter_context(on_each_machine(processes, begins.checkpoint, files.MANIFEST))
-        checkpoint = processes.together(lambda: find_checkpoint(folder, given) if given else None)
+        checkpoint = begins.checkpoint
+        if checkpoint:
+            given = at_end.enter_context(on_each_machine(processes, checkpoint.folder, files.MANIFEST))
+            # The first process verified it already.
+            found = processes.together(lambda: None if processes.is_first else find_checkpoint(folder, given))
+            checkpoint = found or checkpoint
         keep: list[Path] = []
         if processes.is_first:
             # Checked before anything is downloaded, and again right before an earlier run is moved.
