@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 import re
+import subprocess
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +71,16 @@ def reason(error: BaseException) -> str:
     sentence = re.split(r"(?<=[.!?])\s", first)[0]
     said = f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
     return said if len(said) <= _LONGEST_REASON else said[: _LONGEST_REASON - 3] + "..."
+
+
+def provenance() -> dict[str, Any]:
+    """Return date, machine, versions and commit, for the file of a measurement."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "commit": commit,
+    }

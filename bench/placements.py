@@ -14,19 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from measured import weights_sha256
+from measured import provenance, weights_sha256
 from sides import compare, open_side
 from sophia_galore.config import load_config
 from sophia_galore.train.callback import Callback
@@ -116,17 +111,6 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for name in ("device", "host", "disk")
         }
         return {"store": asked.store, **compare(sides, asked.steps, stack)}
-
-
-def provenance() -> dict[str, Any]:
-    """Return date, machine, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "commit": commit,
-    }
 
 
 def main() -> None:

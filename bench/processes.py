@@ -13,20 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from measured import weights_sha256
+from measured import provenance, weights_sha256
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "quickstart.yaml"
@@ -222,17 +218,6 @@ def linked(mbits: int) -> Iterator[list[str]]:
 def _speed(lines: Sequence[dict[str, Any]]) -> float:
     """Return the median tokens a second, without the first step."""
     return statistics.median(line["tokens_per_second"] for line in lines[1:])
-
-
-def provenance() -> dict[str, Any]:
-    """Return date, machine, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "commit": commit,
-    }
 
 
 def main() -> None:

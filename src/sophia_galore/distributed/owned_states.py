@@ -9,13 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sophia_galore.distributed.processes import Processes
-from sophia_galore.numerics.subspace import Gradient, LazyGradient, ProjectedGradient, Projector, norm_of, tensor_of
+from sophia_galore.numerics.subspace import (
+    Gradient,
+    LazyGradient,
+    MultipliedBy,
+    ProjectedGradient,
+    Projector,
+    norm_of,
+    tensor_of,
+)
 from sophia_galore.optim.lowrank import refresh_is_due
 from sophia_galore.optim.optimizer import (
     ParamOptimizer,
@@ -95,7 +102,11 @@ class ShardedOptimizer(ParamOptimizer):
             return None
 
         def lead(gradient: LazyGradient) -> Projector:
-            chosen = choose(_Leading(gradient, lambda projector: self._tell(projector, owner, is_last=False)))
+            def announced(projector: Projector) -> Tensor:
+                self._tell(projector, owner, is_last=False)
+                return gradient.of(projector)
+
+            chosen = choose(MultipliedBy(gradient, announced))
             self._tell(chosen, owner, is_last=True)
             return chosen
 
@@ -181,23 +192,3 @@ class ShardedOptimizer(ParamOptimizer):
         matrix = torch.empty(rows, columns, device=self._device)
         self._processes.send(matrix, owner)
         return Projector(matrix, "left" if is_left else "right"), bool(is_last)
-
-
-@dataclass(frozen=True, eq=False)
-class _Leading:
-    """A `LazyGradient` whose products are announced to the other processes before they are computed."""
-
-    gradient: LazyGradient
-    announce: Callable[[Projector], None]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.gradient.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.gradient.device
-
-    def of(self, projector: Projector) -> Tensor:
-        self.announce(projector)
-        return self.gradient.of(projector)

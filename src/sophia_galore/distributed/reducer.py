@@ -7,14 +7,12 @@ from the gradient, it is the whole gradient or, where products are formed, each 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sophia_galore.engine.reducer import Reducer
-from sophia_galore.numerics.subspace import Gradient, LazyGradient, ProjectedGradient, Projector, tensor_of
+from sophia_galore.numerics.subspace import Gradient, MultipliedBy, ProjectedGradient, tensor_of
 from sophia_galore.optim.request import BasisFromGradient, FromGradient, GradientRequest, Wants
 
 
@@ -83,26 +81,7 @@ class ProcessReducer(Reducer):
         return tensor
 
     def _of_sums(self, basis: BasisFromGradient) -> BasisFromGradient:
-        return lambda gradient: basis(_SummedGradient(gradient, self))
-
-
-@dataclass(frozen=True, eq=False)
-class _SummedGradient:
-    """A `LazyGradient` over all processes."""
-
-    gradient: LazyGradient
-    reducer: ProcessReducer
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.gradient.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.gradient.device
-
-    def of(self, projector: Projector) -> Tensor:
-        return self.reducer.sum_now(self.gradient.of(projector))
+        return lambda gradient: basis(MultipliedBy(gradient, lambda projector: self.sum_now(gradient.of(projector))))
 
 
 def _is_summed(gradient: Gradient) -> bool:

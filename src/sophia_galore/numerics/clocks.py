@@ -4,9 +4,8 @@ Of independent exponential variables with the rates exp(z_j), the smallest one i
 softmax(z)_j. It has the largest z_j - log(e_j), where e_j is exponential at rate 1. Since e_j depends on nothing but
 its token and its entry, the label is the same however tokens and vocabulary are divided, into chunks or over processes.
 
-A word of 64 bits is the exclusive or of a hash of the token and a hash of the entry (the finaliser of SplitMix64,
-Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014), mixed by two multiplications. Its upper 23 bits
-are the uniform number behind the exponential one.
+A word of 64 bits is the exclusive or of a hash of the token and a hash of the entry (`splitmix.py`), mixed by two
+multiplications. Its upper 23 bits are the uniform number behind the exponential one.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import first_few
+from sophia_galore.numerics.splitmix import hash_, shifted, signed
 
-_STEP = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _MIX = ((32, 0xD6E8FEB86659FD93), (32, 0xD6E8FEB86659FD93))
 # With one bit more, adding a half could give 1, whose exponential is 0: it would always be the first.
 _BITS = 23
@@ -74,22 +72,9 @@ class Clocks:
     def _hashes(self, what: str, start: int, count: int, device: torch.device) -> Tensor:
         """Return a hash of each number from start on, (count,) int64."""
         words = torch.arange(start, start + count, dtype=torch.int64, device=device)
-        words.mul_(_signed(_STEP)).add_(key(self.seed, *self.purpose, what))
-        for shift, factor in _ROUNDS:
-            words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
-        return words
+        return hash_(words, key(self.seed, *self.purpose, what))
 
 
 def _mix(words: Tensor) -> None:
     for shift, factor in _MIX:
-        words.mul_(_signed(factor)).bitwise_xor_(_shifted(words, shift))
-
-
-def _shifted(words: Tensor, shift: int) -> Tensor:
-    """Return the words shifted to the right, with zeros from the left."""
-    return (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
-
-
-def _signed(number: int) -> int:
-    """Return a number below 2^64 as an int64 with the same bits."""
-    return number - (1 << 64) if number >= 1 << 63 else number
+        words.mul_(signed(factor)).bitwise_xor_(shifted(words, shift))

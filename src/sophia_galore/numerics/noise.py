@@ -6,7 +6,7 @@ slower on a CPU.
 
 A word of 64 bits gives the noise of four neighbours, sixteen bits each. Hashing every word well would take longer than
 the rounding itself. So the number of a word is split into two digits, and two short tables hold a good hash of each
-value of a digit (the finaliser of SplitMix64, Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
+value of a digit (`splitmix.py`).
 A word is the exclusive or of one entry of each table, times an odd constant:
 
     word = (lower[group % 64, lane] ^ upper[group // 64, lane]) * constant        group = index // 128
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.row_blocks import ROW_ALIGNMENT, first_few
+from sophia_galore.numerics.splitmix import hash_, signed
 
 NOISE = "two digits"
 """Name of this noise in a plan. It was "counted" before this name; versions up to 0.5 used generators, without one."""
@@ -42,8 +43,6 @@ _LANES = _GROUP // _PER_WORD
 # Number of elements whose noise exists at once: it stays in the processor's cache, and a GPU has enough to do.
 _AT_ONCE = 1 << 20
 
-_STEP = 0x9E3779B97F4A7C15
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 _CONSTANT = 0xD6E8FEB86659FD93
 _LOWEST_BITS = 0x0001000100010001
 
@@ -112,7 +111,7 @@ class Noise:
             word = words[: digits.stop - digits.start]
             torch.bitwise_xor(lower, upper[digits.start - start_digit : digits.stop - start_digit], out=word)
             # As on every machine that torch is built for, the lowest bits of a word come first.
-            word.mul_(_signed(_CONSTANT))
+            word.mul_(signed(_CONSTANT))
             drawn = (word.bitwise_or_(_LOWEST_BITS) if odd else word).view(torch.int16).view(-1)
             drawn = drawn[(begin - digits.start * _DIGIT) * _GROUP :][: part.stop - start]
             yield part, drawn if made is None else made[: part.stop - start].copy_(drawn)
@@ -136,14 +135,7 @@ class Noise:
         num_lower = _DIGIT * _LANES
         words = torch.arange(num_lower + (stop - start) * _LANES, dtype=torch.int64, device=device)
         words[num_lower:].add_(start * _LANES)
-        words.mul_(_signed(_STEP)).add_(key(self.seed, *self.purpose))
-        shifted = torch.empty_like(words)
-        for shift, factor in _ROUNDS:
-            # The shift copies the sign bit, so these copies are masked.
-            torch.bitwise_right_shift(words, shift, out=shifted)
-            words.bitwise_xor_(shifted.bitwise_and_((1 << (64 - shift)) - 1))
-            if factor != 1:
-                words.mul_(_signed(factor))
+        hash_(words, key(self.seed, *self.purpose))
         return words[:num_lower].view(1, _DIGIT, _LANES), words[num_lower:].view(-1, 1, _LANES)
 
 
@@ -189,8 +181,3 @@ def piece_elements(columns: int) -> int:
     """
     aligned = math.lcm(columns, _GROUP)
     return max(1, _AT_ONCE // aligned) * aligned
-
-
-def _signed(number: int) -> int:
-    """Return a number below 2^64 as an int64 with the same bits."""
-    return number - (1 << 64) if number >= 1 << 63 else number

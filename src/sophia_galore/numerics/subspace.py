@@ -9,6 +9,7 @@ side as orthonormal columns (GaLore, arXiv 2403.03507, section 3 and algorithm 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -53,6 +54,29 @@ class LazyGradient(Protocol):
         Returns:
             G A, (m, k), or A^T G, (k, n).
         """
+
+
+@dataclass(frozen=True, eq=False)
+class MultipliedBy:
+    """A `LazyGradient` like another one, whose products a function computes.
+
+    Args:
+        gradient: The other one.
+        of: Returns the product with a projector, as `LazyGradient.of` does.
+    """
+
+    gradient: LazyGradient
+    of: Callable[[Projector], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(m, n)."""
+        return self.gradient.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the products."""
+        return self.gradient.device
 
 
 Grad = Tensor | LazyGradient

@@ -21,6 +21,7 @@ from sophia_galore.numerics.rules import sophia_curvature
 from sophia_galore.numerics.subspace import (
     Gradient,
     LazyGradient,
+    MultipliedBy,
     ProjectedGradient,
     Projector,
     norm_of,
@@ -221,7 +222,7 @@ class ParamOptimizer:
         def choose(grad: LazyGradient) -> Projector:
             state = self.states.of(name, grad.device)
             if _refreshes(spec, state, step, observing):
-                refresh(spec, state, _CheckedGradient(grad, name, step), step, self.seed)
+                refresh(spec, state, _checked(grad, name, step), step, self.seed)
             return self._with_probes(spec, state, _basis_step(step, observing), grad.device)
 
         return choose
@@ -292,26 +293,15 @@ class ParamOptimizer:
         return Projector(torch.cat([basis, probes], 1), spec.side)
 
 
-@dataclass(frozen=True, eq=False)
-class _CheckedGradient:
-    """A `LazyGradient` that raises NonFiniteError for products that are not finite."""
+def _checked(grad: LazyGradient, name: str, step: int) -> LazyGradient:
+    """Return a gradient that raises NonFiniteError for products that are not finite."""
 
-    grad: LazyGradient
-    name: str
-    step: int
+    def product(projector: Projector) -> Tensor:
+        found = grad.of(projector)
+        refuse_non_finite(name, found, step)
+        return found
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.grad.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.grad.device
-
-    def of(self, projector: Projector) -> Tensor:
-        product = self.grad.of(projector)
-        refuse_non_finite(self.name, product, self.step)
-        return product
+    return MultipliedBy(grad, product)
 
 
 def _refreshes(spec: ParamSpec, state: ParamState, step: int, observing: bool) -> bool:
