@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.data.portion import whole
-from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.objective import CrossEntropy, Objective, SampledCrossEntropy
+from sophia_galore.engine.step_results import StepResult
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of

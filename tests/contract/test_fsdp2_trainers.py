@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
+from contract.test_torch_optimizers_nameless import arguments, rows
 from processes import in_processes
 from small_net import assert_same
 from sophia_galore import GaLore
@@ -102,21 +103,11 @@ def test_accelerate(kind: str, named: bool, tmp_path: Path) -> None:
 
 def test_the_trainer_makes_it_by_class_and_arguments(tmp_path: Path) -> None:
     """Nameless, after the model was sharded; what was resumed ends on the same bits."""
-    draw = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (24, 8), generator=draw)]
 
     def run(*, resumes: bool) -> dict[str, Tensor]:
         begin_anew()
-        arguments = TrainingArguments(
-            str(tmp_path / "out"),
-            max_steps=4,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            weight_decay=0.1,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
+        asked = arguments(
+            tmp_path / "out",
             fsdp=True,
             fsdp_config={
                 "version": 2,
@@ -126,12 +117,12 @@ def test_the_trainer_makes_it_by_class_and_arguments(tmp_path: Path) -> None:
                 "state_dict_type": "SHARDED_STATE_DICT",
             },
         )
-        assert arguments.device.type == "cpu"  # which sets up the state that is changed now
+        assert asked.device.type == "cpu"  # which sets up the state that is changed now
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         trainer = Trainer(
             tiny_model("llama", tied=False),
-            arguments,
-            train_dataset=rows,
+            asked,
+            train_dataset=rows(),
             optimizer_cls_and_kwargs=(GaLore, {"lr": 1e-2, "rank": 8, "update_proj_gap": 2, "state_bits": 8}),
         )
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if resumes else None)

@@ -16,9 +16,9 @@ from torch import Tensor
 from engines import CPU, load_parts, make_engine, take_step
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.data.portion import whole
-from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass
 from sophia_galore.engine.observe import Observer, Phase
 from sophia_galore.engine.probe import take_probe
+from sophia_galore.engine.step_results import FinishedGradients, ForwardPass
 from sophia_galore.engine.stepper import ClipBy, Stepper
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.numerics.hyper import Hyper

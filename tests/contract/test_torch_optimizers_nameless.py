@@ -158,23 +158,30 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (24, 8), generator=draw)]
 
 
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    """Of four steps by the Trainer, with a checkpoint after the second."""
+    return TrainingArguments(
+        str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        **more,
+    )
+
+
 def test_the_trainer_makes_it_by_class_and_arguments(tmp_path: Path) -> None:
     """Nameless, in two groups with and without decay; what was resumed ends on the same bits."""
 
     def trainer() -> Trainer:
-        arguments = TrainingArguments(
-            str(tmp_path),
-            max_steps=4,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            weight_decay=0.1,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
         settings = {"lr": 1e-2, "rank": 8, "update_proj_gap": 2, "state_bits": 8}
-        return Trainer(tiny_model(), arguments, train_dataset=rows(), optimizer_cls_and_kwargs=(GaLore, settings))
+        return Trainer(
+            tiny_model(), arguments(tmp_path), train_dataset=rows(), optimizer_cls_and_kwargs=(GaLore, settings)
+        )
 
     whole, resumed = trainer(), trainer()
     start = weights(whole.model)

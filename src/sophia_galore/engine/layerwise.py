@@ -61,6 +61,7 @@ from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.engine.reducer import Reducer
 from sophia_galore.engine.retry import ChunkSizes, OnOom, silent
+from sophia_galore.engine.step_results import FinishedGradients, ForwardPass, StepResult
 from sophia_galore.engine.step_retry import StepRetry
 from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.architecture import Architecture, count_idle_layers
@@ -68,60 +69,9 @@ from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.streaming.spill import Spill
-from sophia_galore.weights.store import Borrowed, WeightStore
+from sophia_galore.weights.store import WeightStore
 
 _CROSS_ENTROPY = CrossEntropy()
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The loss and the token counts of one step.
-
-    Args:
-        loss: The objective's loss over the counted tokens of the effective batch, in all processes; for cross-entropy
-            the mean, in nats.
-        num_tokens: Tokens of the effective batch, without padding.
-        num_counted: Tokens whose loss counts.
-    """
-
-    loss: float
-    num_tokens: int
-    num_counted: int
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """The result of `LayerwiseEngine.forward`, from which `backward` continues.
-
-    Args:
-        result: The loss and the token counts.
-        request: The settings of the step.
-        activations: The kept activations.
-        head: The head, which still has to form a tied weight's gradient.
-        gradients: The gradients of the norm and of an untied head.
-    """
-
-    result: StepResult
-    request: StepRequest
-    activations: StepActivations
-    head: Head
-    gradients: Gradients
-
-
-@dataclass(frozen=True)
-class FinishedGradients:
-    """Gradients over the whole effective batch, with the borrowed weights that they belong to.
-
-    Args:
-        weights: The borrowed weights; weights that have a gradient may be written.
-        gradients: By the parameter's name. Pop them one by one, so that each is freed as soon as it was used.
-        parts: The names of the gradients of each part of the model: a layer, or what is around the layers. Mostly there
-            is one part.
-    """
-
-    weights: Borrowed
-    gradients: Gradients
-    parts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Literal
 
 from sophia_galore.data.portion import Portion
-from sophia_galore.engine.layerwise import LayerwiseEngine, StepResult
+from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.objective import CrossEntropy, SampledCrossEntropy
+from sophia_galore.engine.step_results import StepResult
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import ParamOptimizer, PreparedGradient

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import MemoryConfig
 from sophia_galore.engine.layer import Gradients
-from sophia_galore.engine.layerwise import FinishedGradients, ForwardPass, LayerwiseEngine
+from sophia_galore.engine.layerwise import LayerwiseEngine
+from sophia_galore.engine.step_results import FinishedGradients, ForwardPass
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.optimizer import ParamOptimizer
