@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -52,15 +53,18 @@ def weights_sha256(folder: Path) -> str:
     import torch
     from safetensors import safe_open
 
-    digest, paths = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    paths = sorted(folder.glob("model*.safetensors"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no model*.safetensors.")
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        # By name alone: how many files the weights are in must not matter.
+        held = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        for name in sorted(held):
+            tensor = held[name].get_tensor(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
