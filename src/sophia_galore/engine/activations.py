@@ -125,6 +125,13 @@ class StepActivations:
         """Return the arguments of a layer, per micro-batch."""
         return [layer_calls[index] for layer_calls in self.embedded.calls]
 
+    @property
+    def shares(self) -> bool:
+        """Whether layers share tensors besides the hidden states; these can't be split between two layers."""
+        return self._embedded is not None and any(
+            call.inputs or call.states for calls in self._embedded.calls for call in calls
+        )
+
     def drop_graphs(self, first_kept: int) -> None:
         """Drop the graphs of all layers before `first_kept`; backward recomputes these layers."""
         for index in [index for index in self.graphs if index < first_kept]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
-from sophia_galore.engine.capture import LayerCall, capture_calls
+from sophia_galore.engine.capture import Entering, LayerCall, capture_calls
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import generator
 from sophia_galore.weights.store import WeightStore
+
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,33 +25,46 @@ class Embedded:
 
     Args:
         tokens: (U,) int64, the distinct token ids of the effective batch, sorted.
-        rows: (U, d) their embeddings in compute precision; a leaf of the autograd graph, unless they are frozen.
-        hidden: Per micro-batch (B, T, d), the first layer's input, part of the graph of `rows`.
+        rows: (U, d) their embeddings in compute precision, by the name of the embedding's weight; leaves of the
+            autograd graph, unless they are frozen.
+        weights: The other weights before the first layer in compute precision, by name; leaves as well.
+        hidden: Per micro-batch (B, T, d), the first layer's input, part of the graph of `rows` and `weights`.
         calls: Per micro-batch, one call per layer.
     """
 
     tokens: Tensor
-    rows: Tensor
+    rows: dict[str, Tensor]
+    weights: dict[str, Tensor]
     hidden: list[Tensor]
     calls: list[list[LayerCall]]
 
-    def rows_grad(self, hidden_grads: Sequence[Tensor], padding_idx: int | None) -> Tensor:
-        """Compute the gradient of the embedding rows in use.
+    def grads(self, hidden_grads: Sequence[Tensor], padding: Mapping[str, int | None]) -> tuple[Tensors, Tensors]:
+        """Compute the gradients of the rows in use and of the other weights.
 
         Args:
-            hidden_grads: Per micro-batch (B, T, d), the gradient with respect to `hidden`.
-            padding_idx: Token that gets no gradient; None: every token gets one.
+            hidden_grads: Per micro-batch (B, T, d), the gradient with respect to `hidden`; those with respect to what
+                layers got besides are in the calls.
+            padding: For each embedding, the token that gets no gradient; None: every token gets one.
 
         Returns:
-            (U, d) float32.
+            The gradients of the rows of each trained embedding, (U, d) float32; and those of the other trained
+            weights, float32.
         """
-        total = torch.zeros_like(self.rows, dtype=torch.float32)
-        for hidden, grad in zip(self.hidden, hidden_grads, strict=True):
-            (rows_grad,) = torch.autograd.grad(hidden, self.rows, grad.to(hidden.dtype))
-            total.add_(rows_grad)
-        if padding_idx is not None:
-            total[self.tokens == padding_idx] = 0
-        return total
+        leaves = {name: leaf for name, leaf in (self.rows | self.weights).items() if leaf.requires_grad}
+        totals = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+        for hidden, grad, calls in zip(self.hidden, hidden_grads, self.calls, strict=True):
+            shared = {id(each): each for call in calls for each in call.inputs if each.grad is not None}
+            outputs = [hidden, *(each.source for each in shared.values())]
+            grads = [grad.to(hidden.dtype), *(each.grad.to(each.source.dtype) for each in shared.values())]  # type: ignore[union-attr]
+            found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+            for total, part in zip(totals.values(), found, strict=True):
+                if part is not None:
+                    total.add_(part)
+        for name in self.rows:
+            if name in totals and padding[name] is not None:
+                totals[name][self.tokens == padding[name]] = 0
+        rows = {name: totals.pop(name) for name in self.rows if name in totals}
+        return rows, totals
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ def embed(
     batches: Sequence[MicroBatch],
     dtype: torch.dtype,
     *,
-    trains: bool = True,
+    frozen: Collection[str] = (),
     noise: EmbeddingNoise | None = None,
     first_batch: int = 0,
 ) -> Embedded:
@@ -118,7 +133,7 @@ def embed(
         store: The weights.
         batches: Micro-batches on the device of the weights.
         dtype: Compute precision.
-        trains: Whether the embedding's weight is trained.
+        frozen: Names of the weights that are not trained.
         noise: Noise to add to the embeddings; None: no noise.
         first_batch: Number of micro-batches of the effective batch before these, in other processes.
 
@@ -128,17 +143,31 @@ def embed(
     tokens, places = torch.unique(
         torch.cat([batch.input_ids.flatten() for batch in batches]), sorted=True, return_inverse=True
     )
-    with store.borrow_rows(architecture.embed_name, tokens, dtype) as (rows,):
-        rows.requires_grad_(trains and torch.is_grad_enabled())
+    embeddings = {architecture.embed_name: architecture.embed, **architecture.lookups}
+    rows: Tensors = {}
+    for name in embeddings:
+        with store.borrow_rows(name, tokens, dtype) as (read,):
+            rows[name] = read.requires_grad_(name not in frozen and torch.is_grad_enabled())
+    weights: Tensors = {}
+    for name in architecture.entry_names:
+        with store.borrow(name) as borrowed:
+            # A copy: the stored weight itself may change before its gradient is computed.
+            copy = borrowed[name].values(dtype).detach().clone()
+            weights[name] = copy.requires_grad_(name not in frozen and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
     num_rows, of_batches = 0, places.split([batch.input_ids.numel() for batch in batches])
     for number, (batch, places_flat) in enumerate(zip(batches, of_batches, strict=True), first_batch):
-        embedded = functional_call(architecture.embed, {"weight": rows}, (places_flat.view_as(batch.input_ids),))
+        looked_up = {
+            name: functional_call(module, {"weight": rows[name]}, (places_flat.view_as(batch.input_ids),))
+            for name, module in embeddings.items()
+        }
+        embedded = looked_up.pop(architecture.embed_name)
         if noise is not None:
             noise.add_to(embedded, batch, num_rows)
         num_rows += len(batch.input_ids)
-        first, layer_calls = capture_calls(architecture, embedded, batch)
+        entering = Entering(batch.input_ids, embedded, looked_up, weights)
+        first, layer_calls = capture_calls(architecture, entering, batch)
         hidden.append(first)
         calls.append([replace(call, micro_batch=number) for call in layer_calls])
-    return Embedded(tokens, rows, hidden, calls)
+    return Embedded(tokens, rows, weights, hidden, calls)

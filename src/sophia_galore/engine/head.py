@@ -85,7 +85,9 @@ class Head:
         # fp16 computes the gradient of the summed loss: divided by the number of tokens it would underflow.
         self._num_counted = len(self.labels) if num_counted is None else num_counted
         self._scale = float(self._num_counted) if dtype == torch.float16 else 1.0
-        loss = LossOf(self.labels, architecture.logit_softcap, clocks, chunk_bytes)
+        self._bias = self._read_bias()
+        self._bias_grad: Tensor | None = None
+        loss = LossOf(self.labels, architecture.logit_form.cap, clocks, chunk_bytes, self._bias)
         self._logits = logits_of(store, architecture.head_name, dtype, loss, observer)
 
     def loss_sum(self) -> float:
@@ -108,7 +110,7 @@ class Head:
             if later:
                 self._normed = normed  # needed for the weight's gradient
             loss, self._weight = self._weigh(normed)
-            weight_grad = self._zero_grad() if trains and not (now or later) else None
+            weight_grad = self._zero_grad(architecture.head_name) if trains and not (now or later) else None
             loss_sum, normed_grad = self._walk(normed, now, weight_grad)
             if now is not None:
                 self._unscale(now)
@@ -118,6 +120,9 @@ class Head:
             del normed
         in_grads, norm_grads = self._through_norm(normed_grad)
         gradients: Gradients = {**norm_grads}
+        if self._bias_grad is not None and architecture.head_bias_name is not None:
+            gradients[architecture.head_bias_name] = self._bias_grad.div_(self._scale)
+            self._bias_grad = None
         if weight_grad is not None:
             gradients[architecture.head_name] = weight_grad
         elif not architecture.tied and now is not None:
@@ -142,12 +147,13 @@ class Head:
         return {} if product is None else {architecture.head_name: product}
 
     @torch.no_grad()
-    def embedding_grad(self, tokens: Tensor, rows_grad: Tensor) -> Gradient:
-        """Compute the gradient of the embedding's weight, including a tied head's part.
+    def embedding_grad(self, name: str, tokens: Tensor, rows_grad: Tensor) -> Gradient:
+        """Compute the gradient of an embedding's weight, including a tied head's part.
 
         Call it after `backward`, before that weight changes.
 
         Args:
+            name: The weight's name.
             tokens: (U,) int64, distinct token ids.
             rows_grad: (U, d) float32, the gradient with respect to the embeddings of these tokens.
 
@@ -155,23 +161,25 @@ class Head:
             (V, d) float32, or the projected gradient.
         """
         architecture = self._architecture
-        request = self._request if architecture.tied else self._request_of(architecture.embed_name)
-        product = self._product if architecture.tied else self._product_of(architecture.embed_name, request)
-        self._product = None
+        tied = architecture.head_name == name
+        request = self._request if tied else self._request_of(name)
+        product = self._product if tied else self._product_of(name, request)
+        if tied:
+            self._product = None
         if product is not None:
             product.widen()
             product.add_rows(tokens, rows_grad)
             return ProjectedGradient(product.sum)
 
         def add_to(product: ProjectedSum) -> None:
-            if architecture.tied:
+            if tied:
                 self._add_terms(product)
             product.add_rows(tokens, rows_grad)
 
-        chosen = self._with_basis_from(request, architecture.embed_name, add_to)
+        chosen = self._with_basis_from(request, name, add_to)
         if chosen is not None:
             return chosen
-        grad = self._tied_weight_grad() if architecture.tied else self._zero_grad()
+        grad = self._tied_weight_grad() if tied else self._zero_grad(name)
         return grad.index_add_(0, tokens, rows_grad)
 
     def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
@@ -189,7 +197,13 @@ class Head:
         normed_grad = torch.zeros(normed.shape, dtype=dtype, device=normed.device)
         add = self._adder(product, normed) if product is not None else None
 
+        bias_grad = None
+        if self._bias is not None and self._architecture.head_bias_name not in self._frozen:
+            bias_grad = self._bias_grad = torch.zeros_like(self._bias)
+
         def visit(tile: Tile) -> None:
+            if bias_grad is not None:
+                bias_grad[tile.vocab_slice].add_(tile.grad.sum(0))
             normed_grad[tile.tokens].add_(tile.grad.to(self._dtype) @ tile.weight)
             if add is not None:
                 add(tile)
@@ -260,7 +274,7 @@ class Head:
 
     def _tied_weight_grad(self) -> Tensor:
         """Compute the gradient of the tied head's weight, (V, d) float32, by another pass over the logits."""
-        normed, grad = self._normed, self._zero_grad()
+        normed, grad = self._normed, self._zero_grad(self._architecture.head_name)
         assert normed is not None
         self._logits.walk(normed, self._weight, lambda tile: self._add_weight_grad(grad, tile, normed))
         return grad
@@ -277,9 +291,9 @@ class Head:
         self._observer.tag(product.sum, "gradients")
         return product
 
-    def _zero_grad(self) -> Tensor:
-        """Return zeros for the gradient of the head or the embedding, (V, d) float32."""
-        shape = self._store[self._architecture.embed_name].shape
+    def _zero_grad(self, name: str) -> Tensor:
+        """Return zeros for the gradient of the head or of an embedding, (V, d) float32."""
+        shape = self._store[name].shape
         grad = torch.zeros(shape, dtype=torch.float32, device=self._device)
         self._observer.tag(grad, "gradients")
         return grad
@@ -300,9 +314,21 @@ class Head:
 
     def _norm(self, hidden: Tensor, weights: Tensors) -> Tensor:
         normed: Tensor = functional_call(self._architecture.norm, weights, (hidden,))
-        return normed
+        # A factor on the logits is one on what enters the head.
+        scale = self._architecture.logit_form.scale
+        return normed if scale == 1.0 else normed * scale
+
+    def _read_bias(self) -> Tensor | None:
+        """Return the head's bias, (V,) float32; None if it has none."""
+        name = self._architecture.head_bias_name
+        if name is None:
+            return None
+        with self._store.borrow(name) as borrowed:
+            return borrowed[name].values(torch.float32).detach().clone()
 
     def _norm_weights(self) -> Tensors:
         name = self._architecture.norm_name
+        if not name:
+            return {}
         with self._store.borrow(name) as borrowed:
             return borrowed.values_of(name, self._dtype)

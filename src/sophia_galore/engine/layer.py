@@ -28,6 +28,7 @@ from sophia_galore.engine.passes import FullGradients, Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.segments import attending_within
+from sophia_galore.engine.shared import FinishedRun, Visit, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import key
@@ -46,6 +47,30 @@ _FP16_MAX_TRIES = 6
 
 
 @dataclass(frozen=True, eq=False)
+class LayerRun:
+    """A run of a layer with gradients, for one micro-batch.
+
+    Args:
+        entering: (B, T, d), its input, a leaf.
+        out: (B, T, d), its output.
+        visits: What it read and wrote of each mapping that layers share.
+    """
+
+    entering: Tensor
+    out: Tensor
+    visits: list[Visit]
+
+    def outputs(self, call: LayerCall, out_grad: Tensor, scale: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what was computed for later layers, and the gradients of all of it, times `scale`."""
+        outputs, grads = [self.out], [out_grad.to(self.out.dtype)]
+        for states, visit in zip(call.states, self.visits, strict=True):
+            tensors, found = states.outputs(visit)
+            outputs += tensors
+            grads += [(grad * scale).to(each.dtype) for each, grad in zip(tensors, found, strict=True)]
+        return outputs, grads
+
+
+@dataclass(frozen=True, eq=False)
 class LayerGraph:
     """The autograd graph of one layer.
 
@@ -55,8 +80,9 @@ class LayerGraph:
         products: Sums for the weights whose gradients are projected, by name.
         linears: Context manager that adds to these sums in place of forming the gradients.
         passes: The passes, of which this graph is for the next one.
-        kept: The layer's input and output, for each micro-batch between its forward and its backward.
+        kept: The layer's run, for each micro-batch between its forward and its backward.
         sums: In half precision, float32 sums of the gradients so far.
+        finished: After the last pass, what goes back through tensors that layers share, for each micro-batch.
         are_finite: In fp16, whether each gradient that only a later pass forms is finite, as bool tensors.
     """
 
@@ -64,8 +90,9 @@ class LayerGraph:
     products: dict[str, ProjectedSum]
     linears: ProjectedLinears
     passes: Passes
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[LayerRun] = field(default_factory=list)
     sums: Tensors = field(default_factory=dict)
+    finished: list[FinishedRun] = field(default_factory=list)
     are_finite: list[Tensor] = field(default_factory=list)
 
 
@@ -108,7 +135,8 @@ class Layers:
         """
         with self._weights(index, then=self._after(index)) as weights:
             for number, call in enumerate(calls):
-                hidden[number] = self._run(index, weights, call, hidden[number])
+                with visiting(call.states):
+                    hidden[number] = self._run(index, weights, call, hidden[number])
 
     @torch.no_grad()
     def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
@@ -126,7 +154,7 @@ class Layers:
         out: list[Tensor] = []
         with self._weights(index, then=self._after(index)) as weights:
             for entering, call in zip(inputs, calls, strict=True):
-                with self._dropout_stream(step, index, call):
+                with self._dropout_stream(step, index, call), visiting(call.states):
                     out.append(self._run(index, weights, call, entering))
         return out
 
@@ -148,7 +176,7 @@ class Layers:
         graph = self._begin(index, wants, self.new_passes())
         for entering, call in zip(inputs, calls, strict=True):
             graph.kept.append(self._forward_with_graph(index, graph, call, entering, step))
-        return [out.detach() for _, out in graph.kept], graph
+        return [run.out.detach() for run in graph.kept], graph
 
     def backward(
         self,
@@ -191,10 +219,12 @@ class Layers:
             if self._dtype != torch.float16:
                 grads, in_grads = self._one_pass(index, graph, calls, *given, step, 1.0)
             else:
-                grads, in_grads = self._finite_pass(index, graph, calls, *given, step, wants)
-            graph = None  # it can be used only once
+                grads, in_grads, graph = self._finite_pass(index, graph, calls, *given, step, wants)
+            finished, graph = graph.finished, None  # a graph can be used only once
             passes.finish(grads, self._observer)
             if is_last:
+                for each in finished:
+                    each.hand_back()
                 return {f"{name}.{inner}": grad for inner, grad in passes.take().items()}, in_grads
             del in_grads
 
@@ -207,8 +237,12 @@ class Layers:
         out_grads: list[Tensor],
         step: int,
         wants: Wants,
-    ) -> tuple[Gradients, list[Tensor]]:
-        """Run the next pass in fp16; the first pass finds the scale with which all gradients are finite."""
+    ) -> tuple[Gradients, list[Tensor], LayerGraph]:
+        """Run the next pass in fp16; the first pass finds the scale with which all gradients are finite.
+
+        Returns:
+            As `_one_pass`, and the graph that was used in the end.
+        """
         passes = graph.passes
         if passes.is_first:
             largest = max(float(grad.abs().amax()) for grad in out_grads)
@@ -220,7 +254,7 @@ class Layers:
                 break
             passes.scale /= _FP16_BACKOFF
             graph = self._begin(index, wants, passes)  # a graph can be used only once
-        return grads, in_grads
+        return grads, in_grads, graph
 
     def _one_pass(
         self,
@@ -245,27 +279,32 @@ class Layers:
         in_grads: list[Tensor] = []
         for call in calls:
             layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
-            entering, out = (
-                graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
-            )
+            run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
             if scale != 1.0:
                 out_grad = out_grad * scale
+            for each in call.inputs:
+                each.leaf.grad = None
             with strictly_repeatable(self._device):
-                out.backward(out_grad.to(out.dtype))
-            del layer_input, out, out_grad
-            assert entering.grad is not None  # the layer's output depends on its input
+                torch.autograd.backward(*run.outputs(call, out_grad, scale))
+            del layer_input, out_grad
+            assert run.entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
             if needs_in_grads:
-                in_grads.append(entering.grad if self._dtype != torch.float16 else entering.grad.float() / scale)
-            del entering
+                grad = run.entering.grad
+                in_grads.append(grad if self._dtype != torch.float16 else grad.float() / scale)
+                graph.finished.append(FinishedRun.of(call.inputs, call.states, run.visits, scale))
+                del grad
+            del run
         sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
         formed = [key for key, leaf in leaves.items() if leaf.requires_grad and passes.forms(key)]
         for used in (leaves, graph.sums):
             used.clear()  # the caller may still hold the graph
+        name = self._architecture.layer_names[index]
+        idle = {key for key in formed if key not in sums and self._architecture.is_expert(f"{name}.{key}")}
+        formed = [key for key in formed if key not in idle]  # experts without tokens take no step
         without = set(formed) - sums.keys()
         if without:
-            name = self._architecture.layer_names[index]
             raise RunError(f"{name}.{min(without)} gets no gradient: the layer's output does not depend on it.")
         if scale != 1.0:
             for grad in sums.values():
@@ -314,12 +353,13 @@ class Layers:
 
     def _forward_with_graph(
         self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run a micro-batch with gradients; return its input as a leaf, which shares memory, and its output."""
+    ) -> LayerRun:
+        """Run a micro-batch with gradients; its input becomes a leaf, which shares memory."""
         leaf = entering.detach().requires_grad_()
         # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
-        with self._dropout_stream(step, index, call), graph.linears if graph.products else nullcontext():
-            return leaf, self._run(index, graph.leaves, call, leaf)
+        linears = graph.linears if graph.products else nullcontext()
+        with self._dropout_stream(step, index, call), linears, visiting(call.states) as visits:
+            return LayerRun(leaf, self._run(index, graph.leaves, call, leaf), visits)
 
     def _products(self, layer: str, leaves: Tensors, wants: Wants, passes: Passes) -> dict[str, ProjectedSum]:
         """Return empty sums for those of a layer's weights whose gradients are wanted projected; plan the passes."""
@@ -353,10 +393,22 @@ class Layers:
         return names[index + 1] if index + 1 < len(names) else self._architecture.head_name
 
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
+        if call.alone:
+            return self._run_alone(index, weights, call, hidden)
         with attending_within(self._architecture) if call.is_packed else nullcontext():
             out = functional_call(self._architecture.layers[index], weights, (hidden, *call.args), call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    def _run_alone(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
+        """Run each packed example apart; padding gets zeros."""
+        rows: list[Tensor] = []
+        for row, lengths in zip(hidden.split(1), call.lengths, strict=True):
+            padding = hidden.shape[1] - sum(lengths)
+            parts = row.split([*lengths, padding], 1)
+            done = [self._run(index, weights, call.alone[part.shape[1]], part) for part in parts[:-1]]
+            rows.append(torch.cat([*done, torch.zeros_like(parts[-1])], 1))
+        return torch.cat(rows)
 
     @contextmanager
     def _dropout_stream(self, step: int, index: int, call: LayerCall) -> Iterator[None]:

@@ -55,7 +55,7 @@ from sophia_galore.engine.activations import StepActivations, StepRequest, to_de
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
-from sophia_galore.engine.layer import Gradients, Layers
+from sophia_galore.engine.layer import Gradients, Layers, Tensors
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
@@ -140,9 +140,9 @@ class LayerwiseEngine:
         self._spill = spill
         self._reducer = reducer or Reducer()
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
-        self._trains_embedding = architecture.embed_name not in self._frozen
+        self._entry = (architecture.embed_name, *architecture.lookups, *architecture.entry_names)
         trained = [name for name in architecture.parameter_shapes() if name not in self._frozen]
-        self._num_idle = count_idle_layers(architecture.layer_names, architecture.embed_name, trained)
+        self._num_idle = count_idle_layers(architecture.layer_names, self._entry, trained)
         most_kept = len(architecture.layers) - self._num_idle
         sizes = ChunkSizes(min(keep_layers, most_kept), logits_chunk_bytes or default_chunk_bytes(device))
         self._retry = StepRetry(architecture, store, compute_dtype, sizes, on_oom, say, device)
@@ -257,12 +257,12 @@ class LayerwiseEngine:
         """Yield the parts of backward, in order; the gradients of one must be formed before the next one is taken."""
         architecture, acts = self._architecture, done.activations
         names = architecture.layer_names
-        yield _Part((architecture.norm_name, architecture.head_name), names[-1], lambda: done.gradients)
+        yield _Part(architecture.exit_names, names[-1], lambda: done.gradients)
         for index in reversed(range(len(names))):
             is_idle = index < self._num_idle
             then = names[index - 1] if index > self._num_idle else architecture.embed_name
             yield _Part(() if is_idle else (names[index],), then, partial(self._layer_part, acts, index, done.request))
-        yield _Part((architecture.embed_name,), "", partial(self._through_embedding, acts, done.head))
+        yield _Part(self._entry, "", partial(self._through_embedding, acts, done.head))
 
     @contextmanager
     def using(self, finished: FinishedGradients) -> Iterator[Gradients]:
@@ -312,7 +312,7 @@ class LayerwiseEngine:
             self._architecture,
             self._store,
             dtype=self._dtype,
-            trains=self._trains_embedding,
+            frozen=self._frozen,
             noise=noise,
             first_batch=first_batch,
         )
@@ -339,7 +339,7 @@ class LayerwiseEngine:
         architecture = self._architecture
         with (
             self._observer.phase("head"),
-            self._store.borrow(architecture.norm_name, architecture.head_name, trains=True),
+            self._store.borrow(*architecture.exit_names, trains=True),
         ):
             acts.out_grads, acts.head_is_final = [], False
             hidden = self._take_output(acts, request.step)
@@ -357,7 +357,7 @@ class LayerwiseEngine:
         if len(acts.inputs) > last + 1:
             return acts.inputs.pop()
         if last in acts.graphs:
-            return [out.detach() for _, out in acts.graphs[last].kept]
+            return [run.out.detach() for run in acts.graphs[last].kept]
         return self._layers.forward(last, acts.inputs[-1], acts.calls(last), step)
 
     def _head(self, hidden: list[Tensor], acts: StepActivations, request: StepRequest | None = None) -> Head:
@@ -406,15 +406,17 @@ class LayerwiseEngine:
         return gradients
 
     def _through_embedding(self, acts: StepActivations, head: Head) -> Gradients:
-        architecture, rows_grad = self._architecture, None
+        architecture, rows = self._architecture, Tensors()
+        gradients: Gradients = {}
         with self._observer.phase("backward"):
-            if self._trains_embedding:
-                rows_grad = acts.embedded.rows_grad(acts.out_grads, architecture.padding_idx)
+            if any(name not in self._frozen for name in self._entry):
+                padding = {name: module.padding_idx for name, module in architecture.lookups.items()}
+                padding[architecture.embed_name] = architecture.padding_idx
+                rows, of_weights = acts.embedded.grads(acts.out_grads, padding)
+                gradients |= of_weights
         with self._observer.phase("head" if architecture.tied else "backward"):
-            if rows_grad is None:
-                return {}
-            gradients: Gradients = {architecture.embed_name: head.embedding_grad(acts.embedded.tokens, rows_grad)}
-            del rows_grad  # inside the phase, so that the observer sees it freed there
+            for name in list(rows):  # taken out inside the phase, so that the observer sees them freed there
+                gradients[name] = head.embedding_grad(name, acts.embedded.tokens, rows.pop(name))
             return gradients
 
     def _evaluate_layers(self, acts: StepActivations) -> list[Tensor]:

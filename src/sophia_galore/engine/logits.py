@@ -37,6 +37,7 @@ from sophia_galore.weights.weight import Weight
 # A larger head's weight is used slice by slice even in compute precision: where it streams, only slices of it are on
 # the device, and a run must have the same bits wherever its weights live.
 _MOST_WHOLE_BYTES = 512 * 2**20
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,27 @@ class LossOf:
         softcap: Cap c of logits c * tanh(z / c) (Gemma 2); None: uncapped.
         clocks: Sample the labels from softmax(logits); None: the labels are given.
         chunk_bytes: Size of a tile's float32 logits in bytes.
+        bias: (V,) float32, the head's bias; None: it has none.
     """
 
     labels: Tensor
     softcap: float | None
     clocks: Clocks | None
     chunk_bytes: int
+    bias: Tensor | None = None
+
+    def logits(self, normed: Tensor, weight: Tensor, vocab_slice: slice, observer: Observer) -> Tensor:
+        """Return the float32 logits of some tokens and vocabulary entries before the cap, as a new tensor.
+
+        Args:
+            normed: (t, d), the normed hidden states.
+            weight: (v, d), rows of the head's weight.
+            vocab_slice: Which rows these are.
+            observer: Receives the category of the tensor.
+        """
+        logits = (normed @ weight.T).float()
+        observer.tag(logits, "logits")
+        return logits if self.bias is None else logits.add_(self.bias[vocab_slice])
 
 
 class Logits(Protocol):
@@ -165,7 +181,10 @@ class WholeLogits(Logits):
         labels, softcap, total = self._loss.labels, self._loss.softcap, 0.0
         with self._whole() as head:
             for tokens in self._chunks():
-                total += float(loss_sum(_product(normed[tokens], head, self._observer), labels[tokens], softcap))
+                # No name for the logits: they would live while the next ones are computed.
+                total += float(
+                    loss_sum(self._loss.logits(normed[tokens], head, _ALL, self._observer), labels[tokens], softcap)
+                )
         return total
 
     def log_probs(self, normed: Tensor) -> Tensor:
@@ -199,7 +218,7 @@ class WholeLogits(Logits):
 
     def _drawn(self, normed: Tensor, tokens: slice, head: Tensor) -> Tensor:
         """Return the logits of a chunk; sample its labels from them if they are to be sampled."""
-        logits = _product(normed[tokens], head, self._observer)
+        logits = self._loss.logits(normed[tokens], head, _ALL, self._observer)
         if self._clocks is not None:
             every_entry = slice(0, logits.shape[1])
             self._loss.labels[tokens] = self._clocks.sample(cap(logits, self._loss.softcap), tokens, every_entry)[1]
@@ -283,17 +302,10 @@ class BlockLogits(Logits):
                 self._observer.tag(weight, "weights")
                 for tokens in token_chunks:
                     if self._kept is None:
-                        logits = _product(normed[tokens], weight, self._observer)
+                        logits = self._loss.logits(normed[tokens], weight, vocab_slice, self._observer)
                     else:
                         logits = self._kept[tokens, vocab_slice].clone(memory_format=torch.contiguous_format)
                         self._observer.tag(logits, "logits")
                     use(tokens, vocab_slice, weight, logits)
                     del logits
             del weight
-
-
-def _product(normed: Tensor, weight: Tensor, observer: Observer) -> Tensor:
-    """Return the float32 logits of some tokens and vocabulary entries, as a new tensor."""
-    logits = (normed @ weight.T).float()
-    observer.tag(logits, "logits")
-    return logits

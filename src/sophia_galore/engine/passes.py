@@ -75,7 +75,9 @@ class Passes:
             observer: Receives the category of each product.
         """
         for name in self._groups.pop(0) if self._groups else ():
-            grad = gradients.pop(name)
+            grad = gradients.pop(name, None)
+            if grad is None:
+                continue  # an expert without tokens
             assert isinstance(grad, torch.Tensor)  # it was formed, since its basis was not known
             self.is_final = True
             reduced = self._reductions[name](grad)
@@ -88,7 +90,7 @@ class Passes:
 
     def take(self) -> dict[str, Gradient]:
         """Return the gradients of all passes, in the order of the weights; afterwards only the caller holds them."""
-        return {name: self._finished.pop(name) for name in self._names}
+        return {name: self._finished.pop(name) for name in self._names if name in self._finished}
 
 
 def groups_of(sizes: Mapping[str, int], largest: int) -> list[tuple[str, ...]]:

@@ -95,7 +95,7 @@ class StepRetry(Retry):
         if acts.graphs or index >= self.first_kept:
             return fewer_kept_layers(self.sizes)
         # Dropout in forward drew its numbers for the micro-batches of the current size.
-        return None if self._architecture.has_dropout else self.in_rows(acts)
+        return None if self._architecture.has_dropout or acts.shares else self.in_rows(acts)
 
     def in_logits(self, acts: StepActivations, *, keeps: bool = True) -> Smaller | None:
         """Return the sizes to try after memory ran out among the logits.
@@ -121,4 +121,4 @@ class StepRetry(Retry):
         acts.drop_graphs(self.first_kept)
         if sizes.max_rows is not None:
             # Dropout draws different numbers for smaller micro-batches, so forward restarts at the embedding.
-            acts.split(sizes.max_rows, anew=self._architecture.has_dropout)
+            acts.split(sizes.max_rows, anew=self._architecture.has_dropout or acts.shares)

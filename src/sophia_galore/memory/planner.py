@@ -410,12 +410,7 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
         facts = replace(facts, bitsandbytes=detect_bitsandbytes(_CPU))
     decide(RULES, facts)
 
-    def refuse(model_config: Any) -> None:
-        known = replace(facts, model=model_facts(model_config, name=config.model.name))
-        if not known.is_buildable:
-            decide(RULES, known)
-
-    shape = find_shape(config.model, say, check=refuse)
+    shape = find_shape(config.model, say)
     model = model_facts(shape.config, name=shape.name)
     trust = config.model.trust_remote_code
     architecture = build_skeleton(shape.config, _CPU, trust_remote_code=trust)

@@ -1,21 +1,23 @@
 """The modules of a decoder-only model: embedding, layers, norm, head.
 
-The engine runs these modules one at a time. An architecture that is not in the table is refused, because its forward
-may do more than to apply these modules.
+The engine runs these modules one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sophia_galore.errors import ModelError
+from sophia_galore.model.experts import ExpertWeights
+from sophia_galore.model.logit_form import LogitForm
 
-# model_type -> names of the models. All of them have their modules under the same attribute names.
+# model_type -> names of the models. The tests compare their gradients with autograd's; all others have to prove
+# themselves (engine/proof.py).
 SUPPORTED: dict[str, str] = {
     "llama": "Llama, SmolLM2",
     "qwen2": "Qwen2, Qwen2.5",
@@ -26,7 +28,28 @@ SUPPORTED: dict[str, str] = {
     "phi3": "Phi-3",
 }
 
-_DROPOUT_KEYS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is in a model.
+
+    Args:
+        owner: The module that has it as an attribute.
+        attribute: The attribute's name.
+    """
+
+    owner: nn.Module
+    attribute: str
+
+    @contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """Put another module there inside the context."""
+        own = getattr(self.owner, self.attribute)
+        setattr(self.owner, self.attribute, module)
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.attribute, own)
 
 
 @dataclass(frozen=True)
@@ -38,16 +61,26 @@ class Architecture:
         base: The model below the head.
         embed: The token embedding.
         layers: The decoder layers, first to last.
-        norm: The norm between the last layer and the head.
+        norm: The norm between the last layer and the head; the identity if there is none.
         head: The linear layer to the vocabulary.
+        embed_place: Where the embedding is.
+        layers_place: Where the list of layers is.
+        norm_place: Where the norm is; None: there is none.
         embed_name: Parameter name of the embedding's weight.
         layer_names: Name of each layer, which is the prefix of its parameter names without the final dot.
-        norm_name: Name of the norm.
+        norm_name: Name of the norm; empty if it has no parameters.
         head_name: Parameter name of the head's weight; equals `embed_name` if they are tied.
+        head_bias_name: Parameter name of the head's bias; None: it has none.
+        entry_names: Names of the parameters between the embedding and the first layer, and of those that are used for
+            other arguments of the layers: positions, norms, projections.
+        lookups: Further embeddings of tokens, by the names of their weights.
+        expert_tensors: The weights of experts, by the name that transformers has for all of them together.
         tied: Whether the head's weight is the embedding's.
         padding_idx: Token whose embedding gets no gradient from look-ups, as declared by the module.
-        logit_softcap: Cap c of logits c * tanh(z / c); None: uncapped.
-        has_dropout: Whether the layers use dropout in training.
+        logit_form: What becomes of the logits behind the head.
+        runs_alone: For each layer, whether packed examples must run through it one by one: it carries a state from
+            token to token.
+        has_dropout: Whether the layers draw random numbers in training.
         most_short_positions: Maximum length up to which longrope (Phi-3) uses the factors for short texts; None: the
             position embeddings do not depend on the length.
     """
@@ -58,19 +91,51 @@ class Architecture:
     layers: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
+    embed_place: Place
+    layers_place: Place
+    norm_place: Place | None
     embed_name: str
     layer_names: tuple[str, ...]
     norm_name: str
     head_name: str
+    head_bias_name: str | None
+    entry_names: tuple[str, ...]
+    lookups: Mapping[str, nn.Embedding]
+    expert_tensors: Mapping[str, ExpertWeights]
     tied: bool
     padding_idx: int | None
-    logit_softcap: float | None
+    logit_form: LogitForm
+    runs_alone: tuple[bool, ...]
     has_dropout: bool
     most_short_positions: int | None
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration that the layers read."""
+        return self.layers_place.owner.config
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """The names behind the last layer: of the norm, of the head's weight and of its bias."""
+        return tuple(name for name in (self.norm_name, self.head_name, self.head_bias_name) if name)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Return the name and shape of each parameter; a tied head is not listed."""
         return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+
+    def is_expert(self, name: str) -> bool:
+        """Return whether a parameter belongs to one expert of a mixture."""
+        return name.rpartition(".")[0] in self.expert_tensors
+
+    def of_all_experts(self, name: str) -> str:
+        """Return the name that transformers has for a parameter: that of an expert is part of a larger tensor."""
+        return name.rpartition(".")[0] if self.is_expert(name) else name
+
+    def inner_name(self, name: str) -> str:
+        """Return a parameter's name inside its layer; outside of the layers, its name."""
+        return next(
+            (name.removeprefix(f"{layer}.") for layer in self.layer_names if name.startswith(f"{layer}.")), name
+        )
 
     def linear_names(self) -> list[str]:
         """Return the names of the weights of linear modules in the layers, in the model's order."""
@@ -82,79 +147,15 @@ class Architecture:
         ]
 
 
-def count_idle_layers(layer_names: Sequence[str], embed_name: str, trained: Collection[str]) -> int:
-    """Return how many of the first layers need no backward: neither they nor the embedding have trained weights.
+def count_idle_layers(layer_names: Sequence[str], entry_names: Collection[str], trained: Collection[str]) -> int:
+    """Return how many of the first layers need no backward: nothing is trained in them or before them.
 
     Args:
         layer_names: The layers, as prefixes of their parameter names without the final dot.
-        embed_name: The embedding's weight.
+        entry_names: The weights before the first layer.
         trained: Names of the weights that are trained.
     """
-    if embed_name in trained:
+    if any(name in trained for name in entry_names):
         return 0
     active = (index for index, name in enumerate(layer_names) if any(each.startswith(f"{name}.") for each in trained))
     return next(active, len(layer_names))
-
-
-def check_supported(config: Any) -> None:
-    """Refuse a model whose architecture is not supported.
-
-    Args:
-        config: The model's Hugging Face configuration.
-
-    Raises:
-        ModelError: Its `model_type` is not in the table.
-    """
-    if config.model_type not in SUPPORTED:
-        known = ", ".join(SUPPORTED.values())
-        raise ModelError(
-            f"The architecture {config.model_type!r} is not supported.", f"Supported decoder-only models: {known}."
-        )
-
-
-def find_architecture(model: Any) -> Architecture:
-    """Find the modules of a Hugging Face causal language model.
-
-    Args:
-        model: An `AutoModelForCausalLM`, on any device.
-
-    Returns:
-        Its modules.
-
-    Raises:
-        ModelError: The architecture is not supported, or its head has a bias.
-    """
-    config = model.config
-    check_supported(config)
-    base = model.model
-    names = {id(module): name for name, module in model.named_modules()}
-    if model.lm_head.bias is not None:
-        raise ModelError(f"The head of this {config.model_type} model has a bias, which is not supported.")
-    embed_name = f"{names[id(base.embed_tokens)]}.weight"
-    tied = model.lm_head.weight is base.embed_tokens.weight
-    padding_idx = base.embed_tokens.padding_idx
-    # The engine looks up rows in a smaller embedding of the batch's tokens only, in which this row number would mean
-    # another token. So the engine applies `padding_idx` itself.
-    base.embed_tokens.padding_idx = None
-    return Architecture(
-        model=model,
-        base=base,
-        embed=base.embed_tokens,
-        layers=base.layers,
-        norm=base.norm,
-        head=model.lm_head,
-        embed_name=embed_name,
-        layer_names=tuple(names[id(layer)] for layer in base.layers),
-        norm_name=names[id(base.norm)],
-        head_name=embed_name if tied else f"{names[id(model.lm_head)]}.weight",
-        tied=tied,
-        padding_idx=padding_idx,
-        logit_softcap=getattr(config, "final_logit_softcapping", None),
-        has_dropout=any(getattr(config, key, 0.0) for key in _DROPOUT_KEYS),
-        most_short_positions=_most_short_positions(config),
-    )
-
-
-def _most_short_positions(config: Any) -> int | None:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None

@@ -22,14 +22,13 @@ import torch
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
 from sophia_galore.model import gguf, hub, hub_modelscope
-from sophia_galore.model.architecture import check_supported
 from sophia_galore.model.cache import Say
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
 from sophia_galore.model.hub_headers import read_published
 from sophia_galore.model.origin import is_hub_id
 from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
-from sophia_galore.model.skeleton import count_parameters, make_model_config, read_model_config
+from sophia_galore.model.skeleton import check_causal, count_parameters, make_model_config, read_model_config
 from sophia_galore.model.source import find_cached, find_local
 from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
 from sophia_galore.weights.manifest import repair_hint
@@ -58,7 +57,7 @@ class ModelShape:
     num_parameters: int
 
 
-def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_supported) -> ModelShape:
+def find_shape(settings: ModelConfig, say: Say, *, check: Check = check_causal) -> ModelShape:
     """Find a model's configuration and size; no weights are downloaded, and the fallback model is not used.
 
     Args:

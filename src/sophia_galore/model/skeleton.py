@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from sophia_galore.errors import ModelError, short
-from sophia_galore.model.architecture import Architecture, check_supported, find_architecture
+from sophia_galore.model.architecture import Architecture
 from sophia_galore.model.cache import Say
+from sophia_galore.model.experts import run_one_by_one, separate_experts
+from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.model.quantised import refuse_quantised
 from sophia_galore.model.tied_head import head_differs
 from sophia_galore.weights.folder import HEAD
 
 
 def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Read the `config.json` of a model with a supported architecture.
+    """Read the `config.json` of a causal language model.
 
     Args:
         folder: The model's folder.
@@ -28,10 +30,10 @@ def load_model_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         The Hugging Face configuration.
 
     Raises:
-        ModelError: It can't be read, or the architecture is not supported.
+        ModelError: It can't be read, or describes no causal language model.
     """
     config = read_model_config(folder, trust_remote_code=trust_remote_code)
-    check_supported(config)
+    check_causal(config)
     return config
 
 
@@ -74,6 +76,28 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say
         )
         config.tie_word_embeddings = False
     return config
+
+
+def check_causal(config: Any) -> None:
+    """Refuse a model that is no causal language model that transformers can build.
+
+    Args:
+        config: The model's Hugging Face configuration.
+
+    Raises:
+        ModelError: It is another kind of model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in _remote_classes(config):
+        raise ModelError(
+            f"The architecture {config.model_type!r} is not one of transformers' causal language models.",
+            "Give a decoder-only language model.",
+        )
+
+
+def _remote_classes(config: Any) -> Mapping[str, str]:
+    return getattr(config, "auto_map", None) or {}
 
 
 def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
@@ -160,10 +184,12 @@ def build_skeleton(config: Any, device: torch.device, *, trust_remote_code: bool
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    run_one_by_one(config)
     with init_empty_weights(include_buffers=False):
         # float32, or buffers such as Gemma's embedding scale would be rounded to the checkpoint's dtype.
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()
+    separate_experts(model)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -106,5 +106,5 @@ def num_idle_layers(decided: Decisions, layer_names: Sequence[str]) -> int:
         layer_names: The layers, as prefixes of their parameters' names without the final dot.
     """
     trained = [route.name for route in decided.routes if route.trained]
-    embed_name = next((param.name for param in decided.facts.parameters if param.part == "embed"), "")
-    return count_idle_layers(layer_names, embed_name, trained)
+    entry = [param.name for param in decided.facts.parameters if param.part in ("embed", "entry")]
+    return count_idle_layers(layer_names, entry, trained)

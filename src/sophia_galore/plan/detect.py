@@ -16,10 +16,6 @@ from sophia_galore.model.architecture import Architecture
 from sophia_galore.plan.device import choose_device
 from sophia_galore.plan.facts import MIN_BITSANDBYTES, BitsandbytesFacts, DeviceFacts, ModelFacts, Param
 
-# What Hugging Face configurations call the number of a layer's experts; some keep it in a section of its own.
-_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_SECTIONS = ("text_config", "ffn_config")
-
 
 def detect_device(device: torch.device) -> DeviceFacts:
     """What a device can do.
@@ -109,7 +105,6 @@ def model_facts(model_config: Any, *, name: str = "", instead_of: str = "") -> M
         model_type=model_config.model_type,
         positions=getattr(model_config, "max_position_embeddings", None),
         vocab_size=getattr(model_config, "vocab_size", None),
-        experts=_experts(model_config),
         name=name,
         instead_of=instead_of,
     )
@@ -146,24 +141,12 @@ def largest_token(tokenizer: Any) -> int:
     return max(ids)
 
 
-def _experts(model_config: Any) -> tuple[str, int] | None:
-    for section in (model_config, *(getattr(model_config, key, None) for key in _SECTIONS)):
-        # Some answer to another's key as well; the one that config.json has is to be named.
-        others = getattr(section, "attribute_map", {})
-        for key in _EXPERT_KEYS:
-            value = getattr(section, key, None)
-            # Dense models of families that have both kinds say 0 or 1.
-            if key not in others and isinstance(value, int) and value > 1:
-                return key, value
-    return None
-
-
 def _part_of(name: str, architecture: Architecture) -> str:
     # The embedding first: a tied head is it.
     if name == architecture.embed_name:
         return "embed"
-    if name == architecture.head_name:
+    if name in (architecture.head_name, architecture.head_bias_name):
         return "head"
-    if name.startswith(f"{architecture.norm_name}."):
+    if architecture.norm_name and name.startswith(f"{architecture.norm_name}."):
         return "norm"
-    return "layer" if name.startswith(tuple(f"{layer}." for layer in architecture.layer_names)) else "other"
+    return "layer" if name.startswith(tuple(f"{layer}." for layer in architecture.layer_names)) else "entry"

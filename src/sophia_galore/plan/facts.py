@@ -73,7 +73,8 @@ class Param:
     Args:
         name: Its name.
         shape: Its shape.
-        part: The part of the model that it belongs to; "other": one that the engine does not run.
+        part: The part of the model that it belongs to: embed, entry (what else is before the first layer), layer, norm
+            or head.
         is_head: Whether it is the head's weight; a tied head's is the embedding's.
         is_linear: Whether it is the weight of a linear map in a layer.
         padding_row: Row without a gradient from look-ups; None if there is none.
@@ -112,7 +113,6 @@ class ModelFacts:
         model_type: Its architecture's name; empty if not known yet.
         positions: Its maximum number of positions; None if unlimited.
         vocab_size: Rows of its embedding; None if not known yet.
-        experts: The key that says how many experts a layer has, and the number; None: layers have none.
         name: The model that is trained.
         instead_of: The model that was asked for, if it was not available; else empty.
     """
@@ -120,7 +120,6 @@ class ModelFacts:
     model_type: str = ""
     positions: int | None = None
     vocab_size: int | None = None
-    experts: tuple[str, int] | None = None
     name: str = ""
     instead_of: str = ""
 
@@ -331,19 +330,9 @@ class Facts:
         return f"Did you mean {found}{'' if found in names else '.*'}? " if found else ""
 
     @property
-    def is_buildable(self) -> bool:
-        """Whether the model's architecture is supported."""
-        return self.model.model_type in SUPPORTED and self.model.experts is None
-
-    @property
     def without_gradient(self) -> str:
         """The first parameter that the model freezes; empty if there is none."""
         return next((param.name for param in self.parameters if not param.requires_grad), "")
-
-    @property
-    def outside(self) -> str:
-        """The first parameter that is in no part that the engine runs; empty if there is none."""
-        return next((param.name for param in self.parameters if param.part == "other"), "")
 
     @property
     def supported(self) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from sophia_galore.errors import EnvironmentProblem, ModelError
-from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.optim.recipes import PROJECTING, OptimizerName
 from sophia_galore.plan.facts import Facts
 from sophia_galore.plan.verdicts import FallBack, Refuse, Rule, Use, settled
@@ -125,21 +124,6 @@ _MODEL: tuple[Rule, ...] = (
         "No source could be reached for {f.model.instead_of}: {f.model.name} is trained instead.",
     ),
     Rule(
-        "experts",
-        lambda f: f.model.experts is not None,
-        Refuse(ModelError),
-        "The layers of this {f.model.model_type} model are mixtures of experts ({f.model.experts[0]}: "
-        "{f.model.experts[1]}), which are not supported yet.",
-        "Supported decoder-only models: {f.supported}.",
-    ),
-    Rule(
-        "architecture",
-        lambda f: f.model.model_type not in ("", *SUPPORTED) and f.model.experts is None,
-        Refuse(ModelError),
-        "The architecture '{f.model.model_type}' is not supported.",
-        "Supported decoder-only models: {f.supported}.",
-    ),
-    Rule(
         "positions",
         lambda f: f.model.positions is not None and f.config.training.max_length > f.model.positions,
         Refuse(),
@@ -153,14 +137,6 @@ _MODEL: tuple[Rule, ...] = (
         Refuse(ModelError),
         "The model lets {f.without_gradient} have no gradient, so that it could not be trained.",
         "Use a model whose code freezes no parameter.",
-    ),
-    Rule(
-        "outside_of_the_parts",
-        lambda f: f.outside != "",
-        Refuse(ModelError),
-        "{f.outside} belongs neither to the embedding nor to a layer, the last norm or the head, so that nothing would "
-        "train it.",
-        "Supported decoder-only models: {f.supported}.",
     ),
     Rule(
         "skip_unmatched",

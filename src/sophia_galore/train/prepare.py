@@ -18,7 +18,7 @@ from sophia_galore.errors import ConfigError
 from sophia_galore.memory.planner import Planner
 from sophia_galore.memory.workload import workload_of_data
 from sophia_galore.model.export import read_generation_config
-from sophia_galore.model.skeleton import build_skeleton, load_tokenizer, read_model_config
+from sophia_galore.model.skeleton import build_skeleton, check_causal, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.model.source_files import read_source_files
 from sophia_galore.plan.detect import (
@@ -85,8 +85,7 @@ def prepare(
     model_config = read_model_config(model.folder, trust_remote_code=trust, say=callback.say)
     missed = config.model.name if model.used_fallback else ""
     facts = replace(facts, model=model_facts(model_config, name=model.name, instead_of=missed))
-    if not facts.is_buildable:
-        decide(RULES, facts)
+    check_causal(model_config)
     tokenizer = load_tokenizer(model.folder, trust_remote_code=trust)
     # Kept in memory: a later checkpoint may delete the one they come from.
     source = read_source_files(model.folder, with_code=trust)
