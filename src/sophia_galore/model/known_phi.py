@@ -19,4 +19,19 @@ PHI: tuple[Specification, ...] = (
         },
         hub_ids("microsoft LLM-Research", "Phi-3-mini-4k-instruct"),
     ),
+    Specification(
+        "phi-4-mini",
+        3_836_021_760,
+        {
+            "model_type": "phi3",
+            "dtype": "bfloat16",
+            "vocab_size": 200_064,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 262_144,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            **sizes(3_072, 8_192, 32, 24, 8),
+        },
+        hub_ids("microsoft LLM-Research", "Phi-4-mini-instruct", "Phi-4-mini-reasoning"),
+    ),
 )

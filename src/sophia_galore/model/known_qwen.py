@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sophia_galore.model.specification import Specification, hub_ids, sizes
+from typing import Any
+
+from sophia_galore.model.specification import Specification, every_nth, hub_ids, sizes
 
 # Biases of queries, keys and values are the architecture's; no published model of these uses a sliding window.
 _QWEN2 = {"model_type": "qwen2", "dtype": "bfloat16", "vocab_size": 151_936, "tie_word_embeddings": True}
@@ -15,6 +17,28 @@ _QWEN3 = {
     "max_position_embeddings": 40_960,
     "attention_bias": False,
 }
+_QWEN3_5 = {
+    "dtype": "bfloat16",
+    "vocab_size": 248_320,
+    "head_dim": 256,
+    "max_position_embeddings": 262_144,
+    "attention_bias": False,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+}
+
+
+def _qwen3_5(layers: int, value_heads: int) -> dict[str, Any]:
+    """Three layers of linear attention, then one of full attention, and so on."""
+    kinds = every_nth(layers, 4, "linear_attention")
+    return {"model_type": "qwen3_5_text", **_QWEN3_5, "layer_types": kinds, "linear_num_value_heads": value_heads}
+
+
+def _only_text(model: str) -> str:
+    return f"The published {model} sees images too and predicts several tokens at once; this is its text model."
+
 
 QWEN: tuple[Specification, ...] = (
     Specification(
@@ -130,5 +154,73 @@ QWEN: tuple[Specification, ...] = (
         32_762_123_264,
         {**_QWEN3, **sizes(5_120, 25_600, 64, 64, 8), "tie_word_embeddings": False},
         hub_ids("Qwen", "Qwen3-32B"),
+    ),
+    Specification(
+        "qwen3-30b-a3b",
+        30_532_122_624,
+        {
+            **_QWEN3,
+            **sizes(2_048, 6_144, 48, 32, 4),
+            "model_type": "qwen3_moe",
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": False,
+        },
+        hub_ids("Qwen", "Qwen3-30B-A3B", "Qwen3-30B-A3B-Base"),
+    ),
+    Specification(
+        "qwen3.5-0.8b",
+        752_393_024,
+        {**_qwen3_5(24, 16), **sizes(1_024, 3_584, 24, 8, 2), "tie_word_embeddings": True},
+        hub_ids("Qwen", "Qwen3.5-0.8B", "Qwen3.5-0.8B-Base"),
+        remark=_only_text("Qwen3.5-0.8B"),
+    ),
+    Specification(
+        "qwen3.5-2b",
+        1_881_825_088,
+        {**_qwen3_5(24, 16), **sizes(2_048, 6_144, 24, 8, 2), "tie_word_embeddings": True},
+        hub_ids("Qwen", "Qwen3.5-2B", "Qwen3.5-2B-Base"),
+        remark=_only_text("Qwen3.5-2B"),
+    ),
+    Specification(
+        "qwen3.5-4b",
+        4_205_751_296,
+        {**_qwen3_5(32, 32), **sizes(2_560, 9_216, 32, 16, 4), "tie_word_embeddings": True},
+        hub_ids("Qwen", "Qwen3.5-4B", "Qwen3.5-4B-Base"),
+        remark=_only_text("Qwen3.5-4B"),
+    ),
+    Specification(
+        "qwen3.5-9b",
+        8_953_803_264,
+        {**_qwen3_5(32, 32), **sizes(4_096, 12_288, 32, 16, 4), "tie_word_embeddings": False},
+        hub_ids("Qwen", "Qwen3.5-9B", "Qwen3.5-9B-Base"),
+        remark=_only_text("Qwen3.5-9B"),
+    ),
+    Specification(
+        "qwen3.5-27b",
+        26_895_998_464,
+        {**_qwen3_5(64, 48), **sizes(5_120, 17_408, 64, 24, 4), "tie_word_embeddings": False},
+        hub_ids("Qwen", "Qwen3.5-27B"),
+        remark=_only_text("Qwen3.5-27B"),
+    ),
+    Specification(
+        "qwen3.5-35b-a3b",
+        34_660_610_688,
+        {
+            **_qwen3_5(40, 32),
+            "model_type": "qwen3_5_moe_text",
+            "hidden_size": 2_048,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "tie_word_embeddings": False,
+        },
+        hub_ids("Qwen", "Qwen3.5-35B-A3B", "Qwen3.5-35B-A3B-Base"),
+        remark=_only_text("Qwen3.5-35B-A3B"),
     ),
 )

@@ -33,4 +33,18 @@ SMOLLM: tuple[Specification, ...] = (
         {**_SMOLLM2, **sizes(2_048, 8_192, 24, 32, 32)},
         hub_ids("HuggingFaceTB", "SmolLM2-1.7B", "SmolLM2-1.7B-Instruct"),
     ),
+    Specification(
+        "smollm3-3b",
+        3_075_098_624,
+        {
+            "model_type": "smollm3",
+            "dtype": "bfloat16",
+            "vocab_size": 128_256,
+            "max_position_embeddings": 65_536,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            **sizes(2_048, 11_008, 36, 16, 4),
+        },
+        hub_ids("HuggingFaceTB", "SmolLM3-3B", "SmolLM3-3B-Base"),
+    ),
 )

@@ -6,7 +6,7 @@ family has in common stands above its rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,3 +57,26 @@ def hub_ids(owners: str, *models: str) -> tuple[str, ...]:
         models: Their names on hubs, without the owner.
     """
     return tuple(f"{owner}/{model}" for owner in owners.split() for model in models)
+
+
+def every_nth(count: int, period: int, others: str) -> list[str]:
+    """Kinds of layers of which every n-th attends to all earlier tokens, beginning with the n-th.
+
+    Args:
+        count: How many layers.
+        period: The n.
+        others: What the other layers are.
+    """
+    return ["full_attention" if number % period == 0 else others for number in range(1, count + 1)]
+
+
+def layers_at(count: int, indices: Collection[int], kind: str, others: str) -> list[str]:
+    """Kinds of layers of which only some are of the first kind.
+
+    Args:
+        count: How many layers.
+        indices: Which are of the first kind, counted from 0.
+        kind: The first kind.
+        others: What the other layers are.
+    """
+    return [kind if index in indices else others for index in range(count)]

@@ -20,7 +20,14 @@ from sophia_galore.model.specification import Specification
 
 __all__ = ["SPECIFICATIONS", "Specification", "find_specification"]
 
-SPECIFICATIONS: tuple[Specification, ...] = (*SMOLLM, *QWEN, *LLAMA, *GEMMA, *PHI, *MISTRAL)
+SPECIFICATIONS: tuple[Specification, ...] = (
+    *SMOLLM,
+    *QWEN,
+    *LLAMA,
+    *GEMMA,
+    *PHI,
+    *MISTRAL,
+)
 
 
 def find_specification(name: str) -> Specification | None:
