@@ -51,10 +51,24 @@ PUBLISHED = {
     "gemma-3-1b": 999_885_952,
     # 4,300,079,472 with what sees images: 416,866,032 of the tower, 2,950,272 of the bridge to it.
     "gemma-3-4b": 4_300_079_472 - 416_866_032 - 2_950_272,
+    "gemma-3-12b": 12_187_325_040 - 416_866_032 - 4_424_832,
+    "gemma-3-27b": 27_432_406_640 - 416_866_032 - 6_194_304,
+    # Without what sees and hears, without the keys and values of layers that take them from others (they are in the
+    # files, but unused), and without one number for each layer, which is no parameter.
+    "gemma-4-e2b": 5_123_178_051 - 475_728_160 - 18_880_512 - 35,
+    "gemma-4-e4b": 7_996_156_490 - 478_087_456 - 55_055_616 - 42,
+    "gemma-4-12b": 11_959_730_224 - 52_379_904 - 48,
+    "gemma-4-26b-a4b": 25_805_933_872 - 572_792_112,
+    # 2,304 are statistics of the tower.
+    "gemma-4-31b": 31_273_088_876 - 575_741_232 - 60 - 2_304,
     "phi-3-mini": 3_821_079_552,
     "phi-4-mini": 3_836_021_760,
     "mistral-7b": 7_248_023_552,
     "mistral-7b-v0.1": 7_241_732_096,
+    # Without what sees images; the numbers of the FP8 files have two scales for each linear module of a layer besides.
+    "ministral-3-3b": 3_849_090_048 - 420_083_712,
+    "ministral-3-8b": 8_918_026_716 - 428_472_320 - 2 * 7 * 34,
+    "ministral-3-14b": 13_945_032_240 - 438_958_080 - 2 * 7 * 40,
 }
 # Only a rounded number was found, and how far off rounding can be: in words, or as the size of the files in bf16.
 ROUNDED: dict[str, tuple[int, int]] = {}
@@ -115,6 +129,7 @@ def test_an_id_belongs_to_one_specification() -> None:
         ("google/gemma-3-4b-it", "gemma-3-4b"),
         ("mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-v0.1"),
         ("Qwen/Qwen3.5-4B-Base", "qwen3.5-4b"),
+        ("google/gemma-4-E2B-it", "gemma-4-e2b"),
         ("mistralai/Ministral-3-8B-Instruct-2512", None),
         ("somebody/Qwen2.5-7B", None),
         ("Qwen/Qwen2.5-7B-Instruct-AWQ", None),
@@ -133,6 +148,13 @@ def test_the_windows_are_the_published_ones() -> None:
         "gemma-3-270m": 512,
         "gemma-3-1b": 512,
         "gemma-3-4b": 1_024,
+        "gemma-3-12b": 1_024,
+        "gemma-3-27b": 1_024,
+        "gemma-4-e2b": 512,
+        "gemma-4-e4b": 512,
+        "gemma-4-12b": 1_024,
+        "gemma-4-26b-a4b": 1_024,
+        "gemma-4-31b": 1_024,
         "phi-3-mini": 2_047,
         "phi-4-mini": 262_144,
         "mistral-7b-v0.1": 4_096,
@@ -153,6 +175,13 @@ def test_kinds_of_layers_alternate_as_published() -> None:
         "gemma-3-270m": (3, 18),
         "gemma-3-1b": (4, 26),
         "gemma-3-4b": (5, 34),
+        "gemma-3-12b": (8, 48),
+        "gemma-3-27b": (10, 62),
+        "gemma-4-e2b": (7, 35),
+        "gemma-4-e4b": (7, 42),
+        "gemma-4-12b": (8, 48),
+        "gemma-4-26b-a4b": (5, 30),
+        "gemma-4-31b": (10, 60),
     }
     assert kinds["qwen3.5-4b"][:4] == ["linear_attention"] * 3 + ["full_attention"]
 
