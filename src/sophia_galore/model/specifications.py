@@ -11,8 +11,11 @@ length or the padding token, the values are those of the variant in `aliases.py`
 from __future__ import annotations
 
 from sophia_galore.model.known_gemma import GEMMA
+from sophia_galore.model.known_granite import GRANITE
+from sophia_galore.model.known_lfm import LFM
 from sophia_galore.model.known_llama import LLAMA
 from sophia_galore.model.known_mistral import MISTRAL
+from sophia_galore.model.known_olmo import OLMO
 from sophia_galore.model.known_phi import PHI
 from sophia_galore.model.known_qwen import QWEN
 from sophia_galore.model.known_smollm import SMOLLM
@@ -27,6 +30,9 @@ SPECIFICATIONS: tuple[Specification, ...] = (
     *GEMMA,
     *PHI,
     *MISTRAL,
+    *OLMO,
+    *GRANITE,
+    *LFM,
 )
 
 

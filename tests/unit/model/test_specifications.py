@@ -69,9 +69,33 @@ PUBLISHED = {
     "ministral-3-3b": 3_849_090_048 - 420_083_712,
     "ministral-3-8b": 8_918_026_716 - 428_472_320 - 2 * 7 * 34,
     "ministral-3-14b": 13_945_032_240 - 438_958_080 - 2 * 7 * 40,
+    "olmo-2-1b": 1_484_916_736,
+    "olmo-2-7b": 7_298_617_344,
+    "olmo-2-13b": 13_716_198_400,
+    "olmo-2-32b": 32_234_279_936,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "olmoe-1b-7b": 6_919_161_856,
+    "granite-3.3-2b": 2_533_539_840,
+    "granite-3.3-8b": 8_170_864_640,
+    "granite-4.0-350m": 352_379_904,
+    "granite-4.0-1b": 1_631_750_144,
+    "granite-4.0-micro": 3_402_836_480,
+    "granite-4.0-h-1b": 1_461_538_368,
+    "granite-4.0-h-micro": 3_191_396_096,
+    "granite-4.0-h-tiny": 6_939_037_248,
+    "granite-4.0-h-small": 32_207_337_984,
+    "lfm2-350m": 354_483_968,
+    "lfm2-700m": 742_489_344,
+    "lfm2-1.2b": 1_170_340_608,
+    "lfm2-2.6b": 2_569_272_320,
+    # In bf16; 704 numbers in fp32, which balance the experts, are no parameters.
+    "lfm2-8b-a1b": 8_339_929_856,
 }
 # Only a rounded number was found, and how far off rounding can be: in words, or as the size of the files in bf16.
-ROUNDED: dict[str, tuple[int, int]] = {}
+ROUNDED = {
+    "lfm3-1.7b": (1_730_000_000, 5_000_000),
+}
 
 
 @pytest.mark.parametrize("known", SPECIFICATIONS, ids=lambda known: known.name)
@@ -130,6 +154,7 @@ def test_an_id_belongs_to_one_specification() -> None:
         ("mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-v0.1"),
         ("Qwen/Qwen3.5-4B-Base", "qwen3.5-4b"),
         ("google/gemma-4-E2B-it", "gemma-4-e2b"),
+        ("LiquidAI/LFM2.5-1.2B-Instruct", "lfm2-1.2b"),
         ("mistralai/Ministral-3-8B-Instruct-2512", None),
         ("somebody/Qwen2.5-7B", None),
         ("Qwen/Qwen2.5-7B-Instruct-AWQ", None),
@@ -158,6 +183,9 @@ def test_the_windows_are_the_published_ones() -> None:
         "phi-3-mini": 2_047,
         "phi-4-mini": 262_144,
         "mistral-7b-v0.1": 4_096,
+        "olmo-3-7b": 4_096,
+        "olmo-3-32b": 4_096,
+        "lfm3-1.7b": 256,
     }
 
 
@@ -182,8 +210,22 @@ def test_kinds_of_layers_alternate_as_published() -> None:
         "gemma-4-12b": (8, 48),
         "gemma-4-26b-a4b": (5, 30),
         "gemma-4-31b": (10, 60),
+        "olmo-3-7b": (8, 32),
+        "olmo-3-32b": (16, 64),
+        "granite-4.0-h-1b": (4, 40),
+        "granite-4.0-h-micro": (4, 40),
+        "granite-4.0-h-tiny": (4, 40),
+        "granite-4.0-h-small": (4, 40),
+        "lfm2-350m": (6, 16),
+        "lfm2-700m": (6, 16),
+        "lfm2-1.2b": (6, 16),
+        "lfm2-2.6b": (8, 30),
+        "lfm2-8b-a1b": (6, 24),
+        "lfm3-1.7b": (6, 24),
     }
     assert kinds["qwen3.5-4b"][:4] == ["linear_attention"] * 3 + ["full_attention"]
+    assert [index for index, kind in enumerate(kinds["granite-4.0-h-small"]) if kind != "mamba"] == [5, 15, 25, 35]
+    assert kinds["lfm3-1.7b"][:5] == ["conv", "conv", "full_attention", "conv", "sliding_attention"]
 
 
 @pytest.mark.parametrize("known", SPECIFICATIONS, ids=lambda known: known.name)
