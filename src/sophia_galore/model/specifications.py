@@ -16,6 +16,7 @@ from sophia_galore.model.known_lfm import LFM
 from sophia_galore.model.known_llama import LLAMA
 from sophia_galore.model.known_mistral import MISTRAL
 from sophia_galore.model.known_olmo import OLMO
+from sophia_galore.model.known_others import OTHERS
 from sophia_galore.model.known_phi import PHI
 from sophia_galore.model.known_qwen import QWEN
 from sophia_galore.model.known_smollm import SMOLLM
@@ -33,6 +34,7 @@ SPECIFICATIONS: tuple[Specification, ...] = (
     *OLMO,
     *GRANITE,
     *LFM,
+    *OTHERS,
 )
 
 

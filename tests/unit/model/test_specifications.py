@@ -91,10 +91,21 @@ PUBLISHED = {
     "lfm2-2.6b": 2_569_272_320,
     # In bf16; 704 numbers in fp32, which balance the experts, are no parameters.
     "lfm2-8b-a1b": 8_339_929_856,
+    "gpt-oss-20b": 20_914_757_184,
+    # Counted in files of another format.
+    "glm-4-9b": 9_400_279_040,
+    "ernie-4.5-0.3b": 360_748_032,
+    # The files of another format leave out what balances 64 experts in each of 27 layers.
+    "ernie-4.5-21b-a3b": 21_825_436_160 + 64 * 27,
+    "exaone-4.0-1.2b": 1_279_391_488,
 }
 # Only a rounded number was found, and how far off rounding can be: in words, or as the size of the files in bf16.
 ROUNDED = {
     "lfm3-1.7b": (1_730_000_000, 5_000_000),
+    "hunyuan-0.5b": (1_080_000_000 // 2, 5_000_000 // 2),
+    "hunyuan-1.8b": (1_800_000_000, 50_000_000),
+    "hunyuan-4b": (8_440_000_000 // 2, 2 * 5_000_000 // 2),
+    "hunyuan-7b": (15_017_000_000 // 2, 15_500_000 // 2),
 }
 
 
@@ -154,6 +165,7 @@ def test_an_id_belongs_to_one_specification() -> None:
         ("mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b-v0.1"),
         ("Qwen/Qwen3.5-4B-Base", "qwen3.5-4b"),
         ("google/gemma-4-E2B-it", "gemma-4-e2b"),
+        ("openai/gpt-oss-20b", "gpt-oss-20b"),
         ("LiquidAI/LFM2.5-1.2B-Instruct", "lfm2-1.2b"),
         ("mistralai/Ministral-3-8B-Instruct-2512", None),
         ("somebody/Qwen2.5-7B", None),
@@ -186,6 +198,7 @@ def test_the_windows_are_the_published_ones() -> None:
         "olmo-3-7b": 4_096,
         "olmo-3-32b": 4_096,
         "lfm3-1.7b": 256,
+        "gpt-oss-20b": 128,
     }
 
 
@@ -222,7 +235,9 @@ def test_kinds_of_layers_alternate_as_published() -> None:
         "lfm2-2.6b": (8, 30),
         "lfm2-8b-a1b": (6, 24),
         "lfm3-1.7b": (6, 24),
+        "gpt-oss-20b": (12, 24),
     }
+    assert kinds["gpt-oss-20b"][:2] == ["sliding_attention", "full_attention"]
     assert kinds["qwen3.5-4b"][:4] == ["linear_attention"] * 3 + ["full_attention"]
     assert [index for index, kind in enumerate(kinds["granite-4.0-h-small"]) if kind != "mamba"] == [5, 15, 25, 35]
     assert kinds["lfm3-1.7b"][:5] == ["conv", "conv", "full_attention", "conv", "sliding_attention"]
