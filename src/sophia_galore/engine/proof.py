@@ -35,8 +35,8 @@ TOLERANCE = 1e-5
 """Largest difference of a parameter's gradient from autograd's, relative to its norm, in float32. Where autograd's own
 rounding is worse than that, it counts instead, times `_ROUNDING`."""
 
-_ROUNDING = 4.0
-_MOST_ROUNDING = 2.5e-4
+_ROUNDING = 10.0
+_MOST_ROUNDING = 1e-4
 
 # Gradients that are smaller than the largest by this factor are compared with it times this: they are differences of
 # larger numbers, whose rounding would be mistaken for a fault.

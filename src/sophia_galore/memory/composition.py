@@ -64,6 +64,8 @@ class PassTrace:
             layout: Which simulated layer represents which layer.
             keep_layers: Number of last layers that run without activation checkpointing.
         """
+        if layout.is_whole:
+            return list(self.changes)
         representatives = layout.representatives(keep_layers)
         first_kept = max(layout.num_idle, len(representatives) - keep_layers)
         back: list[Change] = []
@@ -91,11 +93,14 @@ class Layout:
         chosen: For each kind of layer, the index of its representative.
         kind_of: For each layer of the model, its kind.
         num_idle: Number of first layers without a backward. They share no kind with the others.
+        is_whole: Whether all layers are simulated as they follow one another, because they depend on one another. Then
+            either all or none of them run without activation checkpointing.
     """
 
     chosen: tuple[int, ...]
     kind_of: tuple[int, ...]
     num_idle: int = 0
+    is_whole: bool = False
 
     def simulated_layers(self, *, with_kept: bool) -> tuple[int, ...]:
         """Return the indices of the layers to simulate: the first, one of each kind and, with `with_kept`, these again.
@@ -104,11 +109,15 @@ class Layout:
             with_kept: Simulate layers without activation checkpointing too, each after another such layer.
         """
         active = self._active
+        if self.is_whole:
+            return self.chosen
         return (0, *self.chosen, active[-1], *active) if with_kept and active else (0, *self.chosen)
 
     @property
     def num_kept(self) -> int:
         """How many of the last simulated layers run without activation checkpointing, if any do."""
+        if self.is_whole:
+            return len(self._active)
         return 1 + len(self._active) if self._active else 0
 
     @property
@@ -140,6 +149,16 @@ def choose_layers(kinds: Sequence[Hashable], num_idle: int = 0) -> Layout:
     last = {kind: index for index, kind in enumerate(kinds)}
     order = list(last)
     return Layout(tuple(last.values()), tuple(order.index(kind) for kind in kinds), num_idle)
+
+
+def all_layers(num_layers: int, num_idle: int = 0) -> Layout:
+    """Simulate all layers.
+
+    Args:
+        num_layers: Layers of the model.
+        num_idle: Number of first layers without a backward.
+    """
+    return Layout(tuple(range(num_layers)), tuple(range(num_layers)), num_idle, is_whole=True)
 
 
 def split_passes(segments: Sequence[Segment], num_layers: int) -> tuple[PassTrace, ...]:

@@ -7,7 +7,8 @@ harmless one: everything is finite, and a tensor that was made as zeros and neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class FakeTensors(StorageTracker):
             if func.overloadpacket in _INDEXING:
                 args = (args[0], _by_position(args[1]), *args[2:])
             out = self._run_cached(func, types, args, kwargs)
+            if func is _aten.topk.default:
+                out = (out[0], _most_uneven(tensors[0].shape, out[1].shape[-1]))
         _note_zeros(func, tensors, out)
         return out
 
@@ -121,6 +124,27 @@ def _by_position(indices: Any) -> list[Any]:
         else:
             numbered.append(index)
     return numbered
+
+
+def _most_uneven(shape: Sequence[int], num_chosen: int) -> Tensor:
+    """Return the choice of experts that needs the most memory, as their numbers.
+
+    Every expert gets a token, since each has a gradient then; all other tokens go to the first ones, since what an
+    expert computes is in memory at once.
+
+    Args:
+        shape: Shape of the scores, (..., experts).
+        num_chosen: How many are chosen for each token.
+    """
+    num_experts, num_tokens = shape[-1], math.prod(shape[:-1])
+    chosen = torch.arange(num_chosen).repeat(num_tokens, 1)
+    others = torch.arange(num_chosen, num_experts)[: max(0, num_tokens - 1) * num_chosen]
+    if len(others):
+        chosen.view(-1)[num_chosen : num_chosen + len(others)] = others
+        last, width = divmod(len(others), num_chosen)
+        if width:  # one token may choose an expert only once
+            chosen[1 + last, width:] = torch.arange(num_chosen - width)
+    return chosen.view(*shape[:-1], num_chosen)
 
 
 def _note_zeros(func: Any, tensors: list[Tensor], out: Any) -> None:

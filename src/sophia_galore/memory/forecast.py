@@ -14,10 +14,19 @@ from typing import Any, get_args
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
 from sophia_galore.engine.passes import FullGradients
-from sophia_galore.memory.composition import Layout, PassTrace, add, choose_layers, extrapolate, to_segments
+from sophia_galore.memory.composition import (
+    Layout,
+    PassTrace,
+    add,
+    all_layers,
+    choose_layers,
+    extrapolate,
+    to_segments,
+)
 from sophia_galore.memory.simulation import simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
 from sophia_galore.memory.workload import Workload, batch_bytes, sample, steps_to_simulate
+from sophia_galore.model.few_layers import layer_kinds, num_sharing
 from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
 from sophia_galore.plan.route import Route, by_layer
 
@@ -112,7 +121,7 @@ class ModelTrace:
         Args:
             tensor_bytes: Most bytes that tensors may take.
         """
-        counts = range(self._num_active_layers, 0, -1)
+        counts = [self._num_active_layers] if self.layout.is_whole else range(self._num_active_layers, 0, -1)
         return next((count for count in counts if self.forecast(count).peak_bytes <= tensor_bytes), 0)
 
     @property
@@ -145,14 +154,20 @@ def trace_model(
         with_kept: Whether to simulate layers without activation checkpointing too.
     """
     of_layer, around = by_layer(decided.routes, layer_names)
-    types = getattr(model_config, "layer_types", None) or [""] * len(layer_names)
     num_idle = num_idle_layers(decided, layer_names)
-    layout = choose_layers(
+    kinds: list[Hashable] = [
         # A frozen layer without a backward differs from one with a backward.
-        [(types[index], index < num_idle, _kind(name, of_layer[name])) for index, name in enumerate(layer_names)],
-        num_idle,
-    )
-    few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
+        (said, index < num_idle, _kind(name, of_layer[name]))
+        for index, (name, said) in enumerate(zip(layer_names, layer_kinds(model_config), strict=True))
+    ]
+    layout = choose_layers(kinds, num_idle)
+    few = None
+    if not num_sharing(model_config):
+        few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
+    if few is None:  # layers that depend on one another, or on their numbers, are simulated all together
+        layout = all_layers(len(layer_names), num_idle)
+        few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
+        assert few is not None
     trained = [name for name in layer_names if any(route.trained for route in of_layer[name])]
     full_gradients: FullGradients = "matrix" if decided.facts.config.engine.full_gradients == "matrix" else "layer"
     numbers = steps_to_simulate(around, of_layer[(trained or layer_names)[-1]], num_steps, full_gradients)

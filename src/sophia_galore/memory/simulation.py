@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.timeline import Recorder, Sizes
 from sophia_galore.memory.tracker import state_category
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.few_layers import with_layers
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.numerics.row_blocks import two_blocks_of_each
 from sophia_galore.optim.optimizer import ParamOptimizer
@@ -60,7 +60,9 @@ class Simulated:
     evaluation: Sizes | None
 
 
-def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]) -> FewLayers:
+def take_layers(
+    model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]
+) -> FewLayers | None:
     """A model of the same architecture with some of the layers.
 
     Args:
@@ -68,13 +70,11 @@ def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str]
         routes: The whole model's routes.
         names: The whole model's layers, as prefixes of their parameters' names without the final dot.
         chosen: Which of the layers, by number; one may come twice.
+
+    Returns:
+        The model; None if its layers depend on their numbers, so that those of a smaller model are others.
     """
-    config = copy.deepcopy(model_config)
-    config.num_hidden_layers = len(chosen)
-    types = getattr(config, "layer_types", None)
-    if types:
-        config.layer_types = [types[index] for index in chosen]
-    architecture = build_skeleton(config, _CPU)
+    architecture = build_skeleton(with_layers(model_config, chosen), _CPU)
     of_layer, around = by_layer(routes, names)
     inside = [
         _renamed(route, here + route.name.removeprefix(names[index]))
@@ -82,8 +82,11 @@ def take_layers(model_config: Any, routes: Sequence[Route], names: Sequence[str]
         for route in of_layer[names[index]]
     ]
     by_name = {route.name: route for route in (*around, *inside)}
+    shapes = architecture.parameter_shapes()
+    if by_name.keys() != shapes.keys() or any(route.shape != shapes[name] for name, route in by_name.items()):
+        return None
     # In the order of the model, in which a store goes through its weights.
-    return FewLayers(architecture, tuple(by_name[name] for name in architecture.parameter_shapes()))
+    return FewLayers(architecture, tuple(by_name[name] for name in shapes))
 
 
 def _renamed(route: Route, name: str) -> Route:

@@ -137,6 +137,16 @@ class Architecture:
             (name.removeprefix(f"{layer}.") for layer in self.layer_names if name.startswith(f"{layer}.")), name
         )
 
+    def router_names(self) -> frozenset[str]:
+        """Return the names of the matrices that choose experts: one row for each expert, beside the experts."""
+        blocks = {name.rsplit(".", 2)[0]: len(weights) for name, weights in self.expert_tensors.items()}
+        return frozenset(
+            name
+            for name, shape in self.parameter_shapes().items()
+            if len(shape) == 2
+            and shape[0] == next((n for block, n in blocks.items() if name.startswith(f"{block}.")), 0)
+        )
+
     def linear_names(self) -> list[str]:
         """Return the names of the weights of linear modules in the layers, in the model's order."""
         return [

@@ -6,12 +6,13 @@ are. What can't be made smaller in this way keeps its size.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
+
+from sophia_galore.model.few_layers import layer_kinds, layer_overrides, num_sharing, with_layers
 
 VOCABULARY = 96
 """Tokens that a twin knows."""
@@ -33,9 +34,14 @@ def twins(config: Any) -> Iterator[Any]:
     """
     for ratio in _ratios(config):
         for is_whole in (False, True):
-            twin = _with_few_layers(copy.deepcopy(config), whole_pattern=is_whole)
+            twin = _with_few_layers(config, whole_pattern=is_whole)
             for key, value in _smaller(twin, ratio).items():
                 setattr(twin, key, value)
+            if overrides := layer_overrides(twin):
+                twin.per_layer_config = {
+                    number: {key: _smaller_number(key, value, ratio) for key, value in values.items()}
+                    for number, values in overrides.items()
+                }
             yield twin
 
 
@@ -51,27 +57,21 @@ def _ratios(config: Any) -> Iterator[Fraction]:
 
 def _with_few_layers(config: Any, *, whole_pattern: bool) -> Any:
     """Leave a few layers of each kind; with `whole_pattern`, the first ones up to and with one of each kind."""
-    count = config.num_hidden_layers
-    lists = {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == count > 1}
-    kinds = [tuple(str(value[index]) for value in lists.values()) for index in range(count)]
+    count, kinds = config.num_hidden_layers, layer_kinds(config)
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    # Some kinds are not listed, but follow from a number such as "every fourth layer".
     patterns = [
         value
         for key, value in vars(config).items()
         if type(value) is int and any(part in key for part in _PATTERNS) and 0 < value < count
     ]
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    if shared:
-        kept = [*sorted(first.values()), *(count - 1 - index for index in reversed(range(len(first))))]
-        config.num_kv_shared_layers = len(first)
-    elif patterns or whole_pattern:
-        kept = list(range(min(count, max([1, *first.values(), *patterns]) + 1)))
-    else:
-        kept = sorted({*first.values(), *(min(count - 1, index + 1) for index in first.values())})
-    for key, value in lists.items():
-        setattr(config, key, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)
-    return config
+    if num_sharing(config):
+        # The last of each kind that does not share lends to those that do.
+        last = {kind: index for index, kind in enumerate(kinds)}
+        return with_layers(config, sorted({*first.values(), *last.values()}))
+    if patterns or whole_pattern:
+        return with_layers(config, range(min(count, max([1, *first.values(), *patterns]) + 1)))
+    return with_layers(config, sorted({*first.values(), *(min(count - 1, index + 1) for index in first.values())}))
 
 
 def _smaller(config: Any, ratio: Fraction) -> dict[str, Any]:
@@ -89,7 +89,9 @@ def _smaller(config: Any, ratio: Fraction) -> dict[str, Any]:
     return changes
 
 
-def _smaller_number(key: str, value: int, ratio: Fraction) -> int:
+def _smaller_number(key: str, value: Any, ratio: Fraction) -> Any:
+    if type(value) is not int:
+        return value
     if "vocab_size" in key:
         return VOCABULARY
     if "group" in key and ("n_group" in key or "expert" in key or "topk" in key):

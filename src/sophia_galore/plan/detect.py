@@ -116,7 +116,7 @@ def parameter_facts(architecture: Architecture) -> tuple[Param, ...]:
     Args:
         architecture: The model's modules.
     """
-    linears = frozenset(architecture.linear_names())
+    linears, routers = frozenset(architecture.linear_names()), architecture.router_names()
     return tuple(
         Param(
             name,
@@ -126,6 +126,9 @@ def parameter_facts(architecture: Architecture) -> tuple[Param, ...]:
             is_linear=name in linears,
             padding_row=architecture.padding_idx if name == architecture.embed_name else None,
             requires_grad=parameter.requires_grad,
+            inner=architecture.inner_name(name),
+            is_expert=architecture.is_expert(name),
+            is_router=name in routers,
         )
         for name, parameter in architecture.model.named_parameters()
     )

@@ -17,7 +17,7 @@ from sophia_galore.config.field_types import TrackerName
 from sophia_galore.config.problems import nearest
 from sophia_galore.config.size import bytes_in_words
 from sophia_galore.engine.passes import FullGradients
-from sophia_galore.model.architecture import SUPPORTED
+from sophia_galore.engine.proof import Proof
 
 MIN_BITSANDBYTES = (0, 50)
 """The first version whose eight-bit products run on every device."""
@@ -79,6 +79,9 @@ class Param:
         is_linear: Whether it is the weight of a linear map in a layer.
         padding_row: Row without a gradient from look-ups; None if there is none.
         requires_grad: Whether the model lets it have a gradient.
+        inner: Its name inside its layer; outside of the layers, its name.
+        is_expert: Whether it belongs to one expert of a mixture.
+        is_router: Whether it chooses the experts of each token.
     """
 
     name: str
@@ -88,6 +91,9 @@ class Param:
     is_linear: bool = False
     padding_row: int | None = None
     requires_grad: bool = True
+    inner: str = ""
+    is_expert: bool = False
+    is_router: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -192,6 +198,7 @@ class Facts:
         bitsandbytes: The package; None: it is not needed, and was not looked for.
         missing_trackers: Those of `training.report_to` whose package is not installed.
         model: The model.
+        proof: The comparison of the engine with autograd; None: the tests cover the architecture, or not known yet.
         parameters: Its parameters, in its order.
         data: The data.
         routes: What became of the parameters; None: not known yet.
@@ -204,6 +211,7 @@ class Facts:
     bitsandbytes: BitsandbytesFacts | None = None
     missing_trackers: tuple[TrackerName, ...] = ()
     model: ModelFacts = ModelFacts()
+    proof: Proof | None = None
     parameters: tuple[Param, ...] = ()
     data: DataFacts = DataFacts()
     routes: RouteFacts | None = None
@@ -328,16 +336,6 @@ class Facts:
         modules = dict.fromkeys(name.rsplit(".", depth)[0] for depth in (1, 2, 3) for name in names)
         found = nearest((self.unmatched_trainable or "").rstrip("*").rstrip("."), [*names, *modules])
         return f"Did you mean {found}{'' if found in names else '.*'}? " if found else ""
-
-    @property
-    def without_gradient(self) -> str:
-        """The first parameter that the model freezes; empty if there is none."""
-        return next((param.name for param in self.parameters if not param.requires_grad), "")
-
-    @property
-    def supported(self) -> str:
-        """The supported models, as text."""
-        return ", ".join(SUPPORTED.values())
 
     @property
     def capability(self) -> str:

@@ -100,8 +100,14 @@ def _is_rounded_less(facts: Facts, param: Param) -> bool:
     return has_state and settled_bits(param.shape, asked) != asked
 
 
+def _is_fixed(facts: Facts, param: Param) -> bool:
+    """Return whether a parameter never gets a gradient, by the model's code or by the proof."""
+    return not param.requires_grad or (facts.proof is not None and param.inner in facts.proof.unreached)
+
+
 ROUTES: tuple[ParamRule, ...] = (
     ParamRule("frozen", is_held_frozen, "held in eight bits by bitsandbytes", FROZEN),
+    ParamRule("fixed", _is_fixed, "the model keeps it as it is: it gets no gradient", FROZEN),
     ParamRule("not_trainable", is_left_out, "frozen: not in training.trainable", FROZEN),
     ParamRule(
         "instead",
@@ -111,7 +117,9 @@ ROUTES: tuple[ParamRule, ...] = (
     ),
     ParamRule("adamw", lambda f, p: optimizer(f) == "adamw", "optimizer.type is adamw", "adamw"),
     ParamRule("sophia", lambda f, p: optimizer(f) == "sophia", "optimizer.type is sophia", "sophia"),
-    ParamRule("vector", lambda f, p: not p.is_matrix, "norm or bias", "adamw"),
+    ParamRule("vector", lambda f, p: len(p.shape) < 2, "norm or bias", "adamw"),
+    ParamRule("not_a_matrix", lambda f, p: not p.is_matrix, "no matrix", "adamw"),
+    ParamRule("router", lambda f, p: p.is_router, "chooses experts", "adamw"),
     ParamRule(
         "scale_head", lambda f, p: optimizer(f) == "scale" and p.is_head, "head, with momentum", "scale_momentum"
     ),

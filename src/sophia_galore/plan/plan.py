@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sophia_galore.config import RunConfig
@@ -16,6 +16,7 @@ from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Arrangement, Feed
 from sophia_galore.engine.observe import Category
 from sophia_galore.engine.passes import FullGradients
+from sophia_galore.engine.proof import Proof
 from sophia_galore.engine.stepper import ClipBy
 from sophia_galore.model.source import ResolvedModel
 from sophia_galore.numerics.noise import NOISE
@@ -69,6 +70,7 @@ class RunPlan:
         routes: One for each parameter.
         notes: Sentences for the user, one for each verdict.
         verdicts: The rules of `rules.py` that apply.
+        proof: The comparison of the engine with autograd; None: the tests cover the architecture.
     """
 
     model_name: str
@@ -101,6 +103,7 @@ class RunPlan:
     routes: tuple[Route, ...]
     notes: tuple[str, ...]
     verdicts: tuple[Decided, ...] = ()
+    proof: Proof | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -130,7 +133,7 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain data, for `plan.json`."""
-        apart = ("chat_format", "routes", "notes", "verdicts")
+        apart = ("chat_format", "routes", "notes", "verdicts", "proof")
         plain = {key: value for key, value in vars(self).items() if key not in apart}
         return {
             **plain,
@@ -140,6 +143,7 @@ class RunPlan:
             "trained_fraction": self.trained_fraction,
             "bytes": self.standing_bytes,
             "noise": NOISE,
+            "proof": asdict(self.proof) if self.proof else None,
             "notes": list(self.notes),
             "verdicts": [verdict.to_json() for verdict in self.verdicts],
             "routes": [route.to_json() for route in self.routes],
@@ -214,6 +218,7 @@ def make_plan(
         routes=decided.routes,
         notes=tuple(verdict.sentence() for verdict in decided.verdicts),
         verdicts=decided.verdicts,
+        proof=facts.proof,
     )
 
 

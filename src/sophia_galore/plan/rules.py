@@ -130,13 +130,27 @@ _MODEL: tuple[Rule, ...] = (
         "training.max_length is {f.config.training.max_length}, but the model knows {f.model.positions} positions.",
         "Use training.max_length={f.model.positions} or less.",
     ),
-    # A parameter that no output depends on is not seen here: the engine finds it in the first backward, and names it.
     Rule(
-        "no_gradient",
-        lambda f: f.without_gradient != "",
+        "not_proven",
+        lambda f: f.proof is not None and f.proof.problem != "",
         Refuse(ModelError),
-        "The model lets {f.without_gradient} have no gradient, so that it could not be trained.",
-        "Use a model whose code freezes no parameter.",
+        "{f.proof.problem}",
+        "Take a model of another architecture, or report this one.",
+    ),
+    Rule(
+        "packing_not_proven",
+        lambda f: f.proof is not None and f.config.data.packing and f.proof.packing_problem != "",
+        Refuse(),
+        "data.packing is not possible with this {f.model.model_type} model: {f.proof.packing_problem}",
+        "Use data.packing=false.",
+    ),
+    Rule(
+        "proven",
+        lambda f: f.proof is not None and f.proof.problem == "",
+        Use(),
+        "The architecture {f.model.model_type} was compared with autograd on a small twin of {f.proof.num_layers} "
+        "layers: the gradient that differs most is that of {f.proof.parameter}, by {f.proof.difference:.1e} of its "
+        "size.",
     ),
     Rule(
         "skip_unmatched",

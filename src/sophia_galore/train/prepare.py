@@ -40,6 +40,7 @@ from sophia_galore.train.earlier_run import refuse_own_folders
 from sophia_galore.train.folder import refuse_unwritable
 from sophia_galore.train.preflight import before_loading
 from sophia_galore.train.prepared import Prepared
+from sophia_galore.train.proven import proof_of
 from sophia_galore.train.run_date import fill_date
 from sophia_galore.train.special_tokens import refuse_special_tokens, stopping_at
 
@@ -93,6 +94,9 @@ def prepare(
     chat_format = _chat_format(config, tokenizer, model_config, generation_config, checkpoint)
     generation_config = stopping_at(chat_format.end_ids, generation_config, model_config)
     refuse_special_tokens(model_config, tokenizer, generation_config)
+    proof = proof_of(model_config, Path(config.model.cache_dir), callback.say, trust_remote_code=trust)
+    facts = replace(facts, proof=proof)
+    decide(RULES, facts)
     architecture = build_skeleton(model_config, device, trust_remote_code=trust)
     facts = replace(facts, parameters=parameter_facts(architecture))
     decide(RULES, facts)
