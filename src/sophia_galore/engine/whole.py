@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.experts import ExpertWeights
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.weights.store import WeightStore
 from sophia_galore.weights.weight import Weight
@@ -46,6 +48,7 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
     hooks: list[RemovableHandle] = []
     whole: dict[int, nn.Parameter] = {}
     by_rows: list[nn.Module] = []
+    decoding: list[ExpertWeights] = []
     loans = _Loans(store)
     for name, layer, following in zip(
         architecture.layer_names, architecture.layers, (*architecture.layer_names[1:], ""), strict=True
@@ -65,6 +68,11 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
             vars(module)["forward"] = _by_rows(store, name, dtype)
             by_rows.append(module)
             continue
+        if isinstance(module, ExpertWeights):
+            # Its layer, which lends the weight, takes it by its number: no forward of its own runs.
+            module.decode = partial(_decoded, store, name.rpartition(".")[0], dtype)
+            decoding.append(module)
+            continue
         if not isinstance(module, nn.Embedding):
             hooks += loans.while_working(module, name)
         hooks += _decode_while_working(module, key, store, name, placeholder)
@@ -80,6 +88,8 @@ def whole_model(architecture: Architecture, store: WeightStore) -> Iterator[Any]
             hook.remove()
         for module in by_rows:
             del vars(module)["forward"]
+        for experts in decoding:
+            experts.decode = None
         for module, key, meta in places:
             setattr(module, key, meta)
         architecture.model.train(was_training)
@@ -141,6 +151,10 @@ def _by_rows(store: WeightStore, name: str, dtype: torch.dtype) -> Callable[[Ten
         return torch.cat(parts, -1)
 
     return forward
+
+
+def _decoded(store: WeightStore, experts: str, dtype: torch.dtype, number: int) -> Tensor:
+    return store[f"{experts}.{number}"].values(dtype)
 
 
 def _decode_while_working(

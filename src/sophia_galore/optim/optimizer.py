@@ -125,6 +125,7 @@ class ParamOptimizer:
         """
         refuse_non_finite(name, tensor_of(grad), step)
         spec = self.specs[name]
+        step = self._own_step(spec, step)
         if isinstance(grad, ProjectedGradient):
             return PreparedGradient(None, _inside(spec, grad))
         if spec.subspace is None:
@@ -143,6 +144,9 @@ class ParamOptimizer:
             factor: As for `step_param`.
         """
         spec, state = self.specs[name], self.states.of(name, weight.device)
+        step = self._own_step(spec, step)
+        if spec.rests:
+            state.tensors["num_steps"] += 1
         rate = spec.learning_rate * factor
         noise = Noise.of(self.seed, "rounding", name, step)
         state_noise = Noise.of(self.seed, "state rounding", name, step)
@@ -199,6 +203,7 @@ class ParamOptimizer:
         """
         spec = self.specs[name]
         state = self.states.get(name)
+        step = self._own_step(spec, step)
         if not wants_products(spec) or state is None or refresh_is_due(spec, state, step):
             return None
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
@@ -216,6 +221,7 @@ class ParamOptimizer:
             NonFiniteError, with the state unchanged, if a product is not finite. None: the full gradient is needed.
         """
         spec = self.specs[name]
+        step = self._own_step(spec, step)
         if not wants_products(spec) or subspace_of(spec).kind == "svd":
             return None
 
@@ -246,6 +252,7 @@ class ParamOptimizer:
         if spec.rule != "sophia":
             return
         refuse_non_finite(name, tensor_of(grad), step)
+        step = self._own_step(spec, step)
         state = self.states.of(name, tensor_of(grad).device)
         if isinstance(grad, ProjectedGradient):
             grad = _inside(spec, grad)
@@ -282,7 +289,16 @@ class ParamOptimizer:
     def _reduce(self, name: str, step: int, observing: bool, grad: Tensor) -> ProjectedGradient:
         """Return what `prepare` or `observe_curvature` needs of a full gradient."""
         refuse_non_finite(name, grad, step)
-        return ProjectedGradient(self._project(self.specs[name], grad, step, observing=observing), norm_of(grad))
+        spec = self.specs[name]
+        projected = self._project(spec, grad, self._own_step(spec, step), observing=observing)
+        return ProjectedGradient(projected, norm_of(grad))
+
+    def _own_step(self, spec: ParamSpec, step: int) -> int:
+        """Return the number of a parameter's next step: that of the run, unless the parameter may rest."""
+        if not spec.rests:
+            return step
+        state = self.states.get(spec.name)
+        return 1 if state is None else int(state.tensors["num_steps"][0]) + 1
 
     def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
         basis = basis_at(spec, state, step, self.seed, device)

@@ -84,6 +84,8 @@ class ParamSpec:
         rule: Name of the rule, in `RULES`.
         state_bits: Bits in which the rule's state is stored.
         subspace: How the gradient is projected; None: the rule gets the full gradient.
+        rests: Whether it may have no gradient at a step, as an expert without tokens. Then it takes no step, and counts
+            its own.
     """
 
     name: str
@@ -94,6 +96,7 @@ class ParamSpec:
     rule: str = "adamw"
     state_bits: StateBits = 32
     subspace: SubspaceSpec | None = None
+    rests: bool = False
 
     @property
     def side(self) -> Side:
@@ -131,6 +134,8 @@ class ParamSpec:
                 tensors[name] = (shape, torch.bfloat16 if half else torch.float32)
         if self.subspace is not None:
             tensors |= self._subspace_tensors(self.subspace)
+        if self.rests:
+            tensors["num_steps"] = ((1,), torch.int64)
         return tensors
 
     def _subspace_tensors(self, subspace: SubspaceSpec) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -137,7 +137,7 @@ def _held(facts: Facts, param: Param) -> tuple[Format, int]:
     if is_held_frozen(facts, param):
         # One byte for each weight and a float32 scale for each row.
         return "bnb8", param.num_elements + 4 * param.shape[0]
-    if facts.has_native_int8 and param.is_matrix and not is_skipped(facts, param):
+    if facts.has_native_int8 and param.is_matrix and not param.is_router and not is_skipped(facts, param):
         return "int8", int8_format(facts.config.quantization).num_bytes((param.shape[0], param.shape[1]))
     store = facts.config.model.store
     return store, param.num_elements * DTYPES[store].itemsize
@@ -156,6 +156,7 @@ def _spec(
         rule=rule,
         state_bits=settled_bits(param.shape, settings.state_bits),
         subspace=subspace,
+        rests=param.is_expert,
     )
 
 
