@@ -61,6 +61,10 @@ class ProcessReducer(Reducer):
         """See `Reducer`."""
         return self._processes.sums([value])[0]
 
+    def totals(self, values: list[float]) -> list[float]:
+        """See `Reducer`."""
+        return self._processes.sums(values)
+
     def wants(self, wants: Wants) -> Wants:
         """See `Reducer`."""
 

@@ -16,6 +16,7 @@ from sophia_galore.engine.layer import LayerGraph
 from sophia_galore.engine.objective import Objective
 from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.retry import split_rows
+from sophia_galore.engine.routing import Routing
 from sophia_galore.optim.request import Wants
 from sophia_galore.streaming.spill import Spill
 
@@ -29,12 +30,14 @@ class StepRequest:
         wants: Returns the form in which a parameter's gradient is needed.
         objective: The loss to minimise.
         portion: This process's micro-batches.
+        routing: Receives the choices of experts; None: there are none, or they are not watched.
     """
 
     step: int
     wants: Wants
     objective: Objective
     portion: Portion
+    routing: Routing | None = None
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:

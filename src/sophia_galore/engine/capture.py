@@ -74,6 +74,7 @@ class LayerCall:
         states: The arguments through which layers hand tensors to later ones.
         lengths: If the layer runs for each packed example apart: for each row, the lengths of its examples in tokens.
         alone: The arguments for an example of each of these lengths.
+        real: (B * T,) bool, which tokens are no padding; None: all are, or nothing asks for it.
     """
 
     args: tuple[Any, ...]
@@ -83,6 +84,7 @@ class LayerCall:
     states: tuple[SharedStates, ...] = ()
     lengths: Lengths = ()
     alone: Mapping[int, LayerCall] = field(default_factory=dict)
+    real: Tensor | None = None
 
     @property
     def is_packed(self) -> bool:

@@ -116,6 +116,16 @@ def _example_lengths(batch: MicroBatch) -> list[tuple[int, ...]]:
     return [(length,) for length in batch.attention_mask.sum(1).tolist()]
 
 
+def _real_tokens(batch: MicroBatch) -> Tensor | None:
+    """Return which tokens of a micro-batch are no padding, (B * T,) bool; None: all."""
+    if batch.attention_mask is not None:
+        return batch.attention_mask.flatten().bool()
+    if batch.lengths is None:
+        return None
+    ends = torch.tensor([sum(row) for row in batch.lengths], device=batch.input_ids.device)
+    return (torch.arange(batch.input_ids.shape[1], device=ends.device) < ends[:, None]).flatten()
+
+
 def embed(
     architecture: Architecture,
     store: WeightStore,
@@ -169,5 +179,6 @@ def embed(
         entering = Entering(batch.input_ids, embedded, looked_up, weights)
         first, layer_calls = capture_calls(architecture, entering, batch)
         hidden.append(first)
-        calls.append([replace(call, micro_batch=number) for call in layer_calls])
+        real = _real_tokens(batch) if any(architecture.routers) else None
+        calls.append([replace(call, micro_batch=number, real=real) for call in layer_calls])
     return Embedded(tokens, rows, weights, hidden, calls)

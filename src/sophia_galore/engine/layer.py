@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients, Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
+from sophia_galore.engine.routing import Routing
 from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, Visit, visiting
 from sophia_galore.errors import RunError
@@ -54,15 +56,22 @@ class LayerRun:
         entering: (B, T, d), its input, a leaf.
         out: (B, T, d), its output.
         visits: What it read and wrote of each mapping that layers share.
+        probs: (E,), the summed probabilities of its experts, if a loss depends on them.
     """
 
     entering: Tensor
     out: Tensor
     visits: list[Visit]
+    probs: Tensor | None = None
 
-    def outputs(self, call: LayerCall, out_grad: Tensor, scale: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what was computed for later layers, and the gradients of all of it, times `scale`."""
+    def outputs(
+        self, call: LayerCall, out_grad: Tensor, scale: float, routing: Routing | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what was computed for later layers and for losses, and the gradients of all of it, times `scale`."""
         outputs, grads = [self.out], [out_grad.to(self.out.dtype)]
+        if self.probs is not None and routing is not None and routing.prob_grad is not None:
+            outputs.append(self.probs)
+            grads.append(routing.prob_grad.to(self.probs.device) * scale)
         for states, visit in zip(call.states, self.visits, strict=True):
             tensors, found = states.outputs(visit)
             outputs += tensors
@@ -80,6 +89,7 @@ class LayerGraph:
         products: Sums for the weights whose gradients are projected, by name.
         linears: Context manager that adds to these sums in place of forming the gradients.
         passes: The passes, of which this graph is for the next one.
+        routing: The choices of experts in forward; None: they are not watched.
         kept: The layer's run, for each micro-batch between its forward and its backward.
         sums: In half precision, float32 sums of the gradients so far.
         finished: After the last pass, what goes back through tensors that layers share, for each micro-batch.
@@ -90,6 +100,7 @@ class LayerGraph:
     products: dict[str, ProjectedSum]
     linears: ProjectedLinears
     passes: Passes
+    routing: Routing | None = None
     kept: list[LayerRun] = field(default_factory=list)
     sums: Tensors = field(default_factory=dict)
     finished: list[FinishedRun] = field(default_factory=list)
@@ -139,7 +150,14 @@ class Layers:
                     hidden[number] = self._run(index, weights, call, hidden[number])
 
     @torch.no_grad()
-    def forward(self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int) -> list[Tensor]:
+    def forward(
+        self,
+        index: int,
+        inputs: Sequence[Tensor],
+        calls: Sequence[LayerCall],
+        step: int,
+        routing: Routing | None = None,
+    ) -> list[Tensor]:
         """Run a layer without a graph.
 
         Args:
@@ -147,6 +165,7 @@ class Layers:
             inputs: Per micro-batch (B, T, d).
             calls: Per micro-batch, the layer's other arguments.
             step: Number of the optimizer step, for dropout.
+            routing: Receives the choices of experts.
 
         Returns:
             The output, per micro-batch (B, T, d).
@@ -154,12 +173,20 @@ class Layers:
         out: list[Tensor] = []
         with self._weights(index, then=self._after(index)) as weights:
             for entering, call in zip(inputs, calls, strict=True):
-                with self._dropout_stream(step, index, call), visiting(call.states):
+                with self._dropout_stream(step, index, call), visiting(call.states), _watching(routing, index) as seen:
                     out.append(self._run(index, weights, call, entering))
+                if routing is not None:
+                    routing.see(index, call, seen)
         return out
 
     def keep(
-        self, index: int, inputs: Sequence[Tensor], calls: Sequence[LayerCall], step: int, wants: Wants
+        self,
+        index: int,
+        inputs: Sequence[Tensor],
+        calls: Sequence[LayerCall],
+        step: int,
+        wants: Wants,
+        routing: Routing | None = None,
     ) -> tuple[list[Tensor], LayerGraph]:
         """Run a layer and keep its graph for `backward`. Its weights must stay on the device until then.
 
@@ -169,13 +196,14 @@ class Layers:
             calls: Per micro-batch, the layer's other arguments.
             step: Number of the optimizer step, for dropout.
             wants: Returns the form in which a parameter's gradient is needed.
+            routing: Receives the choices of experts.
 
         Returns:
             The output, per micro-batch (B, T, d), detached from the graph; and the graph.
         """
-        graph = self._begin(index, wants, self.new_passes())
+        graph = self._begin(index, wants, self.new_passes(), routing)
         for entering, call in zip(inputs, calls, strict=True):
-            graph.kept.append(self._forward_with_graph(index, graph, call, entering, step))
+            graph.kept.append(self._forward_with_graph(index, graph, call, entering, step, sees=True))
         return [run.out.detach() for run in graph.kept], graph
 
     def backward(
@@ -188,6 +216,7 @@ class Layers:
         wants: Wants,
         graph: LayerGraph | None = None,
         passes: Passes | None = None,
+        routing: Routing | None = None,
         *,
         spends: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
@@ -203,6 +232,7 @@ class Layers:
             step: As in forward.
             wants: Returns the form in which a parameter's gradient is needed.
             graph: From `keep`; used up. None: the layer is recomputed.
+            routing: The choices of experts in forward.
             passes: Those of the graph or, without one, from `new_passes`; passes that are finished are not repeated.
             spends: Whether to remove the entries of `inputs` and `out_grads` as they are used, which frees memory but
                 makes a repetition impossible.
@@ -213,7 +243,7 @@ class Layers:
         name = self._architecture.layer_names[index]
         passes = passes or (graph.passes if graph else self.new_passes())
         while True:
-            graph = graph or self._begin(index, wants, passes)
+            graph = graph or self._begin(index, wants, passes, routing)
             is_last = passes.is_last
             given = (inputs, out_grads) if spends and is_last else (list(inputs), list(out_grads))
             if self._dtype != torch.float16:
@@ -253,7 +283,7 @@ class Layers:
             if not left or not passes.is_first or all(map(bool, graph.are_finite)):
                 break
             passes.scale /= _FP16_BACKOFF
-            graph = self._begin(index, wants, passes)  # a graph can be used only once
+            graph = self._begin(index, wants, passes, graph.routing)  # a graph can be used only once
         return grads, in_grads, graph
 
     def _one_pass(
@@ -285,7 +315,7 @@ class Layers:
             for each in call.inputs:
                 each.leaf.grad = None
             with strictly_repeatable(self._device):
-                torch.autograd.backward(*run.outputs(call, out_grad, scale))
+                torch.autograd.backward(*run.outputs(call, out_grad, scale, graph.routing))
             del layer_input, out_grad
             assert run.entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
@@ -297,11 +327,20 @@ class Layers:
             del run
         sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
+        name = self._architecture.layer_names[index]
         formed = [key for key, leaf in leaves.items() if leaf.requires_grad and passes.forms(key)]
+        leaf_of = {key: leaf for key, leaf in leaves.items() if self._architecture.is_expert(f"{name}.{key}")}
         for used in (leaves, graph.sums):
             used.clear()  # the caller may still hold the graph
-        name = self._architecture.layer_names[index]
         idle = {key for key in formed if key not in sums and self._architecture.is_expert(f"{name}.{key}")}
+        if graph.routing is not None:
+            for key in [key for key in idle if not graph.routing.rests(index, key)]:
+                # It has tokens in another process only, with whose gradient this one is summed.
+                if key in products:
+                    sums[key] = products[key].sum
+                else:
+                    sums[key] = torch.zeros_like(leaf_of[key], dtype=torch.float32)
+                idle.remove(key)
         formed = [key for key in formed if key not in idle]  # experts without tokens take no step
         without = set(formed) - sums.keys()
         if without:
@@ -311,7 +350,7 @@ class Layers:
                 grad.div_(scale)
         return {key: ProjectedGradient(sums[key]) if key in products else sums[key] for key in formed}, in_grads
 
-    def _begin(self, index: int, wants: Wants, passes: Passes) -> LayerGraph:
+    def _begin(self, index: int, wants: Wants, passes: Passes, routing: Routing | None) -> LayerGraph:
         """Return an empty graph for the next pass; before the first one, plan the passes."""
         layer = self._architecture.layer_names[index]
         with self._weights(index) as weights:
@@ -321,7 +360,7 @@ class Layers:
             }
         products = self._products(layer, leaves, wants, passes) if passes.is_first else {}
         linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        graph = LayerGraph(leaves, products, linears, passes)
+        graph = LayerGraph(leaves, products, linears, passes, routing)
         checks = passes.is_first and self._dtype == torch.float16  # one scale has to do for all passes
         for name, leaf in leaves.items():
             if not leaf.requires_grad:
@@ -352,14 +391,21 @@ class Layers:
         leaf.grad = None
 
     def _forward_with_graph(
-        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int
+        self, index: int, graph: LayerGraph, call: LayerCall, entering: Tensor, step: int, *, sees: bool = False
     ) -> LayerRun:
-        """Run a micro-batch with gradients; its input becomes a leaf, which shares memory."""
+        """Run a micro-batch with gradients; its input becomes a leaf, which shares memory. `sees`: count choices."""
+        routing = graph.routing
         leaf = entering.detach().requires_grad_()
         # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
         linears = graph.linears if graph.products else nullcontext()
-        with self._dropout_stream(step, index, call), linears, visiting(call.states) as visits:
-            return LayerRun(leaf, self._run(index, graph.leaves, call, leaf), visits)
+        shares, watches = visiting(call.states), _watching(routing, index)
+        with self._dropout_stream(step, index, call), linears, shares as visits, watches as seen:
+            out = self._run(index, graph.leaves, call, leaf)
+        if routing is None:
+            return LayerRun(leaf, out, visits)
+        if sees:
+            routing.see(index, call, seen)
+        return LayerRun(leaf, out, visits, routing.summed_probs(index, call, seen))
 
     def _products(self, layer: str, leaves: Tensors, wants: Wants, passes: Passes) -> dict[str, ProjectedSum]:
         """Return empty sums for those of a layer's weights whose gradients are wanted projected; plan the passes."""
@@ -426,6 +472,10 @@ class Layers:
             else:
                 torch.default_generator.manual_seed(seed)
             yield
+
+
+def _watching(routing: Routing | None, index: int) -> AbstractContextManager[list[Any]]:
+    return nullcontext([]) if routing is None else routing.watching(index)
 
 
 def _check_gradient(are_finite: list[Tensor], leaf: Tensor) -> None:

@@ -61,6 +61,7 @@ from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.engine.reducer import Reducer
 from sophia_galore.engine.retry import ChunkSizes, OnOom, silent
+from sophia_galore.engine.routing import Routing
 from sophia_galore.engine.step_results import FinishedGradients, ForwardPass, StepResult
 from sophia_galore.engine.step_retry import StepRetry
 from sophia_galore.errors import NonFiniteError, RunError
@@ -110,6 +111,7 @@ class LayerwiseEngine:
         full_gradients: Which full gradients of a layer's matrices may be in memory together, if only products of them
             are needed.
         reducer: Sums gradients over the processes that share an effective batch.
+        counts_routing: Whether to count which experts tokens go to; a loss that depends on it needs it.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class LayerwiseEngine:
         spill: Spill | None = None,
         full_gradients: FullGradients = "layer",
         reducer: Reducer | None = None,
+        counts_routing: bool = True,
     ) -> None:
         self._architecture = architecture
         self._store = store
@@ -137,7 +140,7 @@ class LayerwiseEngine:
         self._device = device
         self._seed = seed
         self._observer = observer or Observer()
-        self._spill = spill
+        self._spill, self._counts_routing = spill, counts_routing
         self._reducer = reducer or Reducer()
         self._frozen, self._neftune_alpha = frozenset(frozen), neftune_alpha
         self._entry = (architecture.embed_name, *architecture.lookups, *architecture.entry_names)
@@ -183,7 +186,10 @@ class LayerwiseEngine:
         """
         if objective.needs_log_probs and not self._reducer.is_alone:
             raise RunError(f"{type(objective).__name__} weighs tokens of the whole batch.", "Train in one process.")
-        request = StepRequest(step, self._reducer.wants(wants), objective, portion)
+        routing = None
+        if self._counts_routing and any(self._architecture.routers) and not objective.samples_labels:
+            routing = Routing(self._architecture)
+        request = StepRequest(step, self._reducer.wants(wants), objective, portion, routing)
         noise = None
         if self._neftune_alpha:
             noise = EmbeddingNoise(self._neftune_alpha, self._seed, step, portion.first_row)
@@ -201,6 +207,8 @@ class LayerwiseEngine:
                 lambda: f"forward of layer {len(acts.inputs) - 1} at step {step}",
                 partial(self._retry.in_forward, acts),
             )
+        if routing is not None:
+            routing.finish(self._reducer)
         head, loss, gradients = self._retry.run_part(
             partial(self._through_head, acts, request),
             acts,
@@ -213,7 +221,8 @@ class LayerwiseEngine:
                 f"The loss is {loss} at step {step}.",
                 "Lower training.learning_rate, or compute in fp32 (training.compute_dtype=fp32).",
             )
-        result = StepResult(loss, portion.num_tokens, portion.num_counted)
+        summary = routing.summary if routing else None
+        result = StepResult(loss, portion.num_tokens, portion.num_counted, summary)
         return ForwardPass(result, request, acts, head, gradients)
 
     def backward(self, done: ForwardPass) -> Generator[FinishedGradients]:
@@ -327,10 +336,13 @@ class LayerwiseEngine:
         with self._observer.phase("forward"):
             index = len(acts.inputs) - 1
             inputs, calls = acts.inputs[-1], acts.calls(index)
+            routing = request.routing
+            if routing is not None:
+                routing.begin(index)
             if index < self._retry.first_kept:
-                out = self._layers.forward(index, inputs, calls, request.step)
+                out = self._layers.forward(index, inputs, calls, request.step, routing)
             else:
-                out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants)
+                out, acts.graphs[index] = self._layers.keep(index, inputs, calls, request.step, request.wants, routing)
             # The first layer's input is a part of the embedding's graph.
             acts.advance(out, leaves=max(1, self._num_idle) <= index < self._retry.first_kept)
 
@@ -399,7 +411,7 @@ class LayerwiseEngine:
             graph = acts.graphs.pop(index, None)
             inputs, calls = acts.last_input(), acts.calls(index)
             acts.passes = acts.passes or (graph.passes if graph else self._layers.new_passes())
-            parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph, acts.passes)
+            parts = (inputs, calls, acts.out_grads, request.step, request.wants, graph, acts.passes, request.routing)
             gradients, in_grads = self._layers.backward(index, *parts, spends=not self._retry.adapts)
         acts.out_grads, acts.passes = in_grads, None
         acts.inputs.pop()

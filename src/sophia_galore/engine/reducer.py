@@ -37,6 +37,10 @@ class Reducer:
         """Return the sum of a number over all processes."""
         return value
 
+    def totals(self, values: list[float]) -> list[float]:
+        """Return the sums of numbers over all processes."""
+        return values
+
     def wants(self, wants: Wants) -> Wants:
         """Return requests that make bases from gradients over all processes.
 

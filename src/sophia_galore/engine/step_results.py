@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sophia_galore.engine.activations import StepActivations, StepRequest
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer import Gradients
+from sophia_galore.engine.routing import RoutingSummary
 from sophia_galore.weights.store import Borrowed
 
 
@@ -19,11 +20,13 @@ class StepResult:
             the mean, in nats.
         num_tokens: Tokens of the effective batch, without padding.
         num_counted: Tokens whose loss counts.
+        routing: How tokens were dealt to experts; None: there are none.
     """
 
     loss: float
     num_tokens: int
     num_counted: int
+    routing: RoutingSummary | None = None
 
 
 @dataclass(frozen=True)

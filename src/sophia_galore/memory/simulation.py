@@ -143,6 +143,7 @@ def simulate(
             spill=_ShapesOnly() if config.memory.activations != "device" else None,
             full_gradients="matrix" if config.engine.full_gradients == "matrix" else "layer",
             reducer=reducer,
+            counts_routing=False,
         )
         stepper = Stepper(
             engine,

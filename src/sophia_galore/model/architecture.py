@@ -53,6 +53,34 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Router:
+    """The module that chooses the experts of each token in a layer.
+
+    Args:
+        module: The module.
+        place: Where the logits are among what it returns.
+        num_experts: Experts of the layer.
+        num_chosen: How many it chooses for each token.
+    """
+
+    module: nn.Module
+    place: int
+    num_experts: int
+    num_chosen: int
+
+    def logits(self, out: Any) -> torch.Tensor:
+        """Return the logits, (..., E), of what the module returned."""
+        found: torch.Tensor = out[self.place] if isinstance(out, tuple) else out
+        return found
+
+    def choices(self, out: Any) -> torch.Tensor | None:
+        """Return the chosen experts, (..., k), of what the module returned; None: they are not there."""
+        values = out if isinstance(out, tuple) else (out,)
+        integers = (each for each in values if isinstance(each, torch.Tensor) and not each.is_floating_point())
+        return next((each for each in integers if each.shape[-1:] == (self.num_chosen,)), None)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The modules of a model.
 
@@ -75,6 +103,8 @@ class Architecture:
             other arguments of the layers: positions, norms, projections.
         lookups: Further embeddings of tokens, by the names of their weights.
         expert_tensors: The weights of experts, by the name that transformers has for all of them together.
+        routers: For each layer, what chooses its experts; None: it has none, or they are not known.
+        balance: Coefficient of the loss that spreads tokens evenly over experts; 0: the configuration asks for none.
         tied: Whether the head's weight is the embedding's.
         padding_idx: Token whose embedding gets no gradient from look-ups, as declared by the module.
         logit_form: What becomes of the logits behind the head.
@@ -102,6 +132,8 @@ class Architecture:
     entry_names: tuple[str, ...]
     lookups: Mapping[str, nn.Embedding]
     expert_tensors: Mapping[str, ExpertWeights]
+    routers: tuple[Router | None, ...]
+    balance: float
     tied: bool
     padding_idx: int | None
     logit_form: LogitForm

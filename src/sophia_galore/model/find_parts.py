@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 
 from sophia_galore.errors import ModelError
-from sophia_galore.model.architecture import Architecture, Place
+from sophia_galore.model.architecture import Architecture, Place, Router
 from sophia_galore.model.experts import expert_tensors
 from sophia_galore.model.logit_form import LogitForm, find_logit_form
 
 # Attribute names of the norm behind the last layer; the usual ones first.
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "layer_norm", "layernorm")
+# What configurations call the number of experts of a token.
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 # Kinds of layers in which tokens meet in nothing but attention.
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -79,6 +81,8 @@ def find_architecture(model: Any) -> Architecture:
         entry_names=tuple(name for name in rest if name not in lookups),
         lookups=lookups,
         expert_tensors=expert_tensors(model),
+        routers=tuple(_router(model, config, layer) for layer in layers),
+        balance=_balance(config),
         tied=tied,
         padding_idx=padding_idx,
         logit_form=logit_form,
@@ -153,6 +157,33 @@ def _runs_alone(model: Any, layer: nn.Module, kind: str) -> bool:
 
 def _kinds(config: Any, count: int) -> list[str]:
     return list(getattr(config, "layer_types", None) or ["full_attention"] * count)
+
+
+def _router(model: Any, config: Any, layer: nn.Module) -> Router | None:
+    """Return the module of a layer whose logits transformers records as the router's."""
+    recorder = next(
+        (
+            found
+            for part in (model, model.base_model, *model.base_model.children())
+            if (found := (getattr(part, "_can_record_outputs", None) or {}).get("router_logits"))
+        ),
+        None,
+    )
+    chosen = next((value for key in _CHOSEN if isinstance(value := getattr(config, key, None), int)), 0)
+    kind = getattr(recorder, "target_class", recorder)
+    if not isinstance(kind, type) or not chosen:
+        return None
+    module = next((module for module in layer.modules() if isinstance(module, kind)), None)
+    weight: Any = getattr(module, "weight", None)
+    if module is None or weight is None:
+        return None
+    return Router(module, getattr(recorder, "index", 0), len(weight), chosen)
+
+
+def _balance(config: Any) -> float:
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    return float(getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None) or 0.0)
 
 
 def _draws(model: nn.Module) -> bool:

@@ -39,6 +39,12 @@ class TrainStep(Line):
         waiting_share: Share of the step's time, from 0 to 1, in which the computation waited for weights that live
             elsewhere; None: none do.
         summed_bytes: Bytes of the gradients that were summed over processes; None: there is one process.
+        aux_loss: The loss that spreads tokens evenly over experts, times its coefficient; not part of `loss`. None: the
+            model asks for none.
+        router_entropy: Mean entropy of the routers' probabilities, in nats; None: there are no experts.
+        largest_expert_share: The largest share of a layer's choices that fell on one expert.
+        idle_experts: Experts of all layers without a token in this step, which took no step.
+        tokens_per_expert: For each expert, the tokens that went to it, summed over the layers.
         allocated_bytes: Peak of live tensors; None where it was not measured.
         reserved_bytes: Peak of what the allocator held; None where it was not measured.
         process_bytes: Resident size of the process after the step.
@@ -51,6 +57,11 @@ class TrainStep(Line):
     tokens_per_second: Number | None = None
     waiting_share: Number | None = None
     summed_bytes: Size = None
+    aux_loss: Number | None = None
+    router_entropy: Number | None = None
+    largest_expert_share: Number | None = None
+    idle_experts: Whole | None = None
+    tokens_per_expert: tuple[Whole, ...] | None = None
     allocated_bytes: Size = None
     reserved_bytes: Size = None
     process_bytes: Size = None

@@ -20,6 +20,7 @@ from sophia_galore.distributed.folder import on_each_machine
 from sophia_galore.distributed.launch import joined, launcher, uses_gpus
 from sophia_galore.distributed.processes import Processes
 from sophia_galore.engine.determinism import repeatable
+from sophia_galore.engine.step_results import StepResult
 from sophia_galore.errors import NonFiniteError
 from sophia_galore.memory.fitting import advice
 from sophia_galore.memory.monitor import MemoryMonitor
@@ -259,6 +260,7 @@ class _Run:
             tokens_per_second=round(result.num_tokens / seconds, 2),
             waiting_share=round(streams.take_waited_s() / seconds, 4) if streams else None,
             **({} if self._processes.is_alone else {"summed_bytes": self._processes.summed_bytes - summed_bytes}),
+            **_routing(result),
             **memory,
         ).to_json()
 
@@ -416,3 +418,17 @@ class _Run:
 
     def _with_resume_hint(self, error: NonFiniteError) -> NonFiniteError:
         return NonFiniteError(error.cause, f"{error.remedy} {self.resume_hint()}")
+
+
+def _routing(result: StepResult) -> dict[str, Any]:
+    """Return what a step's record says of experts."""
+    routing = result.routing
+    if routing is None:
+        return {}
+    return {
+        "aux_loss": routing.aux_loss,
+        "router_entropy": round(routing.entropy, 6),
+        "largest_expert_share": round(routing.largest_share, 6),
+        "idle_experts": routing.num_idle,
+        "tokens_per_expert": routing.tokens_per_expert,
+    }
