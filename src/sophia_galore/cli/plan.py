@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,12 +12,12 @@ from rich.console import Console
 
 from sophia_galore.cli.arguments import DEFAULT_CONFIG, OptimizerOption, Overrides, expanded, given_overrides, there
 from sophia_galore.cli.plan_tables import plan_of, show_estimate, show_fit
-from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_marks, write_config
+from sophia_galore.cli.write_back import refuse_other_than_png, replace_between_marks, text_between_marks, write_config
 from sophia_galore.config import RunConfig, load_config
 from sophia_galore.config.size import bytes_in_words, parse_size
 from sophia_galore.errors import ArgumentError, ModelError, UserError
 from sophia_galore.memory.fitting import as_overrides, find_settings
-from sophia_galore.memory.matrix import LIMITS, markdown, matrix
+from sophia_galore.memory.matrix import LIMITS, markdown, matrix, read_rows
 from sophia_galore.memory.planner import MemoryEstimate, Planner, find_planner
 from sophia_galore.memory.timeline import points_of
 from sophia_galore.model.specifications import SPECIFICATIONS
@@ -24,6 +25,7 @@ from sophia_galore.records.memory import Timeline
 from sophia_galore.report.plots import plot_timeline
 
 _FITTED = Path("fitted.yaml")
+_MARKS = "plan --matrix"
 
 
 def plan(
@@ -63,18 +65,26 @@ def plan(
         Path | None, typer.Option(callback=expanded, help="Draw the course of memory over a step to this PNG.")
     ] = None,
     all_models: Annotated[
-        bool, typer.Option("--matrix", help="A table of all built-in models: what fits into which card, and how.")
+        bool,
+        typer.Option(
+            "--matrix", help="A table of built-in models: what fits into which card, and how; of all, or --model A,B."
+        ),
     ] = False,
 ) -> None:
     """Tell what a run will need, by phase and category, without weights and without a GPU; nothing is downloaded."""
-    short = {"optimizer.type": optimizer, "model.name": model, "memory.limit": memory, "training.device": device}
+    short = {
+        "optimizer.type": optimizer,
+        "model.name": None if all_models else model,
+        "memory.limit": memory,
+        "training.device": device,
+    }
     words = given_overrides({**short, "memory.host_limit": host_memory}, overrides)
     for name, size in (("--memory", memory), ("--host-memory", host_memory)):
         if size is not None:
             parse_size(size, name=name, zero=name == "--host-memory")
     asked = load_config(None if config is None and (model or all_models) else there(config or DEFAULT_CONFIG), words)
     if all_models:
-        _show_matrix(asked, output)
+        _show_matrix(asked, [] if model is None else model.split(","), output)
         return
     console = Console(highlight=False, soft_wrap=True)
 
@@ -128,17 +138,16 @@ def _fit(
         show_estimate(console, planner, found.config, estimate)
 
 
-def _show_matrix(asked: RunConfig, output: Path | None) -> None:
-    rows = []
-    for row in matrix(asked, [known.name for known in SPECIFICATIONS], LIMITS):
-        rows.append(row)
+def _show_matrix(asked: RunConfig, models: Sequence[str], output: Path | None) -> None:
+    """Print the table, or replace rows of the one in a file; without names, those of all models."""
+    rows = {} if output is None else read_rows(text_between_marks(output, _MARKS))
+    for row in matrix(asked, models or [*(rows or (known.name for known in SPECIFICATIONS))], LIMITS):
+        rows[row.model] = row
         if output is not None:
             print(f"{row.model}: {', '.join(cell or '-' for cell in row.cells)}", flush=True)
-    table = markdown(rows, LIMITS)
+            replace_between_marks(output, _MARKS, markdown(rows.values(), LIMITS))
     if output is None:
-        print(table)
-    else:
-        replace_between_marks(output, "plan --matrix", table)
+        print(markdown(rows.values(), LIMITS))
 
 
 def _draw(picture: Path, asked: RunConfig, estimate: MemoryEstimate) -> Path:

@@ -26,7 +26,7 @@ from sophia_galore.errors import EnvironmentProblem, lacks_package, short
 from sophia_galore.records.files import ANSWERS
 from sophia_galore.records.memory import MemoryReport
 from sophia_galore.records.run import Answers
-from sophia_galore.report.plots import plot_loss, plot_memory
+from sophia_galore.report.plots import plot_experts, plot_loss, plot_memory
 from sophia_galore.train import run
 from sophia_galore.train.checkpoint import checkpoints
 
@@ -124,7 +124,8 @@ def prediction_line(memory: MemoryReport) -> Text | None:
 def _draw(terminal: Terminal, folder: Path) -> str:
     """Draw the pictures; a missing package or a full disk does not fail a finished run."""
     try:
-        return f"{plot_loss(folder)}, {plot_memory(folder)}"
+        drawn = [plot_loss(folder), plot_memory(folder), plot_experts(folder)]
+        return ", ".join(str(path) for path in drawn if path is not None)
     except (EnvironmentProblem, OSError) as error:
         return f"none. {short(error)}"
     except ModuleNotFoundError as error:

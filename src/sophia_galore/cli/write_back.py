@@ -39,30 +39,49 @@ def write_config(config: RunConfig, path: Path) -> Path:
     return path
 
 
+def text_between_marks(path: Path, name: str) -> str:
+    """Return the text between the two marks of a name in a text file.
+
+    Args:
+        path: The file.
+        name: The name in the marks `<!-- NAME -->` and `<!-- /NAME -->`, each on a separate line.
+
+    Raises:
+        UserError: The file has no such marks.
+    """
+    return _parts(path, name)[1].strip("\n")
+
+
 def replace_between_marks(path: Path, name: str, text: str) -> None:
     """Replace the text between the two marks of a name in a text file.
 
     Args:
         path: The file.
-        name: The name in the marks `<!-- NAME -->` and `<!-- /NAME -->`, each on a separate line.
+        name: As for `text_between_marks`.
         text: The new text.
 
     Raises:
         UserError: The file has no such marks.
     """
+    before, _, after = _parts(path, name)
+    try:
+        write_text(path.resolve(), f"{before}\n{text}\n{after}")
+    except OSError as error:
+        raise EnvironmentProblem(f"{path} can't be written: {error}.", "It is as it was.") from error
+
+
+def _parts(path: Path, name: str) -> tuple[str, str, str]:
+    """Return what is before, between and after two marks; the marks belong to what is around."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} can't be read: {error}.", "Name a text file that has the marks.") from error
     before, found, rest = content.partition(begin)
-    _, closed, after = rest.partition(end)
+    between, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no lines {begin} and {end}.", "Put them where the table is to stand.")
-    try:
-        write_text(path.resolve(), f"{before}{begin}\n{text}\n{end}{after}")
-    except OSError as error:
-        raise EnvironmentProblem(f"{path} can't be written: {error}.", "It is as it was.") from error
+    return before + begin, between, end + after
 
 
 def write_new(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sophia_galore.config import RunConfig
@@ -42,7 +42,7 @@ def matrix(config: RunConfig, models: Sequence[str], limits: Sequence[int]) -> I
         yield Row(model, tuple(_cell(planner, asked, limit) for limit in limits))
 
 
-def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
+def markdown(rows: Iterable[Row], limits: Sequence[int]) -> str:
     """Return the table as Markdown.
 
     Args:
@@ -55,6 +55,20 @@ def markdown(rows: Sequence[Row], limits: Sequence[int]) -> str:
     ]
     lines += [f"| {row.model} | " + " | ".join(cell or "-" for cell in row.cells) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def read_rows(table: str) -> dict[str, Row]:
+    """Return the rows of a table that `markdown` wrote, by the model's name; what is no such row is left out.
+
+    Args:
+        table: The table.
+    """
+    rows: dict[str, Row] = {}
+    for line in table.splitlines()[2:]:
+        model, *cells = (cell.strip() for cell in line.strip().strip("|").split("|"))
+        if model and cells:
+            rows[model] = Row(model, tuple(None if cell == "-" else cell for cell in cells))
+    return rows
 
 
 def _cell(planner: Planner, config: RunConfig, limit: int) -> str | None:

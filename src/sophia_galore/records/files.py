@@ -58,6 +58,7 @@ OPTIMIZER_STATE = "optimizer.safetensors"
 
 LOSS_PICTURE = "loss.png"
 MEMORY_PICTURE = "memory.png"
+EXPERTS_PICTURE = "experts.png"
 
 REPORT_JSON, REPORT_MD, REPORT_HTML = "report.json", "report.md", "report.html"
 LOSSES_PICTURE = "losses.png"

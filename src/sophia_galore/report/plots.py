@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sophia_galore.records.files import LOSS_PICTURE, MEMORY_PICTURE, MEMORY_REPORT, METRICS
+from sophia_galore.records.files import EXPERTS_PICTURE, LOSS_PICTURE, MEMORY_PICTURE, MEMORY_REPORT, METRICS
 from sophia_galore.records.memory import MemoryReport, Timeline
 from sophia_galore.records.metrics import Metrics, read_metrics
 from sophia_galore.report.style import save, styled
@@ -49,6 +49,28 @@ def plot_memory(run_dir: Path) -> Path:
 
     with styled():
         return save(draw_memory(report, metrics), run_dir / MEMORY_PICTURE)
+
+
+def plot_experts(run_dir: Path) -> Path | None:
+    """Draw how tokens were dealt to experts.
+
+    Args:
+        run_dir: Folder of the run, which holds `metrics.jsonl`.
+
+    Returns:
+        The written `experts.png` in the same folder; None: the model has no experts.
+
+    Raises:
+        UserError: If the records are missing or broken.
+        EnvironmentProblem: If the figure can't be written.
+    """
+    metrics = read_metrics(run_dir)
+    from sophia_galore.report.draw_experts import draw_experts, has_experts
+
+    if not has_experts(metrics):
+        return None
+    with styled():
+        return save(draw_experts(metrics), run_dir / EXPERTS_PICTURE)
 
 
 def plot_timeline(

@@ -156,6 +156,7 @@ def _provenance(comparison: Comparison) -> list[Part]:
     if machine.model_fields_set:
         lines.append(f"Machine: {_describe_machine(machine)}.")
     lines += [f"{run.label}: {_processes(run)}." for run in comparison.runs if run.environment.processes]
+    lines += [f"{run.label}: {words}." for run in comparison.runs if (words := _experts(run))]
     if versions:
         lines.append("Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".")
     if comparison.date:
@@ -183,6 +184,20 @@ def _processes(run: Run) -> str:
     peaks = [each.peak_allocated_bytes for each in run.memory.processes] if run.memory else []
     known = [mebibytes(peak) for peak in peaks if peak is not None]
     return f"{sum(counts.values())} processes, {words}{summed}" + (f"; peaks {', '.join(known)}" if known else "")
+
+
+def _experts(run: Run) -> str:
+    """Return how tokens were dealt to experts, as text; empty if there are none."""
+    train = [line for line in run.metrics.train if line.tokens_per_expert]
+    if not train:
+        return ""
+    largest = max(line.largest_expert_share or 0.0 for line in train)
+    idle = sum(line.idle_experts or 0 for line in train) / len(train)
+    return (
+        f"{len(train[-1].tokens_per_expert or ())} experts; one got {largest:.0%} of a layer's choices at most, "
+        f"{idle:.1f} experts had no token in a step on average, and the routers' entropy went from "
+        f"{train[0].router_entropy or 0.0:.2f} to {train[-1].router_entropy or 0.0:.2f} nats"
+    )
 
 
 def _endings(comparison: Comparison) -> list[tuple[str, str]]:

@@ -191,7 +191,13 @@ def test_a_picture(world: World, tmp_path: Path) -> None:
 
 def test_the_matrix_goes_between_the_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("small", ("int8, 8-bit state", "fp32, keeps all graphs")), Row("large", (None, "int8"))]
-    monkeypatch.setattr(plan_command, "matrix", lambda asked, models, limits: rows)
+    computed: list[list[str]] = []
+
+    def matrix(asked: object, models: list[str], limits: object) -> list[Row]:
+        computed.append(models)
+        return rows
+
+    monkeypatch.setattr(plan_command, "matrix", matrix)
     monkeypatch.setattr(plan_command, "LIMITS", (2**30, 8 * 2**30))
     text = tmp_path / "text.md"
     text.write_text("before\n<!-- plan --matrix -->\nold\n<!-- /plan --matrix -->\nafter\n")
@@ -206,6 +212,12 @@ def test_the_matrix_goes_between_the_marks(tmp_path: Path, monkeypatch: pytest.M
         "after",
     ]
     assert command("plan", "--matrix").out.splitlines() == table
+    # Those of the table are computed again; with a name, only that one, and the others stay.
+    assert command("plan", "--matrix", "--output", str(text)).code == 0
+    rows[:] = [Row("new", ("bf16", None))]
+    assert command("plan", "--matrix", "--output", str(text), "--model", "new").code == 0
+    assert text.read_text().splitlines()[2:-2] == [*table, "| new | bf16 | - |"]
+    assert computed[-2:] == [["small", "large"], ["new"]]
     text.write_text("no marks\n")
     assert command("plan", "--matrix", "--output", str(text)).code == 2
 
