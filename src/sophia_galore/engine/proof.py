@@ -82,17 +82,24 @@ def prove(config: Any, *, trust_remote_code: bool = False) -> Proof:
     Returns:
         The proof, or what is against it.
     """
-    reason, num_tried = "", 0
-    for twin in twins(config):
+    reason = ""
+    candidates = twins(config)
+    for _ in range(_MOST_TRIES):
         try:
-            if num_tried == _MOST_TRIES or _num_parameters(twin, trust_remote_code) > _MOST_PARAMETERS:
+            twin = next(candidates, None)
+            if twin is None or _num_parameters(twin, trust_remote_code) > _MOST_PARAMETERS:
                 break
-            num_tried += 1
             model = _random_model(twin, trust_remote_code)
             expected = _autograd(model, _alone())
+            is_causal = _is_causal(model)
         except Exception as error:  # whatever a model's code says of sizes that it does not take
             reason = f"{type(error).__name__}: {short(error)}"
             continue
+        if not is_causal:
+            return Proof(
+                f"This {config.model_type} model is no causal language model: what it says of a token depends on the "
+                "tokens behind it."
+            )
         return _compared(model, *expected, _rounding(twin, trust_remote_code, expected[1]))
     return Proof(
         f"No small twin of this {config.model_type} model runs ({reason}), so nothing is known of its gradients."
@@ -163,6 +170,16 @@ def _autograd(model: Any, batches: Sequence[MicroBatch]) -> tuple[float, dict[st
     if not math.isfinite(total):
         raise ValueError(f"the loss of the twin is {total}")
     return total, {name: grad for name, grad in found.items() if grad is not None}
+
+
+@torch.no_grad()
+def _is_causal(model: Any) -> bool:
+    """Return whether logits are the same, up to rounding, if later tokens are others."""
+    ids = torch.tensor([_examples()[2].input_ids.tolist()])
+    other = ids.clone()
+    other[:, ids.shape[1] // 2 :] = ids[:, ids.shape[1] // 2 :].flip(1)
+    one, two = (model(input_ids=each, use_cache=False).logits[:, : ids.shape[1] // 2].double() for each in (ids, other))
+    return _size(one - two) <= _MOST_ROUNDING * _size(one)
 
 
 def _at_least_float32(logits: Tensor) -> torch.dtype:
