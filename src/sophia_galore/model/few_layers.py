@@ -60,7 +60,7 @@ def _lists(config: Any) -> dict[str, list[Any]]:
 
 def _is_derived(config: Any, key: str) -> bool:
     """Return whether a value is computed from others, as Mamba 2's list of equal layers is from their number."""
-    known = getattr(type(config), key, None)
+    known = getattr(type(config), config.attribute_map.get(key, key), None)
     return isinstance(known, property) and known.fset is None
 
 
