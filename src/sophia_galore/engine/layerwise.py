@@ -410,9 +410,7 @@ class LayerwiseEngine:
         gradients: Gradients = {}
         with self._observer.phase("backward"):
             if any(name not in self._frozen for name in self._entry):
-                padding = {name: module.padding_idx for name, module in architecture.lookups.items()}
-                padding[architecture.embed_name] = architecture.padding_idx
-                rows, of_weights = acts.embedded.grads(acts.out_grads, padding)
+                rows, of_weights = acts.embedded.grads(acts.out_grads, architecture.padding_idx)
                 gradients |= of_weights
         with self._observer.phase("head" if architecture.tied else "backward"):
             for name in list(rows):  # taken out inside the phase, so that the observer sees them freed there

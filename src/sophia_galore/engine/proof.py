@@ -42,6 +42,7 @@ _MOST_ROUNDING = 1e-4
 # larger numbers, whose rounding would be mistaken for a fault.
 _FLOOR = 1e-2
 _LENGTHS = (11, 5, 17, 8)
+_PADDING = 2  # as in the configurations of twins
 _CPU = torch.device("cpu")
 # A larger twin would take minutes.
 _MOST_PARAMETERS = 200_000_000
@@ -134,21 +135,22 @@ def _random_model(config: Any, trust_remote_code: bool) -> Any:
 def _examples() -> list[Example]:
     draw = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, VOCABULARY, (length,), generator=draw).tolist() for length in _LENGTHS]
+    ids[0][3] = _PADDING  # texts may hold it too
     return [Example.of(tokens, [place != 1 for place in range(len(tokens))], "") for tokens in ids]
 
 
 def _alone() -> list[MicroBatch]:
-    return [collate([[example]], pad_id=2) for example in _examples()]
+    return [collate([[example]], pad_id=_PADDING) for example in _examples()]
 
 
 def _padded() -> list[MicroBatch]:
     first, second, third, fourth = _examples()
-    return [collate([[first], [second]], pad_id=2), collate([[third], [fourth]], pad_id=2)]
+    return [collate([[first], [second]], pad_id=_PADDING), collate([[third], [fourth]], pad_id=_PADDING)]
 
 
 def _packed() -> list[MicroBatch]:
     first, second, third, fourth = _examples()
-    return [collate([[first, second], [third, fourth]], pad_id=2)]
+    return [collate([[first, second], [third, fourth]], pad_id=_PADDING)]
 
 
 def _autograd(model: Any, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:

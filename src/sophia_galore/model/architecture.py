@@ -76,7 +76,8 @@ class Architecture:
         lookups: Further embeddings of tokens, by the names of their weights.
         expert_tensors: The weights of experts, by the name that transformers has for all of them together.
         tied: Whether the head's weight is the embedding's.
-        padding_idx: Token whose embedding gets no gradient from look-ups, as declared by the module.
+        padding_idx: For each embedding, by the name of its weight, the token that gets no gradient from look-ups, as
+            declared by the module; None: every token gets one.
         logit_form: What becomes of the logits behind the head.
         runs_alone: For each layer, whether packed examples must run through it one by one: it carries a state from
             token to token.
@@ -103,7 +104,7 @@ class Architecture:
     lookups: Mapping[str, nn.Embedding]
     expert_tensors: Mapping[str, ExpertWeights]
     tied: bool
-    padding_idx: int | None
+    padding_idx: Mapping[str, int | None]
     logit_form: LogitForm
     runs_alone: tuple[bool, ...]
     has_dropout: bool

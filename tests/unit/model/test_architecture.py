@@ -51,7 +51,7 @@ def test_the_parts_together_hold_every_parameter_once(family: str, tied: bool) -
 
 def test_the_padding_row_is_kept_for_the_engine_and_taken_from_the_module() -> None:
     architecture = find_architecture(tiny_model("llama"))
-    assert architecture.padding_idx == 2
+    assert architecture.padding_idx == {"model.embed_tokens.weight": 2}
     assert architecture.embed.padding_idx is None
 
 
