@@ -49,6 +49,16 @@ def parts_of(model: Any) -> tuple[Architecture, WeightStore]:
     return find_architecture(model), WeightStore(weights)
 
 
+def fixed(architecture: Architecture) -> frozenset[str]:
+    """The parameters that a model itself lets have no gradient."""
+    return frozenset(name for name, each in architecture.model.named_parameters() if not each.requires_grad)
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    """What autograd left for the parameters of a model."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def by_expert(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names of transformers, with those of experts apart."""
     apart: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,7 +58,12 @@ _LINEAR = {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     "shared_expert_intermediate_size": 32,
 }
-# By the names of transformers. What these declare of themselves is what differs from Llama.
+_GEMMA4 = {
+    **{**_GEMMA, "global_head_dim": 32, "hidden_size_per_layer_input": 0},
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+# By the model_type, and a word for another form of it.
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2},
     "olmo2": {},
@@ -112,12 +118,24 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
     },
+    "gemma4_text dense": _GEMMA4,
+    "gemma4_text experts": {**_GEMMA4, **_EXPERTS, "enable_moe_block": True, "top_k_experts": 2},
 }
+# Of these, so many in every run of the tests; each is another way in which models differ from Llama: a factor on the
+# logits, a state from token to token, experts, tensors that layers share.
+SHORT_FAMILIES = ("granite", "lfm2", "qwen3_moe", "gemma4_text")
+
+
+def more_families() -> list[Any]:
+    """`MORE_FAMILIES` for a parameter of a test; most are thorough."""
+    return [
+        pytest.param(family, marks=() if family in SHORT_FAMILIES else pytest.mark.thorough) for family in MORE_FAMILIES
+    ]
 
 
 def tiny_config(family: str = "llama", *, tied: bool = True, **more: Any) -> Any:
     """The Hugging Face configuration of three small layers."""
-    kind, extra = FAMILIES.get(family) or (transformers.CONFIG_MAPPING[family], MORE_FAMILIES[family])
+    kind, extra = FAMILIES.get(family) or (transformers.CONFIG_MAPPING[family.split()[0]], MORE_FAMILIES[family])
     return kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
 
 

@@ -187,7 +187,7 @@ class LayerwiseEngine:
         noise = None
         if self._neftune_alpha:
             noise = EmbeddingNoise(self._neftune_alpha, self._seed, step, portion.first_row)
-        acts = self._start(portion.batches, noise, portion.first_batch)
+        acts = self._start(portion.batches, noise, portion.first_batch, step)
         self._retry.run_part(
             partial(self._enter, acts),
             acts,
@@ -304,7 +304,7 @@ class LayerwiseEngine:
     # The parts of a step. Each may be repeated.
 
     def _start(
-        self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0
+        self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0, step: int = 0
     ) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
         how = partial(
@@ -315,6 +315,8 @@ class LayerwiseEngine:
             frozen=self._frozen,
             noise=noise,
             first_batch=first_batch,
+            seed=self._seed,
+            step=step,
         )
         return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
