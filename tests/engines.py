@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.objective import CrossEntropy, Objective, SampledCrossEntropy
 from sophia_galore.engine.step_results import StepResult
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.experts import run_one_by_one, separate_experts
+from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.numerics.subspace import Projector, projection_side, tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.weights.bitsandbytes import Freezer
 from sophia_galore.weights.files import convert, load_store
+from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.saved import read_weights
 from sophia_galore.weights.store import WeightStore
 
@@ -33,6 +37,35 @@ def load_parts(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Archit
     tied_head = "lm_head.weight" if architecture.tied else None
     store = load_store(folder, architecture.parameter_shapes(), tied_head=tied_head, dtype=dtype, device=CPU)
     return architecture, store
+
+
+def parts_of(model: Any) -> tuple[Architecture, WeightStore]:
+    """Architecture and store of a copy of a model, as it is in memory."""
+    model = copy.deepcopy(model).train()
+    model.zero_grad(set_to_none=True)
+    run_one_by_one(model.config)
+    separate_experts(model)
+    weights = {name: PlainWeight(parameter.detach()) for name, parameter in model.named_parameters()}
+    return find_architecture(model), WeightStore(weights)
+
+
+def fixed(architecture: Architecture) -> frozenset[str]:
+    """The parameters that a model itself lets have no gradient."""
+    return frozenset(name for name, each in architecture.model.named_parameters() if not each.requires_grad)
+
+
+def gradients_of(model: Any) -> dict[str, Tensor]:
+    """What autograd left for the parameters of a model."""
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def by_expert(architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of transformers, with those of experts apart."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        slices = tensor.unbind() if name in architecture.expert_tensors else None
+        apart |= {name: tensor} if slices is None else {f"{name}.{place}": each for place, each in enumerate(slices)}
+    return apart
 
 
 def open_store(folder: Path, device: torch.device) -> WeightStore:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -47,10 +48,94 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "phi3": (transformers.Phi3Config, {}),
 }
 
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_MAMBA = {
+    **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
+    **{"mamba_d_ssm": 128, "mamba_expand": 2, "shared_intermediate_size": 32},
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    "shared_expert_intermediate_size": 32,
+}
+_GEMMA4 = {
+    **{**_GEMMA, "global_head_dim": 32, "hidden_size_per_layer_input": 0},
+    **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+# By the model_type, and a word for another form of it.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layer_interval": 2},
+    "olmo2": {},
+    "olmo3": _GEMMA,
+    "ministral3": {"sliding_window": 8},
+    "exaone4": _GEMMA,
+    "ernie4_5": {},
+    "glm4": {},
+    "arcee": {},
+    "hunyuan_v1_dense": {},
+    "gemma": {},
+    "granite": {
+        **{"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+        "attention_multiplier": 0.125,
+    },
+    "granite_swa": {**_GEMMA, "logits_scaling": 8.0},
+    "helium": {},
+    "starcoder2": {"sliding_window": 8},
+    "stablelm": {"use_qkv_bias": True},
+    "cohere2": {**_GEMMA, "logit_scale": 0.25},
+    "nanochat": {},
+    "apertus": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {},
+    "phi": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_5_text": _LINEAR,
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_MAMBA, "lm_head_multiplier": 0.5, "key_multiplier": 0.5, "ssm_out_multiplier": 0.5},
+    "jamba": {
+        **{"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"mamba_dt_rank": 4, "mamba_d_state": 8, "use_mamba_kernels": False, **_EXPERTS},
+    },
+    "granitemoehybrid": {**_MAMBA, **_EXPERTS, "layer_types": ["mamba", "attention", "mamba"]},
+    "qwen3_next": {**_LINEAR, **_EXPERTS},
+    "qwen3_5_moe_text": {**_LINEAR, **_EXPERTS},
+    "qwen3_moe": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "mixtral": _EXPERTS,
+    "gpt_oss": {**_EXPERTS, **_GEMMA},
+    "granitemoe": {**_EXPERTS, "logits_scaling": 8.0},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "ernie4_5_moe": {
+        **_EXPERTS,
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 2},
+    },
+    # The last two layers use keys and values of the first two; each layer has embeddings of its own.
+    "gemma4_text": {
+        **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 32, "sliding_window": 8},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    },
+    "gemma4_text dense": _GEMMA4,
+    "gemma4_text experts": {**_GEMMA4, **_EXPERTS, "enable_moe_block": True, "top_k_experts": 2},
+}
+# Of these, so many in every run of the tests; each is another way in which models differ from Llama: a factor on the
+# logits, a state from token to token, experts, tensors that layers share.
+SHORT_FAMILIES = ("granite", "lfm2", "qwen3_moe", "gemma4_text")
+
+
+def more_families() -> list[Any]:
+    """`MORE_FAMILIES` for a parameter of a test; most are thorough."""
+    return [
+        pytest.param(family, marks=() if family in SHORT_FAMILIES else pytest.mark.thorough) for family in MORE_FAMILIES
+    ]
+
 
 def tiny_config(family: str = "llama", *, tied: bool = True, **more: Any) -> Any:
     """The Hugging Face configuration of three small layers."""
-    kind, extra = FAMILIES[family]
+    kind, extra = FAMILIES.get(family) or (transformers.CONFIG_MAPPING[family.split()[0]], MORE_FAMILIES[family])
     return kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
 
 

@@ -13,16 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import everything_projected, load_parts, make_engine, take_step
+from engines import by_expert, everything_projected, fixed, gradients_of, load_parts, make_engine, parts_of, take_step
 from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.engine import segments
 from sophia_galore.engine.retry import split_rows
-from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, packed_batches, tiny_model
+from sophia_galore.model.experts import run_one_by_one
+from tiny import FAMILIES, PACKED_LENGTHS, autograd_loss, examples_of, more_families, packed_batches, tiny_model
 
 # Relative error of a loss or of a parameter's gradient, float32 on both sides, sums in another order; over 12 seeds
 # the worst seen is 5.4e-7.
 TOLERANCE = 1e-6
+# Gradients that are differences of much larger numbers: of the keys' biases, and of a factor of the activation. Worst
+# seen are 2.0e-6, 1.5e-6, 1.3e-6 and 1.2e-6; autograd itself is off by 1.7e-6, 7.9e-6, 3.9e-6 and 8.3e-6 there, against
+# float64.
+ROUNDED = {"apertus": 5e-6, "starcoder2": 5e-6, "phi": 5e-6, "gemma4_text experts": 5e-6}
 ATTENTIONS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
 ATTENTIONS.remove(("gemma2", "sdpa"))  # which transformers refuses, since it can't cap scores
 
@@ -42,12 +47,14 @@ def step(folder: Path, batches: list[MicroBatch], attention: str = "", **more: A
     return result.loss, got
 
 
-def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+def assert_same(
+    found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], tolerance: float = TOLERANCE
+) -> None:
     assert found[0] == pytest.approx(expected[0], rel=TOLERANCE)
     assert found[1].keys() == expected[1].keys()
     errors = {name: float((found[1][name] - grad).norm() / grad.norm()) for name, grad in expected[1].items()}
     worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] <= TOLERANCE, (worst, errors[worst])
+    assert errors[worst] <= tolerance, (worst, errors[worst])
 
 
 @pytest.mark.parametrize(("family", "attention"), ATTENTIONS)
@@ -59,6 +66,20 @@ def test_packed_rows_are_their_examples(tmp_path: Path, family: str, attention: 
     loss = autograd_loss(model.train(), one_by_one())
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert_same(step(tmp_path, packed_batches(), attention), (loss, expected))
+
+
+@pytest.mark.parametrize("family", more_families())
+def test_packed_rows_of_more_families_are_their_examples(family: str) -> None:
+    model = tiny_model(family).train()
+    run_one_by_one(model.config)
+    loss = autograd_loss(model, one_by_one())
+    architecture, store = parts_of(model)
+    got: dict[str, Tensor] = {}
+    engine = make_engine(architecture, store, frozen=fixed(architecture))
+    result = take_step(engine, packed_batches(), got.update, step=1)
+    # An expert without tokens is left alone.
+    expected = {name: grad for name, grad in by_expert(architecture, gradients_of(model)).items() if grad.any()}
+    assert_same((result.loss, got), (loss, expected), ROUNDED.get(family, TOLERANCE))
 
 
 # Phi-3 turns what is longer than 8 tokens by other frequencies.

@@ -1,4 +1,5 @@
-"""Deterministic algorithms, so that the same run gives the same bits on a GPU too. On a CPU it always does."""
+"""Deterministic algorithms, so that the same run gives the same bits on a GPU too. On a CPU it always does. And
+streams of random numbers that begin at a seed, for modules that draw from torch's own."""
 
 from __future__ import annotations
 
@@ -7,6 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let modules draw their random numbers from a stream of their own inside the context; torch's goes on behind it.
+
+    Args:
+        device: The compute device.
+        seed: Begins the stream.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # Only the generator that is used: torch.manual_seed seeds those of all kinds of devices, which takes longer
+        # than a small layer.
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,8 +13,9 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import Entering, LayerCall, capture_calls
+from sophia_galore.engine.determinism import seeded
 from sophia_galore.model.architecture import Architecture
-from sophia_galore.numerics.random import generator
+from sophia_galore.numerics.random import generator, key
 from sophia_galore.weights.store import WeightStore
 
 Tensors = dict[str, Tensor]
@@ -135,6 +137,8 @@ def embed(
     frozen: Collection[str] = (),
     noise: EmbeddingNoise | None = None,
     first_batch: int = 0,
+    seed: int = 0,
+    step: int = 0,
 ) -> Embedded:
     """Look up the embeddings of an effective batch, and record the arguments of each layer.
 
@@ -146,6 +150,8 @@ def embed(
         frozen: Names of the weights that are not trained.
         noise: Noise to add to the embeddings; None: no noise.
         first_batch: Number of micro-batches of the effective batch before these, in other processes.
+        seed: The run's seed, for dropout before the first layer.
+        step: Number of the optimizer step, for the same.
 
     Returns:
         Hidden states and calls; the hidden states have a graph back to the rows if gradients are enabled.
@@ -177,7 +183,9 @@ def embed(
             noise.add_to(embedded, batch, num_rows)
         num_rows += len(batch.input_ids)
         entering = Entering(batch.input_ids, embedded, looked_up, weights)
-        first, layer_calls = capture_calls(architecture, entering, batch)
+        dropout_seed = key(seed, "dropout", step, "embedding", number)
+        with seeded(tokens.device, dropout_seed) if architecture.has_dropout else nullcontext():
+            first, layer_calls = capture_calls(architecture, entering, batch)
         hidden.append(first)
         real = _real_tokens(batch) if any(architecture.routers) else None
         calls.append([replace(call, micro_batch=number, real=real) for call in layer_calls])

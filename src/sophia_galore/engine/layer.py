@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from sophia_galore.engine.capture import LayerCall
-from sophia_galore.engine.determinism import strictly_repeatable
+from sophia_galore.engine.determinism import seeded, strictly_repeatable
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients, Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
@@ -462,15 +462,7 @@ class Layers:
         if not self._architecture.has_dropout:
             yield
             return
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-            seed = key(self._seed, "dropout", step, index, call.micro_batch)
-            # Only the generator that is used: torch.manual_seed seeds those of all kinds of devices, which takes longer
-            # than a small layer.
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):
-                    torch.cuda.manual_seed(seed)
-            else:
-                torch.default_generator.manual_seed(seed)
+        with seeded(self._device, key(self._seed, "dropout", step, index, call.micro_batch)):
             yield
 
 

@@ -193,7 +193,7 @@ class LayerwiseEngine:
         noise = None
         if self._neftune_alpha:
             noise = EmbeddingNoise(self._neftune_alpha, self._seed, step, portion.first_row)
-        acts = self._start(portion.batches, noise, portion.first_batch)
+        acts = self._start(portion.batches, noise, portion.first_batch, step)
         self._retry.run_part(
             partial(self._enter, acts),
             acts,
@@ -313,7 +313,7 @@ class LayerwiseEngine:
     # The parts of a step. Each may be repeated.
 
     def _start(
-        self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0
+        self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0, step: int = 0
     ) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
         how = partial(
@@ -324,6 +324,8 @@ class LayerwiseEngine:
             frozen=self._frozen,
             noise=noise,
             first_batch=first_batch,
+            seed=self._seed,
+            step=step,
         )
         return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
@@ -422,9 +424,7 @@ class LayerwiseEngine:
         gradients: Gradients = {}
         with self._observer.phase("backward"):
             if any(name not in self._frozen for name in self._entry):
-                padding = {name: module.padding_idx for name, module in architecture.lookups.items()}
-                padding[architecture.embed_name] = architecture.padding_idx
-                rows, of_weights = acts.embedded.grads(acts.out_grads, padding)
+                rows, of_weights = acts.embedded.grads(acts.out_grads, architecture.padding_idx)
                 gradients |= of_weights
         with self._observer.phase("head" if architecture.tied else "backward"):
             for name in list(rows):  # taken out inside the phase, so that the observer sees them freed there

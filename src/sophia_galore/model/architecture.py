@@ -106,7 +106,8 @@ class Architecture:
         routers: For each layer, what chooses its experts; None: it has none, or they are not known.
         balance: Coefficient of the loss that spreads tokens evenly over experts; 0: the configuration asks for none.
         tied: Whether the head's weight is the embedding's.
-        padding_idx: Token whose embedding gets no gradient from look-ups, as declared by the module.
+        padding_idx: For each embedding, by the name of its weight, the token that gets no gradient from look-ups, as
+            declared by the module; None: every token gets one.
         logit_form: What becomes of the logits behind the head.
         runs_alone: For each layer, whether packed examples must run through it one by one: it carries a state from
             token to token.
@@ -135,7 +136,7 @@ class Architecture:
     routers: tuple[Router | None, ...]
     balance: float
     tied: bool
-    padding_idx: int | None
+    padding_idx: Mapping[str, int | None]
     logit_form: LogitForm
     runs_alone: tuple[bool, ...]
     has_dropout: bool

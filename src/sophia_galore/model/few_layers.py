@@ -39,6 +39,8 @@ def with_layers(config: Any, chosen: Sequence[int]) -> Any:
     """
     few = copy.deepcopy(config)
     for key, values in _lists(config).items():
+        if _is_derived(config, key):
+            continue
         setattr(few, key, [values[index] for index in chosen])
     if num_sharing(config):
         few.num_kv_shared_layers = sum(index >= config.num_hidden_layers - num_sharing(config) for index in chosen)
@@ -54,6 +56,12 @@ def _lists(config: Any) -> dict[str, list[Any]]:
     found = {key: value for key, value in vars(config).items() if isinstance(value, list) and len(value) == count > 1}
     types = getattr(config, "layer_types", None)  # may be kept under another name
     return found | ({"layer_types": list(types)} if types and len(types) == count else {})
+
+
+def _is_derived(config: Any, key: str) -> bool:
+    """Return whether a value is computed from others, as Mamba 2's list of equal layers is from their number."""
+    known = getattr(type(config), config.attribute_map.get(key, key), None)
+    return isinstance(known, property) and known.fset is None
 
 
 def layer_overrides(config: Any) -> dict[int, dict[str, Any]]:

@@ -58,10 +58,11 @@ def find_architecture(model: Any) -> Architecture:
     inside = tuple(f"{name}." for name in (*layer_names, norm_name) if name)
     rest = [name for name in parameters.values() if name not in known and not name.startswith(inside)]
     lookups = _lookups(model, config, rest)
-    padding_idx = embed.padding_idx
+    embeddings = {embed_name: embed, **lookups}
+    padding_idx = {name: each.padding_idx for name, each in embeddings.items()}
     # The engine looks up rows in a smaller embedding of the batch's tokens only, in which this row number would mean
     # another token. So the engine applies `padding_idx` itself.
-    for each in (embed, *lookups.values()):
+    for each in embeddings.values():
         each.padding_idx = None
     return Architecture(
         model=model,

@@ -124,7 +124,7 @@ def parameter_facts(architecture: Architecture) -> tuple[Param, ...]:
             part=_part_of(name, architecture),
             is_head=name == architecture.head_name,
             is_linear=name in linears,
-            padding_row=architecture.padding_idx if name == architecture.embed_name else None,
+            padding_row=architecture.padding_idx.get(name),
             requires_grad=parameter.requires_grad,
             inner=architecture.inner_name(name),
             is_expert=architecture.is_expert(name),

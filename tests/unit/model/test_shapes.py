@@ -215,7 +215,7 @@ def test_weights_of_another_number_are_refused(folder: Path, hub_of: Any, tmp_pa
         ("config.json", b"[]", "not a table"),
         ("config.json", b"{}", "no model_type"),
         ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
-        ("config.json", b'{"model_type": "gpt2"}', "'gpt2' is not supported"),
+        ("config.json", b'{"model_type": "t5"}', "'t5' is not one of transformers' causal language models"),
         (WEIGHTS, b"12345678" * 3, "its header would have"),
         (WEIGHTS, struct.pack("<Q", 4) + b"[12]", "no safetensors file"),
     ],

@@ -53,10 +53,17 @@ def test_a_broken_config_is_said_so(text: str, tmp_path: Path) -> None:
     assert caught.value.remedy
 
 
-def test_an_unsupported_architecture_is_refused_before_anything_is_built(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+@pytest.mark.parametrize("kind", ["t5", "vit", "clip"])
+def test_what_is_no_causal_language_model_is_refused_before_anything_is_built(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ModelError, match=f"'{kind}' is not one of transformers' causal language models"):
         load_model_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "mamba"])
+def test_any_causal_language_model_is_read(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert load_model_config(tmp_path).model_type == kind
 
 
 @pytest.mark.parametrize("text", ["{", "{}", None])

@@ -12,9 +12,17 @@ import pytest
 import torch
 import transformers
 
-from sophia_galore.plan.detect import detect_bitsandbytes, detect_device, largest_token, missing_trackers, model_facts
+from sophia_galore.model.skeleton import build_skeleton
+from sophia_galore.plan.detect import (
+    detect_bitsandbytes,
+    detect_device,
+    largest_token,
+    missing_trackers,
+    model_facts,
+    parameter_facts,
+)
 from sophia_galore.plan.facts import BitsandbytesFacts, DeviceFacts
-from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, tiny_config, tiny_tokenizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -122,26 +130,30 @@ def test_trackers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dense_models_have_no_experts(family: str) -> None:
-    found = model_facts(tiny_model(family).config, name="m")
-    assert (found.experts, found.positions, found.vocab_size, found.name) == (None, 128, 320, "m")
+def test_what_a_configuration_says(family: str) -> None:
+    found = model_facts(tiny_config(family), name="m")
+    assert (found.model_type, found.positions) == (tiny_config(family).model_type, 128)
+    assert (found.vocab_size, found.name, found.instead_of) == (320, "m", "")
 
 
-@pytest.mark.parametrize(
-    ("config", "experts"),
-    [
-        (transformers.MixtralConfig(num_local_experts=4), ("num_local_experts", 4)),
-        (transformers.Qwen2MoeConfig(num_experts=6), ("num_experts", 6)),
-        (transformers.DeepseekV3Config(n_routed_experts=16), ("n_routed_experts", 16)),
-        (transformers.GPT2Config(), None),
-        (SimpleNamespace(model_type="x", num_experts=1), None),
-        (SimpleNamespace(model_type="x", num_experts=None), None),
-        (SimpleNamespace(model_type="x", text_config=SimpleNamespace(num_experts=2)), ("num_experts", 2)),
-        (SimpleNamespace(model_type="x", ffn_config=SimpleNamespace(moe_num_experts=2)), ("moe_num_experts", 2)),
-    ],
-)
-def test_experts_are_found_by_their_key(config: Any, experts: tuple[str, int] | None) -> None:
-    assert model_facts(config).experts == experts
+def test_what_it_does_not_say_is_not_known() -> None:
+    found = model_facts(SimpleNamespace(model_type="x"), instead_of="y")
+    assert (found.positions, found.vocab_size, found.instead_of) == (None, None, "y")
+
+
+def test_experts_and_what_chooses_them_are_found() -> None:
+    """Each expert's matrices are parameters of their own, and no linear modules."""
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3,
+    )  # fmt: skip
+    params = parameter_facts(build_skeleton(config, CPU))
+    experts = [param for param in params if param.is_expert]
+    assert len(experts) == 2 * 2 * 3 and all(param.is_matrix and not param.is_linear for param in experts)
+    assert experts[1].name == "model.layers.0.mlp.experts.gate_up_proj.1"
+    assert experts[1].inner == "mlp.experts.gate_up_proj.1" and params[0].inner == params[0].name
+    routers = [param for param in params if param.is_router]
+    assert [param.name for param in routers] == [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
 
 
 def test_the_largest_token() -> None:

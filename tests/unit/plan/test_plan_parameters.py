@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.engine.proof import Proof
 from sophia_galore.errors import ConfigError
-from sophia_galore.model.architecture import find_architecture
+from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.optim.spec import state_bytes
 from sophia_galore.plan.detect import parameter_facts
 from sophia_galore.plan.facts import Facts, Param
@@ -30,6 +31,11 @@ NORM = Param("layers.0.norm", (64,))
 EMBED = Param("embed", (320, 64), part="embed", padding_row=2)
 TIED = Param("embed", (320, 64), part="embed", is_head=True)
 HEAD = Param("head", (320, 64), part="head", is_head=True)
+CONV = Param("layers.0.conv", (96, 1, 4))
+ROUTER = Param("layers.0.gate", (16, 64), is_linear=True, is_router=True)
+HELD = Param("layers.0.table", (64, 64), requires_grad=False)
+IDLE = Param("layers.0.idle", (64, 96), inner="idle")
+UNREACHED = Proof(unreached=("idle",))
 
 
 def facts(
@@ -38,10 +44,11 @@ def facts(
     quantization: Mapping[str, Any] | None = None,
     bits: int = 32,
     trainable: tuple[str, ...] | None = None,
+    proof: Proof | None = None,
 ) -> Facts:
     settings = {"type": kind, "state_bits": bits, "galore": {"rank": 8}, "apollo": {"rank": 8}}
     asked = {"optimizer": settings, "quantization": dict(quantization or {}), "training": {"trainable": trainable}}
-    return Facts(RunConfig.model_validate(asked))
+    return Facts(RunConfig.model_validate(asked), proof=proof)
 
 
 # Row -> (facts and parameter of which it speaks, what it says; the same, one step away, of which it does not).
@@ -56,6 +63,11 @@ CASES: dict[str, tuple[list[tuple[Facts, Param]], str, list[tuple[Facts, Param]]
             (facts(quantization=INT8), LINEAR),
             (facts(), LINEAR),
         ],
+    ),
+    "fixed": (
+        [(facts(), HELD), (facts("adamw"), HELD), (facts(proof=UNREACHED), IDLE), (facts(trainable=("*",)), HELD)],
+        "the model keeps it as it is: it gets no gradient",
+        [(facts(), IDLE), (facts(proof=Proof()), IDLE), (facts(proof=UNREACHED), LINEAR)],
     ),
     "not_trainable": (
         [
@@ -95,7 +107,17 @@ CASES: dict[str, tuple[list[tuple[Facts, Param]], str, list[tuple[Facts, Param]]
     "vector": (
         [(facts(kind), NORM) for kind in ("galore", "apollo", "scale")],
         "norm or bias",
-        [(facts(), LINEAR), (facts("adamw"), NORM)],
+        [(facts(), LINEAR), (facts("adamw"), NORM), (facts(), CONV)],
+    ),
+    "not_a_matrix": (
+        [(facts(kind), CONV) for kind in ("galore", "apollo", "scale")],
+        "no matrix",
+        [(facts(), LINEAR), (facts(), NORM), (facts("adamw"), CONV)],
+    ),
+    "router": (
+        [(facts(kind), ROUTER) for kind in ("galore", "apollo", "scale")],
+        "chooses experts",
+        [(facts(), LINEAR), (facts("adamw"), ROUTER)],
     ),
     "scale_head": (
         [(facts("scale"), HEAD), (facts("scale"), TIED)],
@@ -176,11 +198,14 @@ def test_one_step_away_it_does_not(key: str, known: Facts, param: Param) -> None
 def test_the_rows_say_what_trains_the_parameter() -> None:
     trains = {
         "frozen": "frozen",
+        "fixed": "frozen",
         "not_trainable": "frozen",
         "instead": "adamw",
         "adamw": "adamw",
         "sophia": "sophia",
         "vector": "adamw",
+        "not_a_matrix": "adamw",
+        "router": "adamw",
         "scale_head": "scale_momentum",
         "scale_matrix": "scale",
         "small_side": "adamw",
@@ -195,7 +220,7 @@ def test_every_parameter_of_every_family_is_in_a_part_and_may_have_a_gradient(fa
     architecture = find_architecture(tiny_model(family, tied=tied))
     params = parameter_facts(architecture)
     assert [param.name for param in params] == list(architecture.parameter_shapes())
-    assert all(param.requires_grad and param.part != "other" for param in params)
+    assert all(param.requires_grad for param in params)
     assert [param.part for param in params if param.is_head] == ["embed" if tied else "head"]
     assert {param.part for param in params} == {"embed", "layer", "norm"} | (set() if tied else {"head"})
     linears = [param for param in params if param.is_linear]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sophia_galore.config.schema import RunConfig
-from sophia_galore.model.architecture import find_architecture
+from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.numerics.subspace import basis_shape
 from sophia_galore.optim.recipes import DEFAULT_LEARNING_RATES
 from sophia_galore.optim.states import ParamStates

@@ -11,6 +11,7 @@ import torch
 
 from sophia_galore.config.dump import changed
 from sophia_galore.config.schema import RunConfig
+from sophia_galore.engine.proof import Proof
 from sophia_galore.errors import ConfigError, EnvironmentProblem, ModelError, UserError
 from sophia_galore.plan.facts import (
     BitsandbytesFacts,
@@ -36,6 +37,9 @@ WORKS = BitsandbytesFacts("0.50.2")
 PARAMS = (Param("embed", (320, 64), part="embed"), Param("q", (64, 64), is_linear=True), Param("norm", (64,), "norm"))
 MODEL = ModelFacts("llama", 512, 320, name="some/model")
 DATA = DataFacts(largest_token=319, largest_known=319, num_steps=10)
+WRONG = Proof(problem="This llama model would get wrong gradients: that of model.layers.0.q differs by 3 %.")
+PROVEN = Proof(parameter="model.layers.0.q", difference=1.2e-7, num_parameters=5000, num_layers=2)
+LEAKING = replace(PROVEN, packing_problem="Packed examples would see each other.")
 FEW, MOST = RouteFacts(0.2, 2, 1), RouteFacts(0.8, 2, 1)
 GIB = 2**30
 TOO_MUCH = MemoryFacts(needed_bytes=3 * GIB + GIB // 2, limit_bytes=4 * GIB, reserve_bytes=GIB)
@@ -167,20 +171,6 @@ CASES: dict[str, Case] = {
         ["No source could be reached for big/model: some/model is trained instead."],
         [facts()],
     ),
-    "experts": Case(
-        [with_model(model_type="mixtral", experts=("num_local_experts", 8)), with_model(experts=("num_experts", 2))],
-        "refuse",
-        ["mixtures of experts", "_experts: ", "not supported yet", "Llama"],
-        [facts(), with_model(model_type="gpt2")],
-        ModelError,
-    ),
-    "architecture": Case(
-        [with_model(model_type="gpt2")],
-        "refuse",
-        ["The architecture 'gpt2' is not supported.", "Llama"],
-        [facts(), with_model(model_type=""), with_model(model_type="mixtral", experts=("num_local_experts", 8))],
-        ModelError,
-    ),
     "positions": Case(
         [facts(training={"max_length": 513})],
         "refuse",
@@ -191,19 +181,25 @@ CASES: dict[str, Case] = {
         ],
         ConfigError,
     ),
-    "no_gradient": Case(
-        [facts(parameters=(*PARAMS, Param("layers.0.fixed", (4,), requires_grad=False)))],
+    "not_proven": Case(
+        [facts(proof=WRONG), facts(proof=WRONG, asked_data={"packing": True})],
         "refuse",
-        ["layers.0.fixed have no gradient"],
-        [facts(), facts(parameters=(replace(PARAMS[0], padding_row=2), *PARAMS[1:]))],
+        [WRONG.problem, "another architecture"],
+        [facts(), facts(proof=PROVEN), facts(proof=LEAKING)],
         ModelError,
     ),
-    "outside_of_the_parts": Case(
-        [facts(parameters=(*PARAMS, Param("adapter.weight", (4, 4), part="other")))],
+    "packing_not_proven": Case(
+        [facts(proof=LEAKING, asked_data={"packing": True})],
         "refuse",
-        ["adapter.weight belongs neither to the embedding nor to a layer"],
-        [facts()],
-        ModelError,
+        ["data.packing is not possible with this llama model: Packed examples would see", "data.packing=false"],
+        [facts(proof=LEAKING), facts(proof=PROVEN, asked_data={"packing": True}), facts(asked_data={"packing": True})],
+        ConfigError,
+    ),
+    "proven": Case(
+        [facts(proof=PROVEN), facts(proof=LEAKING)],
+        "use",
+        ["llama was compared with autograd on a small twin of 2 layers", "model.layers.0.q", "by 1.2e-07 of its size"],
+        [facts(), facts(proof=WRONG)],
     ),
     "skip_unmatched": Case(
         [facts(quantization=SKIPS)],
@@ -529,11 +525,6 @@ def test_all_refusals_come_at_once() -> None:
     same = facts(training={"max_length": 513, "warmup_steps": 11})
     with pytest.raises(ConfigError, match="2 problems with this run"):
         decide(RULES, same)
-
-
-def test_each_case_of_experts_names_the_model_and_its_key() -> None:
-    with pytest.raises(ModelError, match=r"this mixtral model are mixtures of experts \(num_local_experts: 8\)"):
-        decide(RULES, CASES["experts"].fires[0])
 
 
 def test_a_table_is_evaluated_in_its_order_and_texts_are_filled_in() -> None:
