@@ -344,6 +344,9 @@ class _Run:
                 store=self._loaded.store,
                 dtype=dtype,
                 source=self._prepared.source,
+                layout=self._prepared.layout,
+                # The checkpoint that a run resumed from may be deleted once there is a later one.
+                beside=self._saved or self._prepared.folder,
                 chat_template=self._plan.chat_format.template,
                 eos_token_ids=self._prepared.stop_ids,
             )
