@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from sophia_galore.errors import ModelError
+from sophia_galore.errors import ModelError, short
+from sophia_galore.model.headed import give_causal_class
 
 
 def language_config(config: Any) -> Any:
@@ -31,6 +32,7 @@ def language_config(config: Any) -> Any:
     text = copy.deepcopy(text)
     if (tied := getattr(config, "tie_word_embeddings", None)) is not None:
         text.tie_word_embeddings = tied
+    give_causal_class(text)
     return text
 
 
@@ -58,8 +60,14 @@ def make_reader(config: Any, architecture_names: list[str] | None, skeleton: nn.
                 f"({', '.join(architecture_names or ()) or 'architectures is missing'}).",
                 "Take the model's original config.json.",
             )
-    with init_empty_weights(include_buffers=True):
-        model = kind(copy.deepcopy(config))
+    try:
+        with init_empty_weights(include_buffers=True):
+            model = kind(copy.deepcopy(config))
+    except ImportError as error:
+        raise ModelError(
+            f"transformers needs another package to read this {config.model_type} model: {short(error)}",
+            "Install the package.",
+        ) from error
     model.tie_weights()
     return model
 
