@@ -73,10 +73,17 @@ def test_what_is_read_and_written_again_is_the_same(name: str, tied: bool, tmp_p
     architecture, layout, store = opened(source)
     with whole_model(architecture, store) as ours, torch.no_grad():
         assert torch.equal(ours(TOKENS).logits, expected)
-    for folder, dtype in ((written, torch.float32), (checkpoint, None)):
+    for folder in (written, checkpoint):
         folder.mkdir()
-        files = read_source_files(source)
-        write_model(folder, store=store, dtype=dtype, source=files, layout=layout, beside=source)
+        write_model(
+            folder,
+            store=store,
+            dtype=None,
+            source=read_source_files(source),
+            layout=layout,
+            beside=source,
+            as_source=folder is written,
+        )
     exported.mkdir()
     convert_model(checkpoint, exported, torch.float32)
     assert not differing(source, written)

@@ -63,14 +63,14 @@ def write_model(
     source: SourceFiles,
     layout: FolderLayout | None = None,
     beside: Path | None = None,
+    as_source: bool = True,
     chat_template: str | None = None,
     eos_token_ids: Sequence[int] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the weights and the other files of the source model, changed only where training changed something.
 
-    In a given precision, the tensors have the names and shapes that they have in the source; exactly as stored, those
-    of the skeleton.
+    Where the source's tensors have other names and shapes than the skeleton's, plain weights have those of the source.
 
     Args:
         folder: An existing folder. If this fails, files in it are half written.
@@ -79,6 +79,7 @@ def write_model(
         source: Files of the model that was trained.
         layout: What the tensors of its folder are; None: the skeleton's weights under the same names.
         beside: A folder with the tensors that are written as they are: the source's, or a checkpoint.
+        as_source: Whether that is wanted: a checkpoint keeps the skeleton's names, and lists the source's.
         chat_template: Text of a new chat template; None: the source's.
         eos_token_ids: Ids of new tokens that end an answer; None: the source's.
         shard_bytes: Most bytes of weights in a file.
@@ -87,8 +88,8 @@ def write_model(
         ModelError: A weight is not finite in that precision, or the source's settings can't be read.
     """
     carried = layout.carried(beside) if layout and beside else None
-    if layout and not layout.is_own and dtype is not None:
-        precision = dtype
+    is_plain = dtype is not None or not any(weight.is_packed for _, weight in store.items())
+    if layout and not layout.is_own and as_source and is_plain:
 
         @contextmanager
         def lend(name: str) -> Iterator[Callable[[], Weight]]:
@@ -100,7 +101,7 @@ def write_model(
             layout.writing,
             store,
             lend,
-            lambda weight: precision,
+            lambda weight: dtype or weight.dtype,
             carried=carried,
             shard_bytes=shard_bytes,
         )
