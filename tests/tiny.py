@@ -22,7 +22,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -136,7 +136,7 @@ def more_families() -> list[Any]:
 def tiny_config(family: str = "llama", *, tied: bool = True, **more: Any) -> Any:
     """The Hugging Face configuration of three small layers."""
     kind, extra = FAMILIES.get(family) or (transformers.CONFIG_MAPPING[family.split()[0]], MORE_FAMILIES[family])
-    return kind(**{**_SIZES, **extra, "tie_word_embeddings": tied, **more})
+    return kind(**{**SIZES, **extra, "tie_word_embeddings": tied, **more})
 
 
 def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **more: Any) -> Any:

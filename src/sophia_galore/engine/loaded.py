@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from sophia_galore.engine.generate import Answer, Message, Settings, Stream, gen
 from sophia_galore.engine.whole import whole_model
 from sophia_galore.errors import ModelError
 from sophia_galore.model.export import read_generation_config
+from sophia_galore.model.folder_layout import find_layout, load_buffers
 from sophia_galore.model.headers import main_dtype, read_folder_headers
 from sophia_galore.model.skeleton import build_skeleton, load_model_config, load_tokenizer
 from sophia_galore.weights.file_store import FileStore
@@ -114,18 +115,21 @@ def loaded(folder: Path, held: Held, device: torch.device, *, title: str = "") -
     shapes = architecture.parameter_shapes()
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     tied_head = HEAD if architecture.tied else None
+    layout = find_layout(folder, architecture)
+    load_buffers(folder, layout, architecture)
     store: WeightStore
     if held == "file":
-        store = FileStore.of(folder, shapes, tied_head=tied_head, device=device)
+        store = FileStore.of(folder, shapes, tied_head=tied_head, device=device, layout=layout.reading)
     else:
         store = load_store(
             folder,
             shapes,
             tied_head=tied_head,
-            dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, shapes),
+            dtype=DTYPES[held] if held in DTYPES else _own_dtype(headers, layout.reading.keys),
             device=device,
             int8=matrices if held == "int8" else (),
             as_packed=held in ("auto", "int8"),
+            layout=layout.reading,
         )
     positions = getattr(config, "max_position_embeddings", None)
     with whole_model(architecture, store) as model:
@@ -151,8 +155,8 @@ def _refuse_frozen(folder: Path, headers: Mapping[str, TensorHeader], held: Held
     )
 
 
-def _own_dtype(headers: Mapping[str, TensorHeader], shapes: Mapping[str, torch.Size]) -> torch.dtype:
+def _own_dtype(headers: Mapping[str, TensorHeader], keys: Iterable[str]) -> torch.dtype:
     """Return the precision of the folder's plain weights; of several, the one with the most elements."""
-    plain = [headers[name] for name in shapes if name in headers and headers[name].dtype.startswith(("F", "BF"))]
+    plain = [headers[name] for name in keys if name in headers and headers[name].dtype.startswith(("F", "BF"))]
     own = main_dtype(plain)
     return own if own is not None and own in DTYPES.values() else torch.float32

@@ -18,6 +18,8 @@ _TRACES = ("_name_or_path", "name_or_path", "local_files_only", "is_local", "_co
 _PACKING = ("quantization_config", "quantization", "compression_config")
 # In the old form, these are next to the scaling, not inside it.
 _BESIDE_SCALING = ("rope_theta", "partial_rotary_factor")
+# The models whose layers of different kinds transformers 4.x gives different settings.
+_ROPE_BY_LAYER = ("gemma3_text", "gemma3n_text")
 # transformers 4.x accepts three fields in Phi-3's scaling, and reads this one outside of it.
 _BESIDE_PHI3_SCALING = "original_max_position_embeddings"
 
@@ -52,6 +54,8 @@ def _old_rope(config: Json) -> Json:
     if not isinstance(new, Mapping) or not new:
         return {}
     by_layer = {name: value for name, value in new.items() if isinstance(value, Mapping)}
+    if by_layer and config.get("model_type") not in _ROPE_BY_LAYER:
+        return {}  # 4.x does not know the model, and 5 would take the old form for that of all layers
     if by_layer:
         full, local = by_layer.get("full_attention", {}), by_layer.get("sliding_attention", {})
         old = _old_rope_of(full, config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sophia_galore.errors import ArgumentError, EnvironmentProblem, ModelError, short
 from sophia_galore.model.origin import CARD, is_hub_id
 from sophia_galore.model.skeleton import load_model_config, load_tokenizer
-from sophia_galore.model.source_files import CONFIG, read_source_files
+from sophia_galore.model.source_files import CONFIG, SOURCE_TENSORS, read_source_files
 from sophia_galore.records.files import weights_entry
 from sophia_galore.weights.folder import is_int8, weight_files
 from sophia_galore.weights.manifest import check_model_folder, read_manifest, verify
@@ -35,6 +35,11 @@ def files_to_push(folder: Path) -> list[Path]:
     if is_int8(folder):
         raise ModelError(
             f"{folder} holds weights in eight bits of this project, which no other program opens.",
+            f"Write them in an ordinary format first: sophia-galore export {folder} --to bf16 --output FOLDER.",
+        )
+    if (folder / SOURCE_TENSORS).is_file():
+        raise ModelError(
+            f"{folder} holds weights under names of this project, which no other program opens.",
             f"Write them in an ordinary format first: sophia-galore export {folder} --to bf16 --output FOLDER.",
         )
     manifest = read_manifest(folder)

@@ -77,7 +77,7 @@ GEMMA: tuple[Specification, ...] = (
         3_880_263_168,
         {**_GEMMA3_LARGE, **sizes(2_560, 10_240, 34, 8, 4), **_windows(34)},
         hub_ids("google LLM-Research", "gemma-3-4b-pt", "gemma-3-4b-it"),
-        remark="The published gemma-3-4b sees images too and can't be trained as it is; this is its text model.",
+        remark=_only_text("gemma-3-4b", "sees images"),
     ),
     Specification(
         "gemma-3-12b",

@@ -9,8 +9,10 @@ for a built-in model, no hub is asked.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +25,19 @@ from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
 from sophia_galore.model import gguf, hub, hub_modelscope
 from sophia_galore.model.cache import Say
+from sophia_galore.model.folder_layout import layout_of
 from sophia_galore.model.headers import count_numbers, main_dtype, read_folder_headers
-from sophia_galore.model.hub_headers import read_published
+from sophia_galore.model.hub_headers import Published, read_published
 from sophia_galore.model.origin import is_hub_id
 from sophia_galore.model.quantised import declared_quantisation, found_quantisation, quantised_error
 from sophia_galore.model.reach import Unreachable
-from sophia_galore.model.skeleton import check_causal, count_parameters, make_model_config, read_model_config
+from sophia_galore.model.skeleton import (
+    build_skeleton,
+    check_causal,
+    count_parameters,
+    make_model_config,
+    read_model_config,
+)
 from sophia_galore.model.source import find_cached, find_local
 from sophia_galore.model.specifications import SPECIFICATIONS, find_specification
 from sophia_galore.weights.manifest import repair_hint
@@ -165,6 +174,8 @@ def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
     num_parameters = count_parameters(config)
     num_published = count_numbers(published.headers, tied=bool(config.tie_word_embeddings))
     if num_parameters != num_published:
+        num_published = _count_trained(published, config)
+    if num_parameters != num_published:
         raise ModelError(
             f"By its config.json {name} has {num_parameters:,} parameters, by the headers of its weights "
             f"{num_published:,}.",
@@ -172,6 +183,13 @@ def _ask_hugging_face(settings: ModelConfig, check: Check) -> ModelShape:
             "with.",
         )
     return ModelShape(name, "hf", config, main_dtype(published.headers.values()), None, num_parameters)
+
+
+def _count_trained(published: Published, config: Any) -> int:
+    """Return how many numbers of published weights belong to the language model, and are not only carried along."""
+    architecture = build_skeleton(copy.deepcopy(config), torch.device("cpu"))
+    shapes = {name: tuple(header.shape) for name, header in published.headers.items()}
+    return sum(math.prod(shapes[key]) for key in layout_of(shapes, published.config, architecture).keys)
 
 
 def _ask_modelscope(settings: ModelConfig, check: Check) -> ModelShape:

@@ -16,6 +16,7 @@ from sophia_galore.model.experts import run_one_by_one, separate_experts
 from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.model.quantised import refuse_quantised
 from sophia_galore.model.tied_head import head_differs
+from sophia_galore.model.whole_model import language_config
 from sophia_galore.weights.folder import HEAD
 
 
@@ -49,7 +50,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say
         say: Called with a line for the user about each correction.
 
     Returns:
-        The Hugging Face configuration.
+        The Hugging Face configuration; of a model that does more than language, that of its language model.
 
     Raises:
         ModelError: It can't be read, or the weights are quantised.
@@ -69,6 +70,10 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = False, say: Say
         )
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+    text = language_config(config)
+    if text is not config:
+        say(f"{config.model_type} does more than language: its language model is trained, all else stays as it is.")
+    config = text
     if getattr(config, "tie_word_embeddings", False) and any(folder.glob("*.safetensors")) and head_differs(folder):
         say(
             f"{folder / 'config.json'} ties the head to the embedding, but {HEAD} in the weights differs from it: the "
@@ -108,7 +113,8 @@ def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
         origin: Where they come from, for error messages.
 
     Returns:
-        The Hugging Face configuration; it shares nothing with `values`.
+        The Hugging Face configuration; it shares nothing with `values`. Of a model that does more than language, that
+        of its language model.
 
     Raises:
         ModelError: They do not describe an architecture that transformers knows.
@@ -117,7 +123,7 @@ def make_model_config(values: Mapping[str, Any], origin: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values)))
+        return language_config(CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values))))
     except KeyError as error:
         kind = values.get("model_type")
         reason = f"transformers does not know its model_type {kind!r}" if kind else "it has no model_type"

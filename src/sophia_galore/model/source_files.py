@@ -21,11 +21,14 @@ GENERATION = "generation_config.json"
 TOKENIZER = "tokenizer_config.json"
 WHOLE_TOKENIZER = "tokenizer.json"
 TEMPLATE = "chat_template.jinja"
+SOURCE_TENSORS = "source_tensors.json"
+"""Shapes of the tensors in the folder that a model came from, if its own are others."""
 
 # Files that transformers, llama.cpp and others read for a decoder-only model, without files of a run.
 _WANTED = re.compile(
     r"(generation_)?config\.json|tokenizer[^/]*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|[^/]*\.jinja|chat_template\.json|[^/]*\.tiktoken|(spiece|sentencepiece[^/]*)\.model"
+    r"|((video_)?pre)?processor_config\.json"
     r"|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)[^/]*"
 )
 _CODE = re.compile(r"[^/]+\.py")

@@ -15,7 +15,8 @@ from torch import Tensor
 from sophia_galore.numerics.row_blocks import row_blocks
 from sophia_galore.weights.folder import HEAD, weight_files
 
-EMBEDDING = "model.embed_tokens.weight"
+# A model that does more than language has longer names.
+_EMBEDDING = "embed_tokens.weight"
 
 
 def head_differs(folder: Path) -> bool:
@@ -33,12 +34,14 @@ def head_differs(folder: Path) -> bool:
         places: dict[str, Path] = {}
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
-                places |= {name: path for name in (HEAD, EMBEDDING) if name in file.keys()}  # noqa: SIM118
-        if len(places) < 2:
+                places |= {name: path for name in file.keys() if name.endswith((HEAD, _EMBEDDING))}  # noqa: SIM118
+        heads, embeddings = ([name for name in places if name.endswith(end)] for end in (HEAD, _EMBEDDING))
+        if not heads or not embeddings:
             return False
-        with safe_open(places[HEAD], framework="pt") as first, safe_open(places[EMBEDDING], framework="pt") as second:
-            shape = first.get_slice(HEAD).get_shape()
-            if shape != second.get_slice(EMBEDDING).get_shape():
+        head, embedding = min(heads, key=len), min(embeddings, key=len)  # those of further heads have longer names
+        with safe_open(places[head], framework="pt") as first, safe_open(places[embedding], framework="pt") as second:
+            shape = first.get_slice(head).get_shape()
+            if shape != second.get_slice(embedding).get_shape():
                 return True
 
         def read(name: str, rows: slice) -> Tensor:
@@ -47,6 +50,6 @@ def head_differs(folder: Path) -> bool:
                 tensor: Tensor = file.get_slice(name)[rows]
             return tensor.float()
 
-        return not all(torch.equal(read(HEAD, rows), read(EMBEDDING, rows)) for rows in row_blocks(shape))
+        return not all(torch.equal(read(head, rows), read(embedding, rows)) for rows in row_blocks(shape))
     except (SafetensorError, OSError):
         return False  # the loading of the weights reports the error

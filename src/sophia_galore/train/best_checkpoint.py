@@ -168,9 +168,10 @@ def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOpt
     """
     if any(spec.subspace and spec.subspace.folds_late for spec in optimizer.specs.values()):
         optimizer.states.load(checkpoint.optimizer_state())
+    trained = {name for name, weight in store.items() if not weight.held_by_module}  # what a module holds is frozen
     for saved in saved_weights(checkpoint.folder):
-        # The optimizer's state holds the updates that are not in the codes yet. What a module holds is frozen.
-        if not store[saved.name].held_by_module:
+        # The optimizer's state holds the updates that are not in the codes yet.
+        if saved.name in trained:
             with store.borrow(saved.name) as weights:
                 saved.copy_into(weights[saved.name])
 

@@ -14,6 +14,7 @@ from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.memory.out_of_memory import storage_names
+from sophia_galore.model.folder_layout import load_buffers
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.route import frozen_names
 from sophia_galore.plan.routes import int8_format
@@ -78,7 +79,9 @@ def load(
             frozen=freezer,
             elsewhere=prepared.streamed.names,
             settle=settle,
+            layout=prepared.layout.reading,
         )
+        load_buffers(prepared.folder, prepared.layout, architecture)
         specs = [route.spec for route in plan.routes if route.spec]
         optimizer: ParamOptimizer
         shards = config.distributed.shard_state and not processes.is_alone

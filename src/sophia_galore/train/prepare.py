@@ -18,6 +18,7 @@ from sophia_galore.errors import ConfigError
 from sophia_galore.memory.planner import Planner
 from sophia_galore.memory.workload import workload_of_data
 from sophia_galore.model.export import read_generation_config
+from sophia_galore.model.folder_layout import find_layout
 from sophia_galore.model.skeleton import build_skeleton, check_causal, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.model.source_files import read_source_files
@@ -98,6 +99,9 @@ def prepare(
     facts = replace(facts, proof=proof)
     decide(RULES, facts)
     architecture = build_skeleton(model_config, device, trust_remote_code=trust)
+    layout = find_layout(model.folder, architecture)
+    if remark := layout.remark():
+        callback.say(remark)
     facts = replace(facts, parameters=parameter_facts(architecture))
     decide(RULES, facts)
     facts = replace(facts, data=DataFacts(largest_known=largest_token(tokenizer)))
@@ -142,6 +146,7 @@ def prepare(
         architecture,
         generation_config,
         source,
+        layout,
         dataset,
         device,
         compute_dtype(facts),

@@ -17,6 +17,7 @@ from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.memory.planner import MemoryEstimate, Planner
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.folder_layout import FolderLayout
 from sophia_galore.model.source_files import SourceFiles
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.plan.placements import Streamed
@@ -41,6 +42,7 @@ class Prepared:
         architecture: Its parts, on the meta device.
         generation_config: Its generation settings, or None.
         source: Its files beside the weights.
+        layout: What the tensors of its folder are in it.
         dataset: The tokenised data.
         device: The device of the arithmetic.
         compute_dtype: The precision of the arithmetic.
@@ -58,6 +60,7 @@ class Prepared:
     architecture: Architecture
     generation_config: Any
     source: SourceFiles
+    layout: FolderLayout
     dataset: Dataset
     device: torch.device
     compute_dtype: torch.dtype

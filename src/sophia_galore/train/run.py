@@ -339,19 +339,23 @@ class _Run:
                 given = ask(self._prepared, self._loaded.store, self._folder, when)
             self._callback.answered(when, given)
 
-    def _write_model(self, folder: Path, dtype: torch.dtype | None) -> None:
+    def _write_model(self, folder: Path, dtype: torch.dtype | None, *, as_source: bool = True) -> None:
         with self._monitor.apart():
             write_model(
                 folder,
                 store=self._loaded.store,
                 dtype=dtype,
                 source=self._prepared.source,
+                layout=self._prepared.layout,
+                # The checkpoint that a run resumed from may be deleted once there is a later one.
+                beside=self._saved or self._prepared.folder,
+                as_source=as_source,
                 chat_template=self._plan.chat_format.template,
                 eos_token_ids=self._prepared.stop_ids,
             )
 
     def _write_checkpoint_model(self, folder: Path) -> None:
-        self._write_model(folder, None)
+        self._write_model(folder, None, as_source=False)
         # The card keeps the model's origin and licence for a run that resumes from this checkpoint.
         write_card(folder, self._card())
 

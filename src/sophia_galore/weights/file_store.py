@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sophia_galore.weights.layout import Layout
 from sophia_galore.weights.saved import SavedWeight, matching_weights
 from sophia_galore.weights.store import Borrowed, WeightStore
 from sophia_galore.weights.weight import Rows
@@ -31,7 +32,13 @@ class FileStore(WeightStore):
 
     @classmethod
     def of(
-        cls, folder: Path, shapes: Mapping[str, torch.Size], *, tied_head: str | None, device: torch.device
+        cls,
+        folder: Path,
+        shapes: Mapping[str, torch.Size],
+        *,
+        tied_head: str | None,
+        device: torch.device,
+        layout: Layout | None = None,
     ) -> FileStore:
         """Open a folder.
 
@@ -40,11 +47,14 @@ class FileStore(WeightStore):
             shapes: Name and shape of each parameter of the model.
             tied_head: Name of a second copy of the tied embedding in files; it is ignored.
             device: Where the weights are used.
+            layout: What the folder's tensors are in the model; None: its weights under the same names.
 
         Raises:
             ModelError: A tensor is missing, unknown or of another shape, or a file is damaged.
         """
-        found = {saved.name: saved for saved in matching_weights(folder, shapes, tied_head)}
+        found = {
+            saved.name: saved for saved in matching_weights(folder, shapes, tied_head, layout.read if layout else iter)
+        }
         return cls({name: found[name] for name in shapes}, device)
 
     @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,7 @@ from sophia_galore.records.files import INT8_FILE, MODEL
 from sophia_galore.weights.bitsandbytes import QUANTISED_FROM, Freezer
 from sophia_galore.weights.deferred import DeferredWeight
 from sophia_galore.weights.int8 import Int8Format, Int8Weight, quantise
+from sophia_galore.weights.layout import Layout
 from sophia_galore.weights.manifest import repair_hint
 from sophia_galore.weights.plain import PlainWeight
 from sophia_galore.weights.row_int8 import RowInt8Weight
@@ -61,6 +64,7 @@ def load_store(
     as_packed: bool = False,
     elsewhere: Collection[str] = (),
     settle: Callable[[str, Weight], Weight] = lambda name, weight: weight,
+    layout: Layout | None = None,
 ) -> WeightStore:
     """Read a model folder's safetensors into a store, weight by weight and large ones by rows.
 
@@ -80,6 +84,7 @@ def load_store(
         as_packed: Whether weights that are already in eight bits keep their format.
         elsewhere: Names of the weights that live elsewhere; they are converted in host memory.
         settle: Takes each weight to where it lives, and returns what stands for it in the store.
+        layout: What the folder's tensors are in the model; None: its weights under the same names.
 
     Returns:
         The store.
@@ -88,7 +93,7 @@ def load_store(
         ModelError: A tensor is missing, unknown, of another shape or not finite, or a file is damaged.
     """
     weights: dict[str, Weight] = {}
-    for saved in matching_weights(folder, shapes, tied_head):
+    for saved in matching_weights(folder, shapes, tied_head, layout.read if layout else iter):
         path, name = saved.path, saved.name
         freezes = frozen is not None and name in frozen.names
         target = QUANTISED_FROM if freezes else form if name in int8 else dtype
@@ -165,6 +170,7 @@ def save_weights(
     weights: NamedWeights,
     form_of: Callable[[Weight], Form] = lambda weight: None,
     *,
+    carried: NamedWeights | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write weights into a folder, as `read_weights` reads them, one after the other and large ones by rows.
@@ -175,6 +181,7 @@ def save_weights(
         folder: An existing folder. If this fails, files in it are half written.
         weights: The weights, on any device.
         form_of: Returns the format in which a weight is written; a converted one must be finite.
+        carried: Further tensors, which are written as they are.
         shard_bytes: Most bytes in a file; more are written into several, with an index.
 
     Raises:
@@ -185,8 +192,7 @@ def save_weights(
     block: int | None = None
     is_packed = converts = False
     for name, weight in weights.items():
-        if weight.held_by_module and (problem := weight.problem()):
-            raise RunError(f"{name} {problem}, so it is not saved.")
+        _refuse_changed(name, weight)
         target = form_of(weight)
         kinds = _kinds(weight, target)
         groups.append({name + ending: kind for ending, kind in kinds.items()})
@@ -196,17 +202,81 @@ def save_weights(
             block = block or target.block
         elif target is None:
             block = block or weight.int8_block
+    more = tensors_of(carried)
     write_stream(
         folder,
         (INT8_FILE if is_packed else MODEL).removesuffix(".safetensors"),
         TensorStream(
-            groups,
-            lambda: (block for name, opened in weights.opened() for block in _blocks(name, opened, form_of)),
+            [*groups, *more.groups],
+            lambda: chain(
+                (block for name, opened in weights.opened() for block in _blocks(name, opened, form_of)), more.blocks()
+            ),
             () if converts else weights.finished(),
         ),
         metadata=file_metadata(block),
         shard_bytes=shard_bytes,
     )
+
+
+def save_in_layout(
+    folder: Path,
+    layout: Layout,
+    weights: NamedWeights,
+    lend: Callable[[str], AbstractContextManager[Callable[[], Weight]]],
+    dtype_of: Callable[[Weight], torch.dtype],
+    *,
+    carried: NamedWeights | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write weights into a folder under the names and in the shapes of another folder, one conversion at a time.
+
+    Args:
+        folder: An existing folder. If this fails, files in it are half written.
+        layout: What the tensors of the other folder are in the model.
+        weights: The weights, for their shapes and formats.
+        lend: Lends a weight by its name: a function that returns it for one block of rows.
+        dtype_of: Returns the precision in which a weight is written; it must be finite in it.
+        carried: Further tensors, which are written as they are.
+        shard_bytes: Most bytes in a file; more are written into several, with an index.
+
+    Raises:
+        RunError: A weight in a module of bitsandbytes was changed; nothing is written.
+        ModelError: A weight is not finite in its precision.
+    """
+    kinds = dict(weights.items())
+    for name, weight in kinds.items():
+        _refuse_changed(name, weight)
+    shapes = {name: tuple(weight.shape) for name, weight in kinds.items()}
+
+    def values(name: str) -> Iterator[Block]:
+        with lend(name) as opened:
+            yield from _blocks(name, opened, dtype_of)
+
+    groups = [group for one in layout.conversions for group in one.groups(shapes, lambda name: dtype_of(kinds[name]))]
+    more = tensors_of(carried)
+    stream = TensorStream(
+        [*groups, *more.groups],
+        lambda: chain((block for one in layout.conversions for block in one.blocks(values, shapes)), more.blocks()),
+    )
+    write_stream(
+        folder, MODEL.removesuffix(".safetensors"), stream, metadata=file_metadata(None), shard_bytes=shard_bytes
+    )
+
+
+def tensors_of(weights: NamedWeights | None) -> TensorStream:
+    """Return the tensors of weights as they are; None: of no weights."""
+    if weights is None:
+        return TensorStream([], lambda: iter(()))
+    groups = [{name + end: kind for end, kind in _kinds(weight, None).items()} for name, weight in weights.items()]
+    return TensorStream(
+        groups,
+        lambda: (block for name, opened in weights.opened() for block in _blocks(name, opened, lambda weight: None)),
+    )
+
+
+def _refuse_changed(name: str, weight: Weight) -> None:
+    if weight.held_by_module and (problem := weight.problem()):
+        raise RunError(f"{name} {problem}, so it is not saved.")
 
 
 def file_metadata(block: int | None) -> dict[str, str]:
@@ -235,7 +305,7 @@ def _blocks(name: str, opened: Callable[[], Weight], form_of: Callable[[Weight],
     if form is None:
         settled = weight.settled
         for rows in row_blocks(weight.shape) if weight.shape else (_ALL,):
-            for ending, tensor in settled[rows].tensors().items():
+            for ending, tensor in (settled[rows] if weight.shape else settled).tensors().items():
                 yield Block(name + ending, tensor, rows.start or 0)
         update = weight.update_tensors() if isinstance(weight, DeferredWeight) else {}
         for ending, tensor in update.items():

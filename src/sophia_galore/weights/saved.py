@@ -6,7 +6,7 @@ for each block of its rows, which takes less than a millisecond.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,54 +70,66 @@ class SavedWeight:
 
 
 class FolderWeights:
-    """The weights of a model's folder.
+    """Some of the tensors of a model's folder.
 
     Args:
         folder: The folder.
-        ignored: Whether a weight is left out, by its name.
+        names: Their names.
     """
 
-    def __init__(self, folder: Path, ignored: Callable[[str], bool]) -> None:
-        self._folder, self._ignored = folder, ignored
+    def __init__(self, folder: Path, names: Collection[str]) -> None:
+        self._folder, self._names = folder, frozenset(names)
 
     def items(self) -> Iterator[tuple[str, Weight]]:
         """Yield the names, and weights on the meta device."""
-        return ((saved.name, saved.kind) for saved in _found(self._folder) if not self._ignored(saved.name))
+        return ((saved.name, saved.kind) for saved in saved_weights(self._folder, self._names))
 
     def finished(self) -> Sequence[FinishedFile]:
-        """Return nothing: the files have weights that are left out."""
+        """Return nothing: the files have other tensors as well."""
         return ()
 
     def opened(self) -> Iterator[tuple[str, Callable[[], Weight]]]:
         """Yield the names, and functions that return views of the mapped file."""
-        return ((saved.name, saved.opened) for saved in saved_weights(self._folder) if not self._ignored(saved.name))
+        return ((saved.name, saved.opened) for saved in saved_weights(self._folder, self._names))
 
 
-def saved_weights(folder: Path) -> Iterator[SavedWeight]:
+def saved_weights(folder: Path, names: Collection[str] | None = None) -> Iterator[SavedWeight]:
     """Yield each weight of a model folder, checked if it is in eight bits.
+
+    Args:
+        folder: The folder.
+        names: The names of those that are wanted; None: all.
 
     Raises:
         ModelError: A file is missing or damaged, or codes and scales do not match.
     """
     for saved in _found(folder):
+        if names is not None and saved.name not in names:
+            continue
         if saved.kind.is_packed and (problem := saved.problem()):
             raise ModelError(f"{saved.path}: {saved.name} {problem}.", "Take another copy of the model.")
         yield saved
 
 
-def matching_weights(folder: Path, shapes: Mapping[str, torch.Size], tied_head: str | None) -> Iterator[SavedWeight]:
+def matching_weights(
+    folder: Path,
+    shapes: Mapping[str, torch.Size],
+    tied_head: str | None,
+    read: Callable[[Iterable[SavedWeight]], Iterator[SavedWeight]] = iter,
+) -> Iterator[SavedWeight]:
     """Yield the weights of a folder that holds those of a model, no more and no less.
 
     Args:
         folder: The model's folder.
         shapes: Name and shape of each parameter of the model.
         tied_head: Name of a second copy of the tied embedding in files; it is ignored.
+        read: Makes the model's weights from those of the folder.
 
     Raises:
         ModelError: A tensor is missing, unknown or of another shape, or a file is damaged.
     """
     missing = dict.fromkeys(shapes)
-    for saved in saved_weights(folder):
+    for saved in read(saved_weights(folder)):
         name = saved.name
         if name == tied_head or name.endswith(INVERSE_FREQUENCIES):
             continue
@@ -136,6 +148,15 @@ def matching_weights(folder: Path, shapes: Mapping[str, torch.Size], tied_head: 
     if missing:
         first = next(iter(missing))
         raise ModelError(f"{folder} lacks {len(missing)} weights, the first is {first}.", repair_hint(folder))
+
+
+def saved_kinds(folder: Path) -> dict[str, Weight]:
+    """Return the weights of a folder on the meta device, by name; only the headers of its files are read.
+
+    Raises:
+        ModelError: A file is missing or damaged.
+    """
+    return {saved.name: saved.kind for saved in _found(folder)}
 
 
 def read_weights(folder: Path) -> Iterator[tuple[Path, str, Weight]]:

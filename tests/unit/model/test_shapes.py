@@ -137,7 +137,7 @@ def test_a_built_in_model_asks_nobody(tmp_path: Path, no_network: None, source: 
 def test_what_a_specification_leaves_out_is_said(tmp_path: Path, no_network: None) -> None:
     lines: list[str] = []
     assert shape_of("gemma-3-4b", tmp_path, lines).config.model_type == "gemma3_text"
-    assert "can't be trained as it is" in lines[-1]
+    assert "sees images too" in lines[-1]
 
 
 def test_a_gguf_file_is_not_converted(tmp_path: Path, no_network: None) -> None:
