@@ -27,13 +27,20 @@ def language_config(config: Any) -> Any:
         text = config.get_text_config(decoder=True)
     except ValueError:  # there are several
         return config
-    if text is config:
+    if text is config or not _answers(config):
         return config
     text = copy.deepcopy(text)
     if (tied := getattr(config, "tie_word_embeddings", None)) is not None:
         text.tie_word_embeddings = tied
     give_causal_class(text)
     return text
+
+
+def _answers(config: Any) -> bool:
+    """Return whether a model answers in words, as CLIP, which also has a text part, does not."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def make_reader(config: Any, architecture_names: list[str] | None, skeleton: nn.Module) -> Any:
