@@ -25,6 +25,8 @@ FAMILIES: dict[str, tuple[str, bool]] = {
     "llama, untied": ("llama", False),
     "qwen2": ("qwen2", False),
     "gemma3": ("gemma3", True),
+    "qwen3_moe": ("qwen3_moe", False),
+    "gemma4_text": ("gemma4_text", True),
 }
 # 22 records, 4 held out: 18 examples in steps of 2 x 2, the last one of an epoch smaller.
 SETTINGS = (
@@ -61,7 +63,8 @@ class PlacedRuns:
         model = self.folder / family
         if not model.exists():
             kind, tied = FAMILIES[family]
-            layers = {"layer_types": ["sliding_attention", "full_attention"] * 2} if kind == "gemma3" else {}
+            types = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+            layers = types if kind in ("gemma3", "gemma4_text") else {}
             write_tiny_model(model, kind, tied=tied, num_hidden_layers=NUM_LAYERS, **layers)
         data = self.folder / "data.json"
         if not data.exists():

@@ -78,6 +78,9 @@ SETTINGS: tuple[Setting, ...] = (
     ("int8, folded late", "galore, svd", "qwen2", "answers"),
     ("int8, folded late", "galore, tracked", "gemma3", "clipped by the model"),
     ("int8, folded late", "galore, adaptive gap", "llama, untied", "frozen"),
+    ("fp32", "galore, tracked", "qwen3_moe", "nothing"),
+    ("int8", "galore, tracked", "qwen3_moe", "clipped by the layer"),
+    ("fp32", "adamw", "gemma4_text", "graphs kept"),
 )
 # In the default run each word above is there once; all settings with all placements are thorough.
 SOON: tuple[tuple[int, str], ...] = (
@@ -90,6 +93,8 @@ SOON: tuple[tuple[int, str], ...] = (
     (14, "host, nothing ahead"),
     (17, "host"),
     (20, "disk"),
+    (22, "disk"),
+    (23, "host"),
 )
 CASES = [
     pytest.param(

@@ -33,7 +33,7 @@ FP32_TOLERANCE = 1e-5
 # A weight in bf16 or int8 is rounded up or down by chance, and a gradient that is off by 1e-7 changes that for one
 # weight in thousands, by one step of its format. Largest difference of all settings: 2.5e-4.
 ROUNDED_TOLERANCE = 1e-3
-SOON = {(0, 2), (4, 4), (12, 2), (16, 2)}
+SOON = {(0, 2), (4, 4), (12, 2), (16, 2), (21, 2)}
 CASES = [
     pytest.param(
         number,

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from other_models import differing, other_model, tensors_in, write_other_model
+from sophia_galore.records.metrics import read_metrics
 from unit.cli.tiny_run import World, command
 
 WORDS = ("training.max_steps=2", "model.store=fp32", "checkpoint.save_every_steps=1", "training.epochs=1")
@@ -34,3 +35,5 @@ def test_it_is_trained_and_resumed_and_written_as_the_source_is(name: str, world
     checkpoint = command("export", str(whole / "checkpoint-2"), "--to", "fp32", "--output", str(tmp_path / "exported"))
     assert checkpoint.code == 0, checkpoint.err
     assert not differing(whole, tmp_path / "exported")
+    experts = [line.tokens_per_expert for line in read_metrics(whole).train]
+    assert all(bool(each) == (name == "qwen3_moe") for each in experts)
