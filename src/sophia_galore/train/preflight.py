@@ -110,7 +110,8 @@ def _probe_step_fits(run: Loaded) -> str | None:
         portion,
         step=step,
         optimizer=run.optimizer,
-        trained=[spec.name for spec in specs],
+        # An expert without tokens has no gradient, and takes no step then.
+        trained=[spec.name for spec in specs if not spec.rests],
         held_shapes={spec.name: spec.held_shape for spec in specs} if plan.clip_by == "model" else {},
         max_length=training.max_length,
         stopped=lambda: run.stop.requested,
