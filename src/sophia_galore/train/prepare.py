@@ -97,7 +97,8 @@ def prepare(
     refuse_special_tokens(model_config, tokenizer, generation_config)
     proof = proof_of(model_config, Path(config.model.cache_dir), callback.say, trust_remote_code=trust)
     facts = replace(facts, proof=proof)
-    decide(RULES, facts)
+    if proof is not None and proof.problem:
+        decide(RULES, facts)
     architecture = build_skeleton(model_config, device, trust_remote_code=trust)
     layout = find_layout(model.folder, architecture)
     if remark := layout.remark():

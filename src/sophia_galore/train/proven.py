@@ -37,13 +37,22 @@ def proof_of(config: Any, cache: Path, say: Say, *, trust_remote_code: bool = Fa
         return None
     path, key = cache / _FILE, _key(config)
     known = _read(path)
-    if key not in known:
-        say(f"Architecture {config.model_type}: comparing its gradients with autograd's on a small twin ...")
-        known[key] = asdict(prove(config, trust_remote_code=trust_remote_code))
-        if not has_own_code:  # code of a folder may change without a trace in the key
-            _remember(path, known)
-    values = known[key]
-    return Proof(**{**values, "unreached": tuple(values["unreached"])})
+    remembered = _proof_from(known.get(key))
+    if remembered is not None:
+        return remembered
+    say(f"Architecture {config.model_type}: comparing its gradients with autograd's on a small twin ...")
+    proof = prove(config, trust_remote_code=trust_remote_code)
+    if not has_own_code:  # code of a folder may change without a trace in the key
+        _remember(path, {**known, key: asdict(proof)})
+    return proof
+
+
+def _proof_from(values: Any) -> Proof | None:
+    """Return a proof from plain data; None if it is damaged."""
+    try:
+        return Proof(**{**values, "unreached": tuple(values["unreached"])})
+    except (KeyError, TypeError):
+        return None
 
 
 def _key(config: Any) -> str:

@@ -13,11 +13,12 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.model.find_parts import find_architecture
 from sophia_galore.model.logit_form import LogitForm
-from tiny import FAMILIES, VOCAB, tiny_model
+from tiny import FAMILIES, MORE_FAMILIES, SHORT_FAMILIES, VOCAB, tiny_config, tiny_model
 
 
 def test_the_table_names_every_family_that_is_tested() -> None:
-    assert {tiny_model(family).config.model_type for family in FAMILIES} == set(SUPPORTED)
+    tested = {tiny_config(family).model_type for family in (*FAMILIES, *MORE_FAMILIES)}
+    assert tested == set(SUPPORTED) and set(SHORT_FAMILIES) <= MORE_FAMILIES.keys()
 
 
 @pytest.mark.parametrize("tied", [True, False])
