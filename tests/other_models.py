@@ -75,6 +75,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             **_LATENT,
             "n_routed_experts": 4,
             "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
             "n_group": 1,
             "topk_group": 1,
             "head_dim": 8,

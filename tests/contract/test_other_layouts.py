@@ -128,6 +128,7 @@ def test_heads_that_predict_further_tokens_are_carried_along(tmp_path: Path) -> 
     other_model("qwen3_5").save_pretrained(source)
     file = source / "model.safetensors"
     more = {"mtp.layers.0.weight": torch.rand(3, 5).bfloat16(), "mtp.norm.weight": torch.tensor(2.0)}
+    more["model.visual.position_ids"] = torch.arange(3)
     save_file(load_file(file) | more, file, metadata={"format": "pt"})
     _, layout, store = opened(source)
     assert set(more) <= set(layout.writing.untrained)

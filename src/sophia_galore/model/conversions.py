@@ -30,6 +30,10 @@ from sophia_galore.weights.folder import INVERSE_FREQUENCIES
 from sophia_galore.weights.layout import Computed, Conversion, Layout, Renamed, Shape, Shapes, Stacked
 
 
+# Saved by earlier versions of transformers, which ignores them since.
+_OLD_BUFFERS = (r"(^|\.)position_ids$",)
+
+
 @dataclass(frozen=True)
 class Names:
     """Names of a model's tensors.
@@ -138,7 +142,7 @@ class _Planner:
         return name, pattern
 
     def _unmatched(self, key: str, name: str) -> None:
-        ignorable = self._reader._keys_to_ignore_on_load_unexpected or ()
+        ignorable = {*(self._reader._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS}
         if name.endswith(INVERSE_FREQUENCIES):
             self._ignored.add(key)
         elif any(re.search(pattern, name) for pattern in ignorable):
