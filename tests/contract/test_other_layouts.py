@@ -178,6 +178,16 @@ def test_a_layer_whose_experts_are_not_there_is_missing(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_buffer_of_another_shape_is_named(tmp_path: Path) -> None:
+    other_model("apertus").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("act_fn.beta"))
+    save_file(tensors | {key: torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"act_fn\.beta has shape \(3,\), config\.json says"):
+        opened(tmp_path)
+
+
 def test_a_file_that_is_cut_short_is_damaged(tmp_path: Path) -> None:
     file, _ = experts_of(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])

@@ -29,7 +29,6 @@ from sophia_galore.model.conversion_steps import (
 from sophia_galore.weights.folder import INVERSE_FREQUENCIES
 from sophia_galore.weights.layout import Computed, Conversion, Layout, Renamed, Shape, Shapes, Stacked
 
-
 # Saved by earlier versions of transformers, which ignores them since.
 _OLD_BUFFERS = (r"(^|\.)position_ids$",)
 
