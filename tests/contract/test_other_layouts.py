@@ -7,6 +7,7 @@ by way of a checkpoint, which has the skeleton's names.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.folder_layout import FolderLayout, find_layout, load_buffers
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.source_files import SOURCE_TENSORS, read_source_files
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.train.best_checkpoint import load_weights
 from sophia_galore.weights.file_store import FileStore
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.int8 import Int8Format
@@ -91,6 +94,18 @@ def test_what_is_read_and_written_again_is_the_same(name: str, tied: bool, tmp_p
     assert not (exported / SOURCE_TENSORS).exists()
     assert torch.equal(logits_of(written, type(model)), expected)
     assert torch.equal(logits_of(exported, type(model)), expected)
+
+
+def test_the_best_weights_are_found_in_the_layout_of_the_source_too(tmp_path: Path) -> None:
+    """A checkpoint that was converted is an ordinary folder."""
+    other_model("qwen3_moe").save_pretrained(tmp_path)
+    _, layout, store = opened(tmp_path)
+    expected = {name: weight.values(torch.float32).clone() for name, weight in store.items()}
+    for _, weight in store.items():
+        weight.write(torch.zeros(weight.shape), None)
+    found: Any = SimpleNamespace(folder=tmp_path)
+    load_weights(found, store, ParamOptimizer([], seed=0, device=CPU), layout.reading.read)
+    assert all(torch.equal(weight.values(torch.float32), expected[name]) for name, weight in store.items())
 
 
 @pytest.mark.parametrize("name", thoroughly(MIXTURES))
