@@ -75,6 +75,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
             **_LATENT,
             "n_routed_experts": 4,
             "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
             "n_group": 1,
             "topk_group": 1,
             "head_dim": 8,
@@ -147,11 +148,7 @@ def other_model(name: str, *, tied: bool = False) -> Any:
         )
         model = getattr(transformers, model_kind)(config).float()
     else:
-        kind, extra = CONVERTED[name]
-        # Whatever is None is left to the architecture's own default.
-        values = {key: value for key, value in {**SIZES, **extra}.items() if value is not None}
-        config = getattr(transformers, kind)(**values, tie_word_embeddings=tied)
-        model = transformers.AutoModelForCausalLM.from_config(config).float()
+        model = transformers.AutoModelForCausalLM.from_config(other_config(name, tie_word_embeddings=tied)).float()
     saved = model.state_dict()
     with torch.no_grad():
         for tensors in (model.named_parameters(), model.named_buffers()):
@@ -159,6 +156,14 @@ def other_model(name: str, *, tied: bool = False) -> Any:
                 if key in saved and tensor.ndim < 2 and tensor.is_floating_point():
                     tensor.add_(0.1 * torch.rand(tensor.shape))
     return model.eval()
+
+
+def other_config(name: str, **more: Any) -> Any:
+    """The configuration of a model that only reads."""
+    kind, extra = CONVERTED[name]
+    # Whatever is None is left to the architecture's own default.
+    values = {key: value for key, value in {**SIZES, **extra, **more}.items() if value is not None}
+    return getattr(transformers, kind)(**values)
 
 
 def write_other_model(folder: Path, name: str, **more: Any) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from engines import CPU
-from forked import run_forked
+from resident import MIB, peak_beside
 from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.source_files import read_source_files
@@ -31,8 +30,6 @@ from tiny import write_tiny_model
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads and resets Linux's peak")
 
-MIB = 2**20
-M_MMAP_THRESHOLD = -3  # of malloc.h
 # 16 blocks of rows; 256 MiB in float32. All other weights together have less than one block.
 EMBEDDING = "model.embed_tokens.weight"
 ROWS, COLUMNS = 65_536, 1_024
@@ -76,37 +73,8 @@ def opened(folder: Path, form: str) -> WeightStore:
     return load_store(folder, shapes, tied_head=HEAD, dtype=dtype, device=CPU, int8=packed, form=FORM)
 
 
-def in_status(key: str) -> int:
-    """Bytes of a line of this process's status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
-
-
 def bytes_of(store: WeightStore) -> int:
     return sum(weight.num_bytes for _, weight in store.items())
-
-
-def peak_beside(prepare: Callable[[str], Callable[[], int]], folder: Path) -> int:
-    """The resident memory at the peak of something, beside what was there before it and what it returns, in bytes.
-
-    Args:
-        prepare: Given "small" or "large", makes what is measured, which returns the bytes that it is allowed to keep.
-        folder: Takes the result of the process in which it is measured.
-    """
-
-    def child() -> int:
-        # What is freed is given back at once: else the C library keeps some blocks, now two and now five.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
-        prepare("small")()  # what is read of libraries is not counted
-        measured = prepare("large")
-        Path("/proc/self/clear_refs").write_text("5")
-        before = in_status("VmRSS")
-        kept = measured()
-        (folder / "peak").write_text(str(in_status("VmHWM") - before - kept))
-        return 0
-
-    assert run_forked(child, folder / "log") == 0, (folder / "log").read_text()
-    return int((folder / "peak").read_text())
 
 
 @pairs((*FORMATS, "fp16"), ("fp32", "fp32"), ("bf16", "int8"), ("int8", "int8"), ("int8", "fp16"))

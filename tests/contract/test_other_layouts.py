@@ -7,6 +7,7 @@ by way of a checkpoint, which has the skeleton's names.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from sophia_galore.model.export import convert_model, write_model
 from sophia_galore.model.folder_layout import FolderLayout, find_layout, load_buffers
 from sophia_galore.model.skeleton import build_skeleton, load_model_config
 from sophia_galore.model.source_files import SOURCE_TENSORS, read_source_files
+from sophia_galore.optim.optimizer import ParamOptimizer
+from sophia_galore.train.best_checkpoint import load_weights
 from sophia_galore.weights.file_store import FileStore
 from sophia_galore.weights.files import load_store
 from sophia_galore.weights.int8 import Int8Format
@@ -93,6 +96,18 @@ def test_what_is_read_and_written_again_is_the_same(name: str, tied: bool, tmp_p
     assert torch.equal(logits_of(exported, type(model)), expected)
 
 
+def test_the_best_weights_are_found_in_the_layout_of_the_source_too(tmp_path: Path) -> None:
+    """A checkpoint that was converted is an ordinary folder."""
+    other_model("qwen3_moe").save_pretrained(tmp_path)
+    _, layout, store = opened(tmp_path)
+    expected = {name: weight.values(torch.float32).clone() for name, weight in store.items()}
+    for _, weight in store.items():
+        weight.write(torch.zeros(weight.shape), None)
+    found: Any = SimpleNamespace(folder=tmp_path)
+    load_weights(found, store, ParamOptimizer([], seed=0, device=CPU), layout.reading.read)
+    assert all(torch.equal(weight.values(torch.float32), expected[name]) for name, weight in store.items())
+
+
 @pytest.mark.parametrize("name", thoroughly(MIXTURES))
 def test_weights_that_stay_in_files_are_the_same(name: str, tmp_path: Path) -> None:
     other_model(name).save_pretrained(tmp_path)
@@ -128,6 +143,7 @@ def test_heads_that_predict_further_tokens_are_carried_along(tmp_path: Path) -> 
     other_model("qwen3_5").save_pretrained(source)
     file = source / "model.safetensors"
     more = {"mtp.layers.0.weight": torch.rand(3, 5).bfloat16(), "mtp.norm.weight": torch.tensor(2.0)}
+    more["model.visual.position_ids"] = torch.arange(3)
     save_file(load_file(file) | more, file, metadata={"format": "pt"})
     _, layout, store = opened(source)
     assert set(more) <= set(layout.writing.untrained)
@@ -174,6 +190,16 @@ def test_a_layer_whose_experts_are_not_there_is_missing(tmp_path: Path) -> None:
     file, tensors = experts_of(tmp_path)
     save_file({key: value for key, value in tensors.items() if "layers.1.mlp.experts" not in key}, file)
     with pytest.raises(ModelError, match=r"lacks 8 weights, the first is model\.layers\.1\.mlp\.experts"):
+        opened(tmp_path)
+
+
+def test_a_buffer_of_another_shape_is_named(tmp_path: Path) -> None:
+    other_model("apertus").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("act_fn.beta"))
+    save_file(tensors | {key: torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"act_fn\.beta has shape \(3,\), config\.json says"):
         opened(tmp_path)
 
 

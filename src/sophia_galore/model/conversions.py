@@ -29,6 +29,9 @@ from sophia_galore.model.conversion_steps import (
 from sophia_galore.weights.folder import INVERSE_FREQUENCIES
 from sophia_galore.weights.layout import Computed, Conversion, Layout, Renamed, Shape, Shapes, Stacked
 
+# Saved by earlier versions of transformers, which ignores them since.
+_OLD_BUFFERS = (r"(^|\.)position_ids$",)
+
 
 @dataclass(frozen=True)
 class Names:
@@ -138,7 +141,7 @@ class _Planner:
         return name, pattern
 
     def _unmatched(self, key: str, name: str) -> None:
-        ignorable = self._reader._keys_to_ignore_on_load_unexpected or ()
+        ignorable = {*(self._reader._keys_to_ignore_on_load_unexpected or ()), *_OLD_BUFFERS}
         if name.endswith(INVERSE_FREQUENCIES):
             self._ignored.add(key)
         elif any(re.search(pattern, name) for pattern in ignorable):

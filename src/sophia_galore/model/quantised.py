@@ -41,6 +41,8 @@ _NAMES = {
 }
 _MLX = "MLX"
 _FULL_PRECISION = ("F64", "F32", "F16", "BF16")
+# What counts and numbers are stored in, such as positions in the part of a model that sees.
+_NO_WEIGHTS = ("I64", "BOOL")
 # Tensors that quantisations store with weights; their dtype may be an ordinary one. Weights of norms end otherwise.
 _BESIDE = re.compile(r"\.(qweight|weight_packed|weight_scale(_inv)?|SCB|g_idx|codebooks|W_q)$")
 _ENDING = re.compile(
@@ -78,7 +80,7 @@ def found_quantisation(headers: Mapping[str, TensorHeader]) -> str | None:
     """
     kinds = {header.dtype for name, header in headers.items() if not name.endswith(INVERSE_FREQUENCIES)}
     endings = {match[1] for name in headers if (match := _BESIDE.search(name))}
-    odd = sorted(kinds - set(_FULL_PRECISION))
+    odd = sorted(kinds - {*_FULL_PRECISION, *_NO_WEIGHTS})
     if not odd and not endings:
         return None
     if "qweight" in endings:

@@ -7,18 +7,20 @@ run's records and the checkpoints on disk, so a run may resume from any checkpoi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from sophia_galore.config import RunConfig
 from sophia_galore.errors import CheckpointError
+from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.folder_layout import find_layout
 from sophia_galore.optim.optimizer import ParamOptimizer
 from sophia_galore.records.files import TRAINER_STATE, checkpoint_folder
 from sophia_galore.records.metrics import Evaluation
 from sophia_galore.records.run import TrainerState
 from sophia_galore.train.checkpoint import Checkpoint, find_checkpoint, is_checkpoint
 from sophia_galore.train.progress import best_of
-from sophia_galore.weights.saved import saved_weights
+from sophia_galore.weights.saved import SavedWeight, saved_weights
 from sophia_galore.weights.store import WeightStore
 
 
@@ -76,7 +78,13 @@ class BestCheckpoint:
             self._say(f"The lowest eval loss so far, {evaluations[-1].loss:.4f}: this checkpoint is kept.")
 
     def restore(
-        self, store: WeightStore, optimizer: ParamOptimizer, evaluations: Sequence[Evaluation], *, last_step: int
+        self,
+        store: WeightStore,
+        optimizer: ParamOptimizer,
+        evaluations: Sequence[Evaluation],
+        *,
+        last_step: int,
+        architecture: Architecture,
     ) -> Evaluation | None:
         """Load the best weights at the end of a run.
 
@@ -85,6 +93,7 @@ class BestCheckpoint:
             optimizer: The run's optimizer.
             evaluations: All evaluations of the run.
             last_step: The last step.
+            architecture: The skeleton of the model.
 
         Returns:
             The evaluation of the loaded weights; None if the weights after the last step stay.
@@ -95,7 +104,9 @@ class BestCheckpoint:
             try:
                 if best.step != last_step:
                     found = find_checkpoint(self._folder, checkpoint_folder(self._folder, best.step))
-                    load_weights(found, store, optimizer)
+                    # One that was converted may have the tensors of the source.
+                    layout = find_layout(found.folder, architecture)
+                    load_weights(found, store, optimizer, layout.reading.read)
             except CheckpointError as error:
                 self._say(f"The best model can't be loaded: {error.cause}")
                 self._kept.remove(best)
@@ -158,18 +169,24 @@ def copy_best(evaluations: Iterable[Evaluation], source: Path, folder: Path) -> 
     beside.rename(folder / best.name)
 
 
-def load_weights(checkpoint: Checkpoint, store: WeightStore, optimizer: ParamOptimizer) -> None:
+def load_weights(
+    checkpoint: Checkpoint,
+    store: WeightStore,
+    optimizer: ParamOptimizer,
+    read: Callable[[Iterable[SavedWeight]], Iterator[SavedWeight]] = iter,
+) -> None:
     """Replace a run's weights by those of a checkpoint, exactly and without a second copy in memory.
 
     Args:
         checkpoint: A checkpoint of the same run.
         store: The run's weights.
         optimizer: The run's optimizer; if its state holds updates that are not in the weights yet, it is loaded too.
+        read: Makes the model's weights from those of the checkpoint.
     """
     if any(spec.subspace and spec.subspace.folds_late for spec in optimizer.specs.values()):
         optimizer.states.load(checkpoint.optimizer_state())
     trained = {name for name, weight in store.items() if not weight.held_by_module}  # what a module holds is frozen
-    for saved in saved_weights(checkpoint.folder):
+    for saved in read(saved_weights(checkpoint.folder)):
         # The optimizer's state holds the updates that are not in the codes yet.
         if saved.name in trained:
             with store.borrow(saved.name) as weights:

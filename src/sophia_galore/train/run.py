@@ -384,7 +384,11 @@ class _Run:
         """Load the weights of the lowest eval loss if training.load_best_model is set."""
         with self._monitor.apart():
             best = self._best.restore(
-                self._loaded.store, self._loaded.optimizer, self._evaluations, last_step=self._last_step
+                self._loaded.store,
+                self._loaded.optimizer,
+                self._evaluations,
+                last_step=self._last_step,
+                architecture=self._prepared.architecture,
             )
         if best:
             exported = Exported(**self._at(self._last_step), exported_step=best.step, loss=best.loss)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fake_hub import MODEL, FakeHub, taking_uploads
 from sophia_galore.cli.main import main
 from sophia_galore.model.export import convert_model
+from sophia_galore.model.source_files import SOURCE_TENSORS
 from sophia_galore.records.files import INT8_FILE
 from sophia_galore.weights.int8 import Int8Format
 from tiny import write_tiny_model
@@ -101,9 +102,14 @@ def no_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
+def own_names(folder: Path) -> None:
+    (folder / SOURCE_TENSORS).write_text("{}")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "unfinished": (unfinished, "is not finished", "Let it go to its end"),
     "eight bits": (eight_bits, "eight bits", "--to bf16"),
+    "own names": (own_names, "names of this project", "--to bf16"),
     "cut short": (cut_short, "bytes instead of", "run"),
     "no tokenizer": (no_tokenizer, "tokenizer", "tokenizer.json"),
 }

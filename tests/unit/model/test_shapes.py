@@ -13,8 +13,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM
 
 from fake_hub import MODEL, WEIGHTS, FakeHub, fresh_probes, serving
+from other_models import write_other_model
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError
 from sophia_galore.model import hub_modelscope, reach
@@ -198,6 +200,15 @@ def test_a_second_copy_of_a_tied_head_is_not_counted(
     tensors = load_file(folder / WEIGHTS)
     hub_of(**{WEIGHTS: save({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})})
     assert shape_of(MODEL, tmp_path).num_parameters == num_parameters
+
+
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("qwen3_5_moe", marks=pytest.mark.thorough)])
+def test_of_a_model_that_sees_too_its_language_model_is_counted(hub_of: Any, tmp_path: Path, name: str) -> None:
+    write_other_model(tmp_path / "whole", name)
+    hub_of(**{file: (tmp_path / "whole" / file).read_bytes() for file in ("config.json", WEIGHTS)})
+    shape = shape_of(MODEL, tmp_path / "cache", source="hf")
+    text = AutoModelForCausalLM.from_config(shape.config)
+    assert shape.num_parameters == sum(parameter.numel() for parameter in text.parameters())
 
 
 def test_weights_of_another_number_are_refused(folder: Path, hub_of: Any, tmp_path: Path, num_parameters: int) -> None:
