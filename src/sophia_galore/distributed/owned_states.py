@@ -83,7 +83,7 @@ class ShardedOptimizer(ParamOptimizer):
         if name in self._projectors:
             return self._projectors[name]
         spec, state = self.specs[name], self.states.of(name, self._device)
-        if not wants_products(spec) or refresh_is_due(spec, state, step):
+        if not wants_products(spec) or refresh_is_due(spec, state, self._own_step(spec, step)):
             return None
         assert spec.subspace is not None
         if spec.subspace.kind not in STORED_BASES:
