@@ -59,6 +59,10 @@ class ModelError(UserError):
     """A model that can't be found, read or understood."""
 
 
+class NotPredictable(ModelError):
+    """A model whose memory can't be predicted; it may well be trained."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or belongs to another run."""
 

@@ -172,8 +172,8 @@ def test_logits_that_are_kept_are_those_that_would_be_computed_again(
     )
     monkeypatch.setattr(logits_module, "blocks", lambda *_: [slice(s, min(s + 96, VOCAB)) for s in range(0, VOCAB, 96)])
     products: list[Tensor] = []
-    original = logits_module._product
-    monkeypatch.setattr(logits_module, "_product", lambda *args: products.append(original(*args)) or products[-1])
+    original = logits_module.LossOf.logits
+    monkeypatch.setattr(logits_module.LossOf, "logits", lambda *args: products.append(original(*args)) or products[-1])
 
     def walks(chunk_bytes: int) -> tuple[list[float], list[Tensor], int]:
         products.clear()

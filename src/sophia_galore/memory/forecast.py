@@ -14,6 +14,7 @@ from typing import Any, get_args
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
 from sophia_galore.engine.passes import FullGradients
+from sophia_galore.errors import NotPredictable, SophiaGaloreError, short
 from sophia_galore.memory.composition import (
     Layout,
     PassTrace,
@@ -26,6 +27,7 @@ from sophia_galore.memory.composition import (
 from sophia_galore.memory.simulation import simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
 from sophia_galore.memory.workload import Workload, batch_bytes, sample, steps_to_simulate
+from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.model.few_layers import layer_kinds, num_sharing
 from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
 from sophia_galore.plan.route import Route, by_layer
@@ -152,7 +154,33 @@ def trace_model(
         workload: The micro-batches of the largest step.
         num_steps: Steps of the run.
         with_kept: Whether to simulate layers without activation checkpointing too.
+
+    Raises:
+        NotPredictable: The model's code does not run on tensors without values.
     """
+    try:
+        return _traced(decided, model_config, layer_names, workload, num_steps=num_steps, with_kept=with_kept)
+    except SophiaGaloreError:
+        raise
+    except Exception as error:  # whatever a model's code says
+        if model_config.model_type in SUPPORTED:
+            raise  # a fault of ours
+        raise NotPredictable(
+            f"The memory of this {model_config.model_type} model can't be predicted: its code does not run on tensors "
+            f"without values ({short(error)}).",
+            "Use memory.predict=false: the probe step shows whether a run fits.",
+        ) from error
+
+
+def _traced(
+    decided: Decisions,
+    model_config: Any,
+    layer_names: Sequence[str],
+    workload: Workload,
+    *,
+    num_steps: int,
+    with_kept: bool = False,
+) -> ModelTrace:
     of_layer, around = by_layer(decided.routes, layer_names)
     num_idle = num_idle_layers(decided, layer_names)
     kinds: list[Hashable] = [

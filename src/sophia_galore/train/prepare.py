@@ -9,12 +9,13 @@ from typing import Any
 
 from sophia_galore.config import RunConfig
 from sophia_galore.config.check import check
+from sophia_galore.config.dump import changed
 from sophia_galore.data.batches import pad_token
 from sophia_galore.data.chat_format import ChatFormat, choose_chat_format
 from sophia_galore.data.dataset import load_data
 from sophia_galore.data.render import describe
 from sophia_galore.engine.generate import stop_tokens
-from sophia_galore.errors import ConfigError
+from sophia_galore.errors import ConfigError, NotPredictable
 from sophia_galore.memory.planner import Planner
 from sophia_galore.memory.workload import workload_of_data
 from sophia_galore.model.export import read_generation_config
@@ -123,11 +124,17 @@ def prepare(
         lambda asked: num_steps,
         model.source,
     )
-    estimate = planner.estimate(config) if config.memory.predict else None
+    estimate, asked = None, config
+    if config.memory.predict:
+        try:
+            estimate = planner.estimate(config)
+        except NotPredictable as error:
+            callback.say(f"{error.cause} The probe step shows whether it fits.")
+            asked = changed(config, {"memory.predict": False})
     if estimate is not None:
         facts = replace(facts, memory=estimate.facts(planner.decide(config).routes))
-    streamed = estimate.streamed if estimate else planner.streamed(config)
-    keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(config, streamed)
+    streamed = estimate.streamed if estimate else planner.streamed(asked)
+    keep_layers = estimate.forecast.keep_layers if estimate else planner.keep_layers(asked, streamed)
     plan = make_plan(
         facts,
         model=model,
@@ -135,7 +142,7 @@ def prepare(
         chat_format=chat_format,
         keep_layers=keep_layers,
         placements=streamed.placements,
-        full_gradients=estimate.full_gradients if estimate else planner.full_gradients(config),
+        full_gradients=estimate.full_gradients if estimate else planner.full_gradients(asked),
     )
     prepared = Prepared(
         config,

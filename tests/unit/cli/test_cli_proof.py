@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sophia_galore.memory import forecast
 from strange_models import strange_config
 from tiny import tiny_tokenizer
 from unit.cli.tiny_run import World, command
@@ -75,3 +76,19 @@ def test_wrong_gradients_are_refused(world: World, tmp_path: Path, name: str, re
 def test_covered_architectures_have_no_proof(world: World) -> None:
     plan: dict[str, Any] = json.loads(command("check", "--config", str(world.config), "--json").out)
     assert plan["proof"] is None and not plan["verdicts"]
+
+
+def test_a_model_whose_memory_cannot_be_predicted_is_trained(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a tensor on cpu meets one on meta")
+
+    monkeypatch.setattr(forecast, "simulate", failing)
+    words = words_for(world, tmp_path, write_strange(tmp_path / "model", "same"))
+    ended = world.train(str(tmp_path / "run"), *words, "memory.predict=true", "memory.limit=4GiB")
+    assert ended.code == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert "can't be predicted" in said and "a tensor on cpu meets one on meta" in said
+    planned = command("plan", "--config", str(world.config), *words)
+    assert planned.code == 2 and "memory.predict=false" in planned.err
