@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines import CPU, everything_projected, load_parts, make_engine, take_step
 from sophia_galore.data.portion import whole
-from sophia_galore.engine.layer import LayerGraph
+from sophia_galore.engine.layer_graph import LayerGraph
 from sophia_galore.engine.observe import Category, Observer, Phase
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.memory.tracker import StorageTracker

@@ -12,7 +12,7 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.data.portion import Portion
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.embedding import Embedded
-from sophia_galore.engine.layer import LayerGraph
+from sophia_galore.engine.layer_graph import LayerGraph
 from sophia_galore.engine.objective import Objective
 from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.retry import split_rows

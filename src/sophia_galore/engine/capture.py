@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.segments import Segments, attending_within, own_attention
 from sophia_galore.engine.shared import SharedInput, SharedStates
-from sophia_galore.errors import ModelError
+from sophia_galore.errors import ModelError, lacks_memory
 from sophia_galore.model.architecture import Architecture, Place
 
 Lengths = tuple[tuple[int, ...], ...]
@@ -215,16 +215,19 @@ def _record_alone(architecture: Architecture, entering: Entering, lengths: Lengt
 
 def _record(architecture: Architecture, entering: Entering, **inputs: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
     known = _ANSWERS.get(architecture.model)
+    first_error: Exception | None = None
     for answers in _MOST_ANSWERS if known is None else (known,):
         try:
             found = _record_answering(architecture, entering, answers, inputs)
-        except (ValueError, TypeError, IndexError, RuntimeError, AttributeError):
-            if known is not None or answers == _MOST_ANSWERS[-1]:
+        except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            if known is not None or lacks_memory(error):
                 raise
+            first_error = first_error or error
             continue
         _ANSWERS[architecture.model] = answers
         return found
-    raise AssertionError("the last one has raised its error")
+    assert first_error is not None
+    raise first_error  # what the model says if it gets what most models expect of a layer
 
 
 def _record_answering(

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.engine.cross_entropy import TokenWeight
-from sophia_galore.engine.layer import Gradients, Tensors
+from sophia_galore.engine.layer_graph import Gradients, Tensors
 from sophia_galore.engine.logits import LossOf, Tile, logits_of
 from sophia_galore.engine.objective import CountedTokens, Objective, sequence_numbers
 from sophia_galore.engine.observe import Observer

@@ -55,7 +55,8 @@ from sophia_galore.engine.activations import StepActivations, StepRequest, to_de
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
 from sophia_galore.engine.embedding import EmbeddingNoise, embed
 from sophia_galore.engine.head import Head
-from sophia_galore.engine.layer import Gradients, Layers, Tensors
+from sophia_galore.engine.layer import Layers
+from sophia_galore.engine.layer_graph import Gradients, Tensors
 from sophia_galore.engine.objective import CrossEntropy, Objective
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sophia_galore.engine.activations import StepActivations, StepRequest
 from sophia_galore.engine.head import Head
-from sophia_galore.engine.layer import Gradients
+from sophia_galore.engine.layer_graph import Gradients
 from sophia_galore.engine.routing import RoutingSummary
 from sophia_galore.weights.store import Borrowed
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sophia_galore.config import load_config
 from sophia_galore.config.schema import MemoryConfig
-from sophia_galore.engine.layer import Gradients
+from sophia_galore.engine.layer_graph import Gradients
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.step_results import FinishedGradients, ForwardPass
 from sophia_galore.memory.monitor import MemoryMonitor
