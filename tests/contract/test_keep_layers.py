@@ -215,8 +215,8 @@ def test_a_graph_is_one_layers_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert not any(entering.requires_grad for entering in inputs)
         out, graph = keep(index, inputs, *args)
         assert not any(part.requires_grad for part in out)
-        for (leaf, _), entering in zip(graph.kept, inputs, strict=True):
-            assert leaf.is_leaf and leaf.data_ptr() == entering.data_ptr()
+        for run, entering in zip(graph.kept, inputs, strict=True):
+            assert run.entering.is_leaf and run.entering.data_ptr() == entering.data_ptr()
         for key, leaf in graph.leaves.items():
             weight = store[f"{architecture.layer_names[index]}.{key}"].first
             assert isinstance(weight, Tensor) and leaf.is_leaf and leaf.data_ptr() == weight.data_ptr()
