@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forked import run_forked
+from other_models import write_other_model
 from resume.crash_run import MOMENTS, crash_run
 from tiny import write_tiny_data, write_tiny_model
 
@@ -64,6 +65,9 @@ KINDS: dict[str, list[str]] = {
     "scale": ["optimizer.type=scale", "optimizer.state_bits=8", "data.group_by_length=true"],
     "adamw": ["optimizer.type=adamw", "training.max_grad_norm=0.5"],
     "adamw, bf16": ["optimizer.type=adamw", "model.store=bf16", "optimizer.state_bits=8", "data.packing=true"],
+    "a mixture of experts": ["model.name={world}/mixture", "quantization.load_in_8bit=true"],
+    "layers with a state": ["model.name={world}/hybrid", "data.packing=true"],
+    "the language half": ["model.name={world}/seeing", "model.store=bf16"],
 }
 
 
@@ -71,6 +75,9 @@ KINDS: dict[str, list[str]] = {
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_tiny_model(folder / "model", attention_dropout=0.1)
+    write_other_model(folder / "mixture", "qwen3_moe")
+    write_other_model(folder / "seeing", "gemma3")
+    write_tiny_model(folder / "hybrid", "lfm2")
     write_tiny_data(folder / "data.json")
     (folder / "config.yaml").write_text(
         f"model: {{name: {folder / 'model'}}}\ndata: {{train: {folder / 'data.json'}}}\n"
@@ -85,7 +92,8 @@ NEW_INTERPRETERS = "killed-adamw-after the rename"
 
 def run(world: Path, output: str, kind: str, *more: str, moment: str = "never", count: int = 0) -> int:
     """One process; returns its exit code, negative if it died by a signal."""
-    arguments = ["train", "--config", str(world / "config.yaml"), *SETTINGS, *KINDS[kind], *more]
+    own = [word.format(world=world) for word in KINDS[kind]]
+    arguments = ["train", "--config", str(world / "config.yaml"), *SETTINGS, *own, *more]
     arguments.append(f"training.output_dir={world / output}")
     log = world / f"{output}.log"
     if output == NEW_INTERPRETERS:
@@ -135,6 +143,9 @@ DEATHS = [
     ("adamw", "after a step", 7),
     ("adamw", "after the rename", 5),
     ("adamw, bf16", "at a weight", 365),
+    ("a mixture of experts", "at a weight", 290),
+    ("layers with a state", "at a refresh", 60),
+    ("the language half", "while saving", 30),
 ]
 
 
