@@ -159,7 +159,7 @@ def test_a_step_that_needs_more_ends_the_run_in_order(
     assert_stopped(
         ended,
         "Out of memory, in forward: 64 MiB more (16777216, float32) do not fit into memory.limit (32 MiB)",
-        "Largest: model.layers.0.mlp.down_proj.weight (64 x 1024, float32, 256 KiB); ",
+        "Largest: model.layers.0.mlp.gate_proj.weight (1024 x 64, float32, 256 KiB); ",
         way,
     )
     assert [entry["step"] for entry in json_lines(tmp_path / "metrics.jsonl") if "loss" in entry] == [1]
@@ -197,7 +197,7 @@ def test_a_machine_without_memory_is_explained_in_the_same_way(
         ended,
         "Out of memory, in forward: ",
         str(error).splitlines()[0] if str(error) else "MemoryError",
-        "Largest: model.layers.0.mlp.down_proj.weight (64 x 1024",
+        "Largest: model.layers.0.mlp.gate_proj.weight (1024 x 64",
         "Lower training.max_length",
         "There is no checkpoint yet.",
     )
