@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from sophia_galore.cli import main as main_module
 from sophia_galore.train import run
 from sophia_galore.train.checkpoint import checkpoints
-from tiny import VOCAB, write_tiny_model
+from tiny import write_tiny_model
 from unit.cli.tiny_run import Ended, World, command
 
 
@@ -140,9 +140,9 @@ def cut_end(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[:-100])
 
 
-def make_gpt2(folder: Path) -> None:
-    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+def make_t5(folder: Path) -> None:
+    config = transformers.T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, vocab_size=320)
+    config.save_pretrained(folder)
 
 
 def make_small_vocabulary(folder: Path) -> None:
@@ -150,7 +150,7 @@ def make_small_vocabulary(folder: Path) -> None:
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "unsupported architecture": (make_gpt2, ["gpt2", "not supported", "Llama"]),
+    "unsupported architecture": (make_t5, ["'t5'", "not one of transformers' causal language models"]),
     "tokenizer larger than the embedding": (make_small_vocabulary, ["embedding only 100 rows"]),
     "NaN": (lambda folder: edit_weights(folder, set_nan), ["model.norm.weight", "not finite"]),
     "missing tensor": (
@@ -219,7 +219,7 @@ def test_a_failed_start_leaves_the_earlier_run_in_place(world: World, tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("earlier\n")
     folder = Path(shutil.copytree(world.model, tmp_path / "model"))
-    make_gpt2(folder)
+    make_t5(folder)
     assert_explained(world.train(str(tmp_path / "run"), f"model.name={folder}"), 2)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "earlier\n"
     assert not list(tmp_path.glob("run.previous*"))
