@@ -129,8 +129,10 @@ def test_experts_without_tokens_take_no_step_and_no_decay(subspace: SubspaceSpec
 def test_a_first_gradient_after_the_first_step_makes_a_basis(kind: BasisKind, bits: ProjectionBits) -> None:
     """An expert without tokens in step 1 would stay as it is until the basis is due again."""
     draw = torch.Generator().manual_seed(3)
-    subspace = SubspaceSpec(rank=4, gap=100, offset=0, scale=0.25, kind=kind, projection_bits=bits, fast=True)
-    optimizer = ParamOptimizer([ParamSpec("w", (24, 10), 1e-2, 0.0, Hyper(), subspace=subspace)], seed=0, device=CPU)
+    # With this offset, a tracked basis has its first additional refresh in the third step of its own.
+    subspace = SubspaceSpec(rank=4, gap=100, offset=50, scale=0.25, kind=kind, projection_bits=bits, fast=True)
+    spec = ParamSpec("w", (24, 10), 1e-2, 0.0, Hyper(), subspace=subspace, rests=True)
+    optimizer = ParamOptimizer([spec], seed=0, device=CPU)
     weight = torch.randn(24, 10, generator=draw)
     for step in (5, 6):
         before = weight.clone()

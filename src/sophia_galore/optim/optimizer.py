@@ -91,7 +91,6 @@ class ParamOptimizer:
     ) -> None:
         self.specs = {spec.name: spec for spec in specs}
         self.states = ParamStates(self.specs, device=device, elsewhere=elsewhere)
-        self._begun: set[str] = set()  # those with a basis
         self.seed = seed
 
     def step_param(self, name: str, weight: Weight | Tensor, grad: Gradient, *, step: int, factor: float) -> None:
@@ -205,7 +204,7 @@ class ParamOptimizer:
         spec = self.specs[name]
         state = self.states.get(name)
         step = self._own_step(spec, step)
-        if not wants_products(spec) or state is None or self._refreshes(spec, state, step, False):
+        if not wants_products(spec) or state is None or refresh_is_due(spec, state, step):
             return None
         return self._with_probes(spec, state, step, next(iter(state.tensors.values())).device)
 
@@ -228,7 +227,7 @@ class ParamOptimizer:
 
         def choose(grad: LazyGradient) -> Projector:
             state = self.states.of(name, grad.device)
-            if self._refreshes(spec, state, step, observing):
+            if _refreshes(spec, state, step, observing):
                 refresh(spec, state, _checked(grad, name, step), step, self.seed)
             return self._with_probes(spec, state, _basis_step(step, observing), grad.device)
 
@@ -283,7 +282,7 @@ class ParamOptimizer:
     def _project(self, spec: ParamSpec, grad: Tensor, step: int, *, observing: bool) -> Tensor:
         """Refresh the basis if it is due, and return R of a full gradient."""
         state = self.states.of(spec.name, grad.device)
-        if self._refreshes(spec, state, step, observing):
+        if _refreshes(spec, state, step, observing):
             refresh(spec, state, grad, step, self.seed)
         return project(grad, basis_at(spec, state, _basis_step(step, observing), self.seed, grad.device))
 
@@ -300,18 +299,6 @@ class ParamOptimizer:
             return step
         state = self.states.get(spec.name)
         return 1 if state is None else int(state.tensors["num_steps"][0]) + 1
-
-    def _refreshes(self, spec: ParamSpec, state: ParamState, step: int, observing: bool) -> bool:
-        """Return whether the gradient of a step, or the one for its curvature, makes a new basis."""
-        # Step 1 has no basis yet; later, a curvature is in the basis of the step before.
-        due = step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
-        return due or ((not observing or spec.rule == "sophia") and self._begins(spec, state))
-
-    def _begins(self, spec: ParamSpec, state: ParamState) -> bool:
-        """Return whether a parameter gets its first gradient: experts may have had no tokens in the first steps."""
-        if spec.name not in self._begun and state.has_basis():
-            self._begun.add(spec.name)
-        return spec.name not in self._begun
 
     def _with_probes(self, spec: ParamSpec, state: ParamState, step: int, device: torch.device) -> Projector:
         basis = basis_at(spec, state, step, self.seed, device)
@@ -331,6 +318,12 @@ def _checked(grad: LazyGradient, name: str, step: int) -> LazyGradient:
         return found
 
     return MultipliedBy(grad, product)
+
+
+def _refreshes(spec: ParamSpec, state: ParamState, step: int, observing: bool) -> bool:
+    """Return whether the gradient of a step, or the one for its curvature, makes a new basis."""
+    # Step 1 has no basis yet; later, a curvature is in the basis of the step before.
+    return step == 1 and spec.rule == "sophia" if observing else refresh_is_due(spec, state, step)
 
 
 def _basis_step(step: int, observing: bool) -> int:

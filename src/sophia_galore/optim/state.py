@@ -114,11 +114,6 @@ class ParamState:
             return unpack(self.tensors["basis.packed"], self.tensors["basis.scales"], shape)
         return self.tensors["basis"].float()
 
-    def has_basis(self) -> bool:
-        """Return whether a basis is stored that is not zero, or none has to be."""
-        held = [tensor for name, tensor in self.tensors.items() if name in ("basis", "basis.scales")]
-        return not held or any(bool(tensor.any()) for tensor in held)
-
     def store_basis(self, basis: Tensor) -> None:
         """Store a basis, rounded to nearest into its format."""
         assert self._spec.subspace is not None and self._spec.subspace.kind in STORED_BASES  # others are not stored
