@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -188,31 +189,22 @@ def save_weights(
         RunError: A weight in a module of bitsandbytes was changed; nothing is written.
         ModelError: A weight is not finite in its format.
     """
-    groups: list[dict[str, TensorKind]] = []
     block: int | None = None
     is_packed = converts = False
     for name, weight in weights.items():
         _refuse_changed(name, weight)
         target = form_of(weight)
-        kinds = _kinds(weight, target)
-        groups.append({name + ending: kind for ending, kind in kinds.items()})
-        is_packed |= len(kinds) > 1
+        is_packed |= len(_kinds(weight, target)) > 1
         converts |= target is not None
         if isinstance(target, Int8Format):
             block = block or target.block
         elif target is None:
             block = block or weight.int8_block
-    more = tensors_of(carried)
+    stream = _followed_by(_stream_of(weights, form_of), carried)
     write_stream(
         folder,
         (INT8_FILE if is_packed else MODEL).removesuffix(".safetensors"),
-        TensorStream(
-            [*groups, *more.groups],
-            lambda: chain(
-                (block for name, opened in weights.opened() for block in _blocks(name, opened, form_of)), more.blocks()
-            ),
-            () if converts else weights.finished(),
-        ),
+        stream if converts else replace(stream, finished=weights.finished()),
         metadata=file_metadata(block),
         shard_bytes=shard_bytes,
     )
@@ -253,25 +245,33 @@ def save_in_layout(
             yield from _blocks(name, opened, dtype_of)
 
     groups = [group for one in layout.conversions for group in one.groups(shapes, lambda name: dtype_of(kinds[name]))]
-    more = tensors_of(carried)
-    stream = TensorStream(
-        [*groups, *more.groups],
-        lambda: chain((block for one in layout.conversions for block in one.blocks(values, shapes)), more.blocks()),
-    )
+    stream = TensorStream(groups, lambda: (block for one in layout.conversions for block in one.blocks(values, shapes)))
     write_stream(
-        folder, MODEL.removesuffix(".safetensors"), stream, metadata=file_metadata(None), shard_bytes=shard_bytes
+        folder,
+        MODEL.removesuffix(".safetensors"),
+        _followed_by(stream, carried),
+        metadata=file_metadata(None),
+        shard_bytes=shard_bytes,
     )
 
 
-def tensors_of(weights: NamedWeights | None) -> TensorStream:
-    """Return the tensors of weights as they are; None: of no weights."""
-    if weights is None:
-        return TensorStream([], lambda: iter(()))
-    groups = [{name + end: kind for end, kind in _kinds(weight, None).items()} for name, weight in weights.items()]
+def _stream_of(weights: NamedWeights, form_of: Callable[[Weight], Form] = lambda weight: None) -> TensorStream:
+    """Return the tensors of weights, each in its format."""
     return TensorStream(
-        groups,
-        lambda: (block for name, opened in weights.opened() for block in _blocks(name, opened, lambda weight: None)),
+        [
+            {name + ending: kind for ending, kind in _kinds(weight, form_of(weight)).items()}
+            for name, weight in weights.items()
+        ],
+        lambda: (block for name, opened in weights.opened() for block in _blocks(name, opened, form_of)),
     )
+
+
+def _followed_by(stream: TensorStream, carried: NamedWeights | None) -> TensorStream:
+    """Return a stream with further tensors behind it, which are written as they are."""
+    if carried is None:
+        return stream
+    more = _stream_of(carried)
+    return replace(stream, groups=[*stream.groups, *more.groups], blocks=lambda: chain(stream.blocks(), more.blocks()))
 
 
 def _refuse_changed(name: str, weight: Weight) -> None:

@@ -82,7 +82,7 @@ class FolderWeights:
 
     def items(self) -> Iterator[tuple[str, Weight]]:
         """Yield the names, and weights on the meta device."""
-        return ((saved.name, saved.kind) for saved in saved_weights(self._folder, self._names))
+        return ((saved.name, saved.kind) for saved in _found(self._folder) if saved.name in self._names)
 
     def finished(self) -> Sequence[FinishedFile]:
         """Return nothing: the files have other tensors as well."""
