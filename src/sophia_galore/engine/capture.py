@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.segments import Segments, attending_within, own_attention
 from sophia_galore.engine.shared import SharedInput, SharedStates
 from sophia_galore.errors import ModelError, lacks_memory
-from sophia_galore.model.architecture import Architecture, Place
+from sophia_galore.model.architecture import Architecture
 
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -107,7 +108,7 @@ class _Recorder(nn.Module):
         self.call: LayerCall | None = None
         self._shape, self._answers = shape, answers
         vars(self)["_layer"] = layer  # not as a submodule, which would change the parameters' names
-        self._names = [name for name in inspect.signature(type(layer).forward).parameters][2:]
+        self._names = _names_of_arguments(type(layer).forward)
 
     def __getattr__(self, name: str) -> Any:
         # Some models read attributes of a layer, such as its attention type, while they loop over the layers.
@@ -123,6 +124,12 @@ class _Recorder(nn.Module):
         if not self._answers:
             return hidden_states
         return (hidden_states, *[None] * (self._answers - 1))
+
+
+@cache
+def _names_of_arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what the forward of a layer's class takes behind the hidden states."""
+    return tuple(inspect.signature(forward).parameters)[2:]
 
 
 class _NormBehind(nn.Module):
@@ -160,7 +167,6 @@ class _Looked(nn.Module):
 def _recorders(architecture: Architecture, entering: Entering, answers: int) -> Iterator[list[_Recorder]]:
     """Replace the layers by recorders, the last norm by the identity, and embeddings by what they return."""
     recorders = [_Recorder(layer, entering.embedded.shape, answers) for layer in architecture.layers]
-    places = {id(module): name for name, module in architecture.model.named_modules()}
     with ExitStack() as stack:
         stack.enter_context(architecture.layers_place.holding(nn.ModuleList(recorders)))
         if architecture.norm_place is not None:
@@ -168,9 +174,8 @@ def _recorders(architecture: Architecture, entering: Entering, answers: int) -> 
             stack.enter_context(architecture.norm_place.holding(norm))
         stack.enter_context(architecture.embed_place.holding(_Looked(architecture.embed, entering.embedded)))
         for name, rows in entering.lookups.items():
-            owner, _, attribute = places[id(architecture.lookups[name])].rpartition(".")
-            place = Place(architecture.model.get_submodule(owner), attribute)
-            stack.enter_context(place.holding(_Looked(architecture.lookups[name], rows)))
+            instead = _Looked(architecture.lookups[name], rows)
+            stack.enter_context(architecture.lookup_places[name].holding(instead))
         yield recorders
 
 
@@ -233,7 +238,8 @@ def _record(architecture: Architecture, entering: Entering, **inputs: Tensor | N
 def _record_answering(
     architecture: Architecture, entering: Entering, answers: int, inputs: Mapping[str, Tensor | None]
 ) -> tuple[Tensor, list[LayerCall]]:
-    weights = {_inside_base(architecture, name): weight for name, weight in entering.weights.items()}
+    prefix = architecture.base_name and f"{architecture.base_name}."
+    weights = {name.removeprefix(prefix): weight for name, weight in entering.weights.items()}
     with _recorders(architecture, entering, answers) as recorders:
         functional_call(architecture.base, weights, (), {"input_ids": entering.input_ids, "use_cache": False, **inputs})
     calls = [recorder.call for recorder in recorders if recorder.call is not None]
@@ -273,12 +279,6 @@ def _sharing(calls: Sequence[LayerCall]) -> list[LayerCall]:
 
 def _is_shared_mapping(value: Any) -> bool:
     return isinstance(value, MutableMapping) and (not isinstance(value, dict) or not value)
-
-
-def _inside_base(architecture: Architecture, name: str) -> str:
-    """Return a parameter's name inside the base model."""
-    prefix = next((name for name, module in architecture.model.named_modules() if module is architecture.base), "")
-    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 def _record_positions(

@@ -126,6 +126,7 @@ class Architecture:
     Args:
         model: The whole model. Its parameters are on the meta device, except frozen weights that its modules hold.
         base: The model below the head.
+        base_name: Its name, the prefix of its parameter names without the final dot; empty: it is the whole model.
         embed: The token embedding.
         layers: The decoder layers, first to last.
         norm: The norm between the last layer and the head; the identity if there is none.
@@ -141,6 +142,7 @@ class Architecture:
         entry_names: Names of the parameters between the embedding and the first layer, and of those that are used for
             other arguments of the layers: positions, norms, projections.
         lookups: Further embeddings of tokens, by the names of their weights.
+        lookup_places: Where these are.
         expert_tensors: The weights of experts, by the name that transformers has for all of them together.
         routers: For each layer, what chooses its experts; None: it has none, or they are not known.
         balance: Coefficient of the loss that spreads tokens evenly over experts; 0: the configuration asks for none.
@@ -157,6 +159,7 @@ class Architecture:
 
     model: nn.Module
     base: nn.Module
+    base_name: str
     embed: nn.Embedding
     layers: nn.ModuleList
     norm: nn.Module
@@ -171,6 +174,7 @@ class Architecture:
     head_bias_name: str | None
     entry_names: tuple[str, ...]
     lookups: Mapping[str, nn.Embedding]
+    lookup_places: Mapping[str, Place]
     expert_tensors: Mapping[str, ExpertWeights]
     routers: tuple[Router | None, ...]
     balance: float

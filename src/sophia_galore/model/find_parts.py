@@ -67,6 +67,7 @@ def find_architecture(model: Any) -> Architecture:
     return Architecture(
         model=model,
         base=base,
+        base_name=names[id(base)],
         embed=embed,
         layers=layers,
         norm=norm,
@@ -81,6 +82,7 @@ def find_architecture(model: Any) -> Architecture:
         head_bias_name=bias_name,
         entry_names=tuple(name for name in rest if name not in lookups),
         lookups=lookups,
+        lookup_places={name: _place(model, module) for name, module in lookups.items()},
         expert_tensors=expert_tensors(model),
         routers=tuple(_router(model, config, layer) for layer in layers),
         balance=_balance(config),
