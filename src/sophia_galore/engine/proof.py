@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ _MOST_ROUNDING = 1e-4
 # Gradients that are smaller than the largest by this factor are compared with it times this: they are differences of
 # larger numbers, whose rounding would be mistaken for a fault.
 _FLOOR = 1e-2
+FindRounding = Callable[[], Mapping[str, float]]
 _LENGTHS = (11, 5, 17, 8)
 _PADDING = 2  # as in the configurations of twins
 _CPU = torch.device("cpu")
@@ -101,7 +103,7 @@ def prove(config: Any, *, trust_remote_code: bool = False) -> Proof:
                 f"This {config.model_type} model is no causal language model: what it says of a token depends on the "
                 "tokens behind it."
             )
-        return _compared(model, *expected, _rounding(twin, trust_remote_code, expected[1]))
+        return _compared(model, *expected, partial(_rounding, twin, trust_remote_code, expected[1]))
     return Proof(
         f"No small twin of this {config.model_type} model runs ({reason}), so nothing is known of its gradients."
     )
@@ -202,8 +204,9 @@ def _rounding(config: Any, trust_remote_code: bool, expected: dict[str, Tensor])
     return found
 
 
-def _compared(model: Any, expected_loss: float, expected: dict[str, Tensor], rounding: Mapping[str, float]) -> Proof:
-    """Compare the engine with what autograd found, given the rounding of each gradient."""
+def _compared(model: Any, expected_loss: float, expected: dict[str, Tensor], find_rounding: FindRounding) -> Proof:
+    """Compare the engine with what autograd found; the rounding of its gradients is found if something differs."""
+    rounding = cache(find_rounding)
     kind = model.config.model_type
     try:
         run_one_by_one(model.config)
@@ -231,7 +234,7 @@ def _compared(model: Any, expected_loss: float, expected: dict[str, Tensor], rou
     return replace(proof, packing_problem=_packing_problem(architecture, expected, rounding))
 
 
-def _packing_problem(architecture: Architecture, expected: dict[str, Tensor], rounding: Mapping[str, float]) -> str:
+def _packing_problem(architecture: Architecture, expected: dict[str, Tensor], rounding: FindRounding) -> str:
     try:
         found = _engine(architecture, _packed(), expected)[1]
         parameter, difference = _worst(architecture, expected, found, rounding)
@@ -287,7 +290,7 @@ def _worst(
     architecture: Architecture,
     expected: dict[str, Tensor],
     found: dict[str, Tensor],
-    rounding: Mapping[str, float],
+    rounding: FindRounding,
 ) -> tuple[str, float]:
     """Return the parameter whose gradient differs most, and by how much; one that is missing differs by 100 %.
 
@@ -301,8 +304,9 @@ def _worst(
             differences[name] = float(_size(grad) > 0)
             continue
         difference = _size(grad.double() - wanted[name].double()) / max(_size(wanted[name]), floor)
-        allowed = _ROUNDING * rounding.get(architecture.of_all_experts(name), 0.0)
-        differences[name] = min(difference, TOLERANCE) if difference <= allowed else difference
+        if difference > TOLERANCE and difference <= _ROUNDING * rounding().get(architecture.of_all_experts(name), 0.0):
+            difference = TOLERANCE
+        differences[name] = difference
     worst = max(differences, key=differences.__getitem__)
     return worst, differences[worst]
 
