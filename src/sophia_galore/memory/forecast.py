@@ -7,7 +7,8 @@ each kind (`simulation.py`) and composed for all layers (`composition.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -154,33 +155,7 @@ def trace_model(
         workload: The micro-batches of the largest step.
         num_steps: Steps of the run.
         with_kept: Whether to simulate layers without activation checkpointing too.
-
-    Raises:
-        NotPredictable: The model's code does not run on tensors without values.
     """
-    try:
-        return _traced(decided, model_config, layer_names, workload, num_steps=num_steps, with_kept=with_kept)
-    except SophiaGaloreError:
-        raise
-    except Exception as error:  # whatever a model's code says
-        if model_config.model_type in SUPPORTED:
-            raise  # a fault of ours
-        raise NotPredictable(
-            f"The memory of this {model_config.model_type} model can't be predicted: its code does not run on tensors "
-            f"without values ({short(error)}).",
-            "Use memory.predict=false: the probe step shows whether a run fits.",
-        ) from error
-
-
-def _traced(
-    decided: Decisions,
-    model_config: Any,
-    layer_names: Sequence[str],
-    workload: Workload,
-    *,
-    num_steps: int,
-    with_kept: bool = False,
-) -> ModelTrace:
     of_layer, around = by_layer(decided.routes, layer_names)
     num_idle = num_idle_layers(decided, layer_names)
     kinds: list[Hashable] = [
@@ -219,6 +194,27 @@ def _traced(
         probe=see(workload.probe, [1], probes=True)[0] if workload.probe else None,
         evaluation=simulate(few, decided, (), (), eval_batches=workload.eval).evaluation if workload.eval else None,
     )
+
+
+@contextmanager
+def naming_unpredictable(model_type: str) -> Iterator[None]:
+    """Raise `NotPredictable` for errors inside the context, unless the tests cover the model's architecture.
+
+    Args:
+        model_type: The model's architecture.
+    """
+    try:
+        yield
+    except SophiaGaloreError:
+        raise
+    except Exception as error:  # whatever a model's code says
+        if model_type in SUPPORTED:
+            raise  # a fault of ours
+        raise NotPredictable(
+            f"The memory of this {model_type} model can't be predicted: its code does not run on tensors "
+            f"without values ({short(error)}).",
+            "Use memory.predict=false: the probe step shows whether a run fits.",
+        ) from error
 
 
 def _kind(layer: str, routes: Sequence[Route]) -> Hashable:

@@ -23,7 +23,7 @@ from sophia_galore.engine.observe import Category
 from sophia_galore.engine.passes import FullGradients
 from sophia_galore.errors import ConfigError
 from sophia_galore.memory.budget import Budget, budget_of
-from sophia_galore.memory.forecast import Forecast, ModelTrace, trace_model
+from sophia_galore.memory.forecast import Forecast, ModelTrace, naming_unpredictable, trace_model
 from sophia_galore.memory.ladder import forms_apart
 from sophia_galore.memory.transfers import USUAL, transfers_of
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
@@ -369,14 +369,15 @@ class Planner:
         values["engine.full_gradients"] = values["engine.full_gradients"].replace("auto", "layer")
         key = f"{with_kept} {values}"
         if key not in self._traces:
-            self._traces[key] = trace_model(
-                self.decide(config),
-                self.model_config,
-                self.layer_names,
-                self.workload(config),
-                num_steps=self.num_steps(config),
-                with_kept=with_kept,
-            )
+            with naming_unpredictable(self.model_config.model_type):
+                self._traces[key] = trace_model(
+                    self.decide(config),
+                    self.model_config,
+                    self.layer_names,
+                    self.workload(config),
+                    num_steps=self.num_steps(config),
+                    with_kept=with_kept,
+                )
         return self._traces[key]
 
 
