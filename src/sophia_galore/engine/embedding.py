@@ -14,11 +14,10 @@ from torch.func import functional_call
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.capture import Entering, LayerCall, capture_calls
 from sophia_galore.engine.determinism import seeded
+from sophia_galore.engine.layer_graph import Tensors
 from sophia_galore.model.architecture import Architecture
 from sophia_galore.numerics.random import generator, key
 from sophia_galore.weights.store import WeightStore
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

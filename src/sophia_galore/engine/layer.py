@@ -266,18 +266,15 @@ class Layers:
         sums |= {key: product.sum for key, product in products.items() if product.touched}
         name = self._architecture.layer_names[index]
         formed = [key for key, leaf in leaves.items() if leaf.requires_grad and passes.forms(key)]
-        leaf_of = {key: leaf for key, leaf in leaves.items() if self._architecture.is_expert(f"{name}.{key}")}
-        for used in (leaves, graph.sums):
-            used.clear()  # the caller may still hold the graph
         idle = {key for key in formed if key not in sums and self._architecture.is_expert(f"{name}.{key}")}
         if graph.routing is not None:
             for key in [key for key in idle if not graph.routing.rests(index, key)]:
                 # It has tokens in another process only, with whose gradient this one is summed.
-                if key in products:
-                    sums[key] = products[key].sum
-                else:
-                    sums[key] = torch.zeros_like(leaf_of[key], dtype=torch.float32)
+                zeros = products[key].sum if key in products else torch.zeros_like(leaves[key], dtype=torch.float32)
+                sums[key] = zeros
                 idle.remove(key)
+        for used in (leaves, graph.sums):
+            used.clear()  # the caller may still hold the graph
         formed = [key for key in formed if key not in idle]  # experts without tokens take no step
         without = set(formed) - sums.keys()
         if without:
