@@ -100,6 +100,22 @@ class Metrics:
     exported: Exported | None = None
 
 
+def use_of_experts(lines: Iterable[TrainStep]) -> tuple[float, float] | None:
+    """Return how steps used experts: the largest share of a layer's choices that one got, and how many had no token.
+
+    Args:
+        lines: The steps.
+
+    Returns:
+        The largest share of all steps, and the mean number of idle experts of a step; None: there are no experts.
+    """
+    with_experts = [line for line in lines if line.tokens_per_expert]
+    if not with_experts:
+        return None
+    largest = max(line.largest_expert_share or 0.0 for line in with_experts)
+    return largest, sum(line.idle_experts or 0 for line in with_experts) / len(with_experts)
+
+
 def evaluations_of(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     """The evaluations among the lines of `metrics.jsonl`, or of the history in `trainer_state.json`."""
     return [Evaluation.of(line, METRICS) for line in lines if "eval_loss" in line]

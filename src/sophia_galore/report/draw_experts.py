@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sophia_galore.records.metrics import Metrics, TrainStep
+from sophia_galore.records.metrics import Metrics, TrainStep, use_of_experts
 from sophia_galore.report.style import BLUE, ORANGE, headline, new_figure, note, quantity, step_axis
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ def draw_experts(metrics: Metrics) -> Figure:
 
 
 def _subtitle(lines: Sequence[TrainStep]) -> str:
-    if not lines:
+    use = use_of_experts(lines)
+    if use is None:
         return ""
-    idle = sum(line.idle_experts or 0 for line in lines) / len(lines)
-    largest = max(line.largest_expert_share or 0.0 for line in lines)
+    largest, idle = use
     return f"{idle:.1f} experts without tokens in a step on average; one got {largest:.0%} of a layer's at most"
 
 

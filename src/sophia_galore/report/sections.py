@@ -8,6 +8,7 @@ from statistics import median_low
 from typing import Any
 
 from sophia_galore.records import files
+from sophia_galore.records.metrics import use_of_experts
 from sophia_galore.records.report import GroupNumbers, RunNumbers, Spread
 from sophia_galore.records.run import Machine
 from sophia_galore.report.comparison import Comparison
@@ -189,10 +190,10 @@ def _processes(run: Run) -> str:
 def _experts(run: Run) -> str:
     """Return how tokens were dealt to experts, as text; empty if there are none."""
     train = [line for line in run.metrics.train if line.tokens_per_expert]
-    if not train:
+    use = use_of_experts(train)
+    if use is None:
         return ""
-    largest = max(line.largest_expert_share or 0.0 for line in train)
-    idle = sum(line.idle_experts or 0 for line in train) / len(train)
+    largest, idle = use
     return (
         f"{len(train[-1].tokens_per_expert or ())} experts; one got {largest:.0%} of a layer's choices at most, "
         f"{idle:.1f} experts had no token in a step on average, and the routers' entropy went from "
