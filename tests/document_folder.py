@@ -69,6 +69,7 @@ def write_small(text: str, path: Path) -> None:
         training |= _ANSWERS
     if "max_steps" in training:
         training["max_steps"] = min(training["max_steps"], _MOST_STEPS)
+        training["warmup_steps"] = min(training.get("warmup_steps", 0), _MOST_STEPS // 2)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
@@ -77,6 +78,9 @@ def write_data(folder: Path) -> None:
     (folder / "data").mkdir(exist_ok=True)
     path = write_tiny_data(folder / "data" / "sample_data.json", _NUM_RECORDS)
     records = json.loads(path.read_text(encoding="utf-8"))
+    (folder / "data" / "corpus.txt").write_text(
+        "\n".join(record["output"] for record in records) * 20, encoding="utf-8"
+    )
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "my_data.jsonl").write_text(lines, encoding="utf-8")
 

@@ -40,6 +40,7 @@ KEYS = [
     "model.cache_dir",
     "model.chat_template",
     "model.fallback",
+    "model.init",
     "model.name",
     "model.source",
     "model.store",

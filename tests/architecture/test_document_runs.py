@@ -59,7 +59,8 @@ def follow(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a line, which has to succeed."""
     program, *words = shlex.split(line)
     if {"prepare-data", "--prepare-data"} & set(words):
-        (folder / "data" / "sample_data.json").unlink()  # tiny, and not what that command would replace
+        for name in ("sample_data.json", "corpus.txt"):
+            (folder / "data" / name).unlink()  # tiny, and not what that command would replace
     if program == "make":
         # Continuous integration does it; here it is gone through without being done.
         done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -71,7 +72,7 @@ def follow(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stdin", io.StringIO("What is it?\n/exit\n"))
         ended = command(*words)
     assert ended.code == 0, f"{line}\n{ended.out[-2000:]}\n{ended.err[-2000:]}"
-    write_data(folder)  # `prepare-data` has made 2000 examples
+    write_data(folder)  # `prepare-data` has made 2000 examples, or a long text
 
 
 def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Ended:

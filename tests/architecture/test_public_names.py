@@ -39,7 +39,7 @@ def test_commands_and_their_options() -> None:
         ],
         "compare": ["--output", "--seeds", "words"],
         "report": ["--output", "runs"],
-        "prepare-data": ["--output"],
+        "prepare-data": ["--corpus", "--output"],
         "download": ["--cache-dir", "--list", "--prefer", "--source", "--trust-remote-code", "name"],
         "export": ["--block-size", "--converter", "--output", "--to", "--type", "source"],
         "push": ["--private", "folder", "hub_id"],

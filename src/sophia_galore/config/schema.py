@@ -47,7 +47,12 @@ class ModelConfig(Section):
     fallback: str | None = Field(
         None, description="Model to take, said aloud, if no source can be reached for `name`; null: stop instead."
     )
-    cache_dir: str = Field("models_cache", description="Folder in which models are kept.")
+    cache_dir: str = Field("models_cache", description="Folder in which models and tokens of plain text are kept.")
+    init: Literal["weights", "random"] = Field(
+        "weights",
+        description="weights: train on from the model's own; random: from new ones, a function of training.seed, for "
+        "pre-training; then config.json and a tokenizer are enough.",
+    )
     store: StoreFormat = Field(
         "fp32", description="Format in which weights live between uses, where quantization does not say int8."
     )

@@ -121,7 +121,8 @@ class DataConfig(Section):
         min_length=1,
         description="JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder of those, or a hub dataset id; or a list "
         "of such, each a name or an object with path, weight (how often an epoch goes through it), max_examples and "
-        "format.",
+        "format. Plain text (.txt files, a folder or a pattern) is a corpus: cut into rows of training.max_length "
+        "tokens.",
     )
     eval: MaybeDataSources = Field(
         None,

@@ -6,17 +6,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sophia_galore.config.schema_data import DataConfig, sources_in_words
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
+from sophia_galore.data.corpus import FORMAT, is_corpus, load_corpus
 from sophia_galore.data.example import Example
 from sophia_galore.data.gather import FileRead, gather
 from sophia_galore.data.mixture import repeated, shares
 from sophia_galore.data.render import Tokenised, tokenise
 from sophia_galore.data.repetition import Repetition, repetition
 from sophia_galore.data.split import in_seeded_order, split_off
+from sophia_galore.data.token_rows import TokenRows
 from sophia_galore.errors import DataError
 from sophia_galore.records.run import BadRecord
 
@@ -81,8 +84,8 @@ class Dataset:
         bad: The records that can't be used and were left out.
     """
 
-    train: list[Example]
-    eval: list[Example]
+    train: Sequence[Example]
+    eval: Sequence[Example]
     format: str
     summary: DataSummary
     fingerprint: str
@@ -97,11 +100,17 @@ class Dataset:
     @property
     def largest_token(self) -> int:
         """Largest token id that occurs in either part."""
-        return max(int(example.input_ids.max()) for example in [*self.train, *self.eval])
+        return max(_largest_token(part) for part in (self.train, self.eval) if part)
 
 
 def load_data(
-    config: DataConfig, *, max_length: int, seed: int, tokenizer: PreTrainedTokenizerBase, date: str = ""
+    config: DataConfig,
+    *,
+    max_length: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    date: str = "",
+    cache_dir: Path = Path("models_cache"),
 ) -> Dataset:
     """Read, convert, split and tokenise the data of a run.
 
@@ -111,6 +120,7 @@ def load_data(
         seed: The run's seed. It determines the split and the choice of examples, unless `data.seed` is given.
         tokenizer: The model's tokenizer.
         date: The date that the chat template sees, as `2026-11-28`; "": the current date.
+        cache_dir: In its folder `tokens` the tokens of plain text are kept.
 
     Returns:
         The examples and their counts.
@@ -120,6 +130,8 @@ def load_data(
         EnvironmentProblem: There is no permission to read a file.
     """
     seed = seed if config.seed is None else config.seed
+    if is_corpus(config):
+        return _corpus_dataset(config, max_length, seed, tokenizer, cache_dir / "tokens")
     bad = BadRecords(config.on_bad_record)
     gathered = gather(config, bad)
     everything = shares(gathered.train, seed, "train")
@@ -178,16 +190,52 @@ def fingerprint(train: Sequence[Example], eval: Sequence[Example]) -> str:
 
     Returns:
         SHA-256 over the number of examples in each part and each example's length, token ids
-        (little-endian int32) and mask, 64 hex digits.
+        (little-endian int32) and mask, 64 hex digits; of rows of a corpus, over its digest and their numbers.
     """
     digest = hashlib.sha256()
     for part in (train, eval):
         digest.update(len(part).to_bytes(8, "little"))
+        if isinstance(part, TokenRows):
+            digest.update(part.content)
+            continue
         for example in part:
             digest.update(example.num_tokens.to_bytes(8, "little"))
             digest.update(example.input_ids.numpy().astype("<i4").tobytes())
             digest.update(example.counted.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _corpus_dataset(
+    config: DataConfig, length: int, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Dataset:
+    corpus = load_corpus(config, length=length, seed=seed, tokenizer=tokenizer, folder=folder)
+    return Dataset(
+        train=corpus.train,
+        eval=corpus.eval,
+        format=FORMAT,
+        summary=DataSummary(_rows_summary(len(corpus.train), length), _rows_summary(len(corpus.eval), length), 0),
+        fingerprint=fingerprint(corpus.train, corpus.eval),
+        files=corpus.files,
+    )
+
+
+def _rows_summary(num_rows: int, length: int) -> PartSummary:
+    return PartSummary(
+        num_records=num_rows,
+        num_examples=num_rows,
+        num_cut=0,
+        num_dropped=0,
+        num_cut_empty=0,
+        num_tokens=num_rows * length,
+        num_counted=num_rows * (length - 1),
+        longest=length if num_rows else 0,
+    )
+
+
+def _largest_token(part: Sequence[Example]) -> int:
+    if isinstance(part, TokenRows):
+        return part.largest_token
+    return max(int(example.input_ids.max()) for example in part)
 
 
 def _require_examples(part: Tokenised, given: Sequence[Conversation], source: str, use: str, max_length: int) -> None:

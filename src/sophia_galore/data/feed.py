@@ -17,6 +17,7 @@ from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
 from sophia_galore.data.order import epoch_order, grouped_order
 from sophia_galore.data.packing import Rows, pack
+from sophia_galore.data.token_rows import lengths_of
 
 Arrangement = Literal["shuffled", "grouped", "packed"]
 
@@ -56,7 +57,7 @@ class Feed:
             pad_id: The token id to pad with.
         """
         training, data = config.training, config.data
-        lengths = tuple(example.num_tokens for example in examples)
+        lengths = lengths_of(examples)
         rows = pack(lengths, training.max_length, training.seed) if data.packing else one_each(len(lengths))
         return cls(
             examples,
@@ -160,12 +161,14 @@ class Feed:
     @cached_property
     def _lengths(self) -> tuple[int, ...]:
         """Tokens of each row."""
-        return tuple(sum(self.examples[number].num_tokens for number in row) for row in self.rows)
+        lengths = lengths_of(self.examples)
+        return tuple(sum(lengths[number] for number in row) for row in self.rows)
 
     @cached_property
     def _squares(self) -> list[int]:
         """For each row the sum of its examples' squared lengths."""
-        return [sum(self.examples[number].num_tokens ** 2 for number in row) for row in self.rows]
+        lengths = lengths_of(self.examples)
+        return [sum(lengths[number] ** 2 for number in row) for row in self.rows]
 
     def _places(self, rows: Sequence[int]) -> int:
         """Return the number of tokens in the micro-batches of some rows, including padding."""

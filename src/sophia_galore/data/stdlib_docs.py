@@ -78,7 +78,7 @@ def prepare_sample_data(path: Path) -> SampleDataReport:
         )
     chosen = choose(examples, MAX_EXAMPLES)
     content = (json.dumps(chosen, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
-    _write(path, content)
+    write_whole(path, content)
     return SampleDataReport(
         path=path,
         num_examples=len(chosen),
@@ -185,7 +185,16 @@ def _refuse_others_records(path: Path) -> None:
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file atomically; its folder is created if necessary.
+
+    Args:
+        path: The file.
+        content: What it shall hold.
+
+    Raises:
+        EnvironmentProblem: It can't be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -427,7 +428,8 @@ def find_planner(config: RunConfig, say: Callable[[str], None], *, reads_data: b
 
         @cache  # many configurations share the same data
         def read(data: DataConfig, max_length: int, seed: int) -> Dataset:
-            return load_data(data, max_length=max_length, seed=seed, tokenizer=tokenizer)
+            cache_dir = Path(config.model.cache_dir)
+            return load_data(data, max_length=max_length, seed=seed, tokenizer=tokenizer, cache_dir=cache_dir)
 
         def workload(asked: RunConfig) -> Workload:
             dataset = read(asked.data, asked.training.max_length, asked.training.seed)

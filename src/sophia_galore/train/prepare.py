@@ -20,6 +20,7 @@ from sophia_galore.memory.planner import Planner
 from sophia_galore.memory.workload import workload_of_data
 from sophia_galore.model.export import read_generation_config
 from sophia_galore.model.folder_layout import find_layout
+from sophia_galore.model.random_weights import random_model
 from sophia_galore.model.skeleton import build_skeleton, check_causal, load_tokenizer, read_model_config
 from sophia_galore.model.source import ResolvedModel, resolve_model
 from sophia_galore.model.source_files import read_source_files
@@ -82,7 +83,7 @@ def prepare(
     # Rules are checked before each slow step, so that nothing is downloaded, built or tokenised in vain.
     decide(RULES, facts)
     trust = config.model.trust_remote_code
-    model = _model_of(checkpoint) if checkpoint else resolve_model(config.model, callback.say)
+    model = _model_of(checkpoint) if checkpoint else _model_to_begin_with(config, callback)
     if not checkpoint:
         _refuse_folder_of_model(config, model)
     model_config = read_model_config(model.folder, trust_remote_code=trust, say=callback.say)
@@ -113,6 +114,7 @@ def prepare(
         seed=config.training.seed,
         tokenizer=tokenizer,
         date=chat_format.date,
+        cache_dir=Path(config.model.cache_dir),
     )
     callback.data_read(config.data, dataset)
     _, num_steps = count_steps(config, dataset)
@@ -170,6 +172,12 @@ def prepare(
         callback.say(estimate.sentence())
     callback.examples([describe(example, tokenizer) for example in dataset.train[:_NUM_SHOWN_EXAMPLES]])
     return replace(prepared, plan=plan)
+
+
+def _model_to_begin_with(config: RunConfig, callback: Callback) -> ResolvedModel:
+    if config.model.init == "random":
+        return random_model(config.model, config.training.seed, callback.say)
+    return resolve_model(config.model, callback.say)
 
 
 def _chat_format(

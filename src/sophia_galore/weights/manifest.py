@@ -143,7 +143,7 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds no *.safetensors file.",
             "Weights in *.bin files are not read; load them with transformers and write them with save_pretrained."
             if any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
-            else repair_hint(folder),
+            else f"{repair_hint(folder)} To pre-train new weights, set model.init: random.",
         )
     for path in weights:
         _check_safetensors(path)
