@@ -43,24 +43,32 @@ _FORM = Int8Format()
 _SCALE = 0.02 / 73
 
 
-def write_random_model(folder: Path, model: str, tokenizer: Path, *, num_layers: int | None = None) -> int:
+def config_of(model: str, num_layers: int | None = None) -> Any:
+    """Return the Hugging Face configuration of a built-in specification.
+
+    Args:
+        model: Its name.
+        num_layers: So many layers only; None: all.
+    """
+    known = find_specification(model)
+    if known is None:
+        raise SystemExit(f"{model} is no built-in model")
+    return make_model_config(known.config | ({"num_hidden_layers": num_layers} if num_layers else {}), model)
+
+
+def write_random_model(folder: Path, config: Any, tokenizer: Path) -> int:
     """Write a model folder with random weights in eight bits, layer by layer.
 
     Args:
         folder: The folder, which is made.
-        model: Name of a built-in specification.
+        config: The model's Hugging Face configuration; it gets the tokenizer's special tokens.
         tokenizer: The folder of a tokenizer.
-        num_layers: So many layers only; None: all.
 
     Returns:
         The number of parameters.
     """
     from transformers import AutoTokenizer
 
-    known = find_specification(model)
-    if known is None:
-        raise SystemExit(f"{model} is no built-in model")
-    config = make_model_config(known.config | ({"num_hidden_layers": num_layers} if num_layers else {}), model)
     words = AutoTokenizer.from_pretrained(tokenizer)
     config.eos_token_id, config.pad_token_id, config.bos_token_id = words.eos_token_id, words.pad_token_id, None
     folder.mkdir(parents=True)
@@ -120,7 +128,8 @@ def _measure(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = resolve_model(ModelConfig(name=asked.tokenizer), print).folder
     model, data, run = folder / "model", folder / "data.json", folder / "run"
     if not model.exists():
-        print(f"{write_random_model(model, asked.model, tokenizer, num_layers=asked.layers) / 1e9:.3f} G parameters")
+        config = config_of(asked.model, asked.layers)
+        print(f"{write_random_model(model, config, tokenizer) / 1e9:.3f} G parameters")
     write_data(data, asked.sample, asked.batch * asked.steps + 2)
     words = [
         f"model.name={model}",

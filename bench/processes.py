@@ -84,7 +84,7 @@ def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
                 "training.max_steps=20",
                 "training.batch_size=1",
                 "training.gradient_accumulation_steps=4",
-                "training.max_length=64",
+                f"training.max_length={asked.length}",
                 "data.max_eval_examples=8",
                 "checkpoint.save_every_steps=0",
                 *STORES[store],
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--stores", nargs="+", default=list(STORES))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--steps", type=int, default=7, help="steps of a run, of which the first is not counted")
+    parser.add_argument("--length", type=int, default=64, help="longest example in tokens, for --curve")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a step, for --link")
     parser.add_argument("--mbits", type=int, default=1000, help="speed of the link, for --link")
