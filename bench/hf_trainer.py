@@ -27,6 +27,19 @@ from sophia_galore.plan.routes import peak_learning_rate
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter of peft on all linear maps of the layers; the model itself stays as it is.
+
+    Args:
+        rank: Its rank; its factor is twice that over the rank, without dropout.
+        int8: Whether the model below is held in eight bits by bitsandbytes.
+    """
+
+    rank: int
+    int8: bool = False
+
+
+@dataclass(frozen=True)
 class TrainerOptions:
     """What the Trainer is told beside what it has in common with our run.
 
@@ -35,12 +48,14 @@ class TrainerOptions:
         optim_args: Its `optim_args`.
         targets: Its `optim_target_modules`.
         compiles: Whether it compiles its step, which torch refuses to do where operations are followed.
+        adapter: What is trained instead of the model's weights; None: all of these.
     """
 
     optim: str
     optim_args: str | None = None
     targets: tuple[str, ...] = ()
     compiles: bool = False
+    adapter: Adapter | None = None
 
 
 class PlainTensorTracker(StorageTracker):
@@ -111,7 +126,7 @@ def run_trainer(
     Returns:
         What was measured.
     """
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     steps = micro_batches(config)
     rows = [trainer_inputs(batch) for chosen in steps for batch in chosen]
@@ -174,7 +189,7 @@ def run_trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    model = _model(config, options.adapter)
     times = Times()
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Batches(), data_collator=lambda some: some[0], callbacks=[times]
@@ -198,3 +213,23 @@ def run_trainer(
     begun = training.max_steps - len(times.seconds)
     tokens = [sum(batch.num_tokens for batch in chosen) for chosen in steps[begun:]]
     return Measured(list(zip(tokens, times.seconds, strict=True)), times.peak_process_bytes, peak_tracked_bytes)
+
+
+def _model(config: RunConfig, adapter: Adapter | None) -> Any:
+    """The model in float32; with an adapter, the model that peft makes of it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if adapter is None:
+        return AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(config.training.seed)
+    form = BitsAndBytesConfig(load_in_8bit=True) if adapter.int8 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.name, dtype=torch.float32, quantization_config=form, device_map="cpu" if form else None
+    )
+    if adapter.int8:
+        # Checkpointing is the Trainer's business.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    asked = LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, asked)

@@ -42,7 +42,7 @@ def weights_sha256(folder: Path) -> str:
     """A digest of every tensor in a model folder: names, dtypes, shapes and bytes.
 
     Args:
-        folder: Holds model.safetensors, or weights in a format of their own beside it.
+        folder: Holds model.safetensors, or weights in a format of their own beside it, or those of an adapter.
 
     Returns:
         64 hex digits.
@@ -53,9 +53,9 @@ def weights_sha256(folder: Path) -> str:
     import torch
     from safetensors import safe_open
 
-    paths = sorted(folder.glob("model*.safetensors"))
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("adapter_model*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no model*.safetensors.")
+        raise FileNotFoundError(f"{folder} holds neither model*.safetensors nor adapter_model*.safetensors.")
     digest = hashlib.sha256()
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]

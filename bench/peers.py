@@ -3,8 +3,9 @@
     python bench/peers.py --output peers.jsonl
     python bench/peers.py --output peers.jsonl --table
 
-All sides train all weights of SmolLM2-135M on the same micro-batches of the sample data, float32 arithmetic on the CPU,
-the same threads, rate schedule and number of steps. Of each side is measured, every time in a process of its own:
+All sides but those of LoRA train all weights of SmolLM2-135M. All work on the same micro-batches of the sample data,
+in float32 arithmetic on the CPU, with the same threads, rate schedule and number of steps. Of each side is measured,
+every time in a process of its own:
 
 - tokens a second: the median over the steps but the first, in several turns; sides take turns one after the other, so
   that what else the machine does meets all of them. Beside it the same over all steps: a first step makes what later
@@ -39,7 +40,7 @@ from typing import Any
 from peers_sides import BASE, ROOT, SIDES, Work
 from peers_table import table
 
-_PACKAGES = ("torch", "transformers", "accelerate", "galore-torch", "apollo-torch", "torchao")
+_PACKAGES = ("torch", "transformers", "accelerate", "galore-torch", "apollo-torch", "torchao", "peft", "bitsandbytes")
 # Only a side that hangs takes so long.
 _LONGEST_S = 3600
 

@@ -21,6 +21,7 @@ _LOW_RANK = f"rank={RANK},update_proj_gap={GAP}"
 # The Trainer has one rate for projected matrices, embedding and norms. GaLore's own is best for the first, and a
 # quarter of it (its scale) for the others: so both are tried, and what is between them.
 _GALORE_RATES = (1.6e-3, 8e-4, 4e-4)
+_LORA_RATES = (5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Side:
         one_micro_batch: Whether to take the whole effective batch as one padded micro-batch where the side refuses
             the common setting.
         compiles: Whether its step is compiled.
+        lora: Rank of a low-rank adapter that is trained instead of the weights; 0: none.
+        lora_int8: Whether the weights below it are in eight bits.
         remark: What its row has to say.
     """
 
@@ -48,6 +51,8 @@ class Side:
     targets: tuple[str, ...] = ()
     one_micro_batch: bool = False
     compiles: bool = False
+    lora: int = 0
+    lora_int8: bool = False
     remark: str = ""
 
     @property
@@ -58,9 +63,10 @@ class Side:
     @property
     def trainer_options(self) -> TrainerOptions:
         """What the Trainer is told."""
-        from hf_trainer import TrainerOptions
+        from hf_trainer import Adapter, TrainerOptions
 
-        return TrainerOptions(self.optim, self.optim_args, self.targets, self.compiles)
+        adapter = Adapter(self.lora, self.lora_int8) if self.lora else None
+        return TrainerOptions(self.optim, self.optim_args, self.targets, self.compiles, adapter)
 
 
 _KEPT = "training.gradient_checkpointing=false"
@@ -95,6 +101,14 @@ SIDES: dict[str, Side] = {
         optim="adamw_torch_8bit",
         compiles=True,
         remark="its compiled step is not followed by the tracker, the state that it leaves is",
+    ),
+    "lora-16": Side("Trainer, LoRA of rank 16", _LORA_RATES, optim="adamw_torch_fused", lora=16),
+    "lora-64": Side("Trainer, LoRA of rank 64", _LORA_RATES, optim="adamw_torch_fused", lora=64),
+    "lora-16-int8": Side(
+        "Trainer, LoRA of rank 16, int8 base", _LORA_RATES, optim="adamw_torch_fused", lora=16, lora_int8=True
+    ),
+    "lora-64-int8": Side(
+        "Trainer, LoRA of rank 64, int8 base", _LORA_RATES, optim="adamw_torch_fused", lora=64, lora_int8=True
     ),
     "ours-galore": Side("ours, GaLore", (1.6e-3,), settings=(_GALORE,)),
     "ours-galore-kept": Side("ours, GaLore, all graphs kept", (1.6e-3,), settings=(_GALORE, _KEPT)),

@@ -150,6 +150,19 @@ def test_a_side_that_resumes_ends_with_the_same_bits(name: str, work: Work, tmp_
     assert resumed == whole
 
 
+@pytest.mark.parametrize("name", [name for name, side in SIDES.items() if side.lora])
+def test_an_adapter_is_trained_measured_and_resumed(name: str, work: Work, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    task = {"side": name, "rate": 2e-3, "work": vars(work)}
+    assert "steps" in peers_child.carry_out({**task, "task": "timing", "output": str(tmp_path / "run")})
+    trained = peers_child.carry_out({**task, "task": "evaluation", "output": str(tmp_path / "run")})["eval_loss"]
+    before = peers_child.carry_out({**task, "task": "evaluation", "output": work.model})["eval_loss"]
+    assert trained < before - 1e-3
+    # The adapter alone is saved.
+    assert not [*(tmp_path / "run").glob("model*.safetensors")]
+    assert "sha256" in peers_child.carry_out({**task, "task": "saving", "output": str(tmp_path / "whole")})
+
+
 def test_a_missing_package_is_a_result(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
     task = {"task": "timing", "side": "trainer-galore", "rate": 1e-3, "output": str(tmp_path), "work": vars(work)}
