@@ -162,6 +162,7 @@ def run_config(
     save_every: int = 0,
     track_steps: int = 0,
     one_micro_batch: bool = False,
+    words: tuple[str, ...] = (),
 ) -> RunConfig:
     """The configuration of a run; of a side of the Trainer, what it has in common with ours.
 
@@ -174,6 +175,7 @@ def run_config(
         save_every: Steps between checkpoints; 0: none.
         track_steps: Steps in which storages are tracked.
         one_micro_batch: Take the effective batch at once.
+        words: Settings that go before all these.
     """
     from sophia_galore.config import load_config
 
@@ -206,5 +208,6 @@ def run_config(
         f"optimizer.galore.update_proj_gap={GAP}",
         f"optimizer.galore.scale={SCALE}",
         *(side.settings if side.is_ours else (_ADAMW, *side.settings)),
+        *words,
     ]
     return load_config(ROOT / "configs" / "quickstart.yaml", overrides)

@@ -1,0 +1,292 @@
+"""Long runs: several sides, rates and seeds; the rate chosen on a validation set, the figures from a test set.
+
+    python bench/long_run.py --task answers --folder outputs/long --output answers.jsonl --minutes 120
+    python bench/long_run.py --task answers --folder outputs/long --output answers.jsonl --table
+
+Tasks: `answers` (questions on Python's standard library, SmolLM2-135M), `sums` (arithmetic in words, whose answers are
+right or wrong), `text` (pre-training of a Llama of 8 to 12 M parameters on the library's source). For each side all
+rates are tried with the first seed, and the one with the lowest validation loss is run with the other seeds. A line is
+written when a run is done; what the file holds is not run again, and a run that was ended goes on from its last
+checkpoint, so that the same command can be given again and again until everything is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from held_out import eval_loss, held_out_batches
+from long_tasks import TASKS, exact_match
+from measured import provenance, reason
+from peers_sides import SIDES, Work, run_config
+from sophia_galore.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+_KEPT = "training.gradient_checkpointing=false"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A side of the study.
+
+    Args:
+        side: Its name among the sides of `peers_sides.py`.
+        rates: Peak rates that are tried, by task; others take those of `answers`.
+        words: Settings beside those of the side.
+    """
+
+    side: str
+    rates: dict[str, tuple[float, ...]]
+    words: tuple[str, ...] = ()
+
+
+_ADAMW = {"answers": (1e-4, 2e-4, 4e-4), "text": (1e-3, 2e-3, 4e-3)}
+_GALORE = {"answers": (8e-4, 1.6e-3, 3.2e-3), "text": (5e-3, 1e-2, 2e-2)}
+_FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": (5e-3, 1e-2, 2e-2)}
+CONTENDERS: dict[str, Contender] = {
+    "adamw": Contender("ours-adamw", _ADAMW, (_KEPT,)),
+    "galore": Contender("ours-galore", _GALORE, (_KEPT,)),
+    "galore-int8": Contender("ours-galore-int8", _GALORE, (_KEPT,)),
+    "fira": Contender("ours-galore", _FIRA, (_KEPT, "optimizer.galore.residual=fira")),
+    "lora-16": Contender("lora-16", {"answers": (5e-4, 1e-3, 2e-3)}),
+    "lora-64": Contender("lora-64", {"answers": (5e-4, 1e-3, 2e-3)}),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        contender: A key of `CONTENDERS`.
+        rate: Peak rate.
+        seed: Of everything random.
+    """
+
+    contender: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.contender}-{self.rate:g}-{self.seed}"
+
+
+def next_job(lines: Sequence[dict[str, Any]], names: Sequence[str], task: str, seeds: Sequence[int]) -> Job | None:
+    """Return what is to be run next; None: everything is there.
+
+    Args:
+        lines: What is known.
+        names: The contenders, in order.
+        task: A key of `TASKS`.
+        seeds: The first one chooses the rate.
+    """
+    known = {(line["contender"], line["rate"], line["seed"]) for line in lines}
+    for name in names:
+        rates = CONTENDERS[name].rates.get(task, CONTENDERS[name].rates["answers"])
+        for rate in rates:
+            if (name, rate, seeds[0]) not in known:
+                return Job(name, rate, seeds[0])
+    for seed in seeds[1:]:
+        for name in names:
+            rate = best_rate(lines, name, seeds[0])
+            if rate is not None and (name, rate, seed) not in known:
+                return Job(name, rate, seed)
+    return None
+
+
+def best_rate(lines: Sequence[dict[str, Any]], name: str, seed: int) -> float | None:
+    """Return the rate with the lowest validation loss; None: no run of this contender succeeded."""
+    mine = [line for line in lines if line["contender"] == name and line["seed"] == seed and "failed" not in line]
+    return min(mine, key=lambda line: float(line["validation_loss"]))["rate"] if mine else None
+
+
+def config_of(job: Job, asked: argparse.Namespace, folder: Path, measured: str = "validation") -> RunConfig:
+    """Return the configuration of a run, with a part of the data to measure on."""
+    contender, task = CONTENDERS[job.contender], TASKS[asked.task]
+    data = folder / "data"
+    work = Work(
+        model=str(asked.model),
+        data=str(task.file(data, "train")),
+        steps=asked.steps,
+        batch_size=asked.batch_size,
+        accumulation=asked.accumulation,
+        max_length=task.length,
+        eval_examples=asked.eval_examples,
+        seed=job.seed,
+    )
+    words = [
+        *contender.words,
+        f"data.eval={task.file(data, measured)}",
+        f"data.max_eval_examples={asked.eval_examples}",
+        f"training.warmup_steps={max(1, asked.steps // 20)}",
+        "checkpoint.keep_last=1",
+    ]
+    if task.pretrains:
+        words += [f"optimizer.galore.rank={asked.rank}", "model.init=random"]
+        words += ["training.weight_decay=0.1", "training.max_grad_norm=1.0"]
+    output, save_every = folder / job.name, asked.save_every
+    return run_config(
+        SIDES[contender.side], work, rate=job.rate, output=output, save_every=save_every, words=tuple(words)
+    )
+
+
+def carry_out(job: Job, asked: argparse.Namespace) -> dict[str, Any]:
+    """Train, and measure on validation and test; a run that was ended goes on."""
+    from hf_trainer import run_trainer
+    from ours import run_ours
+
+    task, folder = TASKS[asked.task], asked.folder / asked.task
+    config = config_of(job, asked, folder)
+    run = Path(config.run_folder)
+    saved = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    side = SIDES[CONTENDERS[job.contender].side]
+    resume = saved[-1] if saved else None
+    if side.is_ours:
+        measured = run_ours(config, resume_from=resume)
+    else:
+        measured = run_trainer(config, side.trainer_options, resume_from=resume)
+    tokens, seconds = (sum(values) for values in zip(*measured.steps[1:], strict=True)) if measured.steps else (0, 1)
+    found: dict[str, Any] = {"tokens_per_second": tokens / seconds, "peak_process_bytes": measured.peak_process_bytes}
+    for part in ("validation", "test"):
+        found[f"{part}_loss"] = eval_loss(run, held_out_batches(config_of(job, asked, folder, part)))
+    if task.exact:
+        lines = task.file(folder / "data", "test").read_text(encoding="utf-8").splitlines()
+        questions = [json.loads(line) for line in lines[: asked.questions]]
+        found |= {"exact_match": exact_match(run, asked.model, questions), "questions": len(questions)}
+    return found
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Return the figures as Markdown: means over the seeds of the best rate, with their spread."""
+    rows = [
+        "| side | rates tried | best | seeds | validation | test loss | exact match | tokens/s | peak resident MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in CONTENDERS:
+        mine = [line for line in lines if line["contender"] == name and "failed" not in line]
+        if not mine:
+            continue
+        first = min(line["seed"] for line in mine)
+        best = best_rate(mine, name, first)
+        chosen = [line for line in mine if line["rate"] == best]
+        rates = sorted({line["rate"] for line in mine if line["seed"] == first})
+        cells = [
+            name,
+            ", ".join(f"{rate:g}" for rate in rates),
+            f"{best:g}",
+            str(len(chosen)),
+            _spread([line["validation_loss"] for line in chosen]),
+            _spread([line["test_loss"] for line in chosen]),
+            _spread([line["exact_match"] for line in chosen]) if "exact_match" in chosen[0] else "",
+            f"{statistics.median(line['tokens_per_second'] for line in chosen):.0f}",
+            f"{statistics.median(line['peak_process_bytes'] for line in chosen) / 2**20:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Return the mean with the standard error of it."""
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def prepare(asked: argparse.Namespace) -> None:
+    """Write data and, for pre-training, the new model's folder; what is there stays."""
+    task, folder = TASKS[asked.task], asked.folder / asked.task
+    data = folder / "data"
+    if not task.file(data, "test").exists():
+        data.mkdir(parents=True, exist_ok=True)
+        task.write(data)
+    if task.pretrains:
+        asked.model = folder / "model"
+        if not asked.model.exists():
+            words = [str(task.file(data, "train")), str(asked.model), "--vocab-size", str(asked.vocab_size)]
+            words += ["--hidden-size", str(asked.width), "--layers", str(asked.layers)]
+            subprocess.run([sys.executable, str(ROOT / "examples" / "new_model.py"), *words], check=True)
+        return
+    from sophia_galore.config.schema import ModelConfig
+    from sophia_galore.model.source import resolve_model
+
+    asked.model = resolve_model(ModelConfig(name=str(asked.model)), print).folder.resolve()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of the output, if it is there."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Run what is missing as long as time is left, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="data and runs; kept between calls")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--table", action="store_true", help="print what the output holds, and run nothing")
+    parser.add_argument("--minutes", type=float, default=60, help="no run is begun after that")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--save-every", type=int, default=50)
+    parser.add_argument("--eval-examples", type=int, default=96)
+    parser.add_argument("--questions", type=int, default=200, help="answered questions, for tasks with exact answers")
+    parser.add_argument("--model", type=Path, default=Path("smollm2-135m"))
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the new model, as the next three")
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=64, help="of GaLore's subspace in pre-training")
+    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.table:
+        print(table(read_lines(asked.output)))
+        return
+    prepare(asked)
+    if asked.job:
+        name, rate, seed = asked.job
+        try:
+            result = carry_out(Job(name, float(rate), int(seed)), asked)
+        except Exception as error:
+            result = {"failed": reason(error)}
+        (asked.folder / asked.task / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        return
+    names = asked.contenders or [n for n in CONTENDERS if not (TASKS[asked.task].pretrains and n.startswith("lora"))]
+    end = time.monotonic() + 60 * asked.minutes
+    while time.monotonic() < end:
+        job = next_job(read_lines(asked.output), names, asked.task, asked.seeds)
+        if job is None:
+            print(table(read_lines(asked.output)))
+            return
+        result = asked.folder / asked.task / "result.json"
+        result.unlink(missing_ok=True)
+        words = ["--job", job.contender, str(job.rate), str(job.seed)]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *words], check=False)
+        if not result.exists():
+            raise SystemExit(f"{job.name} was ended; the same command goes on from its last checkpoint.")
+        line = {
+            **{"contender": job.contender, "rate": job.rate, "seed": job.seed, "steps": asked.steps},
+            **json.loads(result.read_text(encoding="utf-8")),
+            **provenance(),
+            "command": " ".join(sys.argv),
+        }
+        with asked.output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {k: line[k] for k in ("failed", "validation_loss", "test_loss", "exact_match") if k in line}
+        print(f"{job.name}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
