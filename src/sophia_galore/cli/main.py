@@ -29,6 +29,7 @@ from sophia_galore.cli.prepare_data import prepare_data
 from sophia_galore.cli.push import push_model
 from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
+from sophia_galore.distributed.launch import is_first_on_machine
 from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, short
 from sophia_galore.model.disk import errno_of
 
@@ -123,6 +124,8 @@ def _explain(error: Exception) -> int:
             _complain(error.cause, error.remedy)
         return error.exit_code
     if isinstance(error, typer.TyperException):
+        if not is_first_on_machine():
+            return 2  # all processes of a machine are given the same words
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         _complain(message, "sophia-galore COMMAND --help shows what a command takes.")
         return 2

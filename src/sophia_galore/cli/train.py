@@ -21,8 +21,8 @@ from sophia_galore.cli.bars import memory_bar
 from sophia_galore.cli.show import Terminal
 from sophia_galore.config.paths import has_date
 from sophia_galore.config.size import bytes_in_words
-from sophia_galore.distributed.launch import is_first_process
-from sophia_galore.errors import EnvironmentProblem, lacks_package, short
+from sophia_galore.distributed.launch import is_first_on_machine, is_first_process
+from sophia_galore.errors import ConfigError, EnvironmentProblem, lacks_package, short
 from sophia_galore.records.files import ANSWERS
 from sophia_galore.records.memory import MemoryReport
 from sophia_galore.records.run import Answers
@@ -48,7 +48,12 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune all weights of a model."""
-    asked = read_config(config, optimizer, overrides)
+    try:
+        asked = read_config(config, optimizer, overrides)
+    except ConfigError:
+        if is_first_on_machine():
+            raise
+        raise typer.Exit(2) from None  # all processes of a machine read the same words and files
     terminal = Terminal(asked.training.logging_steps)
     words = ["train", "--config", str(config), *(["--optimizer", optimizer] if optimizer else []), *(overrides or [])]
     try:

@@ -73,6 +73,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0" or num_processes() == 1
 
 
+def is_first_on_machine() -> bool:
+    """Return whether this process is the first of those that `torchrun` started on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or num_processes() == 1
+
+
 def uses_gpus(device: str) -> bool:
     """Return whether the arithmetic of a run is on a GPU.
 

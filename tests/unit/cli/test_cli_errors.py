@@ -33,6 +33,20 @@ def assert_explained(ended: Ended, code: int, *words: str) -> None:
     assert _get_current_dispatch_mode() is None, "nothing keeps watching"
 
 
+@pytest.mark.parametrize(
+    "words", [["training.max_steps=none"], ["--optimiser", "galore"], ["--config", "no/such.yaml"]]
+)
+def test_of_several_processes_on_a_machine_the_first_one_explains(
+    words: list[str], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for local_rank, says in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        ended = command("train", "--config", str(world.config), *words)
+        assert ended.code == 2 and bool(ended.err) == says
+        assert not ended.out
+
+
 COMMAND_LINES: dict[str, tuple[list[str], list[str]]] = {
     "unknown command": (["trane"], ["trane", "--help"]),
     "unknown option": (["train", "--optimiser", "galore"], ["--optimiser"]),
