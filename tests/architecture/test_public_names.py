@@ -8,6 +8,7 @@ import sys
 import typer
 
 import sophia_galore
+from documents import ROOT
 from sophia_galore.cli.main import app
 
 ANSWERING = [
@@ -55,3 +56,7 @@ def test_importing_the_package_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {sophia_galore.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
