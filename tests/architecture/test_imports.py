@@ -29,6 +29,7 @@ ORDER: list[set[str]] = [
     {"memory"},
     {"train"},
     {"experiment"},
+    {"doctor"},
     {"cli"},
 ]
 ALLOWED = {room: set().union(*ORDER[:place]) | {room} for place, group in enumerate(ORDER) for room in group} | {

@@ -38,6 +38,7 @@ def test_commands_and_their_options() -> None:
             *("--allow-shorter", "--config", "--device", "--fit", "--host-memory", "--json", "--matrix", "--memory"),
             *("--model", "--optimizer", "--output", "--picture", "--processes", "-c", "-m", "-o", "overrides"),
         ],
+        "doctor": ["--device", "--folder", "--json", "--output"],
         "compare": ["--output", "--seeds", "words"],
         "report": ["--output", "runs"],
         "prepare-data": ["--corpus", "--output"],

@@ -20,6 +20,7 @@ from sophia_galore.cli.chat import chat
 from sophia_galore.cli.check import check
 from sophia_galore.cli.compare import compare
 from sophia_galore.cli.display import ReaderGone, displays, open_standard_streams
+from sophia_galore.cli.doctor import doctor
 from sophia_galore.cli.download import download
 from sophia_galore.cli.export import export
 from sophia_galore.cli.generate import generate
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _command: Callable[..., object]
-for _command in (init, train, check, plan, prepare_data, download, compare, report, generate, chat, export):
+for _command in (*(init, train, check, plan, doctor, prepare_data, download, compare, report, generate, chat, export),):
     app.command()(_command)
 app.command("push")(push_model)
 

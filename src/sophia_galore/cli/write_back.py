@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sophia_galore import __version__
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.errors import EnvironmentProblem, UserError
-from sophia_galore.records.schema import write_text
+from sophia_galore.records.schema import find_json, write_text
+from sophia_galore.train.folder import nearest_folder
 
 _MADE_BY = "# Made by `sophia-galore plan --fit`"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -114,3 +116,20 @@ def refuse_other_than_png(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(len(_PNG)) != _PNG:
                 raise UserError(f"{path} exists and is no PNG picture, so it is not replaced.", "Give another name.")
+
+
+def refuse_other_than_json(path: Path) -> None:
+    """Refuse to write over a file that is no JSON, before anything that takes time.
+
+    Args:
+        path: The path of the new file.
+
+    Raises:
+        UserError: Something else is there.
+        EnvironmentProblem: There is no way to write it.
+    """
+    if path.is_dir() or (path.is_file() and not isinstance(find_json(path), dict)):
+        raise UserError(f"{path} exists and is no JSON document, so it is not replaced.", "Give another name.")
+    parent = nearest_folder(path.absolute().parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise EnvironmentProblem(f"{path} can't be written: {parent} is no folder for it.", "Give another place.")

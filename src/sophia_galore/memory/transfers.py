@@ -122,11 +122,6 @@ def measure(device: torch.device, dtype: torch.dtype, folder: Path) -> Machine:
     Raises:
         OSError: The folder can't be written to.
     """
-    one = torch.randn(_MATRIX, _MATRIX, dtype=dtype, device=device)
-
-    def multiply() -> None:
-        (one @ one).sum().item()
-
     host = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     there = torch.empty_like(host, device=device)
 
@@ -153,12 +148,28 @@ def measure(device: torch.device, dtype: torch.dtype, folder: Path) -> Machine:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         read_s = _seconds(read, repeats=1)
     return Machine(
-        2 * _MATRIX**3 / _seconds(multiply),
+        flops(device, dtype),
         _COPIED_BYTES / _seconds(copy),
         _COPIED_BYTES / read_s,
         _COPIED_BYTES / write_s,
         measured=True,
     )
+
+
+def flops(device: torch.device, dtype: torch.dtype, size: int = _MATRIX) -> float:
+    """Measure the floating-point operations that a device does in a second, in products of matrices.
+
+    Args:
+        device: The device.
+        dtype: Precision of the matrices.
+        size: Their number of rows and columns.
+    """
+    one = torch.randn(size, size, device=device).to(dtype)
+
+    def multiply() -> None:
+        (one @ one).sum().item()
+
+    return 2 * size**3 / _seconds(multiply)
 
 
 def _written_bytes(route: Route) -> int:
