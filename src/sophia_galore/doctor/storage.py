@@ -52,9 +52,9 @@ def find_storage(folder: Path) -> Storage:
         return Storage(
             kind=kind_of(folder),
             free_bytes=shutil.disk_usage(folder).free,
-            hard_links=_works(lambda: has_hard_links(file)),
-            reflinks=_works(lambda: _has_reflinks(file)) if sys.platform == "linux" else None,
-            direct=_works(lambda: _reads_directly(file)) if hasattr(os, "O_DIRECT") else None,
+            hard_links=bool(_works(lambda: has_hard_links(file))),
+            reflinks=_works(lambda: _has_reflinks(file)),
+            direct=_works(lambda: _reads_directly(file)),
         )
     finally:
         file.unlink()
@@ -80,7 +80,9 @@ def has_hard_links(file: Path) -> bool:
         other.unlink(missing_ok=True)
 
 
-def _has_reflinks(file: Path) -> bool:
+def _has_reflinks(file: Path) -> bool | None:
+    if sys.platform != "linux":
+        return None
     import fcntl
 
     other = file.with_suffix(".clone")
@@ -92,8 +94,10 @@ def _has_reflinks(file: Path) -> bool:
         other.unlink(missing_ok=True)
 
 
-def _reads_directly(file: Path) -> bool:
-    number = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+def _reads_directly(file: Path) -> bool | None:
+    if sys.platform != "linux":
+        return None
+    number = os.open(file, os.O_RDONLY | os.O_DIRECT)
     try:
         # Memory of the system's own pages, since the address has to be a multiple of the disk's blocks.
         with mmap.mmap(-1, _BLOCK_BYTES) as page:
@@ -102,7 +106,7 @@ def _reads_directly(file: Path) -> bool:
         os.close(number)
 
 
-def _works(attempt: Callable[[], bool]) -> bool:
+def _works(attempt: Callable[[], bool | None]) -> bool | None:
     try:
         return attempt()
     except OSError:  # how file systems say that they can't
