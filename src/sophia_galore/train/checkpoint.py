@@ -20,6 +20,7 @@ from typing import Any
 from sophia_galore.errors import CheckpointError, UserError, short
 from sophia_galore.model.disk import errno_of, not_saved
 from sophia_galore.records import files
+from sophia_galore.records.durable import flush, flush_folder
 from sophia_galore.records.files import checkpoint_folder
 from sophia_galore.records.metrics import Evaluation, evaluations_of
 from sophia_galore.records.run import CheckpointManifest
@@ -111,10 +112,10 @@ def save_checkpoint(
         document = CheckpointManifest(step=step, files=hashes).to_json()
         manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
-        _flush_folder(beside)
+        flush_folder(beside)
         replaced = _make_room(final)
         os.replace(beside, final)
-        _flush_folder(run_folder)
+        flush_folder(run_folder)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
         if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
@@ -259,19 +260,8 @@ def _try_another(others: list[Path]) -> str:
 
 
 def _hash_and_flush(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    flush(path)
     return sha256_of(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows can't open folders; its renames are journaled
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _after_failed_save(run_folder: Path) -> str:

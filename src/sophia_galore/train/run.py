@@ -312,6 +312,7 @@ class _Run:
                 pass  # each state that this process owns is lent to the first one
             return
         self._best.saving(step, self._evaluations)
+        self._log.settle()
         self._saved = save_checkpoint(
             self._folder,
             step,

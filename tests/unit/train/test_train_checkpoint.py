@@ -211,7 +211,7 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
         return original(path)
 
     monkeypatch.setattr(module, "_hash_and_flush", hash_and_flush)
-    monkeypatch.setattr(module, "_flush_folder", lambda folder: order.append(folder.name))
+    monkeypatch.setattr(module, "flush_folder", lambda folder: order.append(folder.name))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     save(tmp_path, 2)
