@@ -13,9 +13,10 @@ from pathlib import Path
 from faults_child import LIMIT_S, command, start
 from faults_world import Found, World, last_words, settings, torn_checkpoints, traceback_in
 
-# What a tiny run takes beyond what is imported, at most; and what a new interpreter takes with all of its imports.
-_RUN_BYTES = 120 * 2**20
-_WHOLE_BYTES = 6 * 2**30
+# As powers of two: what a tiny run takes beyond what is imported, from nothing to all of it.
+_LEAST, _MOST = 14.0, 25.5
+# What a new interpreter takes with all of its imports.
+_WHOLE_BYTES = 4 * 2**30
 _SIGNALS = (-6, -11, -7)
 
 
@@ -25,7 +26,7 @@ def one(world: World, number: int, draw: random.Random) -> Found:
     setting = every[number % len(every)]
     world.undisturbed(setting)
     is_new = number % 4 == 3
-    most = draw.randrange(0, _WHOLE_BYTES if is_new else _RUN_BYTES)
+    most = draw.randrange(2**26, _WHOLE_BYTES) if is_new else int(2 ** draw.uniform(_LEAST, _MOST))
     found = Found({"setting": str(setting), "new interpreter": is_new, "bytes": most})
     with world.place() as place:
         output, log = place / "run", place / "log"

@@ -109,7 +109,7 @@ def save_checkpoint(
             (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         hashes = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
         manifest = beside / files.MANIFEST
-        document = CheckpointManifest(step=step, files=hashes).to_json()
+        document = CheckpointManifest.made(step, hashes).to_json()
         manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
         flush_folder(beside)
@@ -240,12 +240,24 @@ def _delete(checkpoint: Path) -> None:
 def _verify(folder: Path, others: list[Path]) -> Checkpoint:
     try:
         manifest = CheckpointManifest.read(folder / files.MANIFEST)
+        if manifest.sha256 not in ("", manifest.digest):
+            raise CheckpointError(
+                f"{folder} is damaged: {files.MANIFEST} is not what was written.", _try_another(others)
+            )
         for name, digest in manifest.files.items():
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} is damaged: {name} is missing.", _try_another(others))
             if sha256_of(folder / name) != digest:
                 raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _try_another(others))
         plan, config = (read_object(folder / name) for name in (files.PLAN, files.FLAT_CONFIG))
+        # Manifests of earlier versions have no digest of their own.
+        state = read_object(folder / files.TRAINER_STATE) if files.TRAINER_STATE in manifest.files else {}
+        if (done := state.get("global_step", manifest.step)) != manifest.step:
+            raise CheckpointError(
+                f"{folder} is damaged: it is of step {manifest.step}, says {files.MANIFEST}, and of {done}, says "
+                f"{files.TRAINER_STATE}.",
+                _try_another(others),
+            )
         return Checkpoint(folder, manifest.step, plan, config)
     except CheckpointError:
         raise
