@@ -128,9 +128,18 @@ def save_checkpoint(
     for old in others[: max(0, len(others) + 1 - keep_last)]:
         if old not in stay:
             _delete(old)
-    for left in run_folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)  # what can't be deleted costs space, not the run
+    remove_unfinished(run_folder)
     return final
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Remove checkpoints that were half written or half deleted; what can't be removed costs space, not the run.
+
+    Args:
+        run_folder: The run's folder; it is locked.
+    """
+    for left in run_folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

@@ -13,7 +13,12 @@ from sophia_galore.records.files import METRICS
 from sophia_galore.records.schema import write_text
 from unit.cli.tiny_run import World, make_world
 
-WORDS = ("checkpoint.save_every_steps=2", "training.max_steps=2", "data.eval_fraction=0", "training.sample_questions=[]")
+WORDS = (
+    "checkpoint.save_every_steps=2",
+    "training.max_steps=2",
+    "data.eval_fraction=0",
+    "training.sample_questions=[]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +99,16 @@ def test_a_record_is_on_the_disk_before_it_replaces_another(tmp_path: Path, monk
     Disk(monkeypatch, look)
     write_text(tmp_path / "plan.json", "{}")
     assert seen == [tmp_path / "plan.json"]
+
+
+@pytest.mark.parametrize("left", [".checkpoint-1.old.tmp", ".checkpoint-2.tmp", ".checkpoint-2.replaced.tmp"])
+def test_what_a_killed_run_left_half_deleted_is_removed(left: str, world: World) -> None:
+    ended = world.train(left, *WORDS, "checkpoint.save_every_steps=1")
+    assert ended.code == 0, ended.err
+    run = world.folder / left
+    for path in (run / "model.safetensors", run / left / "part"):
+        path.unlink() if path.exists() else path.parent.mkdir()
+    (run / left / "part").write_text("x")
+    ended = world.train(left, *WORDS, "checkpoint.save_every_steps=1", "--resume")
+    assert ended.code == 0 and "Going on after step 2" in ended.out, ended.err
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
