@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import json
 import random
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -165,6 +169,18 @@ class World:
         self._wholes: dict[Setting, Whole] = {}
         self.kept: dict[Any, Any] = {}
         """What a kind keeps between its cases."""
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Train in this process once: what is imported and cached on the way, its copies have."""
+        with self.place() as place, contextlib.redirect_stdout(io.StringIO()) as out:
+            if command(self.words(place / "run", "training.max_steps=1"))() != 0:
+                raise RuntimeError(f"a tiny run fails: {out.getvalue()[-400:]}")
+        # Copies of a process with threads may hang.
+        if (running := threading.active_count()) > 1:
+            raise RuntimeError(f"{running} threads are left of a tiny run")
+        gc.collect()
+        gc.freeze()
 
     def words(self, output: Path, *more: str, resume: bool = False) -> list[str]:
         """Return the words of a `train` command.
