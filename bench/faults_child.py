@@ -110,11 +110,10 @@ def command(words: Sequence[str]) -> Callable[[], int]:
 
 def without_pictures() -> None:
     """Leave out the pictures at the end of runs, which take as long as the runs do, in this process and its copies."""
-    from sophia_galore.cli.main import train as known
+    from sophia_galore.cli import main  # which imports the command
 
-    module = sys.modules[known.__module__]
     for name in ("plot_loss", "plot_memory", "plot_experts"):
-        setattr(module, name, lambda _: None)
+        setattr(sys.modules[main.__name__.replace("main", "train")], name, lambda _: None)
 
 
 def _be(function: Callable[[], int], log: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from faults_child import command, start
-from faults_world import Found, World, last_words, settings, torn_checkpoints, traceback_in
+from faults_world import FEW, Found, World, last_words, torn_checkpoints, traceback_in
 
 _PAGE = 4096
 # As much as a run wants to see before it begins.
@@ -25,8 +25,7 @@ _DISK_BYTES = 400 * 2**20
 
 def one(world: World, number: int, draw: random.Random) -> Found:
     """Let a run meet the end of a disk, then let it have room."""
-    every = settings(num_processes=(1,))
-    setting = every[number % len(every)]
+    setting = FEW[number % len(FEW)]
     whole = world.undisturbed(setting)
     taken = sum(path.stat().st_size for path in whole.folder.rglob("*") if path.is_file())
     way = draw.choice(("disk", "file size")) if _mounts() else "file size"

@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,8 +94,8 @@ class Recorder:
     def __init__(self, root: Path) -> None:
         self.root = str(root)
         self.recording = Recording()
-        self._busy = False
-        self._numbers: dict[int, int] = {}  # of what each inode holds now
+        # Layers on disk are written by a thread of their own; and looking opens files too, which is no event.
+        self._lock, self._looks = threading.RLock(), threading.local()
         self._seen: dict[int, tuple[int, int, str]] = {}  # size, time and blob of each file
         self._known: dict[int, str] = {}  # the blob of each file
         self._entries: dict[Entry, int] = {}
@@ -108,9 +109,9 @@ class Recorder:
             fsync(handle)
             self._flush(handle if isinstance(handle, int) else handle.fileno())
 
-        os.fsync = flushed
-        if hasattr(os, "fdatasync"):
-            os.fdatasync = flushed
+        for name in ("fsync", "fdatasync"):
+            if hasattr(os, name):
+                setattr(os, name, flushed)
         sys.addaudithook(self._audit)
 
     def mark(self, what: str, number: int) -> None:
@@ -121,11 +122,11 @@ class Recorder:
     def save(self, path: Path) -> None:
         """Write the recording, for the process that began this one."""
         self._look()
-        self._busy = True
+        self._looks.now = True
         path.write_bytes(pickle.dumps(self.recording))
 
     def _audit(self, event: str, given: tuple[Any, ...]) -> None:
-        if self._busy or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"):
             return
         if event == "open" and not (isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
             return
@@ -135,12 +136,11 @@ class Recorder:
             self._look()
 
     def _flush(self, handle: int) -> None:
-        if self._busy:
-            return
-        self._look()
-        number = self._inodes.get(os.fstat(handle).st_ino)
-        if number is not None:
-            self.recording.events.append(Flush(number))
+        with self._lock:
+            self._look()
+            number = self._inodes.get(os.fstat(handle).st_ino)
+            if number is not None:
+                self.recording.events.append(Flush(number))
 
     def _number(self, inode: int, *, is_folder: bool) -> int:
         number = self._inodes[inode] = self._next
@@ -151,13 +151,14 @@ class Recorder:
 
     def _look(self) -> None:
         """Compare the folder with what is known of it."""
-        if self._busy:
+        if getattr(self._looks, "now", False):
             return
-        self._busy = True
-        try:
-            self._compare()
-        finally:
-            self._busy = False
+        with self._lock:
+            self._looks.now = True
+            try:
+                self._compare()
+            finally:
+                self._looks.now = False
 
     def _compare(self) -> None:
         entries: dict[Entry, int] = {}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from faults_child import LIMIT_S, command, start
-from faults_world import Found, World, last_words, settings, torn_checkpoints, traceback_in
+from faults_world import FEW, Found, World, last_words, torn_checkpoints, traceback_in
 
 # As powers of two: what a tiny run takes beyond what is imported, from nothing to all of it.
 _LEAST, _MOST = 14.0, 25.5
@@ -22,10 +22,9 @@ _SIGNALS = (-6, -11, -7)
 
 def one(world: World, number: int, draw: random.Random) -> Found:
     """Limit the address space of one run, copied or begun as a new interpreter; then take the limit off."""
-    every = settings(num_processes=(1,))
-    setting = every[number % len(every)]
+    setting = FEW[number % len(FEW)]
     world.undisturbed(setting)
-    is_new = number % 4 == 3
+    is_new = number // len(FEW) % 4 == 3
     most = draw.randrange(2**26, _WHOLE_BYTES) if is_new else int(2 ** draw.uniform(_LEAST, _MOST))
     found = Found({"setting": str(setting), "new interpreter": is_new, "bytes": most})
     with world.place() as place:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from faults_child import command, start
-from faults_world import Found, Setting, World, last_words, losses_of, traceback_in
+from faults_world import FEW, Found, Setting, World, last_words, losses_of, traceback_in
 from measured import weights_sha256
 from sophia_galore.records import files
 from sophia_galore.train import run as running
 from sophia_galore.train.checkpoint import checkpoints
 
-SETTINGS = (
-    Setting("device", "fp32", "galore"),
-    Setting("device", "int8", "adamw"),
-    Setting("disk", "bf16", "sophia"),
-    Setting("host", "int8, folded late", "galore"),
-)
 _DIES_IN = 6
 # Small files in which each bit counts; and files of the run that are read when it goes on.
 _SMALL = (files.MANIFEST, files.FLAT_CONFIG, files.TRAINER_STATE, files.PLAN)
@@ -113,7 +109,7 @@ MUTATIONS: dict[str, Callable[[Path, random.Random], None]] = {
 
 def one(world: World, number: int, draw: random.Random) -> Found:
     """Change a file of the newest checkpoint, or of the run, and resume."""
-    setting = SETTINGS[number % len(SETTINGS)]
+    setting = FEW[number % len(FEW)]
     begun = _begun(world, setting)
     whole = world.undisturbed(setting)
     with world.place() as place:
@@ -158,7 +154,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def _begun(world: World, setting: Setting) -> Path:
     """Return the folder of a run that died with two checkpoints, in the step before its end."""
     if ("mutations", setting) not in world.kept:
-        place = world.folder / f"begun-{SETTINGS.index(setting)}"
+        place = world.folder / f"begun-{FEW.index(setting)}"
         place.mkdir()
         [child] = start(lambda: _die(world, setting, place / "run"), place / "log")
         if child.wait() != -signal.SIGKILL or len(checkpoints(place / "run")) != 2:
@@ -169,14 +165,12 @@ def _begun(world: World, setting: Setting) -> Path:
 
 
 def _die(world: World, setting: Setting, output: Path) -> int:
-    import os
-
     step = running._Run._step
 
-    def deadly(self: running._Run, number: int) -> dict[str, object]:
+    def deadly(self: running._Run, number: int) -> dict[str, Any]:
         if number == _DIES_IN:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, number)
 
-    running._Run._step = deadly  # type: ignore[method-assign]
+    running._Run._step = deadly  # type: ignore[assignment,method-assign]
     return command(world.words(output, *setting.words))()

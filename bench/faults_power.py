@@ -5,25 +5,21 @@ from __future__ import annotations
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 from faults_child import command, start
 from faults_disk_model import Mark, Recorder, Recording, write_state
-from faults_world import SAVED_EVERY, Found, Setting, World, last_words, torn_checkpoints, traceback_in
+from faults_world import FEW, SAVED_EVERY, Found, Setting, World, last_words, torn_checkpoints, traceback_in
+from sophia_galore.train import checkpoint
 from sophia_galore.train import run as running
 from sophia_galore.train.checkpoint import checkpoints
 
-SETTINGS = (
-    Setting("device", "fp32", "galore"),
-    Setting("disk", "bf16", "adamw"),
-    Setting("host", "int8", "sophia"),
-    Setting("disk", "int8, folded late", "galore"),
-)
 _FINISHED = -1
 
 
 def one(world: World, number: int, draw: random.Random) -> Found:
     """Let the power fail once, and go on."""
-    setting = SETTINGS[number % len(SETTINGS)]
+    setting = FEW[number % len(FEW)]
     recording = _recorded(world, setting)
     upto, ordered = draw.randint(1, len(recording.events)), draw.random() < 0.5
     found = Found({"setting": str(setting), "before": upto, "of": len(recording.events), "ordered": ordered})
@@ -64,15 +60,15 @@ def _recorded(world: World, setting: Setting) -> Recording:
 
 
 def _record(world: World, setting: Setting, place: Path, kept: Path) -> int:
-    save = running.save_checkpoint
+    save = checkpoint.save_checkpoint
     recorder = Recorder(place)
 
-    def saved(run_folder: Path, step: int, **more: object) -> Path:
-        path = save(run_folder, step, **more)  # type: ignore[arg-type]
+    def saved(run_folder: Path, step: int, **more: Any) -> Path:
+        path: Path = save(run_folder, step, **more)
         recorder.mark("saved", step)
         return path
 
-    running.save_checkpoint = saved
+    setattr(running, "save_checkpoint", saved)  # noqa: B010 - it is imported there
     code = command(world.words(place / "run", *setting.words))()
     recorder.mark("finished", _FINISHED)
     recorder.save(kept)

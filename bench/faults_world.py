@@ -117,6 +117,15 @@ def settings(num_processes: tuple[int, ...] = (1, 2)) -> list[Setting]:
     return every
 
 
+FEW = (
+    Setting("device", "fp32", "galore"),
+    Setting("disk", "bf16", "adamw"),
+    Setting("host", "int8", "sophia"),
+    Setting("disk", "int8, folded late", "galore"),
+)
+"""Each placement and store: for kinds of faults that do not depend on the optimizer."""
+
+
 @dataclass(frozen=True)
 class Whole:
     """What an undisturbed run left.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sophia_galore.model.disk import reason
+from sophia_galore.records.durable import flush_folder
 
 
 class MetricsLog:
@@ -57,6 +58,8 @@ class MetricsLog:
             return
         try:
             os.fsync(self._file.fileno())
+            if self._path is not None:
+                flush_folder(self._path.parent)
         except OSError as error:
             self._lag(error)
 

@@ -49,6 +49,11 @@ class Disk:
 
         return moved
 
+    def named(self, path: Path) -> bool:
+        """Whether a file's name is on the disk: its folder was flushed after the file got it."""
+        found = path.parent.stat()
+        return self.flushed.get((found.st_dev, found.st_ino), (0, 0))[1] >= path.stat().st_ctime_ns - 10**9
+
     def holds(self, path: Path) -> bool:
         """Whether the file or folder is on the disk as it is now."""
         found = path.stat()
@@ -65,6 +70,7 @@ def test_a_checkpoint_relies_on_what_is_on_the_disk(world: World, monkeypatch: p
         seen.append(new)
         for path in (old, *old.iterdir(), new.parent / METRICS):
             assert disk.holds(path), path
+        assert disk.named(new.parent / METRICS)
         for folder in (output.parent, output.parent.parent, world.folder):  # else the run itself could be gone
             assert disk.holds(folder), folder
 
