@@ -19,6 +19,8 @@ about it). The command line prints both and nothing else.
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from typing import ClassVar
 
 
@@ -91,11 +93,36 @@ class OutOfMemory(RunError):
     """A tensor does not fit into memory, or into `memory.limit`."""
 
 
+_LACKS_MEMORY = (
+    "out of memory",
+    "can't allocate memory",  # torch on a CPU, in a plain RuntimeError
+    "cannot allocate memory",  # the system
+    "bad_alloc",  # C++
+    "failed to map segment",  # the loader, while a library is imported
+    "can't start new thread",  # Python, which needs memory for its stack
+)
+
+
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error, ours or somebody else's, says that memory ran out."""
-    # On a CPU torch says the second, in a plain RuntimeError.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError | OutOfMemory) or any(said in str(error).lower() for said in words)
+    """Whether an error, ours or somebody else's, says that memory ran out, or came up while such a one was handled."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError | OutOfMemory) or any(said in str(seen).lower() for said in _LACKS_MEMORY):
+            return True
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return False
+
+
+_SCARCE = b"""Error: Out of memory: this process got no more of the host's memory.
+End other programs, raise its limit (ulimit -v), or take a smaller model. Checkpoints are not affected: --resume.
+"""
+
+
+def say_out_of_memory() -> int:
+    """Say on standard error that memory ran out, where too little is left to say where; return the exit code."""
+    with suppress(OSError):
+        os.write(2, _SCARCE)
+    return OutOfMemory.exit_code
 
 
 # Packages that are imported where they are needed, by the extra that brings them.

@@ -18,12 +18,16 @@ from launched import run_processes
 from placed import QUICK, Left, PlacedRuns, assert_same
 from sophia_galore.config import load_config
 from sophia_galore.distributed import folder as distributed_folder
+from sophia_galore.distributed.processes import Processes
 from sophia_galore.engine.stepper import Stepper
 from sophia_galore.plan.traffic import traffic_of
 from sophia_galore.records import files
+from sophia_galore.train import agreement
+from sophia_galore.train import run as running
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.run import train
+from sophia_galore.weights.store import WeightStore
 
 # 18 examples one by one in steps of 5: in each epoch's last step there are 3, so that of 4 processes one has none.
 DEALT = (*QUICK, "training.batch_size=1", "training.gradient_accumulation_steps=5")
@@ -197,16 +201,51 @@ def test_a_checkpoint_is_sent_to_a_machine_that_lacks_it(
             assert own[key] == pytest.approx(other[key], rel=FP32_TOLERANCE), own["step"]
 
 
-@pytest.mark.parametrize("placement", ["host", "disk"])
-def test_each_process_streams_its_own_copy(placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
+# Embedding and head of the second one come by rows.
+@pytest.mark.parametrize(("number", "placement"), [(7, "host"), (7, "disk"), (1, "host"), (14, "disk")])
+def test_each_process_streams_its_own_copy(number: int, placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
     there, elsewhere = (
         by_processes(
-            2, runs, tmp_path / where / "run", SETTINGS[7][2], *DEALT, *words_of(7), f"memory.placement={where}"
+            2,
+            runs,
+            tmp_path / where / "run",
+            SETTINGS[number][2],
+            *DEALT,
+            *words_of(number),
+            f"memory.placement={where}",
         )
         for where in ("device", placement)
     )
     assert_same(elsewhere, there)
     assert not list((tmp_path / placement).glob(".run.streaming*"))
+
+
+@pytest.mark.parametrize("placement", ["device", "host", "disk"])
+def test_copies_that_drifted_apart_are_made_equal(placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
+    """In the second process each tensor of the weights is another one before a checkpoint: the first one's count."""
+    words = [*DEALT, *words_of(14), f"memory.placement={placement}", "training.max_steps=4"]
+    words += ["checkpoint.save_every_steps=4", "data.eval_fraction=0", "distributed.shard_state=false"]
+    config = runs.config(tmp_path / "run", SETTINGS[14][2], *words)
+    equalised = agreement.equalise
+
+    def drifting(processes: Processes, store: WeightStore, states: Any, say: Any) -> None:
+        for name, _ in () if processes.is_first else store.items():
+            with store.borrow(name, trains=True) as weights:
+                for part in weights[name].parts(change=True):
+                    for tensor in part.values():
+                        tensor.view(-1)[0] = 0
+        before = agreement.weights_checksum(store)
+        assert len(set(processes.gather(before))) == 2
+        equalised(processes, store, states, say)
+        assert set(processes.gather(agreement.weights_checksum(store))) == {processes.gather(before)[0]}
+
+    def one() -> int:
+        running.equalise = drifting  # type: ignore[attr-defined]
+        train(config, Callback())
+        return 0
+
+    log = tmp_path / "log"
+    assert run_processes(2, one, log) == [0, 0], log.read_text()
 
 
 def test_the_forecast_is_for_one_of_the_processes(runs: PlacedRuns, tmp_path: Path) -> None:

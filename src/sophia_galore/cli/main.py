@@ -31,7 +31,7 @@ from sophia_galore.cli.push import push_model
 from sophia_galore.cli.report import report
 from sophia_galore.cli.train import train
 from sophia_galore.distributed.launch import is_first_on_machine
-from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, short
+from sophia_galore.errors import SophiaGaloreError, lacks_memory, lacks_package, say_out_of_memory, short
 from sophia_galore.model.disk import errno_of
 
 # Typer's exit code for Ctrl-C.
@@ -73,13 +73,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with displays() as out:
-        code = _carry_out(arguments)
-        if isinstance(out.failure, OSError):
-            _complain(f"The output could not be written: {out.failure.strerror}.", "Free some space.")
-            # A run's result does not depend on its printed output.
-            code = code or (0 if arguments[:1] in (["train"], ["compare"]) else 2)
-    return code
+    try:
+        with displays() as out:
+            code = _carry_out(arguments)
+            if isinstance(out.failure, OSError):
+                _complain(f"The output could not be written: {out.failure.strerror}.", "Free some space.")
+                # A run's result does not depend on its printed output.
+                code = code or (0 if arguments[:1] in (["train"], ["compare"]) else 2)
+        return code
+    except Exception as error:
+        # Explaining an error takes memory too.
+        if "--debug" in arguments or not lacks_memory(error):
+            raise
+        return say_out_of_memory()
 
 
 def _carry_out(arguments: list[str]) -> int:

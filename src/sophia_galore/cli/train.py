@@ -127,11 +127,11 @@ def prediction_line(memory: MemoryReport) -> Text | None:
 
 
 def _draw(terminal: Terminal, folder: Path) -> str:
-    """Draw the pictures; a missing package or a full disk does not fail a finished run."""
+    """Draw the pictures; a missing package, a full disk or little memory does not fail a finished run."""
     try:
         drawn = [plot_loss(folder), plot_memory(folder), plot_experts(folder)]
         return ", ".join(str(path) for path in drawn if path is not None)
-    except (EnvironmentProblem, OSError) as error:
+    except (EnvironmentProblem, OSError, MemoryError) as error:
         return f"none. {short(error)}"
     except ModuleNotFoundError as error:
         problem = lacks_package(error)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.graph import increment_version
 
 from sophia_galore.errors import RunError, SophiaGaloreError, UserError, short
 
@@ -160,6 +161,8 @@ class Processes:
         """
         if not self.is_alone:
             self._guarded(lambda: dist.broadcast(tensor, src=source))
+            # Torch does not count it as a change, and what lives elsewhere would not be written back.
+            increment_version(tensor)
 
     def start_sending(self, tensor: Tensor, source: int) -> Callable[[], None]:
         """Begin to replace a tensor by that of one process; return a function that waits for it.
@@ -169,6 +172,7 @@ class Processes:
             source: As for `send`.
         """
         work = self._guarded(lambda: dist.broadcast(tensor, src=source, async_op=True))
+        increment_version(tensor)
         return Pending([work], [], self.lost).wait
 
     def hand_over(self, tensor: Tensor, source: int) -> None:
@@ -180,6 +184,7 @@ class Processes:
         """
         if self.is_first:
             self._guarded(lambda: dist.recv(tensor, src=source))
+            increment_version(tensor)
         else:
             self._guarded(lambda: dist.send(tensor, dst=0))
 

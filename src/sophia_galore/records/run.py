@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
 from pydantic import Field
@@ -203,11 +205,24 @@ class CheckpointManifest(Record):
 
     Args:
         step: The step after which it was made.
+        sha256: Digest of the step and the files; "": an earlier version wrote it.
         files: SHA-256 of each of its files.
     """
 
     step: Whole
+    sha256: str = ""
     files: dict[str, str]
+
+    @classmethod
+    def made(cls, step: int, files: dict[str, str]) -> CheckpointManifest:
+        """Return the manifest of a checkpoint, with its digest."""
+        bare = cls(step=step, files=files)
+        return cls(step=step, sha256=bare.digest, files=files)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the step and the files."""
+        return hashlib.sha256(json.dumps([self.step, self.files], sort_keys=True).encode()).hexdigest()
 
 
 class Answers(Record):

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from sophia_galore.errors import UserError
+from sophia_galore.records.durable import flush
 
 FOREIGN = "The file was changed, or is not of this program."
 _RESTORE = "Restore the file, or train again."
@@ -169,10 +170,11 @@ def write_jsonl(path: Path, documents: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file; on a full disk the old one stays."""
+    """Write a text file; on a full disk, or if the power fails, the old one stays."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
+        flush(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

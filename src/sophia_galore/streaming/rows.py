@@ -262,6 +262,16 @@ class StreamedRows(_InForm):
         """Raise an error: its rows are written, not the whole."""
         raise TypeError("a weight that is streamed by rows can't be written as a whole; write its rows")
 
+    def parts(self, *, change: bool = False) -> Iterator[Mapping[str, Tensor]]:
+        """See `Weight`."""
+        for rows in self._stream.blocks():
+            tensors, visit = self._stream.read(rows)
+            yield tensors
+            if change:
+                self._stream.write_back(visit, rows)
+        if change:
+            self._stream.commit()
+
     def copied_to(self, device: torch.device) -> Weight:
         """See `Weight`."""
         whole = {suffix: torch.empty_like(tensor, device=device) for suffix, tensor in self.tensors().items()}

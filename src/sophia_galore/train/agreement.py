@@ -5,12 +5,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-import torch
-
 from sophia_galore.distributed.processes import Processes
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.optim.states import ParamStates
 from sophia_galore.plan.plan import RunPlan
+from sophia_galore.weights.safetensors_layout import bytes_of
 from sophia_galore.weights.store import WeightStore
 
 _WHAT = {
@@ -68,15 +67,21 @@ def equalise(processes: Processes, store: WeightStore, states: ParamStates, say:
     own_states = states.tensors()
     for name, _ in store.items():
         with store.borrow(name, trains=True) as weights:
-            for tensor in [*weights[name].tensors().values(), *own_states.get(name, {}).values()]:
+            for part in weights[name].parts(change=True):
+                for tensor in part.values():
+                    processes.send(tensor, 0)
+            for tensor in own_states.get(name, {}).values():
                 processes.send(tensor, 0)
 
 
 def weights_checksum(store: WeightStore) -> int:
-    """Return a checksum of all weights as they are stored."""
-    found = 0
-    for _, weight in store.each():
-        for tensor in weight.tensors().values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            found = zlib.crc32(flat.view(torch.uint8).numpy().data, found)
-    return found
+    """Return a checksum of all weights as they are stored, wherever that is."""
+    sums: list[tuple[str, str, int]] = []
+    for name, weight in store.each():
+        # By tensor, so that blocks of rows give what the whole gives.
+        own: dict[str, int] = {}
+        for part in weight.parts():
+            for ending, tensor in part.items():
+                own[ending] = zlib.crc32(bytes_of(tensor.detach().cpu().contiguous()), own.get(ending, 0))
+        sums += [(name, ending, found) for ending, found in own.items()]
+    return zlib.crc32(repr(sums).encode())

@@ -20,6 +20,7 @@ from typing import Any
 from sophia_galore.errors import CheckpointError, UserError, short
 from sophia_galore.model.disk import errno_of, not_saved
 from sophia_galore.records import files
+from sophia_galore.records.durable import flush, flush_folder
 from sophia_galore.records.files import checkpoint_folder
 from sophia_galore.records.metrics import Evaluation, evaluations_of
 from sophia_galore.records.run import CheckpointManifest
@@ -108,13 +109,13 @@ def save_checkpoint(
             (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         hashes = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
         manifest = beside / files.MANIFEST
-        document = CheckpointManifest(step=step, files=hashes).to_json()
+        document = CheckpointManifest.made(step, hashes).to_json()
         manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         _hash_and_flush(manifest)
-        _flush_folder(beside)
+        flush_folder(beside)
         replaced = _make_room(final)
         os.replace(beside, final)
-        _flush_folder(run_folder)
+        flush_folder(run_folder)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
         if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
@@ -127,9 +128,18 @@ def save_checkpoint(
     for old in others[: max(0, len(others) + 1 - keep_last)]:
         if old not in stay:
             _delete(old)
-    for left in run_folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)  # what can't be deleted costs space, not the run
+    remove_unfinished(run_folder)
     return final
+
+
+def remove_unfinished(run_folder: Path) -> None:
+    """Remove checkpoints that were half written or half deleted; what can't be removed costs space, not the run.
+
+    Args:
+        run_folder: The run's folder; it is locked.
+    """
+    for left in run_folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -239,12 +249,24 @@ def _delete(checkpoint: Path) -> None:
 def _verify(folder: Path, others: list[Path]) -> Checkpoint:
     try:
         manifest = CheckpointManifest.read(folder / files.MANIFEST)
+        if manifest.sha256 not in ("", manifest.digest):
+            raise CheckpointError(
+                f"{folder} is damaged: {files.MANIFEST} is not what was written.", _try_another(others)
+            )
         for name, digest in manifest.files.items():
             if not (folder / name).is_file():
                 raise CheckpointError(f"{folder} is damaged: {name} is missing.", _try_another(others))
             if sha256_of(folder / name) != digest:
                 raise CheckpointError(f"{folder} is damaged: {name} is not what was written.", _try_another(others))
         plan, config = (read_object(folder / name) for name in (files.PLAN, files.FLAT_CONFIG))
+        # Manifests of earlier versions have no digest of their own.
+        state = read_object(folder / files.TRAINER_STATE) if files.TRAINER_STATE in manifest.files else {}
+        if (done := state.get("global_step", manifest.step)) != manifest.step:
+            raise CheckpointError(
+                f"{folder} is damaged: it is of step {manifest.step}, says {files.MANIFEST}, and of {done}, says "
+                f"{files.TRAINER_STATE}.",
+                _try_another(others),
+            )
         return Checkpoint(folder, manifest.step, plan, config)
     except CheckpointError:
         raise
@@ -259,19 +281,8 @@ def _try_another(others: list[Path]) -> str:
 
 
 def _hash_and_flush(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    flush(path)
     return sha256_of(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # Windows can't open folders; its renames are journaled
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _after_failed_save(run_folder: Path) -> str:

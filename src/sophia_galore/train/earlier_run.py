@@ -17,6 +17,7 @@ from sophia_galore.config.dump import flatten
 from sophia_galore.config.paths import PATH_KEYS, named_paths
 from sophia_galore.errors import ConfigError, EnvironmentProblem
 from sophia_galore.records import files
+from sophia_galore.records.durable import make_folder
 from sophia_galore.records.schema import find_json, find_object
 from sophia_galore.train.checkpoint import Checkpoint, unlisted_files
 from sophia_galore.train.folder import free_name, not_writable
@@ -145,7 +146,7 @@ def open_run_folder(folder: Path, *, going_on: Checkpoint | None, keep: Iterable
         if begun != here and here.is_dir() and holds_run(here):
             moved = free_name(here)
             here.rename(moved)
-        here.mkdir(parents=True, exist_ok=True)
+        make_folder(here)
         probe = here / ".writable"
         probe.touch()
         probe.unlink()

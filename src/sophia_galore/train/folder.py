@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem
+from sophia_galore.records.durable import flush, flush_folder, make_folder
 from sophia_galore.records.files import MODEL, MODEL_INDEX, MODEL_WEIGHTS, WRITTEN, weights_entry
 from sophia_galore.records.schema import find_json, write_json
 
@@ -80,7 +81,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         # A link and its target are one folder and need one lock.
         place = folder.resolve()
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
         lock.acquire()
     except Timeout as error:
@@ -110,6 +111,12 @@ def replace_model(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(beside)
         write_json(beside / WRITTEN, sorted(path.name for path in beside.iterdir()))
+        # A folder that is called whole is whole after a power failure too.
+        for path in beside.rglob("*"):
+            if path.is_file():
+                flush(path)
+        for path in (beside, *(each for each in beside.rglob("*") if each.is_dir())):
+            flush_folder(path)
         beside.rename(whole)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -153,6 +160,7 @@ def _move_model(whole: Path, folder: Path) -> None:
         for name in stale:
             (folder / name).unlink(missing_ok=True)
         (whole / WRITTEN).replace(folder / WRITTEN)
+        flush_folder(folder)  # before the folder that they came from is gone
     shutil.rmtree(whole, ignore_errors=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from sophia_galore.model.disk import reason
+from sophia_galore.records.durable import flush_folder
 
 
 class MetricsLog:
@@ -32,13 +34,7 @@ class MetricsLog:
         if path is None:
             return
         if up_to_step is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # a line cut by the end of the process: the last one
-                if record["step"] <= up_to_step:
-                    self.records.append(record)
+            self.records = self._read(path, up_to_step)
         self._write_all()
 
     def add(self, record: dict[str, Any]) -> None:
@@ -54,10 +50,18 @@ class MetricsLog:
                 self._write_all()
                 self.problem = None
         except OSError as error:
-            if self.problem is None:
-                why = reason(error, self._path)
-                self._say(f"{self._path} lags behind: {why}. The run goes on; records follow as soon as they can.")
-            self.problem = error
+            self._lag(error)
+
+    def settle(self) -> None:
+        """Wait until all records are on the disk; a checkpoint that is made then does not lack those before it."""
+        if self._file is None or self.problem is not None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+            if self._path is not None:
+                flush_folder(self._path.parent)
+        except OSError as error:
+            self._lag(error)
 
     def close(self) -> None:
         """Close the file.
@@ -70,6 +74,30 @@ class MetricsLog:
             self.problem = None
         if self._file is not None:
             self._file.close()
+
+    def _read(self, path: Path, up_to_step: int) -> list[dict[str, Any]]:
+        """Return the records of an earlier part of the run; say which lines are damaged."""
+        found, damaged = [], []
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                damaged.append(number)
+            elif record["step"] <= up_to_step:
+                found.append(record)
+        if damaged[:1] not in ([], [len(lines)]):  # the last one was cut by the end of the process
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            self._say(f"Line {damaged[0]}{more} of {path} is damaged, so the records of the run will lack it.")
+        return found
+
+    def _lag(self, error: OSError) -> None:
+        if self.problem is None:
+            why = reason(error, self._path or Path())
+            self._say(f"{self._path} lags behind: {why}. The run goes on; records follow as soon as they can.")
+        self.problem = error
 
     def _write_all(self) -> None:
         assert self._path is not None

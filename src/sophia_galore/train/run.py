@@ -41,7 +41,7 @@ from sophia_galore.train.begin import Beginning, Start, begin
 from sophia_galore.train.best_checkpoint import open_best
 from sophia_galore.train.callback import Callback, Callbacks
 from sophia_galore.train.card import run_card
-from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, remove_unfinished, save_checkpoint
 from sophia_galore.train.earlier_run import open_run_folder, refuse_unsafe_folder
 from sophia_galore.train.environment import environment
 from sophia_galore.train.folder import locked, replace_model
@@ -181,6 +181,7 @@ class _Run:
         moved = open_run_folder(folder, going_on=prepared.checkpoint, keep=[*keep, prepared.folder])
         if moved:
             self._callback.say(f"The earlier run in {folder} was moved to {moved}.")
+        remove_unfinished(folder)  # a killed run left them, and this one may save no more
         write_json(folder / files.PLAN, self._plan.to_json())
         write_text(folder / files.CONFIG, dump_config(self._config))
         write_json(folder / files.ENVIRONMENT, environment(prepared.device, command, machines, launcher()))
@@ -312,6 +313,7 @@ class _Run:
                 pass  # each state that this process owns is lent to the first one
             return
         self._best.saving(step, self._evaluations)
+        self._log.settle()
         self._saved = save_checkpoint(
             self._folder,
             step,

@@ -64,6 +64,8 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack,
                 inputs=memory.activations,
             )
         except MemoryError as error:
+            if not streamed.bytes_in("host"):
+                raise  # what ran out was not taken for them
             size = bytes_in_words(streamed.bytes_in("host"))
             raise EnvironmentProblem(
                 f"Host memory of {size} for weights and states that live there can't be allocated.",

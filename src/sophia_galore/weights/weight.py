@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class Weight(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors by the suffix of their name in a file; the first has the suffix ""."""
+
+    def parts(self, *, change: bool = False) -> Iterator[Mapping[str, Tensor]]:
+        """Yield its tensors; of a weight that comes by rows, those of one block of rows after the other.
+
+        Args:
+            change: Whether they are changed in place, before the next ones are asked for.
+        """
+        yield self.tensors()
 
     @abstractmethod
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Weight:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from sophia_galore.errors import CheckpointError, EnvironmentProblem
 from sophia_galore.train import checkpoint as module
-from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, save_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint, optimizer_state_files, save_checkpoint
 from sophia_galore.weights.safetensors_layout import TensorWriter
 from sophia_galore.weights.tensor_stream import TensorStream
 
@@ -211,7 +211,7 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
         return original(path)
 
     monkeypatch.setattr(module, "_hash_and_flush", hash_and_flush)
-    monkeypatch.setattr(module, "_flush_folder", lambda folder: order.append(folder.name))
+    monkeypatch.setattr(module, "flush_folder", lambda folder: order.append(folder.name))
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (order.append("rename"), replace(*paths)))
     save(tmp_path, 2)
@@ -255,6 +255,38 @@ def test_a_broken_manifest_is_damage(text: str, tmp_path: Path) -> None:
         find_checkpoint(tmp_path, None)
     assert str(newest) in caught.value.cause
     assert str(before) in caught.value.remedy
+
+
+def test_no_bit_of_a_manifest_changes_what_it_says(tmp_path: Path) -> None:
+    """Another step would be another run, and a file that is not listed is not checked."""
+    path = save(tmp_path, 4) / "manifest.json"
+    content = path.read_bytes()
+    accepted = 0
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                found = find_checkpoint(tmp_path, None)
+            except CheckpointError:
+                continue
+            accepted += 1
+            assert found.step == 4
+            assert [file.name for file in optimizer_state_files(found.folder)] == ["optimizer.safetensors"]
+    assert accepted, "a space may become a line"
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_manifest_of_an_earlier_version_must_say_what_the_state_says(step: int, tmp_path: Path) -> None:
+    path = save(tmp_path, 4) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert find_checkpoint(tmp_path, None).step == 4
+    path.write_text(json.dumps(manifest | {"step": step}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        find_checkpoint(tmp_path, None)
 
 
 def test_damage_without_another_checkpoint(tmp_path: Path) -> None:
