@@ -1,7 +1,8 @@
 """One layer over all micro-batches: forward, and backward with or without activation checkpointing.
 
-A layer's weights exist in compute precision only while the layer runs, once for all micro-batches. Its gradients, full
-or projected, are summed over the micro-batches and are finished when its backward ends.
+A layer's weights exist in compute precision only while the layer runs, once for all micro-batches; those of experts
+one at a time (`experts.py`). Its gradients, full or projected, are summed over the micro-batches and are finished when
+its backward ends.
 
 With activation checkpointing, backward recomputes the layer. Without it, the layer's autograd graph is kept from
 forward; the graph begins at the layer's input, which is detached from the previous layer. Backward uses it once,
@@ -12,7 +13,7 @@ micro-batch by micro-batch, and frees each part at once. If full gradients are f
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from torch.func import functional_call
 
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.determinism import seeded, strictly_repeatable
+from sophia_galore.engine.experts import ExpertGraph, Experts, take_gradient
 from sophia_galore.engine.layer_graph import Gradients, LayerGraph, LayerRun, Tensors
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients, Passes
@@ -33,6 +35,7 @@ from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.experts import number_of
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.request import FromGradient, Reduction, Wants
@@ -72,6 +75,14 @@ class Layers:
         self._architecture, self._store, self._dtype, self._device = architecture, store, dtype, device
         self.new_passes = partial(Passes, full_gradients)
         self._seed, self._observer, self._frozen = seed, observer, frozen
+        self._experts = [
+            {
+                name.removeprefix(f"{layer}."): module
+                for name, module in architecture.expert_tensors.items()
+                if name.startswith(f"{layer}.")
+            }
+            for layer in architecture.layer_names
+        ]
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
         """Run a layer for evaluation; its output replaces its input.
@@ -81,9 +92,9 @@ class Layers:
             hidden: Per micro-batch (B, T, d); replaced by the layer's output.
             calls: Per micro-batch, the layer's other arguments.
         """
-        with self._weights(index, then=self._after(index)) as weights:
+        with self._weights(index, then=self._after(index)) as (weights, experts):
             for number, call in enumerate(calls):
-                with visiting(call.states):
+                with visiting(call.states), experts.lent():
                     hidden[number] = self._run(index, weights, call, hidden[number])
 
     @torch.no_grad()
@@ -108,9 +119,10 @@ class Layers:
             The output, per micro-batch (B, T, d).
         """
         out: list[Tensor] = []
-        with self._weights(index, then=self._after(index)) as weights:
+        with self._weights(index, then=self._after(index)) as (weights, experts):
             for entering, call in zip(inputs, calls, strict=True):
-                with self._dropout_stream(step, index, call), visiting(call.states), _watching(routing, index) as seen:
+                shares, watches = visiting(call.states), _watching(routing, index)
+                with self._dropout_stream(step, index, call), shares, experts.lent(), watches as seen:
                     out.append(self._run(index, weights, call, entering))
                 if routing is not None:
                     routing.see(index, call, seen)
@@ -184,7 +196,7 @@ class Layers:
             is_last = passes.is_last
             given = (inputs, out_grads) if spends and is_last else (list(inputs), list(out_grads))
             if self._dtype != torch.float16:
-                grads, in_grads = self._one_pass(index, graph, calls, *given, step, 1.0)
+                grads, in_grads = self._one_pass(index, graph, calls, *given, step, 1.0, spends=spends)
             else:
                 grads, in_grads, graph = self._finite_pass(index, graph, calls, *given, step, wants)
             finished, graph = graph.finished, None  # a graph can be used only once
@@ -216,7 +228,11 @@ class Layers:
             passes.scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for left in reversed(range(_FP16_MAX_TRIES)):
             grads, in_grads = self._one_pass(index, graph, calls, list(inputs), list(out_grads), step, passes.scale)
-            graph.are_finite.extend(torch.isfinite(grad).all() for grad in [*map(tensor_of, grads.values()), *in_grads])
+            for name, grad in grads.items():
+                self._visit(index, name)
+                graph.are_finite.append(torch.isfinite(tensor_of(grad)).all())
+            self._observer.expert(None)
+            graph.are_finite.extend(torch.isfinite(grad).all() for grad in in_grads)
             if not left or not passes.is_first or all(map(bool, graph.are_finite)):
                 break
             passes.scale /= _FP16_BACKOFF
@@ -232,8 +248,12 @@ class Layers:
         out_grads: list[Tensor],
         step: int,
         scale: float,
+        *,
+        spends: bool = False,
     ) -> tuple[Gradients, list[Tensor]]:
         """Run the next pass; remove each micro-batch from inputs and gradients once it is done.
+
+        With `spends`, the pass is not repeated, so that gradients of experts may be reduced before it ends.
 
         Returns:
             The gradients that this pass forms, by names inside the layer; and those with respect to the layer's input,
@@ -244,7 +264,8 @@ class Layers:
         for product in products.values():
             self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
-        for call in calls:
+        for number, call in enumerate(calls, 1):
+            passes.reduces_at_once = spends and number == len(calls) and not call.alone
             layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
             run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
             if scale != 1.0:
@@ -253,6 +274,7 @@ class Layers:
                 each.leaf.grad = None
             with strictly_repeatable(self._device):
                 torch.autograd.backward(*run.outputs(call, out_grad, scale, graph.routing))
+            self._observer.expert(None)
             del layer_input, out_grad
             assert run.entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
@@ -265,13 +287,16 @@ class Layers:
         sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
         sums |= {key: product.sum for key, product in products.items() if product.touched}
         name = self._architecture.layer_names[index]
-        formed = [key for key, leaf in leaves.items() if leaf.requires_grad and passes.forms(key)]
+        formed = [key for key in graph.trained if passes.forms(key) and not passes.is_finished(key)]
         idle = {key for key in formed if key not in sums and self._architecture.is_expert(f"{name}.{key}")}
         if graph.routing is not None:
             for key in [key for key in idle if not graph.routing.rests(index, key)]:
                 # It has tokens in another process only, with whose gradient this one is summed.
-                zeros = products[key].sum if key in products else torch.zeros_like(leaves[key], dtype=torch.float32)
-                sums[key] = zeros
+                sums[key] = (
+                    products[key].sum
+                    if key in products
+                    else torch.zeros(graph.trained[key], dtype=torch.float32, device=self._device)
+                )
                 idle.remove(key)
         for used in (leaves, graph.sums):
             used.clear()  # the caller may still hold the graph
@@ -287,15 +312,28 @@ class Layers:
     def _begin(self, index: int, wants: Wants, passes: Passes, routing: Routing | None) -> LayerGraph:
         """Return an empty graph for the next pass; before the first one, plan the passes."""
         layer = self._architecture.layer_names[index]
-        with self._weights(index) as weights:
+        with self._weights(index) as (weights, experts):
             leaves = {
                 key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
                 for key, weight in weights.items()
             }
-        products = self._products(layer, leaves, wants, passes) if passes.is_first else {}
-        linears = ProjectedLinears((leaves[key], product) for key, product in products.items())
-        graph = LayerGraph(leaves, products, linears, passes, routing)
+            trained = {key: shape for key, shape in self._shapes(index).items() if f"{layer}.{key}" not in self._frozen}
+        products = self._products(index, trained, wants, passes) if passes.is_first else {}
         checks = passes.is_first and self._dtype == torch.float16  # one scale has to do for all passes
+        sums, are_finite = Tensors(), list[Tensor]()
+        of_experts = ExpertGraph(
+            experts,
+            frozenset(key for key in trained if checks or passes.forms(key)),
+            products,
+            # Not the graph, which holds this: a cycle would keep all of it until Python looks for cycles.
+            partial(take_gradient, self._observer, passes, products, sums, are_finite),
+        )
+        linears = ProjectedLinears(
+            ((leaves[key], product) for key, product in products.items() if key in leaves), of_experts.product_of
+        )
+        graph = LayerGraph(
+            leaves, of_experts, trained, products, linears, passes, routing, sums=sums, are_finite=are_finite
+        )
         for name, leaf in leaves.items():
             if not leaf.requires_grad:
                 continue
@@ -333,7 +371,13 @@ class Layers:
         # The mode costs some microseconds at every operation, so it is entered only if it has something to do.
         linears = graph.linears if graph.products else nullcontext()
         shares, watches = visiting(call.states), _watching(routing, index)
-        with self._dropout_stream(step, index, call), linears, shares as visits, watches as seen:
+        with (
+            self._dropout_stream(step, index, call),
+            graph.experts.running(),
+            linears,
+            shares as visits,
+            watches as seen,
+        ):
             out = self._run(index, graph.leaves, call, leaf)
         if routing is None:
             return LayerRun(leaf, out, visits)
@@ -341,29 +385,51 @@ class Layers:
             routing.see(index, call, seen)
         return LayerRun(leaf, out, visits, routing.summed_probs(index, call, seen))
 
-    def _products(self, layer: str, leaves: Tensors, wants: Wants, passes: Passes) -> dict[str, ProjectedSum]:
+    def _products(
+        self, index: int, trained: Mapping[str, torch.Size], wants: Wants, passes: Passes
+    ) -> dict[str, ProjectedSum]:
         """Return empty sums for those of a layer's weights whose gradients are wanted projected; plan the passes."""
         products: dict[str, ProjectedSum] = {}
         reductions: dict[str, Reduction] = {}
-        for name, leaf in leaves.items():
-            wanted = wants(f"{layer}.{name}") if leaf.requires_grad else None
+        layer = self._architecture.layer_names[index]
+        for name, shape in trained.items():
+            self._visit(index, name)
+            wanted = wants(f"{layer}.{name}")
             if isinstance(wanted, Projector):
-                products[name] = ProjectedSum(wanted, leaf.shape, self._dtype, self._device)
+                products[name] = ProjectedSum(wanted, shape, self._dtype, self._device)
             elif isinstance(wanted, FromGradient):
                 reductions[name] = wanted.reduce
-        passes.plan({name: leaf.numel() for name, leaf in leaves.items() if leaf.requires_grad}, reductions)
+        self._observer.expert(None)
+        experts = [name for name in trained if self._is_expert(index, name)]
+        passes.plan({name: shape.numel() for name, shape in trained.items()}, reductions, experts)
         return products
 
-    @contextmanager
-    def _weights(self, index: int, *, then: str = "") -> Iterator[Tensors]:
-        """Lend a layer's weights in compute precision; `then` is the layer or weight that is needed next."""
+    def _visit(self, index: int, name: str) -> None:
+        """Tell the observer which expert of a layer comes next, from the name of a weight inside the layer."""
+        if self._experts[index]:
+            self._observer.expert(number_of(name) if self._is_expert(index, name) else None)
+
+    def _is_expert(self, index: int, name: str) -> bool:
+        return name.rpartition(".")[0] in self._experts[index]
+
+    def _shapes(self, index: int) -> dict[str, torch.Size]:
+        """Return the shapes of a layer's weights by their names inside it, in the model's order."""
         name = self._architecture.layer_names[index]
+        with self._store.borrow(name) as borrowed:
+            return {key: weight.shape for key, weight in borrowed.weights_of(name).items()}
+
+    @contextmanager
+    def _weights(self, index: int, *, then: str = "") -> Iterator[tuple[Tensors, Experts]]:
+        """Lend a layer's weights in compute precision; `then` is the layer or weight that is needed next."""
+        name, modules = self._architecture.layer_names[index], self._experts[index]
         with self._store.borrow(name, then=then) as borrowed:
-            weights = borrowed.values_of(name, self._dtype)
+            stored = borrowed.weights_of(name)
+            of_experts = {key: weight for key, weight in stored.items() if key.rpartition(".")[0] in modules}
+            weights = {key: weight.values(self._dtype) for key, weight in stored.items() if key not in of_experts}
             for weight in weights.values():
                 self._observer.tag(weight, "weights")
             try:
-                yield weights
+                yield weights, Experts(modules, of_experts, self._dtype, self._observer)
             finally:
                 weights.clear()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from sophia_galore.engine.capture import LayerCall
+from sophia_galore.engine.experts import ExpertGraph
 from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
@@ -56,7 +59,9 @@ class LayerGraph:
 
     Args:
         leaves: The weights in compute precision, by name; those that are trained require a gradient. A weight that is
-            stored in compute precision is not copied.
+            stored in compute precision is not copied. Those of experts are not among them.
+        experts: The weights of experts.
+        trained: The names of all weights whose gradients the pass forms, in the model's order, with their shapes.
         products: Sums for the weights whose gradients are projected, by name.
         linears: Context manager that adds to these sums in place of forming the gradients.
         passes: The passes, of which this graph is for the next one.
@@ -68,6 +73,8 @@ class LayerGraph:
     """
 
     leaves: Tensors
+    experts: ExpertGraph
+    trained: Mapping[str, torch.Size]
     products: dict[str, ProjectedSum]
     linears: ProjectedLinears
     passes: Passes

@@ -7,7 +7,7 @@ backward adds to a `ProjectedSum` and does not form the weight's gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,11 +73,17 @@ class ProjectedLinears(TorchFunctionMode):
 
     Args:
         products: Pairs of weight and sum; weights are recognized by identity.
+        more: Returns the sum for a weight that is made later; None: there is none.
     """
 
-    def __init__(self, products: Iterable[tuple[Tensor, ProjectedSum]]) -> None:
+    def __init__(
+        self,
+        products: Iterable[tuple[Tensor, ProjectedSum]],
+        more: Callable[[Tensor], ProjectedSum | None] = lambda weight: None,
+    ) -> None:
         super().__init__()
         self._products = {id(weight): product for weight, product in products}
+        self._more = more
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -85,7 +91,7 @@ class ProjectedLinears(TorchFunctionMode):
         given = kwargs or {}
         if func is functional.linear:
             entering, weight, bias = _linear_arguments(*args, **given)
-            product = self._products.get(id(weight))
+            product = self._products.get(id(weight)) or self._more(weight)
             if product is not None:
                 return projected_linear(entering, weight, bias, product)
         return func(*args, **given)

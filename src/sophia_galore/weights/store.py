@@ -28,6 +28,18 @@ class Borrowed:
         """Return a stored weight by its full name; writing to it changes the model."""
         return self._weights[name]
 
+    def weights_of(self, module: str) -> dict[str, Weight]:
+        """Return the weights of a module by their names inside it, except those that the module holds itself.
+
+        Args:
+            module: Name of the module, without the final dot.
+        """
+        return {
+            name.removeprefix(f"{module}."): weight
+            for name, weight in self._weights.items()
+            if name.startswith(f"{module}.") and not weight.held_by_module
+        }
+
     def values_of(self, module: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the weights of a module by their names inside it, except those that the module holds itself.
 
@@ -39,11 +51,7 @@ class Borrowed:
             The values, to be read only: weights stored in that precision are not copied. Deleting the dictionary frees
             the decoded ones.
         """
-        return {
-            name.removeprefix(f"{module}."): weight.values(dtype)
-            for name, weight in self._weights.items()
-            if name.startswith(f"{module}.") and not weight.held_by_module
-        }
+        return {name: weight.values(dtype) for name, weight in self.weights_of(module).items()}
 
 
 class WeightStore:
