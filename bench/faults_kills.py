@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from faults_child import Child, command, start
+from faults_child import Child, Hangs, command, start
 from faults_world import Found, World, last_words, settings, torn_checkpoints, traceback_in
 from sophia_galore.train.checkpoint import checkpoints
 
@@ -64,6 +64,13 @@ def _kill(children: list[Child], draw: random.Random, log: Path, found: Found) -
     for child in children:
         if child in victims:
             continue
-        code = child.wait(_SURVIVAL_S)
+        try:
+            code = child.wait(_SURVIVAL_S)
+        except Hangs:
+            # Who waits for another process to come does so for distributed.timeout_minutes, and has said nothing yet.
+            found.count("waited for one that never came")
+            if last_words(log):
+                found.faults.append(f"the survivor of a killed process hangs: {last_words(log)}")
+            continue
         if code not in (0, 1) or traceback_in(log):
             found.faults.append(f"the survivor of a killed process ended with {code}: {last_words(log)}")
