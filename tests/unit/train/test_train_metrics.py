@@ -73,6 +73,19 @@ def test_resuming_drops_what_will_be_written_again(path: Path, up_to_step: int, 
     assert not list(path.parent.glob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe", b"[1, 2]", b"null", b'{"loss": 1.0}', b'{"step": "2"}', b'{"step": 1, "lo']
+)
+def test_a_damaged_line_costs_that_line_alone_and_is_said(path: Path, damage: bytes) -> None:
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    said: list[str] = []
+    log = MetricsLog(path, 4, said.append)
+    log.close()
+    assert log.records == [LINES[0], *LINES[2:]] == lines_of(path)
+    assert said == [f"Line 2 of {path} is damaged, so the records of the run will lack it."]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_half_written_last_line_is_dropped(path: Path, cut: int) -> None:
     text = path.read_text()
