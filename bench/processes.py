@@ -39,7 +39,7 @@ QUIET = [
 
 def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[str] = ()) -> None:
     """Run a program in several processes; each in a network namespace of its own, if some are given."""
-    base = {**os.environ, "OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(count), "MASTER_PORT": "29511"}
+    base = {**os.environ, "OMP_NUM_THREADS": str(threads), "WORLD_SIZE": str(count), "MASTER_PORT": os.environ.get("MASTER_PORT", "29511")}
     base |= {"MASTER_ADDR": "10.77.0.1" if spaces else "127.0.0.1"}
     children = []
     for rank in range(count):

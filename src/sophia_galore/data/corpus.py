@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sophia_galore.config.schema_data import DataConfig, DataSource
 from sophia_galore.data.file_text import ending
 from sophia_galore.data.gather import FileRead
-from sophia_galore.data.read import READERS, find
+from sophia_galore.data.read import READERS, TEXT, find
 from sophia_galore.data.token_rows import TokenRows
 from sophia_galore.errors import DataError, EnvironmentProblem, short
 from sophia_galore.numerics.random import generator
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 FORMAT = "corpus"
 """What a run's records say of the format of such data."""
 
-ENDING = ".txt"
 _OPEN: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
 # Characters that are tokenised together.
 _PIECE = 2**20
@@ -197,8 +196,8 @@ def _files(source: DataSource) -> tuple[Path, ...]:
         inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
         if any(ending(file) in READERS for file in inside):
             return ()  # a text beside records is a description of them
-        return tuple(file for file in inside if ending(file) == ENDING)
-    if ending(path) != ENDING:
+        return tuple(file for file in inside if ending(file) == TEXT)
+    if ending(path) != TEXT:
         return ()
     return tuple(file for file in find(source.path, "train").files if isinstance(file, Path))
 

@@ -34,7 +34,10 @@ READERS: dict[str, Callable[[Path, Report], Content]] = {
     ".feather": read_arrow,
 }
 _BINARY = (".parquet", ".arrow", ".feather")
-KNOWN = ", ".join(READERS)
+TEXT = ".txt"
+"""Extension of plain text, which has no records (`corpus.py`)."""
+
+KNOWN = ", ".join([TEXT, *READERS])
 
 
 @dataclass(frozen=True)
