@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from in_part import gone, leave_cases_to_thorough
 from pairwise import leave_to_thorough
 from stopping import leave_sigterm, may_take_it
 
@@ -36,8 +37,11 @@ _module: Path | None = None
 
 
 @pytest.hookimpl(tryfirst=True)  # before they are deselected by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not any("::" in word for word in config.args) and (names := gone(items)):
+        raise pytest.UsageError(f"tests/in_part.py names tests that are gone: {', '.join(names)}")
     leave_to_thorough(items)
+    leave_cases_to_thorough(items)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:
