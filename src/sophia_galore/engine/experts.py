@@ -24,7 +24,7 @@ from torch import Tensor
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
-from sophia_galore.model.experts import ExpertWeights, number_of
+from sophia_galore.model.experts import ExpertWeights
 from sophia_galore.weights.weight import Weight
 
 TakeGradient = Callable[[str, Tensor], None]
@@ -39,7 +39,7 @@ class Experts:
         modules: What the model's loop takes its experts from, by name inside the layer.
         stored: The weights by their names inside the layer, such as `mlp.experts.down_proj.3`.
         dtype: Compute precision.
-        observer: Learns which expert comes next, and the category of what is decoded.
+        observer: Receives the category of what is decoded.
     """
 
     modules: Mapping[str, ExpertWeights]
@@ -49,7 +49,6 @@ class Experts:
 
     def decode(self, key: str) -> Tensor:
         """Return the values of a weight in compute precision, to be read only."""
-        self.observer.expert(number_of(key))
         values = self.stored[key].values(self.dtype)
         self.observer.tag(values, "weights")
         return values
@@ -69,8 +68,6 @@ class Experts:
         finally:
             for module in self.modules.values():
                 module.decode = None
-            if self.modules:
-                self.observer.expert(None)
 
 
 @dataclass(eq=False)
@@ -124,7 +121,6 @@ class ExpertGraph:
         return values
 
     def _take(self, key: str, grad: Tensor | None) -> None:
-        self.experts.observer.expert(number_of(key))
         if grad is not None:  # where it is wanted in a product, the product has it
             self.take(key, grad)
 

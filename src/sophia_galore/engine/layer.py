@@ -35,7 +35,6 @@ from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
-from sophia_galore.model.experts import number_of
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.request import FromGradient, Reduction, Wants
@@ -228,11 +227,7 @@ class Layers:
             passes.scale = 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
         for left in reversed(range(_FP16_MAX_TRIES)):
             grads, in_grads = self._one_pass(index, graph, calls, list(inputs), list(out_grads), step, passes.scale)
-            for name, grad in grads.items():
-                self._visit(index, name)
-                graph.are_finite.append(torch.isfinite(tensor_of(grad)).all())
-            self._observer.expert(None)
-            graph.are_finite.extend(torch.isfinite(grad).all() for grad in in_grads)
+            graph.are_finite.extend(torch.isfinite(grad).all() for grad in [*map(tensor_of, grads.values()), *in_grads])
             if not left or not passes.is_first or all(map(bool, graph.are_finite)):
                 break
             passes.scale /= _FP16_BACKOFF
@@ -274,7 +269,6 @@ class Layers:
                 each.leaf.grad = None
             with strictly_repeatable(self._device):
                 torch.autograd.backward(*run.outputs(call, out_grad, scale, graph.routing))
-            self._observer.expert(None)
             del layer_input, out_grad
             assert run.entering.grad is not None  # the layer's output depends on its input
             # In fp16 the gradient travels between layers in float32, where it can't underflow.
@@ -288,7 +282,7 @@ class Layers:
         sums |= {key: product.sum for key, product in products.items() if product.touched}
         name = self._architecture.layer_names[index]
         formed = [key for key in graph.trained if passes.forms(key) and not passes.is_finished(key)]
-        idle = {key for key in formed if key not in sums and self._architecture.is_expert(f"{name}.{key}")}
+        idle = {key for key in formed if key not in sums and self._is_expert(index, key)}
         if graph.routing is not None:
             for key in [key for key in idle if not graph.routing.rests(index, key)]:
                 # It has tokens in another process only, with whose gradient this one is summed.
@@ -393,23 +387,17 @@ class Layers:
         reductions: dict[str, Reduction] = {}
         layer = self._architecture.layer_names[index]
         for name, shape in trained.items():
-            self._visit(index, name)
             wanted = wants(f"{layer}.{name}")
             if isinstance(wanted, Projector):
                 products[name] = ProjectedSum(wanted, shape, self._dtype, self._device)
             elif isinstance(wanted, FromGradient):
                 reductions[name] = wanted.reduce
-        self._observer.expert(None)
         experts = [name for name in trained if self._is_expert(index, name)]
         passes.plan({name: shape.numel() for name, shape in trained.items()}, reductions, experts)
         return products
 
-    def _visit(self, index: int, name: str) -> None:
-        """Tell the observer which expert of a layer comes next, from the name of a weight inside the layer."""
-        if self._experts[index]:
-            self._observer.expert(number_of(name) if self._is_expert(index, name) else None)
-
     def _is_expert(self, index: int, name: str) -> bool:
+        """Return whether a name inside a layer is that of an expert's weight."""
         return name.rpartition(".")[0] in self._experts[index]
 
     def _shapes(self, index: int) -> dict[str, torch.Size]:
@@ -424,7 +412,7 @@ class Layers:
         name, modules = self._architecture.layer_names[index], self._experts[index]
         with self._store.borrow(name, then=then) as borrowed:
             stored = borrowed.weights_of(name)
-            of_experts = {key: weight for key, weight in stored.items() if key.rpartition(".")[0] in modules}
+            of_experts = {key: weight for key, weight in stored.items() if self._is_expert(index, key)}
             weights = {key: weight.values(self._dtype) for key, weight in stored.items() if key not in of_experts}
             for weight in weights.values():
                 self._observer.tag(weight, "weights")

@@ -67,7 +67,6 @@ from sophia_galore.engine.step_results import FinishedGradients, ForwardPass, St
 from sophia_galore.engine.step_retry import StepRetry
 from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.architecture import Architecture, count_idle_layers
-from sophia_galore.model.experts import number_of
 from sophia_galore.numerics.clocks import Clocks
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
@@ -274,15 +273,6 @@ class LayerwiseEngine:
             then = names[index - 1] if index > self._num_idle else architecture.embed_name
             yield _Part(() if is_idle else (names[index],), then, partial(self._layer_part, acts, index, done.request))
         yield _Part(self._entry, "", partial(self._through_embedding, acts, done.head))
-
-    def visit(self, name: str) -> None:
-        """Tell the observer which expert's weight comes next in a loop over gradients.
-
-        Args:
-            name: Name of a parameter; "": the loop is over.
-        """
-        if self._architecture.expert_tensors:
-            self._observer.expert(number_of(name) if self._architecture.is_expert(name) else None)
 
     @contextmanager
     def using(self, finished: FinishedGradients) -> Iterator[Gradients]:

@@ -38,9 +38,6 @@ class Observer:
     def tag(self, tensor: Tensor, category: Category) -> None:
         """Assign a tensor's storage to a category from now on."""
 
-    def expert(self, number: int | None) -> None:
-        """Learn that what follows is for one expert of a layer; with None, that it is for no single one."""
-
     def parts(self, parts: Sequence[slice]) -> Sequence[slice]:
         """Return the parts of a loop that are to be run: here, all of them.
 

@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 
 from sophia_galore.engine.observe import Observer
-from sophia_galore.model.experts import number_of
 from sophia_galore.numerics.subspace import Gradient
 from sophia_galore.optim.request import Reduction
 
@@ -94,9 +93,7 @@ class Passes:
             self._reduce(self._reductions[name], name, grad, observer)
             del grad
         for name in [name for name in self._of_experts if name in gradients]:
-            observer.expert(number_of(name))
             self.reduce_expert(name, gradients.pop(name), observer)
-        observer.expert(None)
         self._finished |= gradients
         gradients.clear()
         self.is_first = self.is_final = False

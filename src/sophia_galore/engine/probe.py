@@ -80,7 +80,6 @@ def take_probe(
                     if stopped():
                         raise KeyboardInterrupt
                     for name in list(gradients):
-                        engine.visit(name)
                         grad = tensor_of(gradients.pop(name))
                         _refuse_non_finite(name, grad)
                         seen.add(name)
@@ -88,7 +87,6 @@ def take_probe(
                             # Filled with values, since a system may hand out memory that it lacks until it is written.
                             kept.append(torch.full(held_shapes[name], 1.0, dtype=torch.float32, device=grad.device))
                         del grad
-                    engine.visit("")
     except NonFiniteError as error:
         cause = error.cause if "probe step" in error.cause else f"In the probe step: {error.cause}"
         raise NonFiniteError(cause, _PRECISION) from error

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Literal
 
 from sophia_galore.data.portion import Portion
-from sophia_galore.engine.layer_graph import Gradients
 from sophia_galore.engine.layerwise import LayerwiseEngine
 from sophia_galore.engine.objective import CrossEntropy, SampledCrossEntropy
 from sophia_galore.engine.step_results import StepResult
 from sophia_galore.errors import NonFiniteError
-from sophia_galore.numerics.subspace import Gradient
 from sophia_galore.optim.limits import clip_, grad_norm
 from sophia_galore.optim.optimizer import ParamOptimizer, PreparedGradient
 from sophia_galore.weights.store import WeightStore
@@ -78,11 +75,10 @@ class Stepper:
             for layer in layers:
                 with engine.using(layer) as gradients:
                     for names in layer.parts:
-                        norms.append(grad_norm(self._visited(gradients, names)))
+                        norms.append(grad_norm(gradients[name] for name in names))
                         # If the norm is not finite, `prepare` raises an error that names the gradient.
                         clips = self._clip_by == "layer" and math.isfinite(norms[-1])
                         for name in names:
-                            engine.visit(name)
                             prepared = optimizer.prepare(name, gradients.pop(name), step=step)
                             if clips:
                                 clip_(prepared.tensors(), norms[-1], self._max_grad_norm)
@@ -91,7 +87,6 @@ class Stepper:
                             else:
                                 optimizer.apply(name, layer.weights[name], prepared, step=step, factor=factor)
                             del prepared  # else it would stay in memory during the next layer's backward
-                        engine.visit("")
         norm = math.hypot(*norms)
         if held:
             self._apply_all(held, norm, step, factor)
@@ -104,18 +99,10 @@ class Stepper:
             raise NonFiniteError(f"The gradient's norm is {norm} at step {step}.", "Lower training.learning_rate.")
         names = list(held)
         for name, following in zip(names, (*names[1:], ""), strict=True):
-            self._engine.visit(name)
             prepared = held.pop(name)
             clip_(prepared.tensors(), norm, self._max_grad_norm)
             with self._store.borrow(name, trains=True, then=following) as weights:
                 self._optimizer.apply(name, weights[name], prepared, step=step, factor=factor)
-        self._engine.visit("")
-
-    def _visited(self, gradients: Gradients, names: Sequence[str]) -> Iterator[Gradient]:
-        for name in names:
-            self._engine.visit(name)
-            yield gradients[name]
-        self._engine.visit("")
 
     def _estimate_curvature(self, portion: Portion, step: int) -> None:
         """Update curvature estimates with a gradient whose labels are sampled from the model."""
@@ -128,6 +115,4 @@ class Stepper:
             for layer in layers:
                 with engine.using(layer) as gradients:
                     for name in list(gradients):
-                        engine.visit(name)
                         optimizer.observe_curvature(name, gradients.pop(name), step=step, num_samples=num_samples)
-                    engine.visit("")

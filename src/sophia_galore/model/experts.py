@@ -63,11 +63,6 @@ def expert_tensors(model: nn.Module) -> dict[str, ExpertWeights]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertWeights)}
 
 
-def number_of(name: str) -> int:
-    """Return the number of an expert, with which the names of its weights end."""
-    return int(name.rpartition(".")[2])
-
-
 def _holds_experts(module: nn.Module) -> bool:
     """Return whether a module has a slice of each parameter for each expert, and takes one slice at a time."""
     count: Any = getattr(module, "num_experts", None)
