@@ -9,33 +9,28 @@ pre-training. What is left at the end and fills no row is left out.
 
 from __future__ import annotations
 
-import bz2
-import codecs
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from sophia_galore.config.schema_data import DataConfig, DataSource
-from sophia_galore.data.file_text import ending
+from sophia_galore.data.file_text import BROKEN, ending, is_utf16, not_decompressed, not_permitted, open_unpacked
 from sophia_galore.data.gather import FileRead
 from sophia_galore.data.read import READERS, TEXT, find
+from sophia_galore.data.split import in_seeded_order, num_held
 from sophia_galore.data.token_rows import TokenRows
-from sophia_galore.errors import DataError, EnvironmentProblem, short
-from sophia_galore.numerics.random import generator
+from sophia_galore.errors import DataError, EnvironmentProblem
 from sophia_galore.records.schema import write_text
+from sophia_galore.weights.manifest import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +38,6 @@ if TYPE_CHECKING:
 FORMAT = "corpus"
 """What a run's records say of the format of such data."""
 
-_OPEN: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
 # Characters that are tokenised together.
 _PIECE = 2**20
 # Part of the digest: another way to make tokens needs another number.
@@ -65,8 +59,21 @@ class Corpus:
     files: tuple[FileRead, ...]
 
 
-def is_corpus(config: DataConfig) -> bool:
-    """Return whether the training data are plain text.
+@dataclass(frozen=True)
+class CorpusFiles:
+    """The files of a corpus.
+
+    Attributes:
+        train: Texts to train on; at least one.
+        eval: Texts to measure on; None: rows of the others are held out.
+    """
+
+    train: tuple[Path, ...]
+    eval: tuple[Path, ...] | None
+
+
+def find_corpus(config: DataConfig) -> CorpusFiles | None:
+    """Return the files of the training data, if these are plain text.
 
     Args:
         config: The data section of the configuration.
@@ -75,9 +82,10 @@ def is_corpus(config: DataConfig) -> bool:
         DataError: Some of it is plain text and some is not; or there are settings that plain text can't have.
     """
     sources = (*config.train_sources, *config.eval_sources)
-    plain = [source for source in sources if _files(source)]
+    found = [_files(source) for source in sources]
+    plain = [source for source, files in zip(sources, found, strict=True) if files]
     if not plain:
-        return False
+        return None
     if len(plain) < len(sources):
         other = next(source for source in sources if source not in plain)
         raise DataError(
@@ -102,15 +110,26 @@ def is_corpus(config: DataConfig) -> bool:
             f"{plain[0].path} is plain text, for which {' and '.join(given)} would have no effect: all rows are full.",
             "Leave that out.",
         )
-    return True
+    num_train = len(config.train_sources)
+    train, measured = (
+        tuple(file for files in part for file in files) for part in (found[:num_train], found[num_train:])
+    )
+    return CorpusFiles(train, None if config.eval is None else measured)
 
 
 def load_corpus(
-    config: DataConfig, *, length: int, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+    files: CorpusFiles,
+    config: DataConfig,
+    *,
+    length: int,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> Corpus:
     """Tokenise plain text, or find its tokens from an earlier run, and choose rows.
 
     Args:
+        files: The files.
         config: The data section of the configuration.
         length: Tokens of a row.
         seed: Determines which rows are held out, and which ones a maximum keeps.
@@ -124,18 +143,16 @@ def load_corpus(
         DataError: A file can't be read as text, or there is too little of it.
         EnvironmentProblem: There is no permission to read a file, or no room for the tokens.
     """
-    train_files = _all_files(config.train_sources)
-    read = [FileRead(str(file), "train", format=FORMAT) for file in train_files]
-    tokens = _Tokens.of(train_files, tokenizer, folder)
+    read = [FileRead(str(file), "train", format=FORMAT) for file in files.train]
+    tokens = _Tokens.of(files.train, tokenizer, folder)
     order = _order(tokens.rows_of(length), seed, "train order")
-    if config.eval is not None:
-        eval_files = _all_files(config.eval_sources)
-        read += [FileRead(str(file), "eval", format=FORMAT) for file in eval_files]
-        measured = _Tokens.of(eval_files, tokenizer, folder)
+    if files.eval is not None:
+        read += [FileRead(str(file), "eval", format=FORMAT) for file in files.eval]
+        measured = _Tokens.of(files.eval, tokenizer, folder)
         held = measured.take(length, _order(measured.rows_of(length), seed, "eval order"))
     else:
-        num_held = _num_held(len(order), config.eval_fraction)
-        held, order = tokens.take(length, order[:num_held]), order[num_held:]
+        count = num_held(len(order), config.eval_fraction)
+        held, order = tokens.take(length, order[:count]), order[count:]
     return Corpus(
         tokens.take(length, order)[: config.max_train_examples], held[: config.max_eval_examples], tuple(read)
     )
@@ -191,31 +208,29 @@ class _Tokens:
 
 def _files(source: DataSource) -> tuple[Path, ...]:
     """Return the plain text files that a source names; none if it names other data."""
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        if any(ending(file) in READERS for file in inside):
-            return ()  # a text beside records is a description of them
-        return tuple(file for file in inside if ending(file) == TEXT)
+        return _inside(path)
     if ending(path) != TEXT:
         return ()
     return tuple(file for file in find(source.path, "train").files if isinstance(file, Path))
 
 
-def _all_files(sources: Sequence[DataSource]) -> tuple[Path, ...]:
-    return tuple(file for source in sources for file in _files(source))
+def _inside(folder: Path) -> tuple[Path, ...]:
+    """Return the texts of a folder; none if there are records too: a text beside them is a description of them."""
+    found = []
+    for file in folder.rglob("*"):
+        kind = ending(file)
+        if kind not in (TEXT, *READERS) or file.name.startswith(".") or not file.is_file():
+            continue
+        if kind != TEXT:
+            return ()
+        found.append(file)
+    return tuple(sorted(found))
 
 
 def _order(num_rows: int, seed: int, purpose: str) -> NDArray[np.int64]:
-    order: NDArray[np.int64] = torch.randperm(num_rows, generator=generator(seed, purpose)).numpy()
-    return order
-
-
-def _num_held(num_rows: int, fraction: float) -> int:
-    """Return how many rows are held out: at least one of two if any."""
-    if fraction == 0 or num_rows < 2:
-        return 0
-    return min(max(round(fraction * num_rows), 1), num_rows - 1)
+    return np.array(in_seeded_order(range(num_rows), seed, purpose), dtype=np.int64)
 
 
 def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -224,12 +239,9 @@ def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
     digest.update(_backend(tokenizer).to_str().encode())
     for file in files:
         try:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(sha256_of(file).encode())
         except PermissionError as error:
-            raise EnvironmentProblem(
-                f"{file} can't be read: permission denied.", "Give the user who runs this the right to read the file."
-            ) from error
+            raise not_permitted(file) from error
     return digest.hexdigest()[:32]
 
 
@@ -246,9 +258,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     """Return what is written about a file of tokens; None if it is missing or not as it was written."""
     try:
         record: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
-        return record if whole else None
+        return record if sha256_of(path) == record["sha256"] else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -289,10 +299,9 @@ def _tokens(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 def _pieces(file: Path) -> Iterator[str]:
     """Read a text in pieces that end with a line, if lines are not longer than a piece."""
-    open_file = _OPEN.get(file.suffix.lower(), lambda path: path.open("rb"))
     kept = ""
     try:
-        with open_file(file) as raw, io.TextIOWrapper(raw, encoding=_encoding(file, open_file)) as text:
+        with open_unpacked(file) as raw, io.TextIOWrapper(raw, encoding=_encoding(file)) as text:
             while read := text.read(_PIECE):
                 piece, newline, kept = (kept + read).rpartition("\n")
                 if newline:
@@ -304,13 +313,12 @@ def _pieces(file: Path) -> Iterator[str]:
         raise DataError(
             f"{file}: not UTF-8 text (byte 0x{error.object[error.start]:02x}).", "Save the file in the encoding UTF-8."
         ) from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{file} can't be decompressed: {short(error)}.", "Write or download it again.") from error
+    except BROKEN as error:
+        raise not_decompressed(file, error) from error
     if kept:
         yield kept
 
 
-def _encoding(file: Path, open_file: Callable[[Path], IO[bytes]]) -> str:
-    with open_file(file) as raw:
-        begins = raw.read(2)
-    return "utf-16" if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+def _encoding(file: Path) -> str:
+    with open_unpacked(file) as raw:
+        return "utf-16" if is_utf16(raw.read(2)) else "utf-8-sig"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sophia_galore.config.schema_data import DataConfig, sources_in_words
 from sophia_galore.data.bad_records import BadRecords
 from sophia_galore.data.conversation import Conversation
-from sophia_galore.data.corpus import FORMAT, is_corpus, load_corpus
+from sophia_galore.data.corpus import FORMAT, CorpusFiles, find_corpus, load_corpus
 from sophia_galore.data.example import Example
 from sophia_galore.data.gather import FileRead, gather
 from sophia_galore.data.mixture import repeated, shares
@@ -130,8 +130,8 @@ def load_data(
         EnvironmentProblem: There is no permission to read a file.
     """
     seed = seed if config.seed is None else config.seed
-    if is_corpus(config):
-        return _corpus_dataset(config, max_length, seed, tokenizer, cache_dir / "tokens")
+    if (texts := find_corpus(config)) is not None:
+        return _corpus_dataset(texts, config, max_length, seed, tokenizer, cache_dir / "tokens")
     bad = BadRecords(config.on_bad_record)
     gathered = gather(config, bad)
     everything = shares(gathered.train, seed, "train")
@@ -206,9 +206,9 @@ def fingerprint(train: Sequence[Example], eval: Sequence[Example]) -> str:
 
 
 def _corpus_dataset(
-    config: DataConfig, length: int, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+    texts: CorpusFiles, config: DataConfig, length: int, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> Dataset:
-    corpus = load_corpus(config, length=length, seed=seed, tokenizer=tokenizer, folder=folder)
+    corpus = load_corpus(texts, config, length=length, seed=seed, tokenizer=tokenizer, folder=folder)
     return Dataset(
         train=corpus.train,
         eval=corpus.eval,

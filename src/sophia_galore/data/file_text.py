@@ -9,8 +9,9 @@ import lzma
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
-from sophia_galore.errors import DataError, short
+from sophia_galore.errors import DataError, EnvironmentProblem, short
 
 DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -18,6 +19,11 @@ DECOMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.decompress,
 }
 """Decompression by extension; it follows the extension of the file itself: ``x.jsonl.gz``."""
+
+_OPEN: dict[str, Callable[[Path], IO[bytes]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}  # type: ignore[dict-item]
+
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What reading a damaged compressed file raises, beside errors of the system."""
 
 
 def ending(path: Path) -> str:
@@ -47,8 +53,8 @@ def file_text(path: Path) -> str:
         try:
             raw = decompress(raw)
         except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            raise DataError(f"{path} can't be decompressed: {short(error)}.", "Write or download it again.") from error
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise not_decompressed(path, error) from error
+    if is_utf16(raw):
         try:
             return raw.decode("utf-16")
         except UnicodeDecodeError as error:
@@ -62,3 +68,43 @@ def file_text(path: Path) -> str:
             f"{path}:{line}: not UTF-8 text (byte 0x{raw[error.start]:02x} at byte {column} of the line).",
             "Save the file in the encoding UTF-8.",
         ) from error
+
+
+def open_unpacked(path: Path) -> IO[bytes]:
+    """Open a file to read it piece by piece, decompressed if necessary; damage is raised as one of `BROKEN`.
+
+    Args:
+        path: The file.
+    """
+    opened: IO[bytes] = _OPEN.get(path.suffix.lower(), lambda plain: plain.open("rb"))(path)
+    return opened
+
+
+def is_utf16(begins: bytes) -> bool:
+    """Return whether a text begins with a byte-order mark of UTF-16.
+
+    Args:
+        begins: Its first bytes, or all.
+    """
+    return begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
+def not_decompressed(path: Path, error: Exception) -> DataError:
+    """Return the error for a damaged compressed file.
+
+    Args:
+        path: The file.
+        error: What was raised.
+    """
+    return DataError(f"{path} can't be decompressed: {short(error)}.", "Write or download it again.")
+
+
+def not_permitted(path: Path) -> EnvironmentProblem:
+    """Return the error for a file that this user may not read.
+
+    Args:
+        path: The file.
+    """
+    return EnvironmentProblem(
+        f"{path} can't be read: permission denied.", "Give the user who runs this the right to read the file."
+    )

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from sophia_galore.data.bad_records import Report, stop_at_once
-from sophia_galore.data.file_text import DECOMPRESS, ending
+from sophia_galore.data.file_text import DECOMPRESS, ending, not_permitted
 from sophia_galore.data.files import read_json, read_jsonl
 from sophia_galore.data.folders import find_splits
 from sophia_galore.data.hub import looks_like_hub_id, read_hub
 from sophia_galore.data.record import Content, Record
 from sophia_galore.data.tables import read_arrow, read_csv, read_parquet
-from sophia_galore.errors import DataError, EnvironmentProblem
+from sophia_galore.errors import DataError
 
 __all__ = ["Found", "Record", "find", "is_here", "read_found", "read_records"]
 
@@ -170,9 +170,7 @@ def _read_file(path: Path, report: Report) -> Content:
     try:
         content = reader(path, noted) if path.stat().st_size else Content([])
     except PermissionError as error:
-        raise EnvironmentProblem(
-            f"{path} can't be read: permission denied.", "Give the user who runs this the right to read the file."
-        ) from error
+        raise not_permitted(path) from error
     if not content.records and not broken:
         raise DataError(f"{path} is empty: there is no record in it.", "Check that the file was written completely.")
     return content

@@ -57,7 +57,7 @@ def split_off(conversations: Sequence[Conversation], fraction: float, seed: int)
             f"All {len(conversations)} records say the same, so none can be held out for evaluation.",
             "Set `data.eval_fraction: 0`, or give other evaluation data as `data.eval`.",
         )
-    wanted = min(max(round(fraction * len(conversations)), 1), len(conversations) - 1)
+    wanted = num_held(len(conversations), fraction)
     held: set[int] = set()
     size = 0
     for index, group in enumerate(shuffled):
@@ -70,6 +70,16 @@ def split_off(conversations: Sequence[Conversation], fraction: float, seed: int)
         _flat([group for index, group in enumerate(shuffled) if index not in held]),
         _flat([group for index, group in enumerate(shuffled) if index in held]),
     )
+
+
+def num_held(count: int, fraction: float) -> int:
+    """Return how many of some are held out: with a fraction above 0, one at least and all but one at most.
+
+    Args:
+        count: How many there are.
+        fraction: Fraction to hold out, in [0, 1).
+    """
+    return min(max(round(fraction * count), 1), count - 1) if fraction > 0 and count > 1 else 0
 
 
 def _flat(groups: Sequence[Sequence[Conversation]]) -> list[Conversation]:
