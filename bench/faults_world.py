@@ -18,6 +18,7 @@ from typing import Any
 
 from faults_child import command, start
 from measured import weights_sha256
+from sophia_galore.doctor.tiny_model import chat_tokenizer, write_data
 from sophia_galore.errors import UserError
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
 from sophia_galore.train.folder import streaming_folder
@@ -33,11 +34,6 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-_WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "four", "and", "so", "it", "follows")
 _COMMON = (
     "data.eval_fraction=0.2",
     f"training.max_steps={NUM_STEPS}",
@@ -173,7 +169,7 @@ class World:
         self.folder = folder
         self.model, self.data, self.config = folder / "model", folder / "data.json", folder / "config.yaml"
         write_model(self.model)
-        write_data(self.data)
+        write_data(self.data, num_records=12, most_words=(3, 4))
         self.config.write_text("{}\n", encoding="utf-8")
         self._wholes: dict[Setting, Whole] = {}
         self.kept: dict[Any, Any] = {}
@@ -263,38 +259,13 @@ class World:
 def write_model(folder: Path) -> None:
     """Write a model of two small layers with random weights, and a tokenizer of bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280,
-        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(_WORDS)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
-    fast.chat_template = _TEMPLATE
+    words = chat_tokenizer(280)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**_SIZES, **ids, vocab_size=len(fast))).save_pretrained(folder)
-    fast.save_pretrained(folder)
-
-
-def write_data(path: Path) -> None:
-    """Write records of different lengths."""
-    draw = random.Random(0)
-    records = [
-        {
-            "instruction": " ".join(draw.choices(_WORDS, k=draw.randint(1, 3))),
-            "output": f"{number} " + " ".join(draw.choices(_WORDS, k=draw.randint(1, 4))),
-        }
-        for number in range(12)
-    ]
-    path.write_text(json.dumps(records), encoding="utf-8")
+    LlamaForCausalLM(LlamaConfig(**_SIZES, **ids, vocab_size=len(words))).save_pretrained(folder)
+    words.save_pretrained(folder)
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:

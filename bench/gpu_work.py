@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from large_model import write_random_model
 from sophia_galore.data.stdlib_text import prepare_corpus
+from sophia_galore.doctor.tiny_model import byte_tokenizer
 from sophia_galore.model.skeleton import make_model_config
 from sophia_galore.model.specifications import find_specification
 
@@ -60,14 +60,8 @@ class Work:
         """A folder with a tokenizer of 512 entries, made when it is first asked for."""
         folder = self.folder / "tokenizer"
         if not folder.exists():
-            bpe = Tokenizer(models.BPE())
-            bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            bpe.decoder = decoders.ByteLevel()
-            alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(
-                vocab_size=512, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-            )
-            bpe.train([str(self.text)], trainer)
+            with self.text.open(encoding="utf-8") as lines:
+                bpe = byte_tokenizer(lines, 512, [END])
             words = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
             words.save_pretrained(folder)
         return folder

@@ -11,17 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sophia_galore.data.batches import MicroBatch, collate
 from sophia_galore.data.example import Example
+from sophia_galore.doctor.tiny_model import SPECIAL, byte_tokenizer
+from sophia_galore.doctor.tiny_model import TEMPLATE as CHATML
 
 VOCAB = 320
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -155,17 +152,8 @@ def tiny_model(family: str = "llama", *, tied: bool = True, seed: int = 0, **mor
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with ChatML turns; every text can be written in it."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<unk>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["what is the sum of one and two, and what follows it"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    made = byte_tokenizer(["what is the sum of one and two, and what follows it"], VOCAB, SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=SPECIAL[1], eos_token=SPECIAL[2])
     fast.chat_template = CHATML
     return fast
 

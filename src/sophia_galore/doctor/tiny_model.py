@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from sophia_galore.engine.determinism import seeded
 
 QUESTION = "what is the sum of one and two"
 _SEED = 0
-_SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
-_END = _SPECIAL.index("<|im_end|>")
+SPECIAL = ("<unk>", "<|im_start|>", "<|im_end|>")
+_END = SPECIAL.index("<|im_end|>")
 _VOCABULARY = 320
 # Wide enough that the weights alone take more than the least memory.limit that is accepted.
 _SIZES: dict[str, Any] = {
@@ -29,17 +30,16 @@ _SIZES: dict[str, Any] = {
     "head_dim": 16,
     "vocab_size": _VOCABULARY,
     "max_position_embeddings": 128,
-    "bos_token_id": _SPECIAL.index("<|im_start|>"),
+    "bos_token_id": SPECIAL.index("<|im_start|>"),
     "eos_token_id": _END,
     "pad_token_id": _END,
     "tie_word_embeddings": False,
 }
-_TEMPLATE = (
+TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _WORDS = ("what", "is", "the", "sum", "of", "one", "two", "three", "four", "and", "so", "it", "follows")
-_NUM_RECORDS = 16
 
 
 def tiny_config() -> Any:
@@ -67,17 +67,22 @@ def write_model(folder: Path) -> Path:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     # As they are made, all logits are almost equal; larger ones give answers that a small error does not change.
     weights["lm_head.weight"] *= 20
-    weights["lm_head.weight"][: len(_SPECIAL)] = 0
+    weights["lm_head.weight"][: len(SPECIAL)] = 0
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     # Not by the model itself, which would show a bar of its progress.
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer().save_pretrained(folder)
+    chat_tokenizer(_VOCABULARY).save_pretrained(folder)
     return folder
 
 
-def write_data(path: Path) -> Path:
+def write_data(path: Path, *, num_records: int = 16, most_words: tuple[int, int] = (4, 6)) -> Path:
     """Write instruction examples of different lengths.
+
+    Args:
+        path: The file.
+        num_records: How many.
+        most_words: Words of the longest question and of the longest answer.
 
     Returns:
         `path`.
@@ -85,30 +90,47 @@ def write_data(path: Path) -> Path:
     draw = random.Random(_SEED)
     records = [
         {
-            "instruction": " ".join(draw.choices(_WORDS, k=draw.randint(1, 4))),
-            "output": f"{number} " + " ".join(draw.choices(_WORDS, k=draw.randint(1, 6))),
+            "instruction": " ".join(draw.choices(_WORDS, k=draw.randint(1, most_words[0]))),
+            "output": f"{number} " + " ".join(draw.choices(_WORDS, k=draw.randint(1, most_words[1]))),
         }
-        for number in range(_NUM_RECORDS)
+        for number in range(num_records)
     ]
     path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
 
-def _tokenizer() -> Any:
-    """Return a tokenizer in which every text can be written byte by byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def chat_tokenizer(vocab_size: int) -> Any:
+    """Return a tokenizer for conversations, in which every text can be written byte by byte.
+
+    Args:
+        vocab_size: Its number of tokens, or less if the few words it is made from do not give so many.
+    """
     from transformers import PreTrainedTokenizerFast
+
+    made = byte_tokenizer([" ".join(_WORDS)], vocab_size, SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=SPECIAL[1], eos_token=SPECIAL[2])
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def byte_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
+    """Return a tokenizer of the library `tokenizers`, in which every text can be written byte by byte.
+
+    Args:
+        texts: What its longer tokens are made from.
+        vocab_size: Its number of tokens at most.
+        special: Its special tokens, which come first.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=list(_SPECIAL),
+        vocab_size=vocab_size,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(_WORDS)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_SPECIAL[1], eos_token=_SPECIAL[2])
-    fast.chat_template = _TEMPLATE
-    return fast
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
