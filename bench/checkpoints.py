@@ -21,6 +21,7 @@ from measured import provenance
 from sophia_galore.config import load_config
 from sophia_galore.train import run
 from sophia_galore.train.callback import Callback
+from sophia_galore.train.checkpoint import checkpoints
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 STORES: dict[str, list[str]] = {
@@ -68,7 +69,7 @@ def measure(words: list[str], asked: argparse.Namespace, folder: Path) -> dict[s
         "step_s": round(step_s, 3),
         "checkpoint_s": round(save_s, 3),
         "share": round(save_s / (save_s + asked.every * step_s), 4),
-        "checkpoint_bytes": sum(f.stat().st_size for f in max(folder.glob("checkpoint-*")).rglob("*") if f.is_file()),
+        "checkpoint_bytes": sum(f.stat().st_size for f in checkpoints(folder)[-1].rglob("*") if f.is_file()),
     }
 
 

@@ -21,7 +21,11 @@ from measured import weights_sha256
 from sophia_galore import GaLore
 from sophia_galore.config import load_config
 from sophia_galore.data.portion import whole
+from sophia_galore.records.files import MEMORY_REPORT
+from sophia_galore.records.memory import MemoryReport
+from sophia_galore.records.metrics import TrainStep, read_metrics
 from sophia_galore.train.callback import Callback
+from sophia_galore.train.checkpoint import checkpoints
 from sophia_galore.train.run import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,14 +56,14 @@ def bits(work: Work) -> Figures:
         return weights_sha256(work.folder / name)
 
     first, again = run("bits-1"), run("bits-2")
-    half = min((work.folder / "bits-2").glob("checkpoint-*"), key=_step)
+    half = checkpoints(work.folder / "bits-2")[0]
     resumed = run("bits-2", half)
     return {
         "sha256": first,
         "same again": again == first,
         "same after resuming": resumed == first,
-        "resumed from step": _step(half),
-        "losses": [line["loss"] for line in _steps(work.folder / "bits-1")],
+        "resumed from": half.name,
+        "losses": [step.loss for step in _steps(work.folder / "bits-1")],
     }
 
 
@@ -180,18 +184,21 @@ def _run(work: Work, model: Path, name: str, words: list[str], *, steps: int = 1
     settings = work.settings(model, name, length=length, steps=steps)
     with _counted(work) as peak:
         train(load_config(CAPPED, [*settings, "checkpoint.save_every_steps=0", *words]), Callback())
-    report = json.loads((work.folder / name / "memory_report.json").read_text(encoding="utf-8"))
-    lines = _steps(work.folder / name)
+    report = MemoryReport.read(work.folder / name / MEMORY_REPORT)
+    taken = _steps(work.folder / name)
     shutil.rmtree(work.folder / name)
-    keys = ("limit_bytes", "predicted_peak_bytes", "peak_allocated_bytes", "peak_reserved_bytes", "predicted_ratio")
-    waited = [line["waiting_share"] for line in lines[1:] if line.get("waiting_share") is not None]
+    waited = [step.waiting_share for step in taken[1:] if step.waiting_share is not None]
     return {
-        **{key: report.get(key) for key in keys},
+        "limit_bytes": report.limit_bytes,
+        "predicted_peak_bytes": report.predicted_peak_bytes,
+        "peak_allocated_bytes": report.peak_allocated_bytes,
+        "peak_reserved_bytes": report.peak_reserved_bytes,
+        "predicted_ratio": report.predicted_ratio,
         **peak,
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[1:]),
+        "tokens_per_second": statistics.median(step.tokens_per_second or 0.0 for step in taken[1:]),
         "waiting_share": statistics.median(waited) if waited else None,
-        "losses": [line["loss"] for line in lines],
-        "adaptations": report.get("adaptations", []),
+        "losses": [step.loss for step in taken],
+        "adaptations": list(report.adaptations),
     }
 
 
@@ -254,11 +261,6 @@ def _wait(work: Work) -> None:
         torch.cuda.synchronize()
 
 
-def _steps(run: Path) -> list[dict[str, Any]]:
+def _steps(run: Path) -> tuple[TrainStep, ...]:
     """Return the optimizer steps of a run's metrics."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "loss" in line]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+    return read_metrics(run).train

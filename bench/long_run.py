@@ -26,7 +26,7 @@ from typing import Any
 
 from held_out import eval_loss, held_out_batches
 from long_tasks import TASKS, exact_match
-from measured import provenance, reason
+from measured import provenance, read_lines, reason
 from peers_sides import SIDES, Work, run_config
 from sophia_galore.config import RunConfig
 
@@ -143,15 +143,18 @@ def config_of(job: Job, asked: argparse.Namespace, folder: Path, measured: str =
 
 def carry_out(job: Job, asked: argparse.Namespace) -> dict[str, Any]:
     """Train, and measure on validation and test; a run that was ended goes on."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     from hf_trainer import run_trainer
     from ours import run_ours
 
     task, folder = TASKS[asked.task], asked.folder / asked.task
     config = config_of(job, asked, folder)
     run = Path(config.run_folder)
-    saved = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # Of both kinds of runs: the Trainer's checkpoints are named as ours are.
+    newest = get_last_checkpoint(str(run)) if run.is_dir() else None
     side = SIDES[CONTENDERS[job.contender].side]
-    resume = saved[-1] if saved else None
+    resume = Path(newest) if newest else None
     if side.is_ours:
         measured = run_ours(config, resume_from=resume)
     else:
@@ -221,11 +224,6 @@ def prepare(asked: argparse.Namespace) -> None:
     from sophia_galore.model.source import resolve_model
 
     asked.model = resolve_model(ModelConfig(name=str(asked.model)), print).folder.resolve()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the output, if it is there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from measured import read_lines
 from peers_sides import BASE, ROOT, SIDES, Work
 from peers_table import table
 
@@ -217,12 +218,6 @@ def parse_rates(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
         if min(rates[name]) <= 0:
             raise ValueError(f"--rates {word}: a rate is above 0.")
     return rates
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, if it is there."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def main() -> None:

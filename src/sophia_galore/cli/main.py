@@ -47,7 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _command: Callable[..., object]
-for _command in (*(init, train, check, plan, doctor, prepare_data, download, compare, report, generate, chat, export),):
+_COMMANDS = (init, train, check, plan, doctor, prepare_data, download, compare, report, generate, chat, export)
+for _command in _COMMANDS:
     app.command()(_command)
 app.command("push")(push_model)
 

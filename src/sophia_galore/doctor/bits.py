@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sophia_galore.records import files
 from sophia_galore.records.run import Answers
+from sophia_galore.train.checkpoint import checkpoints
 
 _NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
 
@@ -36,7 +37,7 @@ class Bits:
     def of(cls, run: Path) -> Bits:
         """Read the folder of a finished run."""
         lines = (json.loads(line) for line in (run / files.METRICS).read_text(encoding="utf-8").splitlines())
-        newest = max(run.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+        newest = checkpoints(run)[-1]
         found = {f"final model: {name}": digest(tensor) for name, tensor in tensors_in(run)}
         found |= {f"{newest.name}: {name}": digest(tensor) for name, tensor in tensors_in(newest)}
         return cls(

@@ -7,14 +7,13 @@ function of the configuration, the seed and the versions of torch and transforme
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from sophia_galore.config.schema import ModelConfig
 from sophia_galore.errors import ModelError, short
 from sophia_galore.model.cache import Say, cached, fill, require_space
-from sophia_galore.model.skeleton import check_causal, count_parameters, read_model_config
+from sophia_galore.model.skeleton import check_causal, config_digest, count_parameters, read_model_config
 from sophia_galore.model.source import ResolvedModel, find_local, resolve_model
 from sophia_galore.model.source_files import CONFIG, SourceFiles, read_source_files
 
@@ -85,9 +84,5 @@ def _digest(config: Any, files: SourceFiles, seed: int) -> str:
     import torch
     import transformers
 
-    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
     contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.files.items()}
-    said = json.dumps(
-        [values, contents, seed, torch.__version__, transformers.__version__], sort_keys=True, default=str
-    )
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return config_digest(config, contents, seed, (torch.__version__, transformers.__version__))[:16]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"The tokenizer in {folder} can't be read: {short(error)}",
             "Put tokenizer.json and tokenizer_config.json of the model beside its config.json.",
         ) from error
+
+
+def config_digest(config: Any, *others: Any) -> str:
+    """Return a SHA-256 of a Hugging Face configuration and other plain values, 64 hex digits.
+
+    Args:
+        config: The configuration; what transformers keeps in it for itself does not count.
+        others: What else a result depends on, such as versions.
+    """
+    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps([values, *others], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def count_parameters(config: Any) -> int:

@@ -41,6 +41,22 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def flush_all(folder: Path) -> None:
+    """Wait until a folder is on the disk with everything in it.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: It can't be written there.
+    """
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            flush_folder(path)
+        else:
+            flush(path)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder with all that are missing above it, and wait until they are on the disk.
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sophia_galore.errors import EnvironmentProblem
-from sophia_galore.records.durable import flush, flush_folder, make_folder
+from sophia_galore.records.durable import flush_all, flush_folder, make_folder
 from sophia_galore.records.files import MODEL, MODEL_INDEX, MODEL_WEIGHTS, WRITTEN, weights_entry
 from sophia_galore.records.schema import find_json, write_json
 
@@ -112,11 +112,7 @@ def replace_model(folder: Path, write: Callable[[Path], None]) -> None:
         write(beside)
         write_json(beside / WRITTEN, sorted(path.name for path in beside.iterdir()))
         # A folder that is called whole is whole after a power failure too.
-        for path in beside.rglob("*"):
-            if path.is_file():
-                flush(path)
-        for path in (beside, *(each for each in beside.rglob("*") if each.is_dir())):
-            flush_folder(path)
+        flush_all(beside)
         beside.rename(whole)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

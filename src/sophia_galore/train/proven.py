@@ -15,6 +15,7 @@ from sophia_galore import __version__
 from sophia_galore.engine.proof import Proof, prove
 from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.model.cache import Say
+from sophia_galore.model.skeleton import config_digest
 from sophia_galore.records.schema import write_text
 
 _FILE = "proofs.json"
@@ -59,10 +60,7 @@ def _key(config: Any) -> str:
     """Return a digest of everything that the result depends on."""
     import transformers
 
-    values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    versions = (__version__, torch.__version__, transformers.__version__)
-    said = json.dumps([values, versions, _code_digest(config)], sort_keys=True, default=str)
-    return hashlib.sha256(said.encode()).hexdigest()
+    return config_digest(config, (__version__, torch.__version__, transformers.__version__), _code_digest(config))
 
 
 def _code_digest(config: Any) -> str:
