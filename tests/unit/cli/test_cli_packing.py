@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unit.cli.tiny_run import World, command, json_lines, make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
-
+from unit.cli.tiny_run import World, command, json_lines
 
 SAID: dict[str, tuple[list[str], list[str], list[str]]] = {
     "packed": (["data.packing=true"], ["Packed 18 examples into", "% full", "examples."], ["similar length"]),

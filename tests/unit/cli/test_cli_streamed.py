@@ -26,17 +26,12 @@ from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
 from sophia_galore.train.folder import locked, streaming_folder
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.weights.manifest import sha256_of
-from unit.cli.tiny_run import Ended, World, make_world
+from unit.cli.tiny_run import Ended, World
 
 WORDS = ["memory.placement=disk", "training.max_steps=5", "checkpoint.save_every_steps=2", "data.eval_fraction=0"]
 # The last layer's: of three layers in two buffers it is the one that is fetched again in the next step.
 DAMAGED = "weights-00002.safetensors"
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
