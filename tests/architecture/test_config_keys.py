@@ -22,6 +22,7 @@ KEYS = [
     "data.train",
     "distributed.overlap",
     "distributed.shard_state",
+    "distributed.sum_blocks",
     "distributed.timeout_minutes",
     "engine.full_gradients",
     "engine.keep_layers",

@@ -140,6 +140,8 @@ SPECIAL: dict[str, list[str]] = {
     "norms and the head": ['training.trainable=["*norm*", "lm_head*"]', "quantization.enabled=true"],
     "packed": ["data.packing=true"],
     "grouped": ["data.group_by_length=true", "training.batch_size=4"],
+    "sums in two blocks": ["distributed.sum_blocks=2"],
+    "sums in two blocks, full gradients apart": ["distributed.sum_blocks=2", "engine.full_gradients=matrix"],
 }
 
 
@@ -166,7 +168,8 @@ def test_so_it_is_with_kept_graphs(words: str, kept: int, world: World, tmp_path
     assert forecast.keep_layers == kept
 
 
-@pytest.mark.parametrize("data", ["ragged", "full"])
-def test_more_micro_batches_than_are_run_are_computed(data: str, world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("data", "blocks"), [("ragged", 1), ("full", 1), ("full", 4)])
+def test_more_micro_batches_than_are_run_are_computed(data: str, blocks: int, world: World, tmp_path: Path) -> None:
     words = ["training.batch_size=1", "training.gradient_accumulation_steps=13", "training.max_length=48"]
+    words += [f"distributed.sum_blocks={blocks}"]
     assert_near(*world.train(tmp_path, "llama", *words, data=data), EXTRAPOLATED)

@@ -291,7 +291,7 @@ class MemoryConfig(Section):
 
 
 class DistributedConfig(Section):
-    """Several processes that train one model, as `torchrun` starts them; no number depends on how many there are."""
+    """Several processes that train one model, as `torchrun` starts them."""
 
     shard_state: bool = Field(
         False,
@@ -302,6 +302,12 @@ class DistributedConfig(Section):
         True,
         description="Sum a layer's gradients over the processes while the next layer's are formed, which takes the "
         "memory of one more layer's gradients; false, or where weights stream: wait for each sum.",
+    )
+    sum_blocks: Literal[1, 2, 4, 8, 16] = Field(
+        1,
+        description="Divide the micro-batches of a step into so many blocks, whose gradients are summed apart and then "
+        "in pairs, so that so many processes, or a half or a quarter of them, or one, have the same bits. Takes the "
+        "memory of some more gradients. 1: each number of processes has an order of its own.",
     )
     timeout_minutes: Positive = Field(
         30.0, description="How long a process waits for the others, for instance while the first one saves."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class MicroBatch:
         num_counted: Number of targets that are not -100.
         lengths: For each packed row, the lengths of its examples, which do not attend to each other; None: each row is
             one example.
+        block: Number of the block of micro-batches that it belongs to (`data/portion.py`).
     """
 
     input_ids: Tensor
@@ -36,6 +38,12 @@ class MicroBatch:
     num_tokens: int
     num_counted: int
     lengths: tuple[tuple[int, ...], ...] | None = None
+    block: int = 0
+
+
+def by_block(batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
+    """Return the micro-batches of each block; those of a block follow each other."""
+    return [list(of_block) for _, of_block in groupby(batches, lambda batch: batch.block)]
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -> MicroBatch:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -50,19 +51,22 @@ class Pending:
         works: What is to be waited for.
         copies: Pairs of a part of a sent buffer and the tensor that it is copied to.
         lost: Makes the error to raise if a process is lost.
+        later: What is started, one after the other, once the works before are done; each returns works.
     """
 
     works: list[Any]
     copies: list[tuple[Tensor, Tensor]]
     lost: Callable[[Exception], Exception] = lambda error: error
+    later: Sequence[Callable[[], list[Any]]] = ()
 
     def wait(self) -> None:
         """Wait for all sums."""
-        for work in self.works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self.lost(error) from error
+        try:
+            for start in (lambda: self.works, *self.later):
+                for work in start():
+                    work.wait()
+        except RuntimeError as error:
+            raise self.lost(error) from error
         for part, tensor in self.copies:
             tensor.copy_(part.view_as(tensor))
         self.works, self.copies = [], []
@@ -87,6 +91,21 @@ class Processes:
     local_rank: int = 0
     store: Any = None
     summed_bytes: int = field(default=0, init=False)
+    # Between which processes each round of a sum is; None: all.
+    _rounds: tuple[Any, ...] = field(default=(None,), init=False)
+
+    def sum_in_pairs(self) -> None:
+        """From now on, add up the sums of neighbours first, then those of pairs of neighbours, and so on.
+
+        Each process calls it. The number of processes is a power of two.
+        """
+        rounds: list[Any] = []
+        for distance in (1 << level for level in range(self.count.bit_length() - 1)):
+            pairs = [(rank, rank + distance) for rank in range(self.count) if not rank & distance]
+            # Every process has to name every group, also those that it is not in.
+            made = {pair: self._guarded(partial(dist.new_group, list(pair))) for pair in pairs}
+            rounds += [group for pair, group in made.items() if self.rank in pair]
+        self._rounds = tuple(rounds)
 
     @property
     def is_first(self) -> bool:
@@ -113,8 +132,13 @@ class Processes:
             return Pending([], [])
         self.summed_bytes += sum(tensor.nbytes for tensor in tensors)
         buffers, copies = in_buffers(tensors)
-        works = self._guarded(lambda: [dist.all_reduce(each, async_op=True) for each in buffers])
-        return Pending(works, copies, self.lost)
+
+        def start(group: Any) -> list[Any]:
+            return [dist.all_reduce(each, group=group, async_op=True) for each in buffers]
+
+        first, *others = self._rounds
+        works = self._guarded(lambda: start(first))
+        return Pending(works, copies, self.lost, [partial(start, group) for group in others])
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return the sums of some numbers over all processes, in float64.
@@ -125,7 +149,8 @@ class Processes:
         if self.is_alone:
             return list(values)
         total = torch.tensor(list(values), dtype=torch.float64)
-        self._guarded(lambda: dist.all_reduce(total))
+        for group in self._rounds:
+            self._guarded(partial(dist.all_reduce, total, group=group))
         return [float(value) for value in total]
 
     def gather(self, value: Made) -> list[Made]:

@@ -56,7 +56,7 @@ class StepActivations:
 
     Args:
         batches: The micro-batches, on the compute device.
-        embed: Runs the embedding over micro-batches.
+        embed: Runs the embedding over micro-batches, block by block.
         max_rows: Micro-batches with more rows are split; None: none is split.
         spill: Where layer inputs wait for their backward; None: on the device.
 
@@ -74,13 +74,13 @@ class StepActivations:
     def __init__(
         self,
         batches: Sequence[MicroBatch],
-        embed: Callable[[Sequence[MicroBatch]], Embedded],
+        embed: Callable[[Sequence[MicroBatch]], list[Embedded]],
         max_rows: int | None,
         spill: Spill | None = None,
     ) -> None:
         self.batches = list(batches)
         self.embed = embed
-        self._embedded: Embedded | None = None
+        self._embedded: list[Embedded] = []
         self.inputs: list[list[Tensor]] = []
         self._spill = spill
         self.graphs: dict[int, LayerGraph] = {}
@@ -91,15 +91,15 @@ class StepActivations:
             self.split(max_rows)
 
     @property
-    def embedded(self) -> Embedded:
-        """The embedding's output, and the arguments of each layer."""
-        assert self._embedded is not None  # `enter` comes first
+    def embedded(self) -> list[Embedded]:
+        """The embedding's output and the arguments of each layer, for each block of micro-batches."""
+        assert self._embedded  # `enter` comes first
         return self._embedded
 
     def enter(self) -> None:
         """Run the embedding; its output becomes the first layer's input."""
         self._embedded = self.embed(self.batches)
-        self.inputs = [[first.detach() for first in self._embedded.hidden]]
+        self.inputs = [[first.detach() for part in self._embedded for first in part.hidden]]
 
     def advance(self, outputs: list[Tensor], *, leaves: bool) -> None:
         """Append the output of a layer.
@@ -126,14 +126,12 @@ class StepActivations:
 
     def calls(self, index: int) -> list[LayerCall]:
         """Return the arguments of a layer, per micro-batch."""
-        return [layer_calls[index] for layer_calls in self.embedded.calls]
+        return [layer_calls[index] for part in self.embedded for layer_calls in part.calls]
 
     @property
     def shares(self) -> bool:
         """Whether layers share tensors besides the hidden states; these can't be split between two layers."""
-        return self._embedded is not None and any(
-            call.inputs or call.states for calls in self._embedded.calls for call in calls
-        )
+        return any(call.inputs or call.states for part in self._embedded for calls in part.calls for call in calls)
 
     def drop_graphs(self, first_kept: int) -> None:
         """Drop the graphs of all layers before `first_kept`; backward recomputes these layers."""
@@ -162,6 +160,6 @@ class StepActivations:
         # Layer arguments depend on the micro-batch, so the embedding is run again to record them.
         later = [] if anew else [rows(of_layer) for of_layer in self.inputs[1:]]
         self.out_grads = [] if anew else rows(self.out_grads) if self.out_grads else []
-        self._embedded, self.inputs = None, []
+        self._embedded, self.inputs = [], []
         self.enter()
         self.inputs += later

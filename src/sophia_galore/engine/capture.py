@@ -76,6 +76,7 @@ class LayerCall:
         lengths: If the layer runs for each packed example apart: for each row, the lengths of its examples in tokens.
         alone: The arguments for an example of each of these lengths.
         real: (B * T,) bool, which tokens are no padding; None: all are, or nothing asks for it.
+        block: Number of the block of micro-batches whose gradients are summed apart from others.
     """
 
     args: tuple[Any, ...]
@@ -86,6 +87,7 @@ class LayerCall:
     lengths: Lengths = ()
     alone: Mapping[int, LayerCall] = field(default_factory=dict)
     real: Tensor | None = None
+    block: int = 0
 
     @property
     def is_packed(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import MicroBatch, by_block
 from sophia_galore.engine.capture import Entering, LayerCall, capture_calls
 from sophia_galore.engine.determinism import seeded
 from sophia_galore.engine.layer_graph import Tensors
@@ -21,11 +21,24 @@ from sophia_galore.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """The embedding's output for an effective batch.
+class TokenRows:
+    """The gradient of an embedding's weight, of which few rows are not zero.
 
     Args:
-        tokens: (U,) int64, the distinct token ids of the effective batch, sorted.
+        tokens: (U,) int64, distinct token ids: the numbers of these rows.
+        grad: (U, d) float32, the rows.
+    """
+
+    tokens: Tensor
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedding's output for an effective batch, or for a block of its micro-batches.
+
+    Args:
+        tokens: (U,) int64, the distinct token ids that occur, sorted.
         rows: (U, d) their embeddings in compute precision, by the name of the embedding's weight; leaves of the
             autograd graph, unless they are frozen.
         weights: The other weights before the first layer in compute precision, by name; leaves as well.
@@ -127,6 +140,55 @@ def _real_tokens(batch: MicroBatch) -> Tensor | None:
     return (torch.arange(batch.input_ids.shape[1], device=ends.device) < ends[:, None]).flatten()
 
 
+def embed_blocks(
+    architecture: Architecture,
+    store: WeightStore,
+    batches: Sequence[MicroBatch],
+    dtype: torch.dtype,
+    *,
+    frozen: Collection[str] = (),
+    noise: EmbeddingNoise | None = None,
+    first_batch: int = 0,
+    seed: int = 0,
+    step: int = 0,
+) -> list[Embedded]:
+    """Look up the embeddings of each block of micro-batches apart.
+
+    Args:
+        architecture: See `embed`, as for all other arguments.
+        store: The weights.
+        batches: Micro-batches on the device of the weights, in the order of their blocks.
+        dtype: Compute precision.
+        frozen: Names of the weights that are not trained.
+        noise: Noise to add to the embeddings; None: no noise.
+        first_batch: Number of micro-batches of the effective batch before these, in other processes.
+        seed: The run's seed.
+        step: Number of the optimizer step.
+
+    Returns:
+        For each block, in order, what `embed` returns.
+    """
+    parts: list[Embedded] = []
+    for of_block in by_block(batches):
+        parts.append(
+            embed(
+                architecture,
+                store,
+                of_block,
+                dtype,
+                frozen=frozen,
+                noise=noise,
+                first_batch=first_batch,
+                seed=seed,
+                step=step,
+            )
+        )
+        first_batch += len(of_block)
+        if noise is not None:
+            noise = replace(noise, first_row=noise.first_row + sum(len(batch.input_ids) for batch in of_block))
+    return parts
+
+
 def embed(
     architecture: Architecture,
     store: WeightStore,
@@ -139,7 +201,7 @@ def embed(
     seed: int = 0,
     step: int = 0,
 ) -> Embedded:
-    """Look up the embeddings of an effective batch, and record the arguments of each layer.
+    """Look up the embeddings of some micro-batches, and record the arguments of each layer.
 
     Args:
         architecture: The model.
@@ -187,5 +249,5 @@ def embed(
             first, layer_calls = capture_calls(architecture, entering, batch)
         hidden.append(first)
         real = _real_tokens(batch) if any(architecture.routers) else None
-        calls.append([replace(call, micro_batch=number, real=real) for call in layer_calls])
+        calls.append([replace(call, micro_batch=number, real=real, block=batch.block) for call in layer_calls])
     return Embedded(tokens, rows, weights, hidden, calls)

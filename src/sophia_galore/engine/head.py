@@ -1,4 +1,4 @@
-"""The head: final norm, projection to the vocabulary and loss. The full logits are never in memory.
+"""The head over a block of micro-batches: final norm, projection to the vocabulary and loss, never the full logits.
 
 Logits are computed tile by tile, and only at counted positions. An objective whose token weights depend on the
 log-probabilities needs one more pass over the logits, before the others.
@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.engine.cross_entropy import TokenWeight
+from sophia_galore.engine.embedding import TokenRows
 from sophia_galore.engine.layer_graph import Gradients, Tensors
 from sophia_galore.engine.logits import LossOf, Tile, logits_of
 from sophia_galore.engine.objective import CountedTokens, Objective, sequence_numbers
@@ -31,7 +32,7 @@ _MEAN_CROSS_ENTROPY = Objective()
 
 
 class Head:
-    """The head over the counted positions of an effective batch.
+    """The head over the counted positions of some micro-batches.
 
     Args:
         architecture: The model's modules.
@@ -100,7 +101,7 @@ class Head:
         Returns:
             The loss, or this process's part of it; the gradient with respect to the hidden states, per micro-batch
             (B, T, d) (float32 if the compute precision is float16, else in compute precision); and the float32
-            gradients of the norm and of an untied head's weight, unless `late_gradient` computes the latter.
+            gradients of the norm and of an untied head's weight, unless there is a `late_basis` for the latter.
         """
         architecture = self._architecture
         now, trains = self._product, architecture.head_name not in self._frozen
@@ -130,57 +131,75 @@ class Head:
             self._product = None
         return loss_sum / self._num_counted if loss is None else loss, in_grads, gradients
 
-    @torch.no_grad()
-    def late_gradient(self) -> Gradients:
-        """Compute the gradient of an untied head's weight whose basis is made from the gradient.
+    @property
+    def name(self) -> str:
+        """The name of the head's weight."""
+        return self._architecture.head_name
 
-        Call it after `backward`, before that weight changes, and only if the loss was finite.
+    @property
+    def late_basis(self) -> BasisFromGradient | None:
+        """What makes the basis of an untied head from its gradient, which `terms` computes then; None: nothing."""
+        return None if self._architecture.tied or self._normed is None else self.basis_of(self.name)
+
+    def basis_of(self, name: str) -> BasisFromGradient | None:
+        """Return what makes a basis from a gradient.
+
+        Args:
+            name: The head's or an embedding's weight.
 
         Returns:
-            The projected gradient by the weight's name; empty if there is none.
+            The function; None if the basis is known, or the whole gradient is wanted.
         """
-        architecture = self._architecture
-        if architecture.tied or self._normed is None:
-            return {}
-        product = self._with_basis_from(self._request, architecture.head_name, self._add_terms)
+        request = self._request if name == self.name else self._request_of(name)
+        return None if request is None or isinstance(request, Projector) else request
+
+    def terms(self, name: str = "", rows: TokenRows | None = None) -> LazyTerms:
+        """Return a gradient of which only products are formed, each by another pass over the logits.
+
+        Call it after `backward`, before that weight changes.
+
+        Args:
+            name: An embedding's weight; "": the head's.
+            rows: The gradient with respect to embeddings; None: there is none to add.
+        """
+        has_logits = not name or name == self.name
+
+        def add_to(product: ProjectedSum) -> None:
+            self._observer.tag(product.sum, "gradients")
+            if has_logits:
+                self._add_terms(product)
+            if rows is not None:
+                product.add_rows(rows.tokens, rows.grad)
+
+        return LazyTerms(self._store[name or self.name].shape, self._device, add_to)
+
+    def end(self) -> None:
+        """Free what was kept for `terms`."""
         self._normed = None
-        return {} if product is None else {architecture.head_name: product}
 
     @torch.no_grad()
-    def embedding_grad(self, name: str, tokens: Tensor, rows_grad: Tensor) -> Gradient:
-        """Compute the gradient of an embedding's weight, including a tied head's part.
+    def embedding_grad(self, name: str, rows: TokenRows) -> Gradient:
+        """Compute the gradient of an embedding's weight, including a tied head's part, if it needs no `basis_of`.
 
         Call it after `backward`, before that weight changes.
 
         Args:
             name: The weight's name.
-            tokens: (U,) int64, distinct token ids.
-            rows_grad: (U, d) float32, the gradient with respect to the embeddings of these tokens.
+            rows: The gradient with respect to embeddings.
 
         Returns:
             (V, d) float32, or the projected gradient.
         """
-        architecture = self._architecture
-        tied = architecture.head_name == name
-        request = self._request if tied else self._request_of(name)
-        product = self._product if tied else self._product_of(name, request)
+        tied = self.name == name
+        product = self._product if tied else self._product_of(name, self._request_of(name))
         if tied:
             self._product = None
         if product is not None:
             product.widen()
-            product.add_rows(tokens, rows_grad)
+            product.add_rows(rows.tokens, rows.grad)
             return ProjectedGradient(product.sum)
-
-        def add_to(product: ProjectedSum) -> None:
-            if tied:
-                self._add_terms(product)
-            product.add_rows(tokens, rows_grad)
-
-        chosen = self._with_basis_from(request, name, add_to)
-        if chosen is not None:
-            return chosen
         grad = self._tied_weight_grad() if tied else self._zero_grad(name)
-        return grad.index_add_(0, tokens, rows_grad)
+        return grad.index_add_(0, rows.tokens, rows.grad)
 
     def _weigh(self, normed: Tensor) -> tuple[float | None, TokenWeight]:
         """Return the loss (None: it is the mean over the next pass) and the scaled token weights."""
@@ -234,20 +253,6 @@ class Head:
                     weight.grad = None
         grads = {f"{norm}.{key}": total / self._scale for key, total in sums.items()}
         return self._scatter(entering), grads
-
-    def _with_basis_from(
-        self, request: Projector | BasisFromGradient | None, name: str, add_to: Callable[[ProjectedSum], None]
-    ) -> ProjectedGradient | None:
-        """Return a projected gradient whose basis is made from the gradient; None if the request is of another kind."""
-        if request is None or isinstance(request, Projector):
-            return None
-
-        def add_and_tag(product: ProjectedSum) -> None:
-            self._observer.tag(product.sum, "gradients")
-            add_to(product)
-
-        gradient = LazyTerms(self._store[name].shape, self._device, add_and_tag)
-        return ProjectedGradient(gradient.of(request(gradient)))
 
     def _add_terms(self, product: ProjectedSum) -> None:
         """Add the head's terms to a projected gradient, by another pass over the logits."""

@@ -35,6 +35,7 @@ from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.numerics.pairwise_sum import PairwiseSum
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.request import FromGradient, Reduction, Wants
@@ -256,11 +257,14 @@ class Layers:
         """
         passes, leaves, products = graph.passes, graph.leaves, graph.products
         is_kept, needs_in_grads = bool(graph.kept), passes.is_last or self._dtype == torch.float16
-        for product in products.values():
-            self._observer.tag(product.sum, "gradients")
         in_grads: list[Tensor] = []
+        blocks = PairwiseSum()
+        has_one_block = calls[0].block == calls[-1].block
         for number, call in enumerate(calls, 1):
-            passes.reduces_at_once = spends and number == len(calls) and not call.alone
+            is_last = number == len(calls)
+            for product in products.values():
+                self._observer.tag(product.sum, "gradients")
+            passes.reduces_at_once = spends and is_last and has_one_block and not call.alone
             layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
             run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
             if scale != 1.0:
@@ -278,8 +282,9 @@ class Layers:
                 graph.finished.append(FinishedRun.of(call.inputs, call.states, run.visits, scale))
                 del grad
             del run
-        sums = graph.sums | {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-        sums |= {key: product.sum for key, product in products.items() if product.touched}
+            if is_last or calls[number].block != call.block:
+                blocks.add(call.block, graph.take_sums())
+        sums = blocks.total()
         name = self._architecture.layer_names[index]
         formed = [key for key in graph.trained if passes.forms(key) and not passes.is_finished(key)]
         idle = {key for key in formed if key not in sums and self._is_expert(index, key)}
@@ -292,8 +297,7 @@ class Layers:
                     else torch.zeros(graph.trained[key], dtype=torch.float32, device=self._device)
                 )
                 idle.remove(key)
-        for used in (leaves, graph.sums):
-            used.clear()  # the caller may still hold the graph
+        leaves.clear()  # the caller may still hold the graph
         formed = [key for key in formed if key not in idle]  # experts without tokens take no step
         without = set(formed) - sums.keys()
         if without:

@@ -83,3 +83,15 @@ class LayerGraph:
     sums: Tensors = field(default_factory=dict)
     finished: list[FinishedRun] = field(default_factory=list)
     are_finite: list[Tensor] = field(default_factory=list)
+
+    def take_sums(self) -> Tensors:
+        """Return the sums of all gradients so far, full or projected, by name; the next ones begin anew."""
+        taken = dict(self.sums)
+        self.sums.clear()
+        for key, leaf in self.leaves.items():
+            if leaf.grad is not None:
+                taken[key], leaf.grad = leaf.grad, None
+        for key, product in self.products.items():
+            if product.touched:
+                taken[key] = product.take()
+        return taken

@@ -49,12 +49,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sophia_galore.data.batches import MicroBatch
+from sophia_galore.data.batches import MicroBatch, by_block
 from sophia_galore.data.portion import Portion
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
-from sophia_galore.engine.embedding import EmbeddingNoise, embed
+from sophia_galore.engine.embedding import EmbeddingNoise, TokenRows, embed_blocks
 from sophia_galore.engine.head import Head
+from sophia_galore.engine.heads import Heads
 from sophia_galore.engine.layer import Layers
 from sophia_galore.engine.layer_graph import Gradients, Tensors
 from sophia_galore.engine.objective import CrossEntropy, Objective
@@ -68,6 +69,7 @@ from sophia_galore.engine.step_retry import StepRetry
 from sophia_galore.errors import NonFiniteError, RunError
 from sophia_galore.model.architecture import Architecture, count_idle_layers
 from sophia_galore.numerics.clocks import Clocks
+from sophia_galore.numerics.pairwise_sum import PairwiseSum
 from sophia_galore.numerics.subspace import tensor_of
 from sophia_galore.optim.request import Wants, whole_gradients
 from sophia_galore.streaming.spill import Spill
@@ -185,8 +187,12 @@ class LayerwiseEngine:
         Raises:
             NonFiniteError: The loss is not finite.
         """
-        if objective.needs_log_probs and not self._reducer.is_alone:
-            raise RunError(f"{type(objective).__name__} weighs tokens of the whole batch.", "Train in one process.")
+        is_divided = not self._reducer.is_alone or portion.batches[0].block != portion.batches[-1].block
+        if objective.needs_log_probs and is_divided:
+            raise RunError(
+                f"{type(objective).__name__} weighs tokens of the whole batch.",
+                "Train in one process, with distributed.sum_blocks=1.",
+            )
         routing = None
         if self._counts_routing and any(self._architecture.routers) and not objective.samples_labels:
             routing = Routing(self._architecture)
@@ -318,7 +324,7 @@ class LayerwiseEngine:
     ) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
         how = partial(
-            embed,
+            embed_blocks,
             self._architecture,
             self._store,
             dtype=self._dtype,
@@ -349,7 +355,7 @@ class LayerwiseEngine:
             # The first layer's input is a part of the embedding's graph.
             acts.advance(out, leaves=max(1, self._num_idle) <= index < self._retry.first_kept)
 
-    def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Head, float, Gradients]:
+    def _through_head(self, acts: StepActivations, request: StepRequest) -> tuple[Heads, float, Gradients]:
         """Run forward and backward through the head."""
         architecture = self._architecture
         with (
@@ -358,7 +364,7 @@ class LayerwiseEngine:
         ):
             acts.out_grads, acts.head_is_final = [], False
             hidden = self._take_output(acts, request.step)
-            head = self._head(hidden, acts, request)
+            head = self._heads(hidden, acts, request)
             del hidden
             loss, acts.out_grads, gradients = head.backward()
             if math.isfinite(loss):
@@ -375,17 +381,31 @@ class LayerwiseEngine:
             return [run.out.detach() for run in acts.graphs[last].kept]
         return self._layers.forward(last, acts.inputs[-1], acts.calls(last), step)
 
-    def _head(self, hidden: list[Tensor], acts: StepActivations, request: StepRequest | None = None) -> Head:
+    def _heads(self, hidden: list[Tensor], acts: StepActivations, request: StepRequest | None = None) -> Heads:
+        """Return the head of each block of micro-batches."""
+        heads: dict[int, Head] = {}
+        start = num_before = 0
+        for of_block in by_block(acts.batches):
+            end = start + len(of_block)
+            heads[of_block[0].block] = self._head(hidden[start:end], of_block, num_before, request)
+            start, num_before = end, num_before + _num_counted(of_block)
+        return Heads(heads)
+
+    def _head(
+        self, hidden: list[Tensor], batches: Sequence[MicroBatch], num_before: int, request: StepRequest | None
+    ) -> Head:
+        """Return the head over a block; `num_before`: counted tokens of this process before it."""
         clocks = None
         if request and request.objective.samples_labels:
-            clocks = Clocks(self._seed, ("sampled labels", request.step), request.portion.first_counted)
+            first = request.portion.first_counted + num_before
+            clocks = Clocks(self._seed, ("sampled labels", request.step), first)
         return Head(
             self._architecture,
             self._store,
             self._dtype,
             self._observer,
             hidden,
-            acts.batches,
+            batches,
             objective=request.objective if request else _CROSS_ENTROPY,
             clocks=clocks,
             wants=request.wants if request else whole_gradients,
@@ -420,28 +440,37 @@ class LayerwiseEngine:
         acts.inputs.pop()
         return gradients
 
-    def _through_embedding(self, acts: StepActivations, head: Head) -> Gradients:
-        architecture, rows = self._architecture, Tensors()
+    def _through_embedding(self, acts: StepActivations, head: Heads) -> Gradients:
+        architecture, rows = self._architecture, list[Tensors]()
         gradients: Gradients = {}
         with self._observer.phase("backward"):
             if any(name not in self._frozen for name in self._entry):
-                rows, of_weights = acts.embedded.grads(acts.out_grads, architecture.padding_idx)
-                gradients |= of_weights
+                sums, out_grads = PairwiseSum(), iter(acts.out_grads)
+                for batches, part in zip(by_block(acts.batches), acts.embedded, strict=True):
+                    of_rows, of_weights = part.grads([next(out_grads) for _ in batches], architecture.padding_idx)
+                    rows.append(of_rows)
+                    sums.add(batches[0].block, of_weights)
+                gradients |= sums.total()
         with self._observer.phase("head" if architecture.tied else "backward"):
-            for name in list(rows):  # taken out inside the phase, so that the observer sees them freed there
-                gradients[name] = head.embedding_grad(name, acts.embedded.tokens, rows.pop(name))
+            for name in list(rows[0] if rows else ()):
+                # Taken out inside the phase, so that the observer sees them freed there.
+                taken = [
+                    TokenRows(part.tokens, of_rows.pop(name)) for part, of_rows in zip(acts.embedded, rows, strict=True)
+                ]
+                gradients[name] = head.embedding_grad(name, taken)
+                del taken
             return gradients
 
     def _evaluate_layers(self, acts: StepActivations) -> list[Tensor]:
         embedded = acts.embed(acts.batches)
-        hidden = list(embedded.hidden)
+        hidden = [first for part in embedded for first in part.hidden]
         for index in range(len(self._architecture.layers)):
-            self._layers.evaluate(index, hidden, [calls[index] for calls in embedded.calls])
+            self._layers.evaluate(index, hidden, [calls[index] for part in embedded for calls in part.calls])
         return hidden
 
     def _evaluate_head(self, hidden: list[Tensor], acts: StepActivations) -> float:
         with self._store.borrow(self._architecture.head_name):
-            return self._head(hidden, acts).loss_sum()
+            return self._heads(hidden, acts).loss_sum()
 
 
 def _num_counted(batches: Sequence[MicroBatch]) -> int:

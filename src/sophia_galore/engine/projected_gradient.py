@@ -49,6 +49,11 @@ class ProjectedSum:
             self._sum = torch.zeros(self._size, dtype=torch.float32, device=self._device)
         return self._sum
 
+    def take(self) -> Tensor:
+        """Return the sum; the next one begins at zero."""
+        total, self._sum, self.touched = self.sum, None, False
+        return total
+
     def narrow(self) -> None:
         """Store the sum in bfloat16, to save memory until `widen`.
 

@@ -128,6 +128,7 @@ def split_rows(batch: MicroBatch, max_rows: int) -> list[MicroBatch]:
             num_tokens=num_tokens if lengths is None else sum(map(sum, lengths)),
             num_counted=int((labels != IGNORED).sum()),
             lengths=lengths,
+            block=batch.block,
         )
         parts += split_rows(half, max_rows)
     return parts

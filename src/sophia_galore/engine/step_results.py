@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sophia_galore.engine.activations import StepActivations, StepRequest
-from sophia_galore.engine.head import Head
+from sophia_galore.engine.heads import Heads
 from sophia_galore.engine.layer_graph import Gradients
 from sophia_galore.engine.routing import RoutingSummary
 from sophia_galore.weights.store import Borrowed
@@ -44,7 +44,7 @@ class ForwardPass:
     result: StepResult
     request: StepRequest
     activations: StepActivations
-    head: Head
+    head: Heads
     gradients: Gradients
 
 

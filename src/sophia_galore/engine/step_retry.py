@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from sophia_galore.data.batches import by_block
 from sophia_galore.engine.activations import StepActivations
 from sophia_galore.engine.cross_entropy import block_entries
 from sophia_galore.engine.logits import comes_whole, keeps_logits
@@ -106,7 +107,7 @@ class StepRetry(Retry):
         """
         weight, sizes = self._store[self._architecture.head_name], self.sizes
         num_entries, width = weight.shape
-        num_counted = sum(batch.num_counted for batch in acts.batches)
+        num_counted = max(sum(batch.num_counted for batch in of_block) for of_block in by_block(acts.batches))
         if not comes_whole(weight, self._dtype):
             if keeps and keeps_logits(num_counted, num_entries, sizes.logits_bytes):
                 return logits_twice(sizes, num_counted, num_entries)

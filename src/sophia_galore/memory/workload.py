@@ -15,7 +15,7 @@ from sophia_galore.config.schema_data import sources_in_words
 from sophia_galore.data.batches import IGNORED, MicroBatch
 from sophia_galore.data.dataset import Dataset
 from sophia_galore.data.feed import Feed
-from sophia_galore.data.portion import deal
+from sophia_galore.data.portion import deal, in_blocks, to_evaluate
 from sophia_galore.engine.passes import FullGradients, most_at_once
 from sophia_galore.optim.spec import SubspaceSpec
 from sophia_galore.plan.route import Route
@@ -72,8 +72,9 @@ def workload_of_data(
     """
     training = config.training
     feed = Feed.of(config, dataset.train, pad_id)
-    train = _largest_portion(feed.largest_step(num_steps), num_processes)
-    probe = _largest_portion(feed.largest_window(), num_processes) if training.probe_step else []
+    blocks = config.distributed.sum_blocks
+    train = _largest_portion(feed.largest_step(num_steps), num_processes, blocks)
+    probe = _largest_portion(feed.largest_window(), num_processes, blocks) if training.probe_step else []
     if _sizes(probe) == _sizes(train):
         probe = []  # it needs no more than the first step
     together = -(-training.gradient_accumulation_steps // num_processes)
@@ -83,7 +84,7 @@ def workload_of_data(
     words = (
         f"the {what} of {sources_in_words(config.data.train)}: {len(train)} x {train[0].input_ids.shape[0]} x {longest}"
     )
-    return Workload(tuple(train), tuple(probe), tuple(evaluated), f"{words} tokens")
+    return Workload(tuple(train), tuple(probe), tuple(to_evaluate(evaluated, blocks)), f"{words} tokens")
 
 
 def largest_workload(config: RunConfig, vocab_size: int, num_processes: int = 1) -> Workload:
@@ -100,7 +101,9 @@ def largest_workload(config: RunConfig, vocab_size: int, num_processes: int = 1)
     batches = full_batches(size, together, length, vocab_size)
     evaluates = config.data.eval is not None or config.data.eval_fraction > 0
     source = f"examples of training.max_length: {together} x {size} x {length} tokens"
-    return Workload(batches, (), batches if evaluates else (), source)
+    in_step = in_blocks(batches, max(1, config.distributed.sum_blocks // num_processes))
+    evaluated = tuple(to_evaluate(batches, config.distributed.sum_blocks)) if evaluates else ()
+    return Workload(tuple(in_step), (), evaluated, source)
 
 
 def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int) -> tuple[MicroBatch, ...]:
@@ -127,7 +130,8 @@ def sample(batches: Sequence[MicroBatch]) -> Sample:
     Args:
         batches: All of them.
     """
-    if len(batches) <= _MOST_BATCHES:
+    # The memory of blocks depends on the largest one, so all of them are simulated.
+    if len(batches) <= _MOST_BATCHES or batches[0].block != batches[-1].block:
         return Sample((), tuple(batches), 0.0)
     # The memory of a phase grows with all tokens or with all counted tokens; part of it depends only on the largest
     # micro-batch.
@@ -182,9 +186,9 @@ def batch_bytes(batches: Sequence[MicroBatch]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _largest_portion(batches: Sequence[MicroBatch], num_processes: int) -> Sequence[MicroBatch]:
+def _largest_portion(batches: Sequence[MicroBatch], num_processes: int, sum_blocks: int) -> Sequence[MicroBatch]:
     """Return the portion with the most tokens, including padding."""
-    portions = [deal(batches, rank, num_processes).batches for rank in range(num_processes)]
+    portions = [deal(batches, rank, num_processes, sum_blocks=sum_blocks).batches for rank in range(num_processes)]
     return max(portions, key=lambda portion: sum(batch.input_ids.numel() for batch in portion))
 
 

@@ -244,6 +244,22 @@ _TRAINING: tuple[Rule, ...] = (
         "keep the effective batch; or start fewer processes.",
     ),
     Rule(
+        "more_blocks_than_micro_batches",
+        lambda f: f.config.distributed.sum_blocks > f.config.training.gradient_accumulation_steps,
+        Refuse(),
+        "distributed.sum_blocks={f.config.distributed.sum_blocks} divides the micro-batches of a step, but there are "
+        "only {f.config.training.gradient_accumulation_steps}.",
+        "Lower it, or raise training.gradient_accumulation_steps and lower training.batch_size.",
+    ),
+    Rule(
+        "blocks_of_several_processes",
+        lambda f: f.config.distributed.sum_blocks > 1 and f.config.distributed.sum_blocks % f.num_processes != 0,
+        Refuse(),
+        "distributed.sum_blocks={f.config.distributed.sum_blocks} can't be dealt out to {f.num_processes} processes.",
+        "Start as many processes, or a half or a quarter of that; or use distributed.sum_blocks=1, which gives each "
+        "number of processes its own bits.",
+    ),
+    Rule(
         "frozen_layers",
         lambda f: f.freezes_layers and f.config.optimizer.type == "adamw",
         Use(),

@@ -111,6 +111,8 @@ def load(
         monitor.adaptations.append(change)
         callback.say(change)
 
+    if config.distributed.sum_blocks > 1 and processes.count > 2:  # of two, there is one order
+        processes.sum_in_pairs()
     # A layer that streams would have to come a second time for its update.
     overlaps = config.distributed.overlap and streaming is None
     engine = LayerwiseEngine(

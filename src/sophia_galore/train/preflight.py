@@ -103,7 +103,8 @@ def _probe_step_fits(run: Loaded) -> str | None:
     step = (checkpoint.step if checkpoint else 0) + 1
     if not training.probe_step or step > plan.num_steps:
         return None
-    portion = deal(run.feed.largest_window(), run.processes.rank, run.processes.count)
+    blocks = run.prepared.config.distributed.sum_blocks
+    portion = deal(run.feed.largest_window(), run.processes.rank, run.processes.count, sum_blocks=blocks)
     specs = [route.spec for route in plan.routes if route.spec]
     take_probe(
         run.engine,

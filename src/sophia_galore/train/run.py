@@ -15,7 +15,7 @@ import torch
 
 from sophia_galore.config import RunConfig, dump_config
 from sophia_galore.config.dump import flatten
-from sophia_galore.data.portion import deal
+from sophia_galore.data.portion import deal, to_evaluate
 from sophia_galore.distributed.folder import on_each_machine
 from sophia_galore.distributed.launch import joined, launcher, uses_gpus
 from sophia_galore.distributed.processes import Processes
@@ -243,7 +243,12 @@ class _Run:
             streams.take_waited_s()  # what evaluations and checkpoints waited
         summed_bytes = self._processes.summed_bytes
         started_s = time.perf_counter()
-        portion = deal(self._loaded.feed.step(step), self._processes.rank, self._processes.count)
+        portion = deal(
+            self._loaded.feed.step(step),
+            self._processes.rank,
+            self._processes.count,
+            sum_blocks=self._loaded.prepared.config.distributed.sum_blocks,
+        )
         factor = self._factor(step)
         try:
             result, norm = self._loaded.stepper.take(portion, step=step, factor=factor)
@@ -274,7 +279,11 @@ class _Run:
         together = -(-self._config.training.gradient_accumulation_steps // count)
         # Neighbours are of almost the same length, so each process has as much to do.
         own = batches[rank::count]
-        parts = [self._loaded.engine.evaluate(own[start : start + together]) for start in range(0, len(own), together)]
+        blocks = self._config.distributed.sum_blocks
+        parts = [
+            self._loaded.engine.evaluate(to_evaluate(own[start : start + together], blocks))
+            for start in range(0, len(own), together)
+        ]
         loss, num_counted = self._processes.sums([sum(column) for column in zip(*parts, strict=True)] or [0.0, 0.0])
         eval_loss = loss / num_counted
         if not math.isfinite(eval_loss):

@@ -55,7 +55,7 @@ def asked(**sections: Any) -> RunConfig:
 
 def facts(**more: Any) -> Facts:
     """Facts against which nothing speaks, but for what is given."""
-    sections = {key: more.pop(key) for key in ("training", "optimizer", "quantization") if key in more}
+    sections = {key: more.pop(key) for key in ("training", "optimizer", "quantization", "distributed") if key in more}
     if "asked_data" in more:
         sections["data"] = more.pop("asked_data")
     known = {"device": AMPERE, "model": MODEL, "parameters": PARAMS, "data": DATA, "routes": FEW, **more}
@@ -281,6 +281,20 @@ CASES: dict[str, Case] = {
             facts(num_processes=8),
             facts(training={"gradient_accumulation_steps": 1}),
         ],
+        ConfigError,
+    ),
+    "more_blocks_than_micro_batches": Case(
+        [facts(distributed={"sum_blocks": 4}, training={"gradient_accumulation_steps": 3})],
+        "refuse",
+        ["distributed.sum_blocks=4 divides", "only 3", "raise training.gradient_accumulation_steps"],
+        [facts(distributed={"sum_blocks": 4}, training={"gradient_accumulation_steps": 4})],
+        ConfigError,
+    ),
+    "blocks_of_several_processes": Case(
+        [facts(distributed={"sum_blocks": 4}, num_processes=3), facts(distributed={"sum_blocks": 2}, num_processes=4)],
+        "refuse",
+        ["can't be dealt out to", "a half or a quarter", "distributed.sum_blocks=1"],
+        [facts(distributed={"sum_blocks": 4}, num_processes=2), facts(num_processes=3)],
         ConfigError,
     ),
     "frozen_layers": Case(
