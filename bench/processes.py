@@ -81,7 +81,7 @@ def same_bits(one: Path, other: Path) -> bool:
 
 
 def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
-    """Train with 1, 2, 2 and 4 processes; write the largest relative differences of the losses."""
+    """Train with 1, 2, 2 and 4 processes; write whether bits are the same, and how far apart losses are."""
     found: dict[str, Any] = {}
     for store in asked.stores:
         for optimizer in asked.optimizers:
@@ -97,6 +97,7 @@ def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
                 f"training.max_length={asked.length}",
                 "data.max_eval_examples=8",
                 "checkpoint.save_every_steps=0",
+                f"distributed.sum_blocks={asked.sum_blocks}",
                 *STORES[store],
             ]
             runs = {"1": 1, "2": 2, **({"2 again": 2} if asked.again else {}), "4": 4}
@@ -109,6 +110,7 @@ def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
                     name: max(abs(a - b) / b for a, b in zip(losses_of(places[name]), one, strict=True))
                     for name in ("2", "4")
                 },
+                "same_bits_as_one": {name: same_bits(places[name], places["1"]) for name in ("2", "4")},
                 "same_bits_again": same_bits(places["2"], places["2 again"]) if asked.again else None,
                 "summed_bytes": sorted({line["summed_bytes"] for line in lines_of(places["2"]) if "loss" in line}),
                 "losses": one,
@@ -116,7 +118,8 @@ def compare_curves(asked: argparse.Namespace, folder: Path) -> None:
             print(
                 store, optimizer, {k: v for k, v in found[f"{store}, {optimizer}"].items() if k != "losses"}, flush=True
             )
-            asked.curve.write_text(json.dumps(provenance() | {"runs": found}, indent=2) + "\n", encoding="utf-8")
+            facts = provenance() | {"sum_blocks": asked.sum_blocks, "runs": found}
+            asked.curve.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
@@ -243,6 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--no-again", dest="again", action="store_false", help="not twice with 2 processes, for --curve"
     )
+    parser.add_argument("--sum-blocks", type=int, default=4, help="distributed.sum_blocks, for --curve")
     parser.add_argument("--length", type=int, default=64, help="longest example in tokens, for --curve")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a step, for --link")
