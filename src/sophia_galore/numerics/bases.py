@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sophia_galore.numerics.decompositions import leading_eigenvectors, orthonormal
 from sophia_galore.numerics.subspace import Grad, Projector, Side, projection_side
 
 BasisKind = Literal["svd", "randomized", "tracked", "random", "gaussian"]
@@ -41,8 +42,7 @@ def svd_basis(grad: Tensor, rank: int) -> Tensor:
     Returns:
         (min(m, n), rank), float32, orthonormal columns.
     """
-    # eigh sorts ascending: the last columns are the leading ones.
-    vectors = torch.linalg.eigh(_gram(_tall(grad))).eigenvectors[:, -rank:].flip(1)
+    vectors = leading_eigenvectors(_gram(_tall(grad)), rank)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     basis: Tensor = (vectors * largest.sign()).to(torch.float32)
     return basis
@@ -66,7 +66,7 @@ def randomized_basis(grad: Grad, rank: int, generator: torch.Generator) -> Tenso
     sketch = torch.randn(short, min(short, rank + _OVERSAMPLING), generator=generator, device=grad.device)
     small = _short_product(grad, _left_factor(grad, sketch))  # (rank + p, short)
     # In float64, since squares overflow float32 from 1e19 on.
-    vectors = torch.linalg.eigh(_gram(small.T)).eigenvectors[:, -rank:].flip(1)
+    vectors = leading_eigenvectors(_gram(small.T), rank)
     return orthonormal(small.T @ vectors.to(torch.float32))
 
 
@@ -114,19 +114,6 @@ def gaussian_basis(short: int, rank: int, generator: torch.Generator) -> Tensor:
         (short, rank), float32, on the generator's device.
     """
     return torch.randn(short, rank, generator=generator, device=generator.device).div_(rank**0.5)
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """Return orthonormal columns that span the given ones (and more, if these are linearly dependent).
-
-    Args:
-        columns: (k, r), k >= r, float32.
-
-    Returns:
-        (k, r), float32.
-    """
-    basis: Tensor = torch.linalg.qr(columns).Q
-    return basis
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:

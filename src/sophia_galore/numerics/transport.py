@@ -7,9 +7,9 @@ r C (side right) or C^T r (side left).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from sophia_galore.numerics.decompositions import pseudo_inverse
 from sophia_galore.numerics.subspace import Side
 
 
@@ -26,8 +26,7 @@ def change_of_basis(old: Tensor, new: Tensor) -> Tensor:
     Returns:
         (r, r), float32; zero where P is.
     """
-    inverse: Tensor = torch.linalg.pinv(old.T @ old, hermitian=True)
-    return inverse @ (old.T @ new)
+    return pseudo_inverse(old.T @ old) @ (old.T @ new)
 
 
 def move_first_moment(moment: Tensor, change: Tensor, side: Side) -> Tensor:
