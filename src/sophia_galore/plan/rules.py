@@ -244,6 +244,14 @@ _TRAINING: tuple[Rule, ...] = (
         "keep the effective batch; or start fewer processes.",
     ),
     Rule(
+        "order_of_sums",
+        lambda f: f.num_processes > 1 and f.config.distributed.sum_blocks == 1 and f.config.optimizer.type == "galore",
+        Use(),
+        "Each number of processes sums gradients in an order of its own, so that GaLore's losses may be up to 1 % from "
+        "those of one process.",
+        "distributed.sum_blocks=2, 4, ... gives so many processes and one the same bits, for some memory.",
+    ),
+    Rule(
         "more_blocks_than_micro_batches",
         lambda f: f.config.distributed.sum_blocks > f.config.training.gradient_accumulation_steps,
         Refuse(),

@@ -283,6 +283,16 @@ CASES: dict[str, Case] = {
         ],
         ConfigError,
     ),
+    "order_of_sums": Case(
+        [facts(num_processes=2), facts(num_processes=4)],
+        "use",
+        ["in an order of its own", "up to 1 %", "distributed.sum_blocks=2, 4, ..."],
+        [
+            facts(),
+            facts(num_processes=2, optimizer={"type": "adamw"}),
+            facts(num_processes=2, distributed={"sum_blocks": 2}),
+        ],
+    ),
     "more_blocks_than_micro_batches": Case(
         [facts(distributed={"sum_blocks": 4}, training={"gradient_accumulation_steps": 3})],
         "refuse",
