@@ -177,23 +177,31 @@ def split_passes(segments: Sequence[Segment], num_layers: int) -> tuple[PassTrac
 
 
 def extrapolate(fewer: PassTrace, more: PassTrace, factor: float) -> PassTrace:
-    """Return a pass over more micro-batches than were simulated: memory is linear in their number.
+    """Return a pass over more micro-batches or experts than were simulated: memory is linear in their number.
 
     Args:
-        fewer: A pass over some micro-batches.
+        fewer: A pass over some of them.
         more: A pass over more of them.
         factor: How far to go beyond `more`, in units of the difference of the two.
     """
 
-    def line(one: Sizes, other: Sizes) -> Sizes:
-        return Counter({key: round(other[key] + factor * (other[key] - one[key])) for key in {*one, *other}})
-
     return PassTrace(
         tuple(
-            Change(other.phase, line(one.peak, other.peak), line(one.exit, other.exit))
+            Change(other.phase, beyond(one.peak, other.peak, factor), beyond(one.exit, other.exit, factor))
             for one, other in zip(fewer.changes, more.changes, strict=True)
         )
     )
+
+
+def beyond(fewer: Sizes, more: Sizes, factor: float) -> Sizes:
+    """Return sizes on the line through two others.
+
+    Args:
+        fewer: The first ones.
+        more: The second ones.
+        factor: How far to go beyond them, in units of the difference of the two.
+    """
+    return Counter({key: round(more[key] + factor * (more[key] - fewer[key])) for key in {*fewer, *more}})
 
 
 def to_segments(standing: Mapping[str, int], changes: Iterable[Change]) -> list[Segment]:

@@ -7,9 +7,10 @@ each kind (`simulation.py`) and composed for all layers (`composition.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 from sophia_galore.data.batches import MicroBatch
@@ -21,13 +22,21 @@ from sophia_galore.memory.composition import (
     PassTrace,
     add,
     all_layers,
+    beyond,
     choose_layers,
     extrapolate,
     to_segments,
 )
-from sophia_galore.memory.simulation import simulate, take_layers
+from sophia_galore.memory.simulation import ExpertCount, FewLayers, expert_counts, simulate, take_layers
 from sophia_galore.memory.timeline import Segment, Sizes
-from sophia_galore.memory.workload import Workload, batch_bytes, sample, steps_to_simulate
+from sophia_galore.memory.workload import (
+    MOST_BATCHES,
+    MOST_BATCHES_OF_EXPERTS,
+    Workload,
+    batch_bytes,
+    sample,
+    steps_to_simulate,
+)
 from sophia_galore.model.architecture import SUPPORTED
 from sophia_galore.model.few_layers import layer_kinds, num_sharing
 from sophia_galore.plan.decisions import Decisions, num_idle_layers, standing_bytes
@@ -164,35 +173,84 @@ def trace_model(
         for index, (name, said) in enumerate(zip(layer_names, layer_kinds(model_config), strict=True))
     ]
     layout = choose_layers(kinds, num_idle)
-    few = None
-    if not num_sharing(model_config):
-        few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
+
+    def take(layout: Layout, experts: ExpertCount | None = None) -> FewLayers | None:
+        chosen = layout.simulated_layers(with_kept=with_kept)
+        return take_layers(model_config, decided.routes, layer_names, chosen, experts)
+
+    few = None if num_sharing(model_config) else take(layout)
     if few is None:  # layers that depend on one another, or on their numbers, are simulated all together
         layout = all_layers(len(layer_names), num_idle)
-        few = take_layers(model_config, decided.routes, layer_names, layout.simulated_layers(with_kept=with_kept))
+        few = take(layout)
         assert few is not None
+    models = _with_few_experts(few, partial(take, layout))
     trained = [name for name in layer_names if any(route.trained for route in of_layer[name])]
     full_gradients: FullGradients = "matrix" if decided.facts.config.engine.full_gradients == "matrix" else "layer"
-    numbers = steps_to_simulate(around, of_layer[(trained or layer_names)[-1]], num_steps, full_gradients)
+    last = of_layer[(trained or layer_names)[-1]]
+    if len(models.models) > 1:
+        last = [route for route in last if not (route.spec and route.spec.rests)]
+    numbers = steps_to_simulate(around, last, num_steps, full_gradients)
     num_kept = layout.num_kept if with_kept else 0
 
     def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:
-        taken = sample(batches)
-        found = simulate(few, decided, taken.more, numbers, keep_layers=num_kept, probes=probes).steps
-        if taken.fewer:
-            less = simulate(few, decided, taken.fewer, numbers, keep_layers=num_kept, probes=probes).steps
-            found = tuple(
-                tuple(extrapolate(a, b, taken.factor) for a, b in zip(one, other, strict=True))
-                for one, other in zip(less, found, strict=True)
-            )
+        taken = sample(batches, MOST_BATCHES if len(models.models) == 1 else MOST_BATCHES_OF_EXPERTS)
+
+        def steps_of(model: FewLayers) -> Steps:
+            found = simulate(model, decided, taken.more, numbers, keep_layers=num_kept, probes=probes).steps
+            if not taken.fewer:
+                return found
+            less = simulate(model, decided, taken.fewer, numbers, keep_layers=num_kept, probes=probes).steps
+            return _beyond(less, found, taken.factor)
+
+        fewer, *more = map(steps_of, models.models)
+        found = _beyond(fewer, more[0], models.factor) if more else fewer
         return [StepTrace(batch_bytes(batches), passes) for passes in found]
+
+    def see_evaluation(batches: Sequence[MicroBatch]) -> Sizes:
+        fewer, *more = (simulate(each, decided, (), (), eval_batches=batches).evaluation for each in models.models)
+        assert fewer is not None
+        return beyond(fewer, more[0], models.factor) if more and more[0] is not None else fewer
 
     return ModelTrace(
         standing=Counter(standing_bytes(decided.routes)),
         layout=layout,
         steps=dict(zip(numbers, see(workload.train, numbers), strict=True)),
         probe=see(workload.probe, [1], probes=True)[0] if workload.probe else None,
-        evaluation=simulate(few, decided, (), (), eval_batches=workload.eval).evaluation if workload.eval else None,
+        evaluation=see_evaluation(workload.eval) if workload.eval else None,
+    )
+
+
+Steps = tuple[tuple[PassTrace, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Models:
+    """What is simulated: a model; or one with fewer experts and one with more, from which all are extrapolated.
+
+    Args:
+        models: The models.
+        factor: How far to go beyond the second one.
+    """
+
+    models: tuple[FewLayers, ...]
+    factor: float = 0.0
+
+
+def _with_few_experts(whole: FewLayers, take: Callable[[ExpertCount], FewLayers | None]) -> _Models:
+    counts = expert_counts(whole.architecture)
+    if counts is None:
+        return _Models((whole,))
+    fewer, more = counts
+    models = [model for model in map(take, counts) if model is not None]
+    if len(models) < 2:  # more depends on their number than the router
+        return _Models((whole,))
+    return _Models(tuple(models), (more.whole - more.taken) / (more.taken - fewer.taken))
+
+
+def _beyond(fewer: Steps, more: Steps, factor: float) -> Steps:
+    return tuple(
+        tuple(extrapolate(a, b, factor) for a, b in zip(one, other, strict=True))
+        for one, other in zip(fewer, more, strict=True)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from sophia_galore.memory.fake_tensors import FakeTensors
 from sophia_galore.memory.timeline import Recorder, Sizes
 from sophia_galore.memory.tracker import state_category
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.few_experts import with_experts
 from sophia_galore.model.few_layers import with_layers
 from sophia_galore.model.skeleton import build_skeleton
 from sophia_galore.numerics.row_blocks import two_blocks_of_each
@@ -60,21 +61,65 @@ class Simulated:
     evaluation: Sizes | None
 
 
+# Beside the experts that most tokens go to, so many have one token each: the first ones differ from those that follow.
+_FEWER_EXPERTS, _MORE_EXPERTS = 3, 6
+
+
+@dataclass(frozen=True)
+class ExpertCount:
+    """How many experts of each layer are simulated.
+
+    Args:
+        whole: How many there are.
+        taken: How many are simulated; the first ones.
+    """
+
+    whole: int
+    taken: int
+
+
+def expert_counts(architecture: Architecture) -> tuple[ExpertCount, ExpertCount] | None:
+    """Return two numbers of experts, from which the memory of all of them is extrapolated.
+
+    Args:
+        architecture: The model with some of its layers.
+
+    Returns:
+        Fewer and more of them; None if all are to be simulated, since they are few or differ by layer.
+    """
+    counts = {len(weights) for weights in architecture.expert_tensors.values()}
+    chosen = {router.num_chosen for router in architecture.routers if router is not None}
+    if len(counts) != 1 or len(chosen) != 1:
+        return None
+    (whole,), (num_chosen,) = counts, chosen
+    fewer, more = (ExpertCount(whole, num_chosen + number) for number in (_FEWER_EXPERTS, _MORE_EXPERTS))
+    return (fewer, more) if fewer.taken + more.taken < whole else None
+
+
 def take_layers(
-    model_config: Any, routes: Sequence[Route], names: Sequence[str], chosen: Sequence[int]
+    model_config: Any,
+    routes: Sequence[Route],
+    names: Sequence[str],
+    chosen: Sequence[int],
+    experts: ExpertCount | None = None,
 ) -> FewLayers | None:
-    """A model of the same architecture with some of the layers.
+    """A model of the same architecture with some of the layers, and perhaps with some of their experts.
 
     Args:
         model_config: The whole model's Hugging Face configuration.
         routes: The whole model's routes.
         names: The whole model's layers, as prefixes of their parameters' names without the final dot.
         chosen: Which of the layers, by number; one may come twice.
+        experts: How many experts of each layer to take; None: all of them.
 
     Returns:
-        The model; None if its layers depend on their numbers, so that those of a smaller model are others.
+        The model; None if its layers depend on their numbers, so that those of a smaller model are others, or if more
+        depends on the number of experts than the size of the router.
     """
-    architecture = build_skeleton(with_layers(model_config, chosen), _CPU)
+    config = with_layers(model_config, chosen)
+    if experts is not None:
+        config = with_experts(config, experts.whole, experts.taken)
+    architecture = build_skeleton(config, _CPU)
     of_layer, around = by_layer(routes, names)
     inside = [
         _renamed(route, here + route.name.removeprefix(names[index]))
@@ -83,10 +128,36 @@ def take_layers(
     ]
     by_name = {route.name: route for route in (*around, *inside)}
     shapes = architecture.parameter_shapes()
+    if experts is not None:
+        by_name = _of_fewer(by_name, shapes, experts)
     if by_name.keys() != shapes.keys() or any(route.shape != shapes[name] for name, route in by_name.items()):
         return None
     # In the order of the model, in which a store goes through its weights.
     return FewLayers(architecture, tuple(by_name[name] for name in shapes))
+
+
+def _of_fewer(routes: Mapping[str, Route], shapes: Mapping[str, torch.Size], experts: ExpertCount) -> dict[str, Route]:
+    """Return the routes of a model with fewer experts: without those of the others, and with smaller routers.
+
+    All experts get new bases at the same steps, so that what they need is linear in their number.
+    """
+    left: dict[str, Route] = {}
+    for name, route in routes.items():
+        number = name.rpartition(".")[2]
+        if name not in shapes and number.isdecimal() and int(number) >= experts.taken:
+            continue
+        if route.spec and route.spec.rests and route.spec.subspace:
+            subspace = replace(route.spec.subspace, offset=0)
+            route = replace(route, spec=replace(route.spec, subspace=subspace))
+        shape = tuple(shapes.get(name, route.shape))
+        if shape != route.shape and shape == tuple(
+            experts.taken if size == experts.whole else size for size in route.shape
+        ):
+            spec = replace(route.spec, shape=shape) if route.spec else None
+            share = experts.taken / experts.whole
+            route = replace(route, shape=shape, spec=spec, weight_bytes=round(share * route.weight_bytes))
+        left[name] = route
+    return left
 
 
 def _renamed(route: Route, name: str) -> Route:

@@ -20,8 +20,10 @@ from sophia_galore.engine.passes import FullGradients, most_at_once
 from sophia_galore.optim.spec import SubspaceSpec
 from sophia_galore.plan.route import Route
 
-_MOST_BATCHES = 8
+MOST_BATCHES = 8
 """Most micro-batches that are simulated; the memory of more is extrapolated."""
+MOST_BATCHES_OF_EXPERTS = 4
+"""The same for models of many experts, each of which takes time."""
 _MOST_STEPS = 4096
 """Most steps that are searched for the one with the highest peak."""
 
@@ -124,21 +126,22 @@ def full_batches(batch_size: int, num_batches: int, length: int, vocab_size: int
     return tuple(batches)
 
 
-def sample(batches: Sequence[MicroBatch]) -> Sample:
+def sample(batches: Sequence[MicroBatch], most: int = MOST_BATCHES) -> Sample:
     """Choose a few micro-batches to simulate.
 
     Args:
         batches: All of them.
+        most: So many at most.
     """
     # The memory of blocks depends on the largest one, so all of them are simulated.
-    if len(batches) <= _MOST_BATCHES or batches[0].block != batches[-1].block:
+    if len(batches) <= most or batches[0].block != batches[-1].block:
         return Sample((), tuple(batches), 0.0)
     # The memory of a phase grows with all tokens or with all counted tokens; part of it depends only on the largest
     # micro-batch.
     largest, *rest = sorted(batches, key=lambda batch: (-batch.input_ids.numel(), -_scores(batch)))
     num_tokens = sum(batch.input_ids.numel() for batch in rest)
     usual = min(rest, key=lambda batch: abs(batch.input_ids.numel() - num_tokens / len(rest)))
-    half, most = _MOST_BATCHES // 2, _MOST_BATCHES
+    half = most // 2
     wanted = 1 + num_tokens / usual.input_ids.numel()
     usual = _counting(usual, sum(batch.num_counted for batch in rest) / (wanted - 1))
     return Sample((largest, *[usual] * (half - 1)), (largest, *[usual] * (most - 1)), (wanted - most) / (most - half))
