@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from sophia_galore.numerics.subspace import Side
@@ -63,13 +64,14 @@ class Route:
         """Elements of the parameter."""
         return math.prod(self.shape)
 
-    @property
+    # Models of experts have tens of thousands of routes, whose bytes are asked for at each try of a search.
+    @cached_property
     def projection_bytes(self) -> int:
         """Bytes of its basis."""
         tensors = self.spec.state_tensors() if self.spec else {}
         return state_bytes({name: tensor for name, tensor in tensors.items() if name.startswith("basis")})
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """Bytes of its optimizer state, the basis not included."""
         return state_bytes(self.spec.state_tensors()) - self.projection_bytes if self.spec else 0
