@@ -88,6 +88,8 @@ def in_blocks(batches: Sequence[MicroBatch], sum_blocks: int) -> list[MicroBatch
     Returns:
         The micro-batches with the numbers of their blocks.
     """
+    if sum_blocks == 1:
+        return list(batches)
     # Block b has those from count * b // sum_blocks on, as a process of so many has.
     return [
         replace(batch, block=((number + 1) * sum_blocks - 1) // len(batches)) for number, batch in enumerate(batches)

@@ -262,8 +262,9 @@ class Layers:
         has_one_block = calls[0].block == calls[-1].block
         for number, call in enumerate(calls, 1):
             is_last = number == len(calls)
-            for product in products.values():
-                self._observer.tag(product.sum, "gradients")
+            if number == 1 or calls[number - 2].block != call.block:  # new sums begin
+                for product in products.values():
+                    self._observer.tag(product.sum, "gradients")
             passes.reduces_at_once = spends and is_last and has_one_block and not call.alone
             layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
             run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
