@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +41,22 @@ class MicroBatch:
     block: int = 0
 
 
-def by_block(batches: Sequence[MicroBatch]) -> list[list[MicroBatch]]:
-    """Return the micro-batches of each block; those of a block follow each other."""
-    return [list(of_block) for _, of_block in groupby(batches, lambda batch: batch.block)]
+class _InBlock(Protocol):
+    @property
+    def block(self) -> int:
+        """Number of a block of micro-batches."""
+
+
+Member = TypeVar("Member", bound=_InBlock)
+
+
+def by_block(members: Sequence[Member]) -> list[list[Member]]:
+    """Return what belongs to each block of micro-batches.
+
+    Args:
+        members: The micro-batches, or one thing for each; those of a block follow each other.
+    """
+    return [list(of_block) for _, of_block in groupby(members, lambda member: member.block)]
 
 
 def collate(rows: Sequence[Sequence[Example]], pad_id: int, *, width: int = 0) -> MicroBatch:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from sophia_galore.data.batches import by_block
 from sophia_galore.engine.capture import LayerCall
 from sophia_galore.engine.determinism import seeded, strictly_repeatable
 from sophia_galore.engine.experts import ExpertGraph, Experts, take_gradient
@@ -260,31 +261,29 @@ class Layers:
         in_grads: list[Tensor] = []
         blocks = PairwiseSum()
         has_one_block = calls[0].block == calls[-1].block
-        for number, call in enumerate(calls, 1):
-            is_last = number == len(calls)
-            if number == 1 or calls[number - 2].block != call.block:  # new sums begin
-                for product in products.values():
-                    self._observer.tag(product.sum, "gradients")
-            passes.reduces_at_once = spends and is_last and has_one_block and not call.alone
-            layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
-            run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
-            if scale != 1.0:
-                out_grad = out_grad * scale
-            for each in call.inputs:
-                each.leaf.grad = None
-            with strictly_repeatable(self._device):
-                torch.autograd.backward(*run.outputs(call, out_grad, scale, graph.routing))
-            del layer_input, out_grad
-            assert run.entering.grad is not None  # the layer's output depends on its input
-            # In fp16 the gradient travels between layers in float32, where it can't underflow.
-            if needs_in_grads:
-                grad = run.entering.grad
-                in_grads.append(grad if self._dtype != torch.float16 else grad.float() / scale)
-                graph.finished.append(FinishedRun.of(call.inputs, call.states, run.visits, scale))
-                del grad
-            del run
-            if is_last or calls[number].block != call.block:
-                blocks.add(call.block, graph.take_sums())
+        for of_block in by_block(calls):
+            for product in products.values():
+                self._observer.tag(product.sum, "gradients")
+            for call in of_block:
+                passes.reduces_at_once = spends and has_one_block and call is calls[-1] and not call.alone
+                layer_input, out_grad = inputs.pop(0), out_grads.pop(0)
+                run = graph.kept.pop(0) if is_kept else self._forward_with_graph(index, graph, call, layer_input, step)
+                if scale != 1.0:
+                    out_grad = out_grad * scale
+                for each in call.inputs:
+                    each.leaf.grad = None
+                with strictly_repeatable(self._device):
+                    torch.autograd.backward(*run.outputs(call, out_grad, scale, graph.routing))
+                del layer_input, out_grad
+                assert run.entering.grad is not None  # the layer's output depends on its input
+                # In fp16 the gradient travels between layers in float32, where it can't underflow.
+                if needs_in_grads:
+                    grad = run.entering.grad
+                    in_grads.append(grad if self._dtype != torch.float16 else grad.float() / scale)
+                    graph.finished.append(FinishedRun.of(call.inputs, call.states, run.visits, scale))
+                    del grad
+                del run
+            blocks.add(call.block, graph.take_sums())
         sums = blocks.total()
         name = self._architecture.layer_names[index]
         formed = [key for key in graph.trained if passes.forms(key) and not passes.is_finished(key)]
