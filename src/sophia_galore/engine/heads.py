@@ -7,7 +7,6 @@ heads find is summed pairwise (`numerics/pairwise_sum.py`). With a single block 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,14 @@ from sophia_galore.engine.embedding import TokenRows
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.layer_graph import Gradients, Tensors
 from sophia_galore.numerics.pairwise_sum import PairwiseSum
-from sophia_galore.numerics.subspace import Gradient, LazyGradient, ProjectedGradient, Projector, tensor_of
+from sophia_galore.numerics.subspace import (
+    Gradient,
+    LazyGradient,
+    MultipliedBy,
+    ProjectedGradient,
+    Projector,
+    tensor_of,
+)
 from sophia_galore.optim.request import BasisFromGradient
 
 _LOSS = "the loss"  # no parameter has this name
@@ -94,29 +100,15 @@ class Heads:
 
     def _with_basis(self, basis: BasisFromGradient, terms: Callable[[int, Head], LazyGradient]) -> ProjectedGradient:
         """Return a projected gradient whose basis is made from the gradient."""
-        gradient = _OfBlocks({block: terms(block, head) for block, head in self._heads.items()})
-        return ProjectedGradient(gradient.of(basis(gradient)))
+        parts = {block: terms(block, head) for block, head in self._heads.items()}
 
+        def product(projector: Projector) -> Tensor:
+            sums = PairwiseSum()
+            for block, part in parts.items():
+                sums.add(block, {self._any.name: part.of(projector)})
+            return sums.total()[self._any.name]
 
-@dataclass(frozen=True)
-class _OfBlocks:
-    """A `LazyGradient` that is the sum of those of blocks."""
-
-    parts: dict[int, LazyGradient]
-
-    @property
-    def shape(self) -> torch.Size:
-        return next(iter(self.parts.values())).shape
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.parts.values())).device
-
-    def of(self, projector: Projector) -> Tensor:
-        sums = PairwiseSum()
-        for block, part in self.parts.items():
-            sums.add(block, {"": part.of(projector)})
-        return sums.total()[""]
+        return ProjectedGradient(product(basis(MultipliedBy(next(iter(parts.values())), product))))
 
 
 def _as_gradients(sums: Tensors, are_projected: dict[str, bool]) -> Gradients:
