@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -141,51 +141,24 @@ def _real_tokens(batch: MicroBatch) -> Tensor | None:
 
 
 def embed_blocks(
-    architecture: Architecture,
-    store: WeightStore,
-    batches: Sequence[MicroBatch],
-    dtype: torch.dtype,
-    *,
-    frozen: Collection[str] = (),
-    noise: EmbeddingNoise | None = None,
-    first_batch: int = 0,
-    seed: int = 0,
-    step: int = 0,
+    embed_block: Callable[..., Embedded], batches: Sequence[MicroBatch], *, first_batch: int = 0
 ) -> list[Embedded]:
     """Look up the embeddings of each block of micro-batches apart.
 
     Args:
-        architecture: See `embed`, as for all other arguments.
-        store: The weights.
+        embed_block: `embed`, with the arguments that are the same for all blocks.
         batches: Micro-batches on the device of the weights, in the order of their blocks.
-        dtype: Compute precision.
-        frozen: Names of the weights that are not trained.
-        noise: Noise to add to the embeddings; None: no noise.
         first_batch: Number of micro-batches of the effective batch before these, in other processes.
-        seed: The run's seed.
-        step: Number of the optimizer step.
 
     Returns:
         For each block, in order, what `embed` returns.
     """
     parts: list[Embedded] = []
+    first_row = 0
     for of_block in by_block(batches):
-        parts.append(
-            embed(
-                architecture,
-                store,
-                of_block,
-                dtype,
-                frozen=frozen,
-                noise=noise,
-                first_batch=first_batch,
-                seed=seed,
-                step=step,
-            )
-        )
+        parts.append(embed_block(of_block, first_batch=first_batch, first_row=first_row))
         first_batch += len(of_block)
-        if noise is not None:
-            noise = replace(noise, first_row=noise.first_row + sum(len(batch.input_ids) for batch in of_block))
+        first_row += sum(len(batch.input_ids) for batch in of_block)
     return parts
 
 
@@ -198,6 +171,7 @@ def embed(
     frozen: Collection[str] = (),
     noise: EmbeddingNoise | None = None,
     first_batch: int = 0,
+    first_row: int = 0,
     seed: int = 0,
     step: int = 0,
 ) -> Embedded:
@@ -210,7 +184,8 @@ def embed(
         dtype: Compute precision.
         frozen: Names of the weights that are not trained.
         noise: Noise to add to the embeddings; None: no noise.
-        first_batch: Number of micro-batches of the effective batch before these, in other processes.
+        first_batch: Number of micro-batches of the effective batch before these.
+        first_row: Number of rows in this process's micro-batches before these.
         seed: The run's seed, for dropout before the first layer.
         step: Number of the optimizer step, for the same.
 
@@ -233,7 +208,7 @@ def embed(
             weights[name] = copy.requires_grad_(name not in frozen and torch.is_grad_enabled())
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
-    num_rows, of_batches = 0, places.split([batch.input_ids.numel() for batch in batches])
+    num_rows, of_batches = first_row, places.split([batch.input_ids.numel() for batch in batches])
     for number, (batch, places_flat) in enumerate(zip(batches, of_batches, strict=True), first_batch):
         looked_up = {
             name: functional_call(module, {"weight": rows[name]}, (places_flat.view_as(batch.input_ids),))

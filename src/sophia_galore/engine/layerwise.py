@@ -53,7 +53,7 @@ from sophia_galore.data.batches import MicroBatch, by_block
 from sophia_galore.data.portion import Portion
 from sophia_galore.engine.activations import StepActivations, StepRequest, to_device
 from sophia_galore.engine.cross_entropy import default_chunk_bytes
-from sophia_galore.engine.embedding import EmbeddingNoise, TokenRows, embed_blocks
+from sophia_galore.engine.embedding import EmbeddingNoise, TokenRows, embed, embed_blocks
 from sophia_galore.engine.head import Head
 from sophia_galore.engine.heads import Heads
 from sophia_galore.engine.layer import Layers
@@ -323,17 +323,17 @@ class LayerwiseEngine:
         self, batches: Sequence[MicroBatch], noise: EmbeddingNoise | None, first_batch: int = 0, step: int = 0
     ) -> StepActivations:
         on_device = [to_device(batch, self._device) for batch in batches]
-        how = partial(
-            embed_blocks,
+        of_block = partial(
+            embed,
             self._architecture,
             self._store,
             dtype=self._dtype,
             frozen=self._frozen,
             noise=noise,
-            first_batch=first_batch,
             seed=self._seed,
             step=step,
         )
+        how = partial(embed_blocks, of_block, first_batch=first_batch)
         return StepActivations(on_device, how, self.chunk_sizes.max_rows, self._spill)
 
     def _enter(self, acts: StepActivations) -> None:
