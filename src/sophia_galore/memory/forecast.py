@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from sophia_galore.data.batches import MicroBatch
 from sophia_galore.engine.observe import Category, Phase
@@ -146,6 +146,11 @@ class ModelTrace:
         return to_segments(add(self.standing, {"other": trace.batch_bytes}), changes)
 
 
+Made = TypeVar("Made")
+Steps = tuple[tuple[PassTrace, ...], ...]
+"""For each step, its passes."""
+
+
 def trace_model(
     decided: Decisions,
     model_config: Any,
@@ -187,13 +192,13 @@ def trace_model(
     trained = [name for name in layer_names if any(route.trained for route in of_layer[name])]
     full_gradients: FullGradients = "matrix" if decided.facts.config.engine.full_gradients == "matrix" else "layer"
     last = of_layer[(trained or layer_names)[-1]]
-    if len(models.models) > 1:
+    if not models.have_all_experts:
         last = [route for route in last if not (route.spec and route.spec.rests)]
     numbers = steps_to_simulate(around, last, num_steps, full_gradients)
     num_kept = layout.num_kept if with_kept else 0
 
     def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:
-        taken = sample(batches, MOST_BATCHES if len(models.models) == 1 else MOST_BATCHES_OF_EXPERTS)
+        taken = sample(batches, MOST_BATCHES if models.have_all_experts else MOST_BATCHES_OF_EXPERTS)
 
         def steps_of(model: FewLayers) -> Steps:
             found = simulate(model, decided, taken.more, numbers, keep_layers=num_kept, probes=probes).steps
@@ -202,14 +207,12 @@ def trace_model(
             less = simulate(model, decided, taken.fewer, numbers, keep_layers=num_kept, probes=probes).steps
             return _beyond(less, found, taken.factor)
 
-        fewer, *more = map(steps_of, models.models)
-        found = _beyond(fewer, more[0], models.factor) if more else fewer
+        found = models.join([steps_of(model) for model in models.models], _beyond)
         return [StepTrace(batch_bytes(batches), passes) for passes in found]
 
     def see_evaluation(batches: Sequence[MicroBatch]) -> Sizes:
-        fewer, *more = (simulate(each, decided, (), (), eval_batches=batches).evaluation for each in models.models)
-        assert fewer is not None
-        return beyond(fewer, more[0], models.factor) if more and more[0] is not None else fewer
+        found = (simulate(each, decided, (), (), eval_batches=batches).evaluation for each in models.models)
+        return models.join([each for each in found if each is not None], beyond)
 
     return ModelTrace(
         standing=Counter(standing_bytes(decided.routes)),
@@ -218,9 +221,6 @@ def trace_model(
         probe=see(workload.probe, [1], probes=True)[0] if workload.probe else None,
         evaluation=see_evaluation(workload.eval) if workload.eval else None,
     )
-
-
-Steps = tuple[tuple[PassTrace, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,20 @@ class _Models:
 
     models: tuple[FewLayers, ...]
     factor: float = 0.0
+
+    @property
+    def have_all_experts(self) -> bool:
+        """Whether nothing is extrapolated."""
+        return len(self.models) == 1
+
+    def join(self, found: Sequence[Made], extrapolated: Callable[[Made, Made, float], Made]) -> Made:
+        """Return what holds for all experts.
+
+        Args:
+            found: What was found for each of the models.
+            extrapolated: Goes beyond two of them.
+        """
+        return found[0] if self.have_all_experts else extrapolated(found[0], found[1], self.factor)
 
 
 def _with_few_experts(whole: FewLayers, take: Callable[[ExpertCount], FewLayers | None]) -> _Models:
