@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,21 @@ FP32_TOLERANCE = 1e-5
 # weight in thousands, by one step of its format. Largest difference of all settings: 2.5e-4.
 ROUNDED_TOLERANCE = 1e-3
 SOON = {(0, 2), (4, 4), (12, 2), (16, 2), (21, 2)}
-CASES = [
-    pytest.param(
-        number,
-        count,
-        id=f"{', '.join(SETTINGS[number])}: {count}",
-        marks=[] if (number, count) in SOON else [pytest.mark.by_hand],
-    )
-    for number in range(len(SETTINGS))
-    for count in (2, 4)
-]
+SOON_IN_BLOCKS = {(0, 2), (4, 4), (12, 2), (16, 2), (21, 4)}
+
+
+def cases(soon: Collection[tuple[int, int]], otherwise: pytest.MarkDecorator) -> list[Any]:
+    """All settings with 2 and 4 processes; a mark for those that are not run by default."""
+    return [
+        pytest.param(
+            number,
+            count,
+            id=f"{', '.join(SETTINGS[number])}: {count}",
+            marks=[] if (number, count) in soon else [otherwise],
+        )
+        for number in range(len(SETTINGS))
+        for count in (2, 4)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +61,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> PlacedRuns:
 
 
 @pytest.fixture(scope="module")
-def by_one_process(runs: PlacedRuns) -> Callable[[int], Left]:
+def by_one_process(runs: PlacedRuns) -> Callable[..., Left]:
     @cache
-    def left(number: int) -> Left:
-        return runs.train(runs.folder / f"one-{number}", SETTINGS[number][2], *DEALT, *words_of(number))
+    def left(number: int, *words: str) -> Left:
+        output = runs.folder / "-".join(("one", str(number), *words))
+        return runs.train(output, SETTINGS[number][2], *DEALT, *words_of(number), *words)
 
     return left
 
@@ -99,9 +105,9 @@ def stop_after(last: int) -> None:
     Stepper.take = asking  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("number", "count"), CASES)
+@pytest.mark.parametrize(("number", "count"), cases(SOON, pytest.mark.by_hand))
 def test_the_curve_does_not_depend_on_the_number_of_processes(
-    number: int, count: int, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path
+    number: int, count: int, runs: PlacedRuns, by_one_process: Callable[..., Left], tmp_path: Path
 ) -> None:
     found = by_processes(count, runs, tmp_path / "run", SETTINGS[number][2], *DEALT, *words_of(number))
     expected = by_one_process(number)
@@ -115,6 +121,15 @@ def test_the_curve_does_not_depend_on_the_number_of_processes(
         for key in {"loss", "eval_loss"} & own.keys():
             assert own[key] == pytest.approx(other[key], rel=tolerance), (own["step"], key)
     assert found.tensors.keys() == expected.tensors.keys()
+
+
+@pytest.mark.parametrize(("number", "count"), cases(SOON_IN_BLOCKS, pytest.mark.thorough))
+def test_with_sum_blocks_no_bit_depends_on_the_number_of_processes(
+    number: int, count: int, runs: PlacedRuns, by_one_process: Callable[..., Left], tmp_path: Path
+) -> None:
+    blocks = "distributed.sum_blocks=4"
+    found = by_processes(count, runs, tmp_path / "run", SETTINGS[number][2], *DEALT, *words_of(number), blocks)
+    assert_same(found, by_one_process(number, blocks))
 
 
 @pytest.mark.parametrize("number", [7, *(pytest.param(number, marks=pytest.mark.by_hand) for number in (3, 4, 12, 20))])
@@ -157,7 +172,7 @@ def test_no_bit_depends_on_where_states_are(number: int, count: int, runs: Place
 
 @pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.by_hand)])
 def test_a_checkpoint_does_not_know_the_number_of_processes(
-    sharded: bool, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path
+    sharded: bool, runs: PlacedRuns, by_one_process: Callable[..., Left], tmp_path: Path
 ) -> None:
     """Two steps by two processes, two by one, and the rest by four."""
     number, output = 1, tmp_path / "run"
@@ -173,7 +188,7 @@ def test_a_checkpoint_does_not_know_the_number_of_processes(
 
 @pytest.mark.parametrize("shard_bytes", [None, 4096], ids=["one piece", "pieces of 4 KiB"])
 def test_a_checkpoint_is_sent_to_a_machine_that_lacks_it(
-    shard_bytes: int | None, runs: PlacedRuns, by_one_process: Callable[[int], Left], tmp_path: Path, monkeypatch: Any
+    shard_bytes: int | None, runs: PlacedRuns, by_one_process: Callable[..., Left], tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Each process is in a folder of its own, as on a machine of its own; only the first one's has the run."""
     if shard_bytes:
