@@ -2,7 +2,7 @@
 
     python bench/processes.py --curve outputs/curve.json     # losses with 1, 2 and 4 processes; an hour
     python bench/processes.py --speed outputs/speed.json     # 2 processes of a thread each against 1 of two
-    python bench/processes.py --link outputs/link.json       # 2 machines at 1 Gbit/s, beside DDP with AdamW; root
+    python bench/processes.py --link outputs/link.json       # 2 machines, a slow link, beside DDP with AdamW; root
 
 `--link` makes two network namespaces, joins them by a link that `tc` limits, and runs one process in each. All runs
 take their turns, several times; ratios are medians. Run `--speed` and `--link` when nothing else runs.
@@ -35,6 +35,8 @@ QUIET = [
     "training.probe_step=false",
     "training.sample_questions=[]",
 ]
+EARLY_STEPS = 7
+"""Steps of GaLore that are not counted over a link: a tracked basis is refreshed more often at the beginning."""
 
 
 def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[str] = ()) -> None:
@@ -150,15 +152,14 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
 
 def compare_link(asked: argparse.Namespace, folder: Path) -> None:
     """Two machines with a slow link between them, beside DDP with AdamW."""
-    found: dict[str, Any] = {}
-    for tokens in asked.tokens:
+    found: list[dict[str, Any]] = []
+    for mbits, tokens in ((mbits, tokens) for mbits in asked.mbits for tokens in asked.tokens):
         words = [
             f"model.name={asked.model}",
             f"data.train={asked.data}",
-            f"training.max_steps={asked.steps}",
             "training.batch_size=1",
-            f"training.gradient_accumulation_steps={tokens // 256}",
-            "training.max_length=256",
+            f"training.gradient_accumulation_steps={max(2, tokens // 256)}",
+            f"training.max_length={min(256, tokens // 2)}",
             "data.packing=true",
             "data.eval_fraction=0",
             "training.eval_every_steps=0",
@@ -166,31 +167,34 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
         speeds: dict[str, list[float]] = {"DDP, AdamW": [], "GaLore": []}
         sent: dict[str, float] = {}
         for turn in range(asked.turns):
-            with linked(asked.mbits) as spaces:
-                result = folder / f"ddp-{tokens}-{turn}.json"
+            with linked(mbits) as spaces:
+                result = folder / f"ddp-{mbits}-{tokens}-{turn}.json"
                 peer = [f"training.output_dir={folder / 'peer'}", *QUIET, *words, "optimizer.type=adamw"]
-                launch(2, [str(HERE / "ddp_adamw.py"), str(result), *peer], 1, spaces)
+                launch(2, [str(HERE / "ddp_adamw.py"), str(result), *peer, "training.max_steps=5"], 1, spaces)
                 theirs = json.loads(result.read_text(encoding="utf-8"))
                 speeds["DDP, AdamW"].append(statistics.median(n / s for n, s in theirs["steps"][1:]))
                 sent["DDP, AdamW"] = theirs["summed_bytes"]
-                run = folder / f"run-{tokens}-{turn}"
+                run = folder / f"run-{mbits}-{tokens}-{turn}"
                 # Without recomputation, as the peer.
-                train(2, run, [*words, "optimizer.type=galore", "training.gradient_checkpointing=false"], 1, spaces)
-                lines = [line for line in lines_of(run) if "tokens_per_second" in line]
-                # The first step makes all bases.
-                speeds["GaLore"].append(_speed(lines))
-                sent["GaLore"] = statistics.median(line["summed_bytes"] for line in lines[1:])
-            print(tokens, speeds, sent, flush=True)
-        theirs_all, ours = speeds.values()
-        ratios = [b / a for a, b in zip(theirs_all, ours, strict=True)]
-        found[str(tokens)] = {
-            "tokens_per_second": speeds,
-            "median_ratio": statistics.median(ratios),
-            "summed_bytes": sent,
-            "share_of_bytes": sent["GaLore"] / sent["DDP, AdamW"],
-        }
-        figures = {"mbits": asked.mbits, "by_tokens_a_step": found}
-        asked.link.write_text(json.dumps(provenance() | figures, indent=2) + "\n", encoding="utf-8")
+                ours = [*words, f"training.max_steps={asked.steps}", "training.gradient_checkpointing=false"]
+                train(2, run, [*ours, "optimizer.type=galore"], 1, spaces)
+                # Of the first steps each refreshes a basis more often than the later ones: 1 all, 2 and 3 a half each.
+                lines = [line for line in lines_of(run) if "tokens_per_second" in line][EARLY_STEPS:]
+                speeds["GaLore"].append(statistics.median(line["tokens_per_second"] for line in lines))
+                sent["GaLore"] = statistics.median(line["summed_bytes"] for line in lines)
+            print(mbits, tokens, speeds, sent, flush=True)
+        ratios = [b / a for a, b in zip(*speeds.values(), strict=True)]
+        found.append(
+            {
+                "mbits": mbits,
+                "tokens_a_step": tokens,
+                "tokens_per_second": speeds,
+                "median_ratio": statistics.median(ratios),
+                "summed_bytes": sent,
+                "share_of_bytes": sent["GaLore"] / sent["DDP, AdamW"],
+            }
+        )
+        asked.link.write_text(json.dumps(provenance() | {"links": found}, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -242,15 +246,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.json"))
     parser.add_argument("--stores", nargs="+", default=list(STORES))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=7, help="steps of a run, of which the first is not counted")
+    parser.add_argument("--steps", type=int, default=12, help="steps of a run; the first are not counted")
     parser.add_argument(
         "--no-again", dest="again", action="store_false", help="not twice with 2 processes, for --curve"
     )
     parser.add_argument("--sum-blocks", type=int, default=4, help="distributed.sum_blocks, for --curve")
     parser.add_argument("--length", type=int, default=64, help="longest example in tokens, for --curve")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048], help="tokens a step, for --link")
-    parser.add_argument("--mbits", type=int, default=1000, help="speed of the link, for --link")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512], help="tokens a step, for --link")
+    parser.add_argument(
+        "--mbits", type=int, nargs="+", default=[1000, 250, 100], help="speeds of the link in Mbit/s, for --link"
+    )
     asked = parser.parse_args()
     asked.data = asked.data.resolve()
     with tempfile.TemporaryDirectory() as temporary:
