@@ -115,6 +115,13 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
         **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
     },
+    # The same, and four hidden states for each token.
+    "gemma3n_text": {
+        **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8, "laurel_rank": 8},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+        **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    },
     "gemma4_text dense": _GEMMA4,
     "gemma4_text experts": {**_GEMMA4, **_EXPERTS, "enable_moe_block": True, "top_k_experts": 2},
 }

@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, list[str]] = {
     "adamw": ["optimizer.type=adamw"],
     "apollo": ["optimizer.type=apollo", "optimizer.apollo.rank=8"],
 }
+SHARING = "gemma3n_text"
 SIZES = ((24, 2), (64, 3), (64, 2), (24, 3))  # longest example, micro-batches
 
 
@@ -164,6 +165,17 @@ def test_so_it_is_with_what_is_seldom_asked_for(words: list[str], world: World, 
 @pytest.mark.parametrize(("words", "kept"), [("engine.keep_layers=1", 1), ("gradient_checkpointing=false", 3)])
 def test_so_it_is_with_kept_graphs(words: str, kept: int, world: World, tmp_path: Path) -> None:
     forecast, report = world.train(tmp_path, "llama", "training.gradient_accumulation_steps=2", words)
+    assert_near(forecast, report)
+    assert forecast.keep_layers == kept
+
+
+@pytest.mark.parametrize("kept", [0, 1, pytest.param(3, marks=pytest.mark.thorough), 4])
+def test_so_it_is_where_layers_depend_on_one_another(kept: int, world: World, tmp_path: Path) -> None:
+    """Of four layers, the last two use keys and values of the first two; each gets four hidden states of a token."""
+    if not (world.folder / SHARING).exists():
+        write_tiny_model(world.folder / SHARING, SHARING)
+    words = ["training.gradient_accumulation_steps=2", f"engine.keep_layers={kept}"]
+    forecast, report = world.train(tmp_path, SHARING, *words)
     assert_near(forecast, report)
     assert forecast.keep_layers == kept
 

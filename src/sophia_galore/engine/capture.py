@@ -29,6 +29,7 @@ from sophia_galore.engine.segments import Segments, attending_within, own_attent
 from sophia_galore.engine.shared import SharedInput, SharedStates
 from sophia_galore.errors import ModelError, lacks_memory
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.streams import side_by_side
 
 Lengths = tuple[tuple[int, ...], ...]
 
@@ -100,7 +101,7 @@ class _Recorder(nn.Module):
 
     Args:
         layer: The layer.
-        shape: The shape of hidden states.
+        shape: The shape of hidden states, as the layer gets them.
         answers: How many values the model expects of a layer; 0: the hidden states alone, not in a tuple.
     """
 
@@ -167,13 +168,19 @@ class _Looked(nn.Module):
 
 @contextmanager
 def _recorders(architecture: Architecture, entering: Entering, answers: int) -> Iterator[list[_Recorder]]:
-    """Replace the layers by recorders, the last norm by the identity, and embeddings by what they return."""
-    recorders = [_Recorder(layer, entering.embedded.shape, answers) for layer in architecture.layers]
+    """Replace the layers by recorders, what is behind them by identities, and embeddings by what they return."""
+    shape, count = entering.embedded.shape, architecture.num_streams
+    if architecture.join_place is not None:
+        shape = torch.Size((count, *shape))
+    recorders = [_Recorder(layer, shape, answers) for layer in architecture.layers]
     with ExitStack() as stack:
         stack.enter_context(architecture.layers_place.holding(nn.ModuleList(recorders)))
         if architecture.norm_place is not None:
             norm = _NormBehind(architecture.norm, recorders[-1])
             stack.enter_context(architecture.norm_place.holding(norm))
+        if architecture.join_place is not None:
+            passing = nn.ModuleList(nn.Identity() for _ in range(count - 1))
+            stack.enter_context(architecture.join_place.holding(passing))
         stack.enter_context(architecture.embed_place.holding(_Looked(architecture.embed, entering.embedded)))
         for name, rows in entering.lookups.items():
             instead = _Looked(architecture.lookups[name], rows)
@@ -190,7 +197,8 @@ def capture_calls(architecture: Architecture, entering: Entering, batch: MicroBa
         batch: The micro-batch.
 
     Returns:
-        The first layer's input, (B, T, d), part of the autograd graph of what enters; and one call per layer.
+        The first layer's input, (B, T, d), part of the autograd graph of what enters; and one call per layer. If
+        there are P hidden states of a token, here and in all layers d is P times as wide.
     """
     if batch.lengths is None:
         return _record(architecture, entering, attention_mask=batch.attention_mask)
@@ -248,6 +256,8 @@ def _record_answering(
     hidden = recorders[0].hidden
     if hidden is None or len(calls) != len(recorders):
         raise ModelError("Not every layer of this model runs once for a text.", "Take another model.")
+    if architecture.join_place is not None:
+        hidden = side_by_side(hidden)
     return hidden, _sharing(calls)
 
 

@@ -236,10 +236,9 @@ class Head:
         """Backward through the norm, by chunks of tokens, so that only a part of its graph exists at a time."""
         entering, sums = self._entering, Tensors()
         del self._entering
-        norm = self._architecture.norm_name
         leaves = {
-            key: weight.detach().requires_grad_(f"{norm}.{key}" not in self._frozen)
-            for key, weight in self._norm_weights().items()
+            name: weight.detach().requires_grad_(name not in self._frozen)
+            for name, weight in self._norm_weights().items()
         }
         for part, part_grad in zip(entering.split(_NORM_TOKENS), normed_grad.split(_NORM_TOKENS), strict=True):
             leaf = part.detach().requires_grad_()
@@ -247,12 +246,11 @@ class Head:
                 self._norm(leaf, leaves).backward(part_grad.to(self._dtype))
             assert leaf.grad is not None  # the norm depends on its input
             part.copy_(leaf.grad)  # the gradient overwrites the input, which is not needed any more
-            for key, weight in leaves.items():
+            for name, weight in leaves.items():
                 if weight.grad is not None:
-                    sums[key] = sums[key].add_(weight.grad) if key in sums else weight.grad.float()
+                    sums[name] = sums[name].add_(weight.grad) if name in sums else weight.grad.float()
                     weight.grad = None
-        grads = {f"{norm}.{key}": total / self._scale for key, total in sums.items()}
-        return self._scatter(entering), grads
+        return self._scatter(entering), {name: total / self._scale for name, total in sums.items()}
 
     def _add_terms(self, product: ProjectedSum) -> None:
         """Add the head's terms to a projected gradient, by another pass over the logits."""
@@ -318,7 +316,8 @@ class Head:
         return out
 
     def _norm(self, hidden: Tensor, weights: Tensors) -> Tensor:
-        normed: Tensor = functional_call(self._architecture.norm, weights, (hidden,))
+        inner = {self._architecture.norm_names[name]: weight for name, weight in weights.items()}
+        normed: Tensor = functional_call(self._architecture.norm, inner, (hidden,))
         # A factor on the logits is one on what enters the head.
         scale = self._architecture.logit_form.scale
         return normed if scale == 1.0 else normed * scale
@@ -332,8 +331,6 @@ class Head:
             return borrowed[name].values(torch.float32).detach().clone()
 
     def _norm_weights(self) -> Tensors:
-        name = self._architecture.norm_name
-        if not name:
-            return {}
-        with self._store.borrow(name) as borrowed:
-            return borrowed.values_of(name, self._dtype)
+        names = self._architecture.norm_names
+        with self._store.borrow(*names) as borrowed:
+            return {name: borrowed[name].values(self._dtype) for name in names}

@@ -36,6 +36,7 @@ from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
+from sophia_galore.model.streams import apart, side_by_side
 from sophia_galore.numerics.pairwise_sum import PairwiseSum
 from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector, tensor_of
@@ -433,10 +434,13 @@ class Layers:
     def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
         if call.alone:
             return self._run_alone(index, weights, call, hidden)
+        has_streams = self._architecture.join_place is not None
+        if has_streams:
+            hidden = apart(hidden, self._architecture.num_streams)
         with attending_within(self._architecture) if call.is_packed else nullcontext():
             out = functional_call(self._architecture.layers[index], weights, (hidden, *call.args), call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        return side_by_side(result) if has_streams else result
 
     def _run_alone(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each packed example apart; padding gets zeros."""

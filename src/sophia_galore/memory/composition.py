@@ -94,7 +94,7 @@ class Layout:
         kind_of: For each layer of the model, its kind.
         num_idle: Number of first layers without a backward. They share no kind with the others.
         is_whole: Whether all layers are simulated as they follow one another, because they depend on one another. Then
-            either all or none of them run without activation checkpointing.
+            a simulation shows one number of layers without activation checkpointing.
     """
 
     chosen: tuple[int, ...]
@@ -113,11 +113,14 @@ class Layout:
             return self.chosen
         return (0, *self.chosen, active[-1], *active) if with_kept and active else (0, *self.chosen)
 
-    @property
-    def num_kept(self) -> int:
-        """How many of the last simulated layers run without activation checkpointing, if any do."""
-        if self.is_whole:
-            return len(self._active)
+    def num_kept(self, keep_layers: int) -> int:
+        """Return how many of the last simulated layers run without activation checkpointing.
+
+        Args:
+            keep_layers: How many of the model's do.
+        """
+        if self.is_whole or not keep_layers:
+            return min(keep_layers, len(self._active))
         return 1 + len(self._active) if self._active else 0
 
     @property

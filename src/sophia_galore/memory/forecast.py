@@ -87,6 +87,7 @@ class ModelTrace:
         steps: The steps that may have the highest peak, by number.
         probe: The probe step, if it may need more.
         evaluation: Bytes by category that an evaluation takes in addition; None without one.
+        num_kept: How many of the simulated layers ran without activation checkpointing.
     """
 
     standing: Sizes
@@ -94,13 +95,18 @@ class ModelTrace:
     steps: Mapping[int, StepTrace]
     probe: StepTrace | None
     evaluation: Sizes | None
+    num_kept: int = 0
+
+    def covers(self, keep_layers: int) -> bool:
+        """Return whether `forecast` knows the memory with so many layers without activation checkpointing."""
+        most = min(keep_layers, self._num_active_layers)
+        return self.num_kept == most if self.layout.is_whole else self.num_kept > 0 or not most
 
     def forecast(self, keep_layers: int = 0, standing: Mapping[Category, int] | None = None) -> Forecast:
         """Return the forecast.
 
         Args:
-            keep_layers: Number of last layers without activation checkpointing; above 0 only if such layers were
-                simulated.
+            keep_layers: Number of last layers without activation checkpointing, which the trace must cover.
             standing: Bytes by category that stay on the device for the whole run; None: all weights and states.
         """
         if standing is not None:
@@ -158,7 +164,7 @@ def trace_model(
     workload: Workload,
     *,
     num_steps: int,
-    with_kept: bool = False,
+    keep_layers: int = 0,
 ) -> ModelTrace:
     """Simulate a run's memory, in seconds and without weights.
 
@@ -168,7 +174,8 @@ def trace_model(
         layer_names: Its layers, as prefixes of their parameters' names without the final dot.
         workload: The micro-batches of the largest step.
         num_steps: Steps of the run.
-        with_kept: Whether to simulate layers without activation checkpointing too.
+        keep_layers: Number of last layers without activation checkpointing. If layers are simulated one by one, the
+            trace then covers any number of them.
     """
     of_layer, around = by_layer(decided.routes, layer_names)
     num_idle = num_idle_layers(decided, layer_names)
@@ -180,7 +187,7 @@ def trace_model(
     layout = choose_layers(kinds, num_idle)
 
     def take(layout: Layout, experts: ExpertCount | None = None) -> FewLayers | None:
-        chosen = layout.simulated_layers(with_kept=with_kept)
+        chosen = layout.simulated_layers(with_kept=keep_layers > 0)
         return take_layers(model_config, decided.routes, layer_names, chosen, experts)
 
     few = None if num_sharing(model_config) else take(layout)
@@ -195,7 +202,7 @@ def trace_model(
     if not models.have_all_experts:
         last = [route for route in last if not (route.spec and route.spec.rests)]
     numbers = steps_to_simulate(around, last, num_steps, full_gradients)
-    num_kept = layout.num_kept if with_kept else 0
+    num_kept = layout.num_kept(keep_layers)
 
     def see(batches: Sequence[MicroBatch], numbers: Sequence[int], *, probes: bool = False) -> list[StepTrace]:
         taken = sample(batches, MOST_BATCHES if models.have_all_experts else MOST_BATCHES_OF_EXPERTS)
@@ -220,6 +227,7 @@ def trace_model(
         steps=dict(zip(numbers, see(workload.train, numbers), strict=True)),
         probe=see(workload.probe, [1], probes=True)[0] if workload.probe else None,
         evaluation=see_evaluation(workload.eval) if workload.eval else None,
+        num_kept=num_kept,
     )
 
 

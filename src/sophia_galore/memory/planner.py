@@ -30,6 +30,7 @@ from sophia_galore.memory.transfers import USUAL, transfers_of
 from sophia_galore.memory.workload import Workload, largest_workload, workload_of_data
 from sophia_galore.model.shapes import find_shape
 from sophia_galore.model.skeleton import build_skeleton, load_tokenizer
+from sophia_galore.model.streams import count_streams
 from sophia_galore.plan.decisions import Decisions, decide_step, num_idle_layers
 from sophia_galore.plan.detect import detect_bitsandbytes, model_facts, parameter_facts, planned_device
 from sophia_galore.plan.facts import Facts, MemoryFacts
@@ -247,7 +248,7 @@ class Planner:
             UserError: The configuration is refused.
         """
         standing = self._standing(config, streamed or Streamed(self.parts))
-        return self._trace(config, with_kept=keep_layers > 0).forecast(keep_layers, standing)
+        return self._trace(config, keep_layers).forecast(keep_layers, standing)
 
     def standing_bytes(self, config: RunConfig, streamed: Streamed) -> int:
         """Return the bytes that stay on the device for the whole run.
@@ -315,12 +316,14 @@ class Planner:
 
     def most_kept_layers(self, config: RunConfig, budget: Budget) -> int:
         """Return how many layers can run without activation checkpointing, with a margin; 0 also if nothing fits."""
-        return self._trace(config, with_kept=True).most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
+        trace = self._trace(config, self._num_active_layers(config))
+        return trace.most_kept_layers(int(budget.tensor_bytes * (1 - _MARGIN)))
 
     def _bytes_of_inputs(self, config: RunConfig) -> int:
         """Return the bytes of one layer's inputs over the largest step."""
         tokens = sum(batch.input_ids.numel() for batch in self.workload(config).train)
-        return tokens * int(self.model_config.hidden_size) * self.decide(config).compute_dtype.itemsize
+        width = int(self.model_config.hidden_size) * count_streams(self.model_config)
+        return tokens * width * self.decide(config).compute_dtype.itemsize
 
     def _standing(self, config: RunConfig, streamed: Streamed) -> dict[Category, int]:
         """Return the bytes that stay on the device for the whole run, by category."""
@@ -365,11 +368,11 @@ class Planner:
             return self.num_layers
         return self.num_layers - num_idle_layers(self.decide(config), self.layer_names)
 
-    def _trace(self, config: RunConfig, *, with_kept: bool) -> ModelTrace:
+    def _trace(self, config: RunConfig, keep_layers: int) -> ModelTrace:
         values = {name: value for name, value in flatten(config).items() if name not in _WITHOUT_EFFECT}
         values["engine.full_gradients"] = values["engine.full_gradients"].replace("auto", "layer")
-        key = f"{with_kept} {values}"
-        if key not in self._traces:
+        key = f"{keep_layers > 0} {values}"
+        if key not in self._traces or not self._traces[key].covers(keep_layers):
             with naming_unpredictable(self.model_config.model_type):
                 self._traces[key] = trace_model(
                     self.decide(config),
@@ -377,7 +380,7 @@ class Planner:
                     self.layer_names,
                     self.workload(config),
                     num_steps=self.num_steps(config),
-                    with_kept=with_kept,
+                    keep_layers=keep_layers,
                 )
         return self._traces[key]
 

@@ -65,6 +65,7 @@ SUPPORTED: dict[str, str] = {
     "lfm2_moe": "LFM2 (mixture of experts)",
     "ernie4_5_moe": "ERNIE 4.5 (mixture of experts)",
     "gemma4_text": "Gemma 4 (text)",
+    "gemma3n_text": "Gemma 3n (text)",
 }
 
 
@@ -80,10 +81,15 @@ class Place:
     owner: nn.Module
     attribute: str
 
+    @property
+    def module(self) -> Any:
+        """The module that is there."""
+        return getattr(self.owner, self.attribute)
+
     @contextmanager
     def holding(self, module: nn.Module) -> Iterator[None]:
         """Put another module there inside the context."""
-        own = getattr(self.owner, self.attribute)
+        own = self.module
         setattr(self.owner, self.attribute, module)
         try:
             yield
@@ -129,14 +135,16 @@ class Architecture:
         base_name: Its name, the prefix of its parameter names without the final dot; empty: it is the whole model.
         embed: The token embedding.
         layers: The decoder layers, first to last.
-        norm: The norm between the last layer and the head; the identity if there is none.
+        norm: What is between the last layer and the head, in most models a norm; the identity if there is nothing.
         head: The linear layer to the vocabulary.
         embed_place: Where the embedding is.
         layers_place: Where the list of layers is.
         norm_place: Where the norm is; None: there is none.
+        join_place: Where the projections are that join several hidden states of a token behind the last layer; None:
+            there is one hidden state.
         embed_name: Parameter name of the embedding's weight.
         layer_names: Name of each layer, which is the prefix of its parameter names without the final dot.
-        norm_name: Name of the norm; empty if it has no parameters.
+        norm_names: The parameters of `norm`, by their names in the model: their names inside of it.
         head_name: Parameter name of the head's weight; equals `embed_name` if they are tied.
         head_bias_name: Parameter name of the head's bias; None: it has none.
         entry_names: Names of the parameters between the embedding and the first layer, and of those that are used for
@@ -167,9 +175,10 @@ class Architecture:
     embed_place: Place
     layers_place: Place
     norm_place: Place | None
+    join_place: Place | None
     embed_name: str
     layer_names: tuple[str, ...]
-    norm_name: str
+    norm_names: Mapping[str, str]
     head_name: str
     head_bias_name: str | None
     entry_names: tuple[str, ...]
@@ -192,8 +201,13 @@ class Architecture:
 
     @property
     def exit_names(self) -> tuple[str, ...]:
-        """The names behind the last layer: of the norm, of the head's weight and of its bias."""
-        return tuple(name for name in (self.norm_name, self.head_name, self.head_bias_name) if name)
+        """The names of the parameters behind the last layer: of the norm, the head's weight and its bias."""
+        return tuple(name for name in (*self.norm_names, self.head_name, self.head_bias_name) if name)
+
+    @property
+    def num_streams(self) -> int:
+        """How many hidden states layers get for each token, side by side (`streams.py`)."""
+        return 1 if self.join_place is None else 1 + len(self.join_place.module)
 
     def parameter_shapes(self) -> dict[str, torch.Size]:
         """Return the name and shape of each parameter; a tied head is not listed."""

@@ -15,9 +15,12 @@ from sophia_galore.errors import ModelError
 from sophia_galore.model.architecture import Architecture, Place, Router
 from sophia_galore.model.experts import expert_tensors
 from sophia_galore.model.logit_form import LogitForm, find_logit_form
+from sophia_galore.model.streams import JoinedStreams
 
 # Attribute names of the norm behind the last layer; the usual ones first.
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm", "layer_norm", "layernorm")
+# The projections that join several hidden states of a token, a list of modules beside the layers.
+_JOINS = ("altup_unembed_projections",)
 # What configurations call the number of experts of a token.
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k")
 # Kinds of layers in which tokens meet in nothing but attention.
@@ -43,9 +46,12 @@ def find_architecture(model: Any) -> Architecture:
         which = "token embedding" if not isinstance(embed, nn.Embedding) else "linear head"
         raise ModelError(f"{kind} has no {which} that can be found.", "Give a decoder-only language model.")
     layers_place = _layers_place(model, getattr(config, "num_hidden_layers", 0), kind)
-    layers: Any = getattr(layers_place.owner, layers_place.attribute)
+    layers = layers_place.module
     norm_place = _norm_place(layers_place, embed)
-    norm = nn.Identity() if norm_place is None else getattr(norm_place.owner, norm_place.attribute)
+    join_place = next((Place(layers_place.owner, name) for name in _JOINS if hasattr(layers_place.owner, name)), None)
+    norm = nn.Identity() if norm_place is None else norm_place.module
+    if join_place is not None:
+        norm = JoinedStreams(join_place.module, norm)
     base, logit_form = _base(model, layers_place.owner, head)
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     embed_name = parameters[id(embed.weight)]
@@ -53,9 +59,9 @@ def find_architecture(model: Any) -> Architecture:
     head_name = parameters[id(head.weight)]
     bias_name = None if head.bias is None else parameters[id(head.bias)]
     layer_names = tuple(names[id(layer)] for layer in layers)
-    norm_name = names[id(norm)] if any(True for _ in norm.parameters()) else ""
-    known = {embed_name, head_name, bias_name}
-    inside = tuple(f"{name}." for name in (*layer_names, norm_name) if name)
+    norm_names = {parameters[id(parameter)]: inner for inner, parameter in norm.named_parameters()}
+    known = {embed_name, head_name, bias_name, *norm_names}
+    inside = tuple(f"{name}." for name in layer_names)
     rest = [name for name in parameters.values() if name not in known and not name.startswith(inside)]
     lookups = _lookups(model, config, rest)
     embeddings = {embed_name: embed, **lookups}
@@ -75,9 +81,10 @@ def find_architecture(model: Any) -> Architecture:
         embed_place=_place(model, embed),
         layers_place=layers_place,
         norm_place=norm_place,
+        join_place=join_place,
         embed_name=embed_name,
         layer_names=layer_names,
-        norm_name=norm_name,
+        norm_names=norm_names,
         head_name=embed_name if tied else head_name,
         head_bias_name=bias_name,
         entry_names=tuple(name for name in rest if name not in lookups),

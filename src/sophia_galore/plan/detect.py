@@ -150,6 +150,6 @@ def _part_of(name: str, architecture: Architecture) -> str:
         return "embed"
     if name in (architecture.head_name, architecture.head_bias_name):
         return "head"
-    if architecture.norm_name and name.startswith(f"{architecture.norm_name}."):
+    if name in architecture.norm_names:
         return "norm"
     return "layer" if name.startswith(tuple(f"{layer}." for layer in architecture.layer_names)) else "entry"

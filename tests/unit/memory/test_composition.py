@@ -44,7 +44,7 @@ def test_composed_from_few_layers_it_is_that_of_all(name: str) -> None:
     planner = tiny_planner(family, tied=family != "qwen2", num_layers=NUM_LAYERS, num_steps=1)
     decided, workload = planner.decide(config), planner.workload(config)
     given = (decided, planner.model_config, planner.layer_names, workload)
-    found = trace_model(*given, num_steps=1, with_kept=counts != (0,))
+    found = trace_model(*given, num_steps=1, keep_layers=max(counts))
     whole = take_layers(planner.model_config, decided.routes, planner.layer_names, range(NUM_LAYERS))
     for keep_layers in counts:
         seen = simulate(whole, decided, workload.train, (1,), keep_layers=keep_layers)
@@ -71,7 +71,8 @@ def test_the_last_layer_of_each_kind_stands_for_it() -> None:
     layout = choose_layers(["a", "b", "a", "a", "b"])
     assert layout == Layout(chosen=(3, 4), kind_of=(0, 1, 0, 0, 1))
     assert layout.simulated_layers(with_kept=False) == (0, 3, 4)
-    assert layout.simulated_layers(with_kept=True) == (0, 3, 4, 4, 3, 4) and layout.num_kept == 3
+    assert layout.simulated_layers(with_kept=True) == (0, 3, 4, 4, 3, 4)
+    assert layout.num_kept(0) == 0 and layout.num_kept(1) == layout.num_kept(5) == 3
 
 
 @pytest.mark.parametrize(
