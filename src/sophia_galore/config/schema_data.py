@@ -58,10 +58,10 @@ def _listed(value: object) -> object:
     """Convert a list or a single object to a tuple of sources; a name stays a name."""
     if isinstance(value, Mapping):
         value = (value,)
+    if value in ("", [], ()):
+        raise PydanticCustomError(PROBLEM, "what is empty names no data")
     if not isinstance(value, list | tuple):
         return value
-    if not value:
-        raise PydanticCustomError(PROBLEM, "an empty list names no data")
     return tuple(_source(item, place) for place, item in enumerate(value, start=1))
 
 
@@ -118,7 +118,6 @@ class DataConfig(Section):
 
     train: DataSources = Field(
         "data/sample_data.json",
-        min_length=1,
         description="JSON, JSONL, CSV, TSV, Parquet or Arrow file, a folder of those, or a hub dataset id; or a list "
         "of such, each a name or an object with path, weight (how often an epoch goes through it), max_examples and "
         "format. Plain text (.txt files, a folder or a pattern) is a corpus: cut into rows of training.max_length "

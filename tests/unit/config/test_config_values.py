@@ -51,7 +51,7 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("training.compute_dtype", "[bf16]", ["one of", '["bf16"]']),
     ("training.output_dir", "''", ["not empty"]),
     ("model.name", "123", ["takes text", '"123"', "in quotes"]),
-    ("model.fallback", "false", ["text, or null"]),
+    ("model.fallback", "false", ["takes text", "or null"]),
     ("model.name", "{a: 1}", ["takes text"]),
     ("data.eval_fraction", "1.0", ["below 1"]),
     ("optimizer.betas", "[0.9]", ["a list of 2 values", "[0.9]"]),
@@ -197,3 +197,9 @@ def test_only_what_was_given_counts_as_given() -> None:
     assert config.model_fields_set == {"training"}
     assert config.training.model_fields_set == {"seed"}
     assert RunConfig().model_fields_set == set()
+
+
+@pytest.mark.parametrize("key", flatten(RunConfig()))
+def test_no_key_takes_an_empty_text(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load_config(None, [f"{key}=''"])
