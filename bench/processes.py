@@ -35,8 +35,10 @@ QUIET = [
     "training.probe_step=false",
     "training.sample_questions=[]",
 ]
-EARLY_STEPS = 7
+EARLY_STEPS = 32
 """Steps of GaLore that are not counted over a link: a tracked basis is refreshed more often at the beginning."""
+LATE_STEPS = 8
+"""Steps after them, which are counted."""
 
 
 def launch(count: int, program: Sequence[str], threads: int, spaces: Sequence[str] = ()) -> None:
@@ -176,9 +178,9 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
                 sent["DDP, AdamW"] = theirs["summed_bytes"]
                 run = folder / f"run-{mbits}-{tokens}-{turn}"
                 # Without recomputation, as the peer.
-                ours = [*words, f"training.max_steps={asked.steps}", "training.gradient_checkpointing=false"]
+                ours = [*words, f"training.max_steps={EARLY_STEPS + LATE_STEPS}", "training.gradient_checkpointing=false"]
                 train(2, run, [*ours, "optimizer.type=galore"], 1, spaces)
-                # Of the first steps each refreshes a basis more often than the later ones: 1 all, 2 and 3 a half each.
+                # The first step refreshes all bases, steps 2 and 3 a half each, 4 to 7 a quarter each, and so on.
                 lines = [line for line in lines_of(run) if "tokens_per_second" in line][EARLY_STEPS:]
                 speeds["GaLore"].append(statistics.median(line["tokens_per_second"] for line in lines))
                 sent["GaLore"] = statistics.median(line["summed_bytes"] for line in lines)
@@ -246,7 +248,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.json"))
     parser.add_argument("--stores", nargs="+", default=list(STORES))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
-    parser.add_argument("--steps", type=int, default=12, help="steps of a run; the first are not counted")
+    parser.add_argument("--steps", type=int, default=7, help="steps of a run, for --speed; the first is not counted")
     parser.add_argument(
         "--no-again", dest="again", action="store_false", help="not twice with 2 processes, for --curve"
     )
