@@ -178,7 +178,11 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
                 sent["DDP, AdamW"] = theirs["summed_bytes"]
                 run = folder / f"run-{mbits}-{tokens}-{turn}"
                 # Without recomputation, as the peer.
-                ours = [*words, f"training.max_steps={EARLY_STEPS + LATE_STEPS}", "training.gradient_checkpointing=false"]
+                ours = [
+                    *words,
+                    f"training.max_steps={EARLY_STEPS + LATE_STEPS}",
+                    "training.gradient_checkpointing=false",
+                ]
                 train(2, run, [*ours, "optimizer.type=galore"], 1, spaces)
                 # The first step refreshes all bases, steps 2 and 3 a half each, 4 to 7 a quarter each, and so on.
                 lines = [line for line in lines_of(run) if "tokens_per_second" in line][EARLY_STEPS:]
