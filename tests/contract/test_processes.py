@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from contract.test_forecast import TOLERANCE
-from contract.test_placements import SETTINGS, words_of
+from contract.test_placements import SETTINGS, STORES, words_of
 from launched import run_processes
 from placed import QUICK, Left, PlacedRuns, assert_same
 from sophia_galore.config import load_config
@@ -235,10 +235,11 @@ def test_each_process_streams_its_own_copy(number: int, placement: str, runs: Pl
     assert not list((tmp_path / placement).glob(".run.streaming*"))
 
 
+@pytest.mark.parametrize("store", ["int8", "int8, folded late"])
 @pytest.mark.parametrize("placement", ["device", "host", "disk"])
-def test_copies_that_drifted_apart_are_made_equal(placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
+def test_copies_that_drifted_apart_are_made_equal(store: str, placement: str, runs: PlacedRuns, tmp_path: Path) -> None:
     """In the second process each tensor of the weights is another one before a checkpoint: the first one's count."""
-    words = [*DEALT, *words_of(14), f"memory.placement={placement}", "training.max_steps=4"]
+    words = [*DEALT, *words_of(14), *STORES[store], f"memory.placement={placement}", "training.max_steps=4"]
     words += ["checkpoint.save_every_steps=4", "data.eval_fraction=0", "distributed.shard_state=false"]
     config = runs.config(tmp_path / "run", SETTINGS[14][2], *words)
     equalised = agreement.equalise

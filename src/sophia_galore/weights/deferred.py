@@ -9,7 +9,7 @@ weight decay since then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,12 @@ class DeferredWeight(Weight):
         """Return the tensors of the update alone, as `tensors` does."""
         left, right = (factor.to(torch.bfloat16).contiguous() for factor in self.factors())
         return {".left": left, ".right": right, ".shrink": self.decay}
+
+    def parts(self, *, change: bool = False) -> Iterator[Mapping[str, Tensor]]:
+        """See `Weight`; the update, which can't be changed here, comes last."""
+        yield from self.base.parts(change=change)
+        if not change:
+            yield self.update_tensors()
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> DeferredWeight:
         """See `Weight`; the update stays."""
