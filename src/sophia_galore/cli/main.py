@@ -38,6 +38,11 @@ from sophia_galore.model.disk import errno_of
 _INTERRUPTED = 130
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What is at a path, or may be done there, is not what is needed.
+_PATH = (
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG),
+)
 
 app = typer.Typer(
     name="sophia-galore",
@@ -139,6 +144,10 @@ def _explain(error: Exception) -> int:
         return 2
     if errno_of(error) in _DISK:
         _complain(f"The disk is full or can't be written to: {short(error)}.", "Free some space, or take another disk.")
+        return 2
+    if isinstance(error, OSError) and error.errno in _PATH and error.filename:
+        path = error.filename2 or error.filename
+        _complain(f"{path} can't be used: {error.strerror}.", "Look what is there, and who may read and write it.")
         return 2
     if lacks_memory(error):
         _complain(

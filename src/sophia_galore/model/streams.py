@@ -1,7 +1,8 @@
 """Models whose layers get several hidden states for each token.
 
 With AltUp (Baykal et al., arXiv 2301.13310; Gemma 3n), a layer computes on one of P hidden states of a token and
-predicts the others from it. The model makes the P of them from the embedding, and one of them all behind the last layer.
+predicts the others from it. The model makes the P of them from the embedding, and one of all of them behind the last
+layer.
 
 The engine keeps them side by side, as one hidden state that is P times as wide. So it divides, packs and keeps them as
 those of any other model.
@@ -34,7 +35,8 @@ def apart(hidden: Tensor, count: int) -> Tensor:
         hidden: The hidden states.
         count: P.
     """
-    return hidden.unflatten(-1, (count, -1)).movedim(-2, 0).contiguous()
+    parted: Tensor = hidden.unflatten(-1, (count, -1))
+    return parted.movedim(-2, 0).contiguous()
 
 
 class JoinedStreams(nn.Module):

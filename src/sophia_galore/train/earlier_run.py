@@ -24,11 +24,13 @@ from sophia_galore.train.folder import free_name, not_writable
 
 _NUM_SHOWN = 3
 
+# A folder that transformers writes among a tokenizer's files.
+_TEMPLATES = "additional_chat_templates"
 # Names that transformers gives to model files: for runs of versions that kept no list of their files.
 _MODEL = re.compile(
     rf"{files.MODEL_WEIGHTS.pattern}|(generation_)?config\.json|README\.md"
     r"|tokenizer(_config)?\.json|tokenizer\.model(\.v\d+)?|special_tokens_map\.json|added_tokens\.json"
-    r"|chat_template\.(jinja|json)|additional_chat_templates|vocab\.(json|txt)|merges\.txt|spiece\.model"
+    rf"|chat_template\.(jinja|json)|{_TEMPLATES}|vocab\.(json|txt)|merges\.txt|spiece\.model"
     r"|sentencepiece\.bpe\.model|spm\.model|(pre)?processor_config\.json"
 )
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -104,7 +106,10 @@ def refuse_foreign(folder: Path, *, going_on: Checkpoint | None, keep: Iterable[
     """
     _refuse_loose_link(folder)
     here = folder.resolve()
-    if not here.is_dir() or (going_on is not None and going_on.folder.parent.resolve() == here):
+    if not here.is_dir():
+        return
+    if going_on is not None and going_on.folder.parent.resolve() == here:
+        _refuse_in_the_way(folder, here)
         return
     if not holds_run(here):
         _refuse_replacing(folder, here)
@@ -179,6 +184,18 @@ def _refuse_replacing(folder: Path, here: Path) -> None:
         raise EnvironmentProblem(
             f"{folder} holds no run, but files under names that a run writes to: {_few([*found, *saved])}.",
             "Choose another training.output_dir: they would be replaced.",
+        )
+
+
+def _refuse_in_the_way(folder: Path, here: Path) -> None:
+    """Refuse a run's folder in which there are folders under names of files that it writes as it goes on."""
+    names = files.RUN_FILES - set(files.TRACKER_FOLDERS)
+    written = {path.name for path in here.iterdir() if path.name in names or _MODEL.fullmatch(path.name)}
+    found = sorted(name for name in written - {_TEMPLATES} if (here / name).is_dir())
+    if found:
+        raise EnvironmentProblem(
+            f"{folder} holds folders under names of files that the run writes: {_few(found)}.",
+            "Move them elsewhere, or rename them.",
         )
 
 

@@ -329,3 +329,17 @@ def test_a_full_disk_is_said_so(
     monkeypatch.setattr("sophia_galore.cli.prepare_data.prepare_sample_data", full)
     assert main_module.main(["prepare-data"]) == 2
     assert "The disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number", ["EISDIR", "ENOTDIR", "EEXIST", "ENOTEMPTY", "EACCES", "EPERM", "ELOOP", "ENAMETOOLONG"]
+)
+def test_what_is_at_a_path_is_said_so(
+    number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(getattr(errno, number), "No", "some/file")
+
+    monkeypatch.setattr("sophia_galore.cli.prepare_data.prepare_sample_data", fails)
+    assert main_module.main(["prepare-data"]) == 2
+    assert "some/file can't be used: No." in capsys.readouterr().err

@@ -50,6 +50,23 @@ def test_resuming_leaves_everything_where_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "run.previous-1").exists()
 
 
+@pytest.mark.parametrize("name", [names.TRAINER_STATE, names.METRICS, names.PLAN, names.MODEL, "tokenizer.json"])
+def test_a_folder_under_the_name_of_a_file_is_a_clear_error(name: str, tmp_path: Path) -> None:
+    earlier_run(tmp_path / "run", "text")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(EnvironmentProblem, match=name):
+        open_run_folder(tmp_path / "run", going_on=checkpoint_in(tmp_path / "run"))
+    assert (tmp_path / "run" / name).is_dir()
+
+
+def test_folders_that_runs_make_are_not_in_the_way(tmp_path: Path) -> None:
+    earlier_run(tmp_path / "run", "text")
+    for name in (*names.TRACKER_FOLDERS, "additional_chat_templates"):
+        (tmp_path / "run" / name).mkdir()
+    assert open_run_folder(tmp_path / "run", going_on=checkpoint_in(tmp_path / "run")) is None
+
+
 def test_going_on_in_another_folder_takes_the_records_along(tmp_path: Path) -> None:
     earlier_run(tmp_path / "from", "its records")
     earlier_run(tmp_path / "run", "another run")
