@@ -14,6 +14,8 @@ from sophia_galore.train.checkpoint import checkpoints
 MOST_KILLS = 6
 # The survivor of a killed process is to end within this time.
 _SURVIVAL_S = 60.0
+# The first process says it once all are there.
+_HAVE_MET = "Format of the training records"
 
 
 def one(world: World, number: int, draw: random.Random) -> Found:
@@ -67,10 +69,12 @@ def _kill(children: list[Child], draw: random.Random, log: Path, found: Found) -
         try:
             code = child.wait(_SURVIVAL_S)
         except Hangs:
-            # Who waits for another process to come does so for distributed.timeout_minutes, and has said nothing yet.
-            found.count("waited for one that never came")
-            if last_words(log):
+            # Who waits for another process to come does so for distributed.timeout_minutes, and has said nothing yet;
+            # torch has, of its attempts to connect.
+            if _HAVE_MET in log.read_text(encoding="utf-8", errors="replace"):
                 found.faults.append(f"the survivor of a killed process hangs: {last_words(log)}")
+            else:
+                found.count("waited for one that never came")
             continue
         if code not in (0, 1) or traceback_in(log):
             found.faults.append(f"the survivor of a killed process ended with {code}: {last_words(log)}")

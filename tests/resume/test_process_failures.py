@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from launched import run_processes, started, wait
 from placed import Left, PlacedRuns, assert_same
 from resume.crash_run import MOMENTS, kill_at
 from sophia_galore.cli.main import main
+from sophia_galore.distributed import launch
+from sophia_galore.errors import EnvironmentProblem, RunError
 from sophia_galore.train.checkpoint import checkpoints
 from tiny import write_tiny_data
 
@@ -227,6 +230,47 @@ def test_a_run_that_is_alone_is_not_a_traceback(runs: PlacedRuns, tmp_path: Path
         child: Forked = children[0]
         assert wait(child) == 2
     assert "can't reach each other" in log.read_text() and "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("[1] Connection reset by peer", RunError),
+        ("Connection closed by peer [127.0.0.1]:4711", RunError),
+        ("Broken pipe", RunError),
+        ("timed out after 600 seconds", EnvironmentProblem),
+        ("Connection refused", EnvironmentProblem),
+    ],
+)
+def test_who_was_there_and_is_gone_was_killed(
+    said: str, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(launch, "rendezvous", fails)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(expected), launch.joined(uses_gpus=False, timeout_minutes=1):
+        pass
+
+
+def test_what_a_killed_process_left_on_disk_is_removed(runs: PlacedRuns, tmp_path: Path) -> None:
+    """Also that of a process that the run no longer has, and if the run turns out to be finished."""
+    words = ["memory.placement=disk", "training.max_steps=2", "checkpoint.save_every_steps=1"]
+    log = tmp_path / "log"
+
+    def leave() -> None:
+        for number in (1, 2, 7):
+            (tmp_path / f".run.streaming-{number}").mkdir()
+            (tmp_path / f".run.streaming-{number}" / "weights-00000.safetensors").touch()
+        (tmp_path / ".run.streaming-7" / "notes.txt").touch()  # the user's
+
+    for resume in (False, True):
+        leave()
+        assert run_processes(2, command(runs, tmp_path / "run", FAMILY, *words, resume=resume), log) == [0, 0]
+        assert [path.name for path in tmp_path.glob(".run.streaming*")] == [".run.streaming-7"]
+        shutil.rmtree(tmp_path / ".run.streaming-7")
+    assert "is finished" in log.read_text()
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -14,7 +14,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from sophia_galore.distributed.meeting import meet
 from sophia_galore.distributed.processes import Processes
-from sophia_galore.errors import EnvironmentProblem, SophiaGaloreError, short
+from sophia_galore.errors import EnvironmentProblem, RunError, SophiaGaloreError, short
+
+# How the end of a process that was there before shows in a connection to it.
+_GONE = ("reset by peer", "closed by peer", "Broken pipe", "closed by remote peer")
 
 
 def num_processes() -> int:
@@ -35,6 +38,7 @@ def joined(*, uses_gpus: bool, timeout_minutes: float) -> Iterator[Processes]:
 
     Raises:
         EnvironmentProblem: The others can't be reached.
+        RunError: One of them was there, and is gone.
     """
     if num_processes() == 1:
         yield Processes()
@@ -47,6 +51,11 @@ def joined(*, uses_gpus: bool, timeout_minutes: float) -> Iterator[Processes]:
             "cpu:gloo,cuda:nccl" if uses_gpus else "gloo", store=store, rank=rank, world_size=count, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
+        if any(words in str(error) for words in _GONE):
+            raise RunError(
+                f"Another process of the run ended before all had met: {short(error)}.",
+                "It was killed, ran out of memory, or its machine can't be reached. All processes end.",
+            ) from error
         raise EnvironmentProblem(
             f"The processes of this run can't reach each other: {short(error)}.",
             "Start them with torchrun; on several machines, with an address and a port that all of them can reach.",

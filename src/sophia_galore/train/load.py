@@ -55,7 +55,7 @@ def load(
     config, plan, checkpoint = prepared.config, prepared.plan, prepared.checkpoint
     processes = processes or Processes()
     with monitor.phase("load"):
-        streaming = open_streamed(prepared, monitor, at_end, processes.rank)
+        streaming = open_streamed(prepared, monitor, at_end, processes)
 
         def settle(name: str, weight: Weight) -> Weight:
             if streaming is None:

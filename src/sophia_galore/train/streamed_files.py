@@ -7,6 +7,7 @@ holds anything else is the user's, and is refused before a file in it is touched
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sophia_galore.config.size import bytes_in_words
+from sophia_galore.distributed.processes import Processes
 from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.disk import writing
@@ -25,14 +27,16 @@ from sophia_galore.train.prepared import Prepared
 _OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
 
 
-def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack, rank: int = 0) -> Streaming | None:
+def open_streamed(
+    prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack, processes: Processes
+) -> Streaming | None:
     """Open what moves weights and states that live elsewhere than on the device.
 
     Args:
         prepared: The prepared run; its folder is locked.
         monitor: Measures memory.
         at_end: Ended with the run: then no more is written, and the files are removed.
-        rank: Number of this process among those of the run; each has files of its own.
+        processes: The processes of the run; each has files of its own.
 
     Returns:
         What moves them; None if nothing lives elsewhere.
@@ -41,9 +45,9 @@ def open_streamed(prepared: Prepared, monitor: MemoryMonitor, at_end: ExitStack,
         EnvironmentProblem: There is no room for them, or their folder's name is taken.
     """
     streamed, memory = prepared.streamed, prepared.config.memory
-    folder = streaming_folder(Path(prepared.config.run_folder), rank)
+    folder = streaming_folder(Path(prepared.config.run_folder), processes.rank)
     on_disk = "disk" in (memory.activations, *streamed.placements.values())
-    if not remove_streamed(folder) and on_disk:
+    if not remove_left(Path(prepared.config.run_folder), processes) and on_disk:
         raise EnvironmentProblem(
             f"{folder} holds what is not of this program, but layers that live on disk would be written there.",
             "Move it away, or choose another training.output_dir.",
@@ -97,7 +101,27 @@ def keeping(prepared: Prepared) -> Iterator[None]:
         yield
 
 
-def remove_streamed(folder: Path) -> bool:
+def remove_left(run_folder: Path, processes: Processes) -> bool:
+    """Remove the files of layers that a killed run left: this process's, and those of processes that are no more.
+
+    Args:
+        run_folder: The run's folder; none of its processes uses such files now.
+        processes: The processes of the run.
+
+    Returns:
+        Whether the name of this process's folder is free now; False: something else is there.
+    """
+    own = streaming_folder(run_folder, processes.rank)
+    if processes.local_rank == 0:
+        first = streaming_folder(run_folder)
+        for path in first.parent.glob(f"{glob.escape(first.name)}-*"):
+            number = path.name.removeprefix(f"{first.name}-")
+            if number.isdecimal() and int(number) >= processes.count:
+                _remove_streamed(path)
+    return _remove_streamed(own)
+
+
+def _remove_streamed(folder: Path) -> bool:
     """Remove what an earlier run left that was killed.
 
     Args:
