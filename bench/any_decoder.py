@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import copy
 import json
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -80,6 +81,8 @@ def write_small_model(kind: str, folder: Path) -> int:
 
     said = "there is no configuration"
     whole = CONFIG_MAPPING[kind]()
+    if not hasattr(whole, "hidden_size"):
+        raise ValueError("its configuration has a part for each kind of input")
     if getattr(whole, "num_key_value_heads", 0) is None:  # a default that some models' own code does not take
         whole.num_key_value_heads = whole.num_attention_heads
     candidates = twins(whole)
@@ -99,14 +102,15 @@ def write_small_model(kind: str, folder: Path) -> int:
                 continue
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+            model.save_pretrained(folder)
+            words.save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(folder)  # some configurations change as they are read
+            return size
         except StopIteration:
             break
         except Exception as error:  # whatever a model says of sizes that it does not take
+            shutil.rmtree(folder, ignore_errors=True)
             said = reason(error)
-            continue
-        model.save_pretrained(folder)
-        words.save_pretrained(folder)
-        return size
     raise ValueError(said)
 
 
