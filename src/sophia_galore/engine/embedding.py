@@ -206,12 +206,16 @@ def embed(
             # A copy: the stored weight itself may change before its gradient is computed.
             copy = borrowed[name].values(dtype).detach().clone()
             weights[name] = copy.requires_grad_(name not in frozen and torch.is_grad_enabled())
+    # What an embedding's own code does to the rows it looked up, such as a norm.
+    inside = {name: _weights_inside(name.removesuffix("weight"), weights) for name in embeddings}
     hidden: list[Tensor] = []
     calls: list[list[LayerCall]] = []
     num_rows, of_batches = first_row, places.split([batch.input_ids.numel() for batch in batches])
     for number, (batch, places_flat) in enumerate(zip(batches, of_batches, strict=True), first_batch):
         looked_up = {
-            name: functional_call(module, {"weight": rows[name]}, (places_flat.view_as(batch.input_ids),))
+            name: functional_call(
+                module, {"weight": rows[name], **inside[name]}, (places_flat.view_as(batch.input_ids),)
+            )
             for name, module in embeddings.items()
         }
         embedded = looked_up.pop(architecture.embed_name)
@@ -226,3 +230,7 @@ def embed(
         real = _real_tokens(batch) if any(architecture.routers) else None
         calls.append([replace(call, micro_batch=number, real=real, block=batch.block) for call in layer_calls])
     return Embedded(tokens, rows, weights, hidden, calls)
+
+
+def _weights_inside(prefix: str, weights: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}

@@ -187,7 +187,9 @@ def _router(model: Any, config: Any, layer: nn.Module) -> Router | None:
     weight: Any = getattr(module, "weight", None)
     if module is None or weight is None:
         return None
-    return Router(module, getattr(recorder, "index", 0), len(weight), chosen)
+    counted = getattr(module, "num_experts", None)  # fewer than its rows if it also weighs experts that all tokens get
+    count = counted if isinstance(counted, int) and 0 < counted <= len(weight) else len(weight)
+    return Router(module, getattr(recorder, "index", 0), count, chosen)
 
 
 def _balance(config: Any) -> float:
