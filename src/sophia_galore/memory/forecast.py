@@ -6,6 +6,7 @@ each kind (`simulation.py`) and composed for all layers (`composition.py`).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -283,6 +284,9 @@ def naming_unpredictable(model_type: str) -> Iterator[None]:
     Args:
         model_type: The model's architecture.
     """
+    # It would print the traceback of what is said below in a sentence.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, log.disabled = log.disabled, True
     try:
         yield
     except SophiaGaloreError:
@@ -295,6 +299,8 @@ def naming_unpredictable(model_type: str) -> Iterator[None]:
             f"without values ({short(error)}).",
             "Use memory.predict=false: the probe step shows whether a run fits.",
         ) from error
+    finally:
+        log.disabled = was_disabled
 
 
 def _kind(layer: str, routes: Sequence[Route]) -> Hashable:

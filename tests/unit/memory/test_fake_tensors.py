@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from sophia_galore.errors import NotPredictable
 from sophia_galore.memory.fake_tensors import FakeTensors
+from sophia_galore.memory.forecast import naming_unpredictable
 from sophia_galore.memory.report import peak_process_bytes
 
 CPU = torch.device("cpu")
@@ -98,3 +102,12 @@ def test_autograd_goes_through() -> None:
         weight = torch.zeros(3, 2, requires_grad=True)
         (torch.zeros(4, 2) @ weight.T).sum().backward()
         assert weight.grad is not None and weight.grad.shape == (3, 2)
+
+
+def test_what_a_models_code_can_not_do_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would log a traceback of some errors; a message has what it says."""
+    logged: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("torch._subclasses.fake_tensor"), "callHandlers", logged.append)
+    with pytest.raises(NotPredictable, match="split_with_sizes"), naming_unpredictable("other"), FakeTensorMode():
+        torch.empty(4).split([1, 1])
+    assert not logged
