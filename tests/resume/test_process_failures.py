@@ -27,6 +27,7 @@ from sophia_galore.cli.main import main
 from sophia_galore.distributed import launch
 from sophia_galore.errors import EnvironmentProblem, RunError
 from sophia_galore.train.checkpoint import checkpoints
+from sophia_galore.train.folder import locked
 from tiny import write_tiny_data
 
 # The survivor of a killed process is to end within this time.
@@ -271,6 +272,10 @@ def test_what_a_killed_process_left_on_disk_is_removed(runs: PlacedRuns, tmp_pat
         assert [path.name for path in tmp_path.glob(".run.streaming*")] == [".run.streaming-7"]
         shutil.rmtree(tmp_path / ".run.streaming-7")
     assert "is finished" in log.read_text()
+    leave()
+    with locked(tmp_path / "run"):  # as by a run that has written its model, and still uses its files
+        assert run_processes(2, command(runs, tmp_path / "run", FAMILY, *words, resume=True), log) == [0, 0]
+    assert len(list(tmp_path.glob(".run.streaming*"))) == 3
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

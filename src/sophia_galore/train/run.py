@@ -54,7 +54,7 @@ from sophia_galore.train.result import RunResult
 from sophia_galore.train.resume import changed_noise, refuse_difference
 from sophia_galore.train.signals import stop_on_signal
 from sophia_galore.train.space import final_dtype, model_bytes
-from sophia_galore.train.streamed_files import remove_left
+from sophia_galore.train.streamed_files import remove_left_by_finished
 from sophia_galore.train.trackers import Trackers
 from sophia_galore.weights.tensor_stream import TensorStream
 
@@ -97,7 +97,7 @@ def _train(begins: Beginning, start: Start, callback: Callback, processes: Proce
     """Train in each of the processes."""
     config, folder = begins.config, Path(begins.config.run_folder)
     if begins.finished:
-        remove_left(folder, processes)  # by a process that was killed behind its last step
+        remove_left_by_finished(folder, processes)
         callback.say(f"The run in {folder} is finished: {begins.finished.how_it_ended}.")
         return begins.finished
     if config.training.report_to and processes.is_first:

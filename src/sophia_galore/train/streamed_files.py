@@ -21,7 +21,7 @@ from sophia_galore.memory.monitor import MemoryMonitor
 from sophia_galore.model.disk import writing
 from sophia_galore.streaming.open import INPUTS, Streaming, open_streaming
 from sophia_galore.train.checkpoint import checkpoints
-from sophia_galore.train.folder import streaming_folder
+from sophia_galore.train.folder import locked, streaming_folder
 from sophia_galore.train.prepared import Prepared
 
 _OURS = re.compile(r"(weights|state)-\d+\.safetensors(\.new)?")
@@ -119,6 +119,25 @@ def remove_left(run_folder: Path, processes: Processes) -> bool:
             if number.isdecimal() and int(number) >= processes.count:
                 _remove_streamed(path)
     return _remove_streamed(own)
+
+
+def remove_left_by_finished(run_folder: Path, processes: Processes) -> None:
+    """Do the same for a run that is finished: a process may have been killed behind its last step.
+
+    Args:
+        run_folder: The run's folder. Nothing is removed while it is locked: then the run is about to do so itself.
+        processes: The processes that found the run finished.
+    """
+    with ExitStack() as held:
+        is_free = True
+        if processes.is_first:
+            try:
+                held.enter_context(locked(run_folder))
+            except EnvironmentProblem:
+                is_free = False
+        if processes.from_first(is_free):
+            remove_left(run_folder, processes)
+        processes.gather(None)  # the lock is held until all are done
 
 
 def _remove_streamed(folder: Path) -> bool:
