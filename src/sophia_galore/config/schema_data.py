@@ -59,7 +59,7 @@ def _listed(value: object) -> object:
     if isinstance(value, Mapping):
         value = (value,)
     if value in ("", [], ()):
-        raise PydanticCustomError(PROBLEM, "what is empty names no data")
+        raise PydanticCustomError(PROBLEM, f"an empty {'text' if value == '' else 'list'} names no data")
     if not isinstance(value, list | tuple):
         return value
     return tuple(_source(item, place) for place, item in enumerate(value, start=1))

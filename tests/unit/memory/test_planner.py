@@ -70,9 +70,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each model that was traced, whether layers without checkpointing were simulated too."""
     calls: list[bool] = []
 
-    def counting(*given: Any, with_kept: bool, **more: Any) -> ModelTrace:
-        calls.append(with_kept)
-        return trace_model(*given, with_kept=with_kept, **more)
+    def counting(*given: Any, keep_layers: int, **more: Any) -> ModelTrace:
+        calls.append(keep_layers > 0)
+        return trace_model(*given, keep_layers=keep_layers, **more)
 
     trace_model = planner_module.trace_model
     monkeypatch.setattr(planner_module, "trace_model", counting)

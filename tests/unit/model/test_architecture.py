@@ -31,7 +31,9 @@ def test_the_parts_are_the_models_own(family: str, tied: bool) -> None:
     assert parameters[architecture.embed_name] is architecture.embed.weight is model.get_input_embeddings().weight
     assert parameters[architecture.head_name] is architecture.head.weight is model.get_output_embeddings().weight
     assert (architecture.head_name == architecture.embed_name) is tied
-    assert parameters[f"{architecture.norm_name}.weight"] is architecture.norm.weight
+    inside = dict(architecture.norm.named_parameters())
+    assert all(parameters[name] is inside[inner] for name, inner in architecture.norm_names.items())
+    assert len(architecture.norm_names) == len(inside) == 1
     assert len(architecture.layers) == len(architecture.layer_names) == 3
     for layer, name in zip(architecture.layers, architecture.layer_names, strict=True):
         assert all(parameters[f"{name}.{key}"] is value for key, value in layer.named_parameters())
@@ -43,7 +45,7 @@ def test_the_parts_together_hold_every_parameter_once(family: str, tied: bool) -
     model = tiny_model(family, tied=tied)
     architecture = find_architecture(model)
     shapes = architecture.parameter_shapes()
-    parts = [architecture.embed_name, architecture.head_name, f"{architecture.norm_name}.weight"]
+    parts = [architecture.embed_name, architecture.head_name, *architecture.norm_names]
     parts += [name for name in shapes if name.startswith(tuple(f"{layer}." for layer in architecture.layer_names))]
     assert sorted(set(parts)) == sorted(shapes)
     assert len(parts) == len(shapes) + tied
@@ -85,7 +87,8 @@ def test_what_becomes_of_the_logits_is_found_by_trying(kind: str, more: dict[str
 def test_parts_with_other_names() -> None:
     """GPT-2 calls everything otherwise, and has a second embedding, of the positions."""
     architecture = find_architecture(tiny("gpt2", n_embd=32, n_layer=2, n_head=2))
-    assert (architecture.embed_name, architecture.norm_name) == ("transformer.wte.weight", "transformer.ln_f")
+    assert architecture.embed_name == "transformer.wte.weight"
+    assert dict(architecture.norm_names) == {f"transformer.ln_f.{key}": key for key in ("weight", "bias")}
     assert architecture.layer_names == ("transformer.h.0", "transformer.h.1")
     assert architecture.entry_names == ("transformer.wpe.weight",) and not architecture.lookups
     assert architecture.has_dropout and architecture.tied and architecture.head_bias_name is None
@@ -94,7 +97,8 @@ def test_parts_with_other_names() -> None:
 def test_a_bias_of_the_head_is_a_parameter_of_its_own() -> None:
     architecture = find_architecture(tiny("phi", **SMALL))
     assert (architecture.head_name, architecture.head_bias_name) == ("lm_head.weight", "lm_head.bias")
-    assert architecture.exit_names == ("model.final_layernorm", "lm_head.weight", "lm_head.bias")
+    norm = ("model.final_layernorm.weight", "model.final_layernorm.bias")
+    assert architecture.exit_names == (*norm, "lm_head.weight", "lm_head.bias")
 
 
 def test_further_embeddings_of_tokens_and_what_is_made_of_them() -> None:
