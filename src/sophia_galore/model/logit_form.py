@@ -62,8 +62,8 @@ def find_logit_form(model: Any, base: nn.Module, head: nn.Module) -> LogitForm:
             logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits.double()
         except Exception:  # whatever a model's code says if another part of it is called than is thought
             logits = torch.empty(0)
-    # On its way into the head, the one of `hidden` has become a factor.
-    factor = float(seen[-1].flatten()[0]) if seen else 0.0
+    # On its way into the head, the one of `hidden` has become a factor; more numbers are not from `base`.
+    factor = float(seen[-1]) if seen and seen[-1].shape == hidden.shape else 0.0
     has_bias = getattr(head, "bias", None) is not None
     if logits.shape == tried.shape and factor > 0 and not (has_bias and factor != 1):
         form = _through(logits.flatten().tolist())

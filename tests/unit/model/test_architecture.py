@@ -84,6 +84,16 @@ def test_what_becomes_of_the_logits_is_found_by_trying(kind: str, more: dict[str
     assert find_architecture(tiny(kind, **more)).logit_form == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_calls_the_inner_part_of_its_base(device: str) -> None:
+    """OPT: what enters the head is not what the base model was to return, so nothing is read from it."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    with torch.device(device):
+        model = tiny("opt", num_hidden_layers=2, num_attention_heads=2, **sizes)
+    architecture = find_architecture(model)
+    assert architecture.base_name == "model.decoder" and architecture.logit_form == LogitForm()
+
+
 def test_parts_with_other_names() -> None:
     """GPT-2 calls everything otherwise, and has a second embedding, of the positions."""
     architecture = find_architecture(tiny("gpt2", n_embd=32, n_layer=2, n_head=2))
