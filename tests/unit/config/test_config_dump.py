@@ -44,6 +44,8 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
     if origin is typing.Annotated:
         return values_of(arguments[0], limits_in(arguments[1].metadata))
     if origin in (typing.Union, types.UnionType):
+        if any(DataSource in typing.get_args(argument) for argument in arguments):
+            limits = {**limits, "min_length": 1}
         return st.one_of(*(values_of(argument, limits) for argument in arguments))
     if origin is typing.Literal:
         return st.sampled_from(arguments)
@@ -69,7 +71,7 @@ def values_of(annotation: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]
             format=st.sampled_from([None, "alpaca", "text"]),
         )
     assert annotation is str, annotation
-    return st.text(min_size=1)  # no key takes an empty one
+    return st.text(min_size=limits.get("min_length", 0))
 
 
 def field_of(name: str) -> Any:
@@ -81,7 +83,7 @@ def field_of(name: str) -> Any:
 
 
 def limits_in(metadata: list[Any]) -> dict[str, Any]:
-    names = ("ge", "gt", "le", "lt")
+    names = ("ge", "gt", "le", "lt", "min_length")
     return {n: getattr(c, n) for c in metadata for n in names if getattr(c, n, None) is not None}
 
 

@@ -51,7 +51,7 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("training.compute_dtype", "[bf16]", ["one of", '["bf16"]']),
     ("training.output_dir", "''", ["not empty"]),
     ("model.name", "123", ["takes text", '"123"', "in quotes"]),
-    ("model.fallback", "false", ["takes text", "or null"]),
+    ("model.fallback", "false", ["takes text that is not empty, or null"]),
     ("model.name", "{a: 1}", ["takes text"]),
     ("data.eval_fraction", "1.0", ["below 1"]),
     ("optimizer.betas", "[0.9]", ["a list of 2 values", "[0.9]"]),
