@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from sophia_galore.distributed.meeting import meet
-from sophia_galore.distributed.processes import Processes
+from sophia_galore.distributed.processes import WHY_GONE, Processes
 from sophia_galore.errors import EnvironmentProblem, RunError, SophiaGaloreError, short
 
 # How the end of a process that was there before shows in a connection to it.
@@ -52,10 +52,7 @@ def joined(*, uses_gpus: bool, timeout_minutes: float) -> Iterator[Processes]:
         )
     except (RuntimeError, ValueError) as error:
         if any(words in str(error) for words in _GONE):
-            raise RunError(
-                f"Another process of the run ended before all had met: {short(error)}.",
-                "It was killed, ran out of memory, or its machine can't be reached. All processes end.",
-            ) from error
+            raise RunError(f"Another process of the run ended before all had met: {short(error)}.", WHY_GONE) from error
         raise EnvironmentProblem(
             f"The processes of this run can't reach each other: {short(error)}.",
             "Start them with torchrun; on several machines, with an address and a port that all of them can reach.",

@@ -27,6 +27,8 @@ Made = TypeVar("Made")
 _FAILURE = "sophia_galore/failure"
 # How messages of Gloo begin.
 _SOURCE_PLACE = re.compile(r"^\[[^\]]*\] ")
+WHY_GONE = "It was killed, ran out of memory, or its machine can't be reached. All processes end."
+"""What is said of a process that was there and is gone."""
 # Smaller tensors are sent together, since each message takes time of its own.
 _SMALL_BYTES = 2**20
 
@@ -291,7 +293,7 @@ class Processes:
         """
         return RunError(
             f"Another process of the run is gone, says {self.name}: {_SOURCE_PLACE.sub('', short(error))}.",
-            "It was killed, ran out of memory, or its machine can't be reached. All processes end.",
+            WHY_GONE,
         )
 
     def _guarded(self, act: Callable[[], Made]) -> Made:

@@ -178,7 +178,7 @@ def protected_paths(config: RunConfig, *more: Path | None) -> list[Path]:
 
 def _refuse_replacing(folder: Path, here: Path) -> None:
     """Refuse a folder without a run that holds files under names that a run writes."""
-    found = sorted(path.name for path in here.iterdir() if path.name in files.RUN_FILES or _MODEL.fullmatch(path.name))
+    found = _under_runs_names(here)
     saved = sorted(path.name for path in here.glob("checkpoint-*") if _WORK.fullmatch(path.name))
     if found or saved:
         raise EnvironmentProblem(
@@ -187,12 +187,15 @@ def _refuse_replacing(folder: Path, here: Path) -> None:
         )
 
 
+def _under_runs_names(here: Path) -> list[str]:
+    """Return what is in a folder under names that a run writes to, checkpoints aside; sorted."""
+    return sorted(path.name for path in here.iterdir() if path.name in files.RUN_FILES or _MODEL.fullmatch(path.name))
+
+
 def _refuse_in_the_way(folder: Path, here: Path) -> None:
     """Refuse a run's folder in which there are folders under names of files that it writes as it goes on."""
-    names = files.RUN_FILES - set(files.TRACKER_FOLDERS)
-    written = {path.name for path in here.iterdir() if path.name in names or _MODEL.fullmatch(path.name)}
-    found = sorted(name for name in written - {_TEMPLATES} if (here / name).is_dir())
-    if found:
+    folders = {*files.TRACKER_FOLDERS, _TEMPLATES}
+    if found := [name for name in _under_runs_names(here) if name not in folders and (here / name).is_dir()]:
         raise EnvironmentProblem(
             f"{folder} holds folders under names of files that the run writes: {_few(found)}.",
             "Move them elsewhere, or rename them.",
