@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import copy
+import itertools
 import json
 import shutil
 import tempfile
@@ -85,11 +86,9 @@ def write_small_model(kind: str, folder: Path) -> int:
         raise ValueError("its configuration has a part for each kind of input")
     if getattr(whole, "num_key_value_heads", 0) is None:  # a default that some models' own code does not take
         whole.num_key_value_heads = whole.num_attention_heads
-    candidates = twins(whole)
-    for _ in range(_MOST_TRIES):
+    words = chat_tokenizer(280)
+    for config in itertools.islice(twins(whole), _MOST_TRIES):
         try:
-            config = next(candidates)
-            words = chat_tokenizer(280)
             config.vocab_size = len(words)
             if hasattr(config, "vocab_size_per_layer_input"):
                 config.vocab_size_per_layer_input = len(words)
@@ -106,8 +105,6 @@ def write_small_model(kind: str, folder: Path) -> int:
             words.save_pretrained(folder)
             AutoModelForCausalLM.from_pretrained(folder)  # some configurations change as they are read
             return size
-        except StopIteration:
-            break
         except Exception as error:  # whatever a model says of sizes that it does not take
             shutil.rmtree(folder, ignore_errors=True)
             said = reason(error)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from faults_child import Child, Hangs, command, start
-from faults_world import Found, World, last_words, settings, torn_checkpoints, traceback_in
+from faults_world import Found, World, last_words, said_in, settings, torn_checkpoints, traceback_in
 from sophia_galore.train.checkpoint import checkpoints
 
 MOST_KILLS = 6
@@ -71,7 +71,7 @@ def _kill(children: list[Child], draw: random.Random, log: Path, found: Found) -
         except Hangs:
             # Who waits for another process to come does so for distributed.timeout_minutes, and has said nothing yet;
             # torch has, of its attempts to connect.
-            if _HAVE_MET in log.read_text(encoding="utf-8", errors="replace"):
+            if _HAVE_MET in said_in(log):
                 found.faults.append(f"the survivor of a killed process hangs: {last_words(log)}")
             else:
                 found.count("waited for one that never came")

@@ -307,12 +307,17 @@ def left_behind(output: Path) -> list[str]:
     return left
 
 
+def said_in(log: Path) -> str:
+    """Return what was printed; empty if nothing was yet."""
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+
+
 def last_words(log: Path, most: int = 400) -> str:
     """Return the end of what was printed."""
-    return " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-most:] if log.exists() else ""
+    return " ".join(said_in(log).split())[-most:]
 
 
 def traceback_in(log: Path) -> bool:
     """Return whether somebody who ran this would see a traceback, or that something should not have happened."""
-    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    said = said_in(log)
     return "Traceback (most recent call last)" in said or "This should not happen" in said

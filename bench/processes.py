@@ -11,6 +11,7 @@ take their turns, several times; ratios are medians. Run `--speed` and `--link` 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -155,7 +156,7 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
 def compare_link(asked: argparse.Namespace, folder: Path) -> None:
     """Two machines with a slow link between them, beside DDP with AdamW."""
     found: list[dict[str, Any]] = []
-    for mbits, tokens in ((mbits, tokens) for mbits in asked.mbits for tokens in asked.tokens):
+    for mbits, tokens in itertools.product(asked.mbits, asked.tokens):
         words = [
             f"model.name={asked.model}",
             f"data.train={asked.data}",
