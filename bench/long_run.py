@@ -42,11 +42,13 @@ class Contender:
         side: Its name among the sides of `peers_sides.py`.
         rates: Peak rates that are tried, by task; others take those of `answers`.
         words: Settings beside those of the side.
+        rate_of: The contender whose best rate is taken, instead of rates of its own: to see what one setting changes.
     """
 
     side: str
     rates: dict[str, tuple[float, ...]]
     words: tuple[str, ...] = ()
+    rate_of: str = ""
 
 
 _ADAMW = {"answers": (1e-4, 2e-4, 4e-4), "text": (1e-3, 2e-3, 4e-3)}
@@ -55,7 +57,7 @@ _FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": (5e-3, 1e-2, 2e-2)}
 CONTENDERS: dict[str, Contender] = {
     "adamw": Contender("ours-adamw", _ADAMW, (_KEPT,)),
     "galore": Contender("ours-galore", _GALORE, (_KEPT,)),
-    "galore-int8": Contender("ours-galore-int8", _GALORE, (_KEPT,)),
+    "galore-int8": Contender("ours-galore-int8", {}, (_KEPT,), rate_of="galore"),
     "fira": Contender("ours-galore", _FIRA, (_KEPT, "optimizer.galore.residual=fira")),
     "lora-16": Contender("lora-16", {"answers": (5e-4, 1e-3, 2e-3)}),
     "lora-64": Contender("lora-64", {"answers": (5e-4, 1e-3, 2e-3)}),
@@ -93,8 +95,7 @@ def next_job(lines: Sequence[dict[str, Any]], names: Sequence[str], task: str, s
     """
     known = {(line["contender"], line["rate"], line["seed"]) for line in lines}
     for name in names:
-        rates = CONTENDERS[name].rates.get(task, CONTENDERS[name].rates["answers"])
-        for rate in rates:
+        for rate in _rates(lines, name, task, seeds[0]):
             if (name, rate, seeds[0]) not in known:
                 return Job(name, rate, seeds[0])
     for seed in seeds[1:]:
@@ -103,6 +104,14 @@ def next_job(lines: Sequence[dict[str, Any]], names: Sequence[str], task: str, s
             if rate is not None and (name, rate, seed) not in known:
                 return Job(name, rate, seed)
     return None
+
+
+def _rates(lines: Sequence[dict[str, Any]], name: str, task: str, seed: int) -> tuple[float, ...]:
+    contender = CONTENDERS[name]
+    if contender.rate_of:
+        rate = best_rate(lines, contender.rate_of, seed)
+        return () if rate is None else (rate,)
+    return contender.rates.get(task, contender.rates["answers"])
 
 
 def best_rate(lines: Sequence[dict[str, Any]], name: str, seed: int) -> float | None:
@@ -237,10 +246,10 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--eval-examples", type=int, default=96)
+    parser.add_argument("--eval-examples", type=int, default=192)
     parser.add_argument("--questions", type=int, default=200, help="answered questions, for tasks with exact answers")
     parser.add_argument("--model", type=Path, default=Path("smollm2-135m"))
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the new model, as the next three")

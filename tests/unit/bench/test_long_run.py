@@ -36,6 +36,17 @@ def test_rates_first_then_the_best_one_with_other_seeds() -> None:
     assert "| adamw | 0.0001, 0.0002, 0.0004 | 0.0002 | 3 | 1.0000 ± 0.0000 |" in table(lines)
 
 
+def test_a_contender_takes_the_best_rate_of_another() -> None:
+    lines: list[dict[str, Any]] = []
+    order = []
+    while (job := next_job(lines, ["galore", "galore-int8"], "answers", [0, 1])) is not None:
+        order.append((job.contender, job.rate, job.seed))
+        lines.append(line(job, 2.0 - (job.rate == 1.6e-3)))
+    assert order[3:] == [("galore-int8", 1.6e-3, 0), ("galore", 1.6e-3, 1), ("galore-int8", 1.6e-3, 1)]
+    failed = [{**one, "failed": "it did"} for one in lines[:3]]
+    assert next_job(failed, ["galore", "galore-int8"], "answers", [0, 1]) is None
+
+
 def test_a_rate_that_failed_is_never_the_best() -> None:
     lines = [{"contender": "adamw", "rate": 1e-4, "seed": 0, "failed": "it did"}, line(Job("adamw", 2e-4, 0), 9.0)]
     assert best_rate(lines, "adamw", 0) == 2e-4 and best_rate(lines[:1], "adamw", 0) is None
