@@ -3,7 +3,7 @@
     python bench/checkpoints.py --output outputs/checkpoints.json
 
 Trains SmolLM2-135M as `configs/quickstart.yaml` says and times each step and each checkpoint. Run it when nothing else
-runs.
+runs: a store beside which something did is marked as disturbed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from measured import provenance
+from quiet import cpu_times, quietness, warn_if_busy
 from sophia_galore.config import load_config
 from sophia_galore.train import run
 from sophia_galore.train.callback import Callback
@@ -83,9 +84,11 @@ def main() -> None:
     parser.add_argument("words", nargs="*", help="further settings")
     asked = parser.parse_args()
     found = {}
+    warn_if_busy()
     for name in asked.stores:
+        begun = cpu_times()
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = measure(STORES[name], asked, Path(folder) / "run")
+            found[name] = measure(STORES[name], asked, Path(folder) / "run") | quietness(begun)
         print(name, found[name], flush=True)
         asked.output.write_text(json.dumps(provenance() | {"every": asked.every, "stores": found}, indent=2) + "\n")
 

@@ -28,6 +28,7 @@ from held_out import eval_loss, held_out_batches
 from long_tasks import TASKS, exact_match
 from measured import provenance, read_lines, reason
 from peers_sides import SIDES, Work, run_config
+from quiet import cpu_times, is_disturbed, quietness
 from sophia_galore.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,6 +194,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         best = best_rate(mine, name, first)
         chosen = [line for line in mine if line["rate"] == best]
         rates = sorted({line["rate"] for line in mine if line["seed"] == first})
+        speeds = [line["tokens_per_second"] for line in chosen if not is_disturbed(line)]
         cells = [
             name,
             ", ".join(f"{rate:g}" for rate in rates),
@@ -201,7 +203,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
             _spread([line["validation_loss"] for line in chosen]),
             _spread([line["test_loss"] for line in chosen]),
             _spread([line["exact_match"] for line in chosen]) if "exact_match" in chosen[0] else "",
-            f"{statistics.median(line['tokens_per_second'] for line in chosen):.0f}",
+            f"{statistics.median(speeds):.0f}" if speeds else "disturbed",
             f"{statistics.median(line['peak_process_bytes'] for line in chosen) / 2**20:.0f}",
         ]
         rows.append(f"| {' | '.join(cells)} |")
@@ -279,13 +281,14 @@ def main() -> None:
             return
         result = asked.folder / asked.task / "result.json"
         result.unlink(missing_ok=True)
-        words = ["--job", job.contender, str(job.rate), str(job.seed)]
+        words, begun = ["--job", job.contender, str(job.rate), str(job.seed)], cpu_times()
         subprocess.run([sys.executable, __file__, *sys.argv[1:], *words], check=False)
         if not result.exists():
             raise SystemExit(f"{job.name} was ended; the same command goes on from its last checkpoint.")
         line = {
             **{"contender": job.contender, "rate": job.rate, "seed": job.seed, "steps": asked.steps},
             **json.loads(result.read_text(encoding="utf-8")),
+            **quietness(begun),
             **provenance(),
             "command": " ".join(sys.argv),
         }

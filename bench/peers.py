@@ -10,6 +10,7 @@ every time in a process of its own:
 - tokens a second: the median over the steps but the first, in several turns; sides take turns one after the other, so
   that what else the machine does meets all of them. Beside it the same over all steps: a first step makes what later
   ones use, such as the singular vectors of all gradients.
+  A turn beside which something else used the processor is marked, and left out of the table.
 - peak resident size, until the last step is done. Where torchao is installed, transformers imports it on all sides.
 - peak of live tensors, by our storage tracker over the first steps, which it slows down.
 - loss on the held-out examples, of the model that it saved, by one and the same function. Where a side has several
@@ -40,8 +41,11 @@ from typing import Any
 from measured import read_lines
 from peers_sides import BASE, ROOT, SIDES, Work
 from peers_table import table
+from quiet import cpu_times, quietness, warn_if_busy
 
 _PACKAGES = ("torch", "transformers", "accelerate", "galore-torch", "apollo-torch", "torchao", "peft", "bitsandbytes")
+KINDS = ("memory", "resume", "rates")
+"""What is measured besides the times: the peak of live tensors, resuming, and the loss at rates but the first."""
 # Only a side that hangs takes so long.
 _LONGEST_S = 3600
 
@@ -68,13 +72,16 @@ class Job:
         return self.kind == "timing" and not self.turn
 
 
-def jobs(sides: Sequence[str], turns: int, rates: Mapping[str, Sequence[float]]) -> Iterator[Job]:
+def jobs(
+    sides: Sequence[str], turns: int, rates: Mapping[str, Sequence[float]], kinds: Sequence[str] = KINDS
+) -> Iterator[Job]:
     """Everything that is to be measured, in order.
 
     Args:
         sides: Names of sides.
         turns: How often each is timed.
         rates: Peak rates of each side; timed with the first one.
+        kinds: What is measured besides; see `KINDS`.
     """
     yield Job("start", BASE, 0.0)
     for turn in range(turns):
@@ -82,9 +89,9 @@ def jobs(sides: Sequence[str], turns: int, rates: Mapping[str, Sequence[float]])
         for side in (*sides[first:], *sides[:first]):
             yield Job("timing", side, rates[side][0], turn)
     for kind in ("memory", "resume"):
-        for side in sides:
+        for side in sides if kind in kinds else ():
             yield Job(kind, side, rates[side][0])
-    for side in sides:
+    for side in sides if "rates" in kinds else ():
         for rate in rates[side][1:]:
             yield Job("timing", side, rate)
 
@@ -226,6 +233,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and run nothing")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="what is measured besides the times")
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rates", nargs="+", default=[], metavar="SIDE=RATE,...", help="the first is the one timed")
@@ -266,10 +274,12 @@ def main() -> None:
     bench = Bench(work, arguments.threads, {one["side"]: one["instead_of"] for one in lines if "instead_of" in one})
     circumstances = about(work)
     failed = {line["side"] for line in lines if line["kind"] == "timing" and "failed" in line and line["turn"] == 0}
-    for job in jobs(sides, arguments.turns, rates):
+    warn_if_busy()
+    for job in jobs(sides, arguments.turns, rates, arguments.kinds):
         if job in known or job.side in failed:
             continue
-        line = {**vars(job), **bench.measure(job), **circumstances}
+        begun = cpu_times()
+        line = {**vars(job), **bench.measure(job), **quietness(begun), **circumstances}
         with arguments.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if "failed" in line and job.kind == "timing" and job.turn == 0:

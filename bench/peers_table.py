@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peers_sides import BASE, SIDES, Side
+from quiet import is_disturbed
 
 Line = Mapping[str, Any]
 
@@ -65,8 +66,11 @@ class Row:
     def _take_timing(self, line: Line) -> None:
         if line["turn"] is not None:
             steps, turn = line["steps"], line["turn"]
-            self.speeds[turn] = statistics.median(tokens / seconds for tokens, seconds in steps[1:])
-            self.whole_speeds[turn] = sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
+            if is_disturbed(line):
+                self.remark(f"turn {turn} was disturbed: its times do not count")
+            else:
+                self.speeds[turn] = statistics.median(tokens / seconds for tokens, seconds in steps[1:])
+                self.whole_speeds[turn] = sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
             self.peaks[turn] = line["peak_process_bytes"]
         if "eval_loss" in line:
             self.losses[line["rate"]] = line["eval_loss"]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import provenance, weights_sha256
+from quiet import cpu_times, quietness, warn_if_busy
 from sides import compare, open_side
 from sophia_galore.config import load_config
 from sophia_galore.train.callback import Callback
@@ -130,7 +131,9 @@ def main() -> None:
         if asked.bits:
             compare_bits(asked, Path(temporary))
         if asked.speed:
-            figures = provenance() | compare_speed(asked, Path(temporary))
+            warn_if_busy()
+            begun = cpu_times()
+            figures = compare_speed(asked, Path(temporary)) | quietness(begun) | provenance()
             asked.speed.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             print(figures["ratio"], figures["waited"])
         print(f"{time.monotonic() - began_s:.0f} s")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from measured import provenance, weights_sha256
+from quiet import cpu_times, quietness, warn_if_busy
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "quickstart.yaml"
@@ -141,6 +142,8 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
         "training.eval_every_steps=0",
     ]
     speeds: dict[str, list[float]] = {"1 x 2 threads": [], "2 x 1 thread": []}
+    warn_if_busy()
+    begun = cpu_times()
     for turn in range(asked.turns):
         for name, count, threads in (("1 x 2 threads", 1, 2), ("2 x 1 thread", 2, 1)):
             run = folder / f"{turn}-{count}"
@@ -150,12 +153,14 @@ def compare_speed(asked: argparse.Namespace, folder: Path) -> None:
     one, two = speeds.values()
     ratios = [b / a for a, b in zip(one, two, strict=True)]
     figures = {"tokens_per_second": speeds, "ratios": ratios, "median_ratio": statistics.median(ratios)}
+    figures |= quietness(begun)
     asked.speed.write_text(json.dumps(provenance() | figures, indent=2) + "\n", encoding="utf-8")
 
 
 def compare_link(asked: argparse.Namespace, folder: Path) -> None:
     """Two machines with a slow link between them, beside DDP with AdamW."""
     found: list[dict[str, Any]] = []
+    warn_if_busy()
     for mbits, tokens in itertools.product(asked.mbits, asked.tokens):
         words = [
             f"model.name={asked.model}",
@@ -169,6 +174,7 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
         ]
         speeds: dict[str, list[float]] = {"DDP, AdamW": [], "GaLore": []}
         sent: dict[str, float] = {}
+        begun = cpu_times()
         for turn in range(asked.turns):
             with linked(mbits) as spaces:
                 result = folder / f"ddp-{mbits}-{tokens}-{turn}.json"
@@ -199,6 +205,7 @@ def compare_link(asked: argparse.Namespace, folder: Path) -> None:
                 "median_ratio": statistics.median(ratios),
                 "summed_bytes": sent,
                 "share_of_bytes": sent["GaLore"] / sent["DDP, AdamW"],
+                **quietness(begun),
             }
         )
         asked.link.write_text(json.dumps(provenance() | {"links": found}, indent=2) + "\n", encoding="utf-8")

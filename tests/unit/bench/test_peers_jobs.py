@@ -46,6 +46,7 @@ def test_sides_take_turns_and_begin_with_another_one_each_time() -> None:
     assert timed == [("a", 1.0, 0), ("b", 3.0, 0), ("b", 3.0, 1), ("a", 1.0, 1), ("a", 2.0, None)]
     assert [job.side for job in found if job.kind == "resume"] == ["a", "b"]
     assert len(set(found)) == len(found)
+    assert {job.kind for job in peers.jobs(["a"], 1, rates, [])} == {"start", "timing"}
 
 
 def test_a_side_that_refuses_accumulation_takes_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:

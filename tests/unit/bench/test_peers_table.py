@@ -65,6 +65,16 @@ def test_ratios_are_made_within_a_turn() -> None:
     assert ratio == "1.15 (1.10 to 1.20)"
 
 
+def test_the_times_of_a_disturbed_turn_do_not_count() -> None:
+    (disturbed,) = [line for line in LINES if line["side"] == "ours-galore" and line["turn"] == 1]
+    lines = [line if line is not disturbed else line | {"disturbed": True} for line in LINES]
+    _, _, speed, ratio, *rest = cells(table(lines), "ours, GaLore")
+    assert (speed, ratio) == ("**60.0**", "1.20")
+    assert "turn 1 was disturbed: its times do not count" in rest[-1]
+    # Its memory does.
+    assert next(row for row in rows_of(lines) if row.key == "ours-galore").peaks.keys() == {0, 1}
+
+
 def test_the_first_step_counts_in_the_second_speed_only() -> None:
     slow = [line for line in LINES if line["side"] != "ours-galore"]
     slow.append(timing("ours-galore", 50.0, first=96.0))
