@@ -1,8 +1,7 @@
 """One layer over all micro-batches: forward, and backward with or without activation checkpointing.
 
-A layer's weights exist in compute precision only while the layer runs, once for all micro-batches; those of experts
-one at a time (`experts.py`). Its gradients, full or projected, are summed over the micro-batches and are finished when
-its backward ends.
+A layer's weights are lent once for all micro-batches (`layer_forward.py`). Its gradients, full or projected, are
+summed over the micro-batches and are finished when its backward ends.
 
 With activation checkpointing, backward recomputes the layer. Without it, the layer's autograd graph is kept from
 forward; the graph begins at the layer's input, which is detached from the previous layer. Backward uses it once,
@@ -13,32 +12,29 @@ micro-batch by micro-batch, and frees each part at once. If full gradients are f
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from sophia_galore.data.batches import by_block
 from sophia_galore.engine.capture import LayerCall
-from sophia_galore.engine.determinism import seeded, strictly_repeatable
-from sophia_galore.engine.experts import ExpertGraph, Experts, take_gradient
+from sophia_galore.engine.determinism import strictly_repeatable
+from sophia_galore.engine.experts import ExpertGraph, take_gradient
+from sophia_galore.engine.layer_forward import LayerForward
 from sophia_galore.engine.layer_graph import Gradients, LayerGraph, LayerRun, Tensors
 from sophia_galore.engine.observe import Observer
 from sophia_galore.engine.passes import FullGradients, Passes
 from sophia_galore.engine.projected_gradient import ProjectedSum
 from sophia_galore.engine.projected_linear import ProjectedLinears
 from sophia_galore.engine.routing import Routing
-from sophia_galore.engine.segments import attending_within
 from sophia_galore.engine.shared import FinishedRun, visiting
 from sophia_galore.errors import RunError
 from sophia_galore.model.architecture import Architecture
-from sophia_galore.model.streams import apart, side_by_side
 from sophia_galore.numerics.pairwise_sum import PairwiseSum
-from sophia_galore.numerics.random import key
 from sophia_galore.numerics.subspace import ProjectedGradient, Projector, tensor_of
 from sophia_galore.optim.request import FromGradient, Reduction, Wants
 from sophia_galore.weights.store import WeightStore
@@ -74,17 +70,10 @@ class Layers:
         frozen: Collection[str] = (),
         full_gradients: FullGradients = "layer",
     ) -> None:
-        self._architecture, self._store, self._dtype, self._device = architecture, store, dtype, device
+        self._architecture, self._dtype, self._device = architecture, dtype, device
+        self._observer, self._frozen = observer, frozen
+        self._forward = LayerForward(architecture, store, dtype, device, seed, observer)
         self.new_passes = partial(Passes, full_gradients)
-        self._seed, self._observer, self._frozen = seed, observer, frozen
-        self._experts = [
-            {
-                name.removeprefix(f"{layer}."): module
-                for name, module in architecture.expert_tensors.items()
-                if name.startswith(f"{layer}.")
-            }
-            for layer in architecture.layer_names
-        ]
 
     def evaluate(self, index: int, hidden: list[Tensor], calls: Sequence[LayerCall]) -> None:
         """Run a layer for evaluation; its output replaces its input.
@@ -94,10 +83,10 @@ class Layers:
             hidden: Per micro-batch (B, T, d); replaced by the layer's output.
             calls: Per micro-batch, the layer's other arguments.
         """
-        with self._weights(index, then=self._after(index)) as (weights, experts):
+        with self._forward.weights(index, then=self._forward.after(index)) as (weights, experts):
             for number, call in enumerate(calls):
                 with visiting(call.states), experts.lent():
-                    hidden[number] = self._run(index, weights, call, hidden[number])
+                    hidden[number] = self._forward.run(index, weights, call, hidden[number])
 
     @torch.no_grad()
     def forward(
@@ -121,11 +110,11 @@ class Layers:
             The output, per micro-batch (B, T, d).
         """
         out: list[Tensor] = []
-        with self._weights(index, then=self._after(index)) as (weights, experts):
+        with self._forward.weights(index, then=self._forward.after(index)) as (weights, experts):
             for entering, call in zip(inputs, calls, strict=True):
                 shares, watches = visiting(call.states), _watching(routing, index)
-                with self._dropout_stream(step, index, call), shares, experts.lent(), watches as seen:
-                    out.append(self._run(index, weights, call, entering))
+                with self._forward.dropout_stream(step, index, call), shares, experts.lent(), watches as seen:
+                    out.append(self._forward.run(index, weights, call, entering))
                 if routing is not None:
                     routing.see(index, call, seen)
         return out
@@ -288,7 +277,7 @@ class Layers:
         sums = blocks.total()
         name = self._architecture.layer_names[index]
         formed = [key for key in graph.trained if passes.forms(key) and not passes.is_finished(key)]
-        idle = {key for key in formed if key not in sums and self._is_expert(index, key)}
+        idle = {key for key in formed if key not in sums and self._forward.is_expert(index, key)}
         if graph.routing is not None:
             for key in [key for key in idle if not graph.routing.rests(index, key)]:
                 # It has tokens in another process only, with whose gradient this one is summed.
@@ -311,12 +300,14 @@ class Layers:
     def _begin(self, index: int, wants: Wants, passes: Passes, routing: Routing | None) -> LayerGraph:
         """Return an empty graph for the next pass; before the first one, plan the passes."""
         layer = self._architecture.layer_names[index]
-        with self._weights(index) as (weights, experts):
+        with self._forward.weights(index) as (weights, experts):
             leaves = {
                 key: weight.detach().requires_grad_(f"{layer}.{key}" not in self._frozen)
                 for key, weight in weights.items()
             }
-            trained = {key: shape for key, shape in self._shapes(index).items() if f"{layer}.{key}" not in self._frozen}
+            trained = {
+                key: shape for key, shape in self._forward.shapes(index).items() if f"{layer}.{key}" not in self._frozen
+            }
         products = self._products(index, trained, wants, passes) if passes.is_first else {}
         checks = passes.is_first and self._dtype == torch.float16  # one scale has to do for all passes
         sums, are_finite = Tensors(), list[Tensor]()
@@ -371,13 +362,13 @@ class Layers:
         linears = graph.linears if graph.products else nullcontext()
         shares, watches = visiting(call.states), _watching(routing, index)
         with (
-            self._dropout_stream(step, index, call),
+            self._forward.dropout_stream(step, index, call),
             graph.experts.running(),
             linears,
             shares as visits,
             watches as seen,
         ):
-            out = self._run(index, graph.leaves, call, leaf)
+            out = self._forward.run(index, graph.leaves, call, leaf)
         if routing is None:
             return LayerRun(leaf, out, visits)
         if sees:
@@ -397,69 +388,9 @@ class Layers:
                 products[name] = ProjectedSum(wanted, shape, self._dtype, self._device)
             elif isinstance(wanted, FromGradient):
                 reductions[name] = wanted.reduce
-        experts = [name for name in trained if self._is_expert(index, name)]
+        experts = [name for name in trained if self._forward.is_expert(index, name)]
         passes.plan({name: shape.numel() for name, shape in trained.items()}, reductions, experts)
         return products
-
-    def _is_expert(self, index: int, name: str) -> bool:
-        """Return whether a name inside a layer is that of an expert's weight."""
-        return name.rpartition(".")[0] in self._experts[index]
-
-    def _shapes(self, index: int) -> dict[str, torch.Size]:
-        """Return the shapes of a layer's weights by their names inside it, in the model's order."""
-        name = self._architecture.layer_names[index]
-        with self._store.borrow(name) as borrowed:
-            return {key: weight.shape for key, weight in borrowed.weights_of(name).items()}
-
-    @contextmanager
-    def _weights(self, index: int, *, then: str = "") -> Iterator[tuple[Tensors, Experts]]:
-        """Lend a layer's weights in compute precision; `then` is the layer or weight that is needed next."""
-        name, modules = self._architecture.layer_names[index], self._experts[index]
-        with self._store.borrow(name, then=then) as borrowed:
-            stored = borrowed.weights_of(name)
-            of_experts = {key: weight for key, weight in stored.items() if self._is_expert(index, key)}
-            weights = {key: weight.values(self._dtype) for key, weight in stored.items() if key not in of_experts}
-            for weight in weights.values():
-                self._observer.tag(weight, "weights")
-            try:
-                yield weights, Experts(modules, of_experts, self._dtype, self._observer)
-            finally:
-                weights.clear()
-
-    def _after(self, index: int) -> str:
-        """Return what forward needs after a layer."""
-        names = self._architecture.layer_names
-        return names[index + 1] if index + 1 < len(names) else self._architecture.head_name
-
-    def _run(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        if call.alone:
-            return self._run_alone(index, weights, call, hidden)
-        has_streams = self._architecture.join_place is not None
-        if has_streams:
-            hidden = apart(hidden, self._architecture.num_streams)
-        with attending_within(self._architecture) if call.is_packed else nullcontext():
-            out = functional_call(self._architecture.layers[index], weights, (hidden, *call.args), call.kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return side_by_side(result) if has_streams else result
-
-    def _run_alone(self, index: int, weights: dict[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run each packed example apart; padding gets zeros."""
-        rows: list[Tensor] = []
-        for row, lengths in zip(hidden.split(1), call.lengths, strict=True):
-            padding = hidden.shape[1] - sum(lengths)
-            parts = row.split([*lengths, padding], 1)
-            done = [self._run(index, weights, call.alone[part.shape[1]], part) for part in parts[:-1]]
-            rows.append(torch.cat([*done, torch.zeros_like(parts[-1])], 1))
-        return torch.cat(rows)
-
-    @contextmanager
-    def _dropout_stream(self, step: int, index: int, call: LayerCall) -> Iterator[None]:
-        """Seed dropout, so that it draws the same numbers in forward, in recomputation and after a resume."""
-        if not self._architecture.has_dropout:
-            yield
-            return
-        with seeded(self._device, key(self._seed, "dropout", step, index, call.micro_batch)):
-            yield
 
 
 def _watching(routing: Routing | None, index: int) -> AbstractContextManager[list[Any]]:
