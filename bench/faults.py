@@ -54,7 +54,7 @@ KINDS: dict[str, Callable[[World, int, random.Random], Found]] = {
 
 
 def campaign(
-    kinds: Sequence[str], output: Path, *, count: int, minutes: float, seed: int, first: int = 0
+    kinds: Sequence[str], output: Path, *, count: int, minutes: float, seed: int, first: int = 0, beside: bool = False
 ) -> list[dict[str, Any]]:
     """Carry out cases of some kinds, and write each into a file.
 
@@ -65,6 +65,7 @@ def campaign(
         minutes: Time for each kind; 0: no limit.
         seed: Of all that is drawn.
         first: Number of the first case.
+        beside: Whether checkpoints are completed beside the steps however small they are.
 
     Returns:
         The lines of this campaign's cases, those of earlier calls too.
@@ -72,6 +73,10 @@ def campaign(
     import torch
     import transformers
 
+    from sophia_galore.train import checkpoint
+
+    if beside:
+        checkpoint._AT_ONCE_BYTES = 0  # the runs are copies of this process
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     without_pictures()
@@ -154,6 +159,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=0, help="time for each kind; 0: no limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument(
+        "--beside", action="store_true", help="for kills: complete checkpoints beside the steps, however small they are"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/faults.jsonl"), help="takes a line for each case")
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only show a table of earlier outputs")
     asked = parser.parse_args()
@@ -165,7 +173,10 @@ def main() -> int:
         parser.error(f"name kinds of faults: all, or some of {', '.join(KINDS)}")
     if not asked.count and not asked.minutes:
         parser.error("say how many cases (--count) or how long (--minutes)")
-    lines = campaign(kinds, asked.output, count=asked.count, minutes=asked.minutes, seed=asked.seed, first=asked.first)
+    if asked.beside and kinds != ["kills"]:
+        parser.error("--beside is for kills: other kinds record or count what is done in the order of a single thread")
+    sizes = {"count": asked.count, "minutes": asked.minutes, "seed": asked.seed, "first": asked.first}
+    lines = campaign(kinds, asked.output, **sizes, beside=asked.beside)
     print(table(lines))
     return 1 if any(line["faults"] for line in lines) else 0
 

@@ -10,8 +10,7 @@ from typing import Any
 from faults_child import command, start
 from faults_disk_model import Mark, Recorder, Recording, write_state
 from faults_world import FEW, SAVED_EVERY, Found, Setting, World, last_words, torn_checkpoints, traceback_in
-from sophia_galore.train import checkpoint
-from sophia_galore.train import run as running
+from sophia_galore.train import checkpoint, output
 from sophia_galore.train.checkpoint import checkpoints
 
 _FINISHED = -1
@@ -68,7 +67,7 @@ def _record(world: World, setting: Setting, place: Path, kept: Path) -> int:
         recorder.mark("saved", step)
         return path
 
-    setattr(running, "save_checkpoint", saved)  # noqa: B010 - it is imported there
+    setattr(output, "save_checkpoint", saved)  # noqa: B010 - it is imported there
     code = command(world.words(place / "run", *setting.words))()
     recorder.mark("finished", _FINISHED)
     recorder.save(kept)

@@ -31,8 +31,13 @@ def run_ours(config: RunConfig, *, resume_from: Path | None = None) -> Measured:
 
     Returns:
         What was measured. The tracked peak is that of the whole run, loading included.
+
+    Raises:
+        KeyboardInterrupt: The run was stopped, by a signal. It has saved a checkpoint.
     """
     times = _Times()
     result = train(config, times, resume=resume_from is not None, resume_from=resume_from)
+    if not result.finished:
+        raise KeyboardInterrupt(f"stopped at step {result.step}")
     tracked = result.memory.peak_allocated_bytes if config.memory.track_steps else None
     return Measured(times.steps, times.peak_process_bytes, tracked)

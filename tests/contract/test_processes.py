@@ -23,7 +23,7 @@ from sophia_galore.engine.stepper import Stepper
 from sophia_galore.plan.traffic import traffic_of
 from sophia_galore.records import files
 from sophia_galore.train import agreement
-from sophia_galore.train import run as running
+from sophia_galore.train import output as run_output
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.prepare import prepare
 from sophia_galore.train.run import train
@@ -256,7 +256,7 @@ def test_copies_that_drifted_apart_are_made_equal(store: str, placement: str, ru
         assert set(processes.gather(agreement.weights_checksum(store))) == {processes.gather(before)[0]}
 
     def one() -> int:
-        running.equalise = drifting  # type: ignore[attr-defined]
+        run_output.equalise = drifting  # type: ignore[attr-defined]
         train(config, Callback())
         return 0
 

@@ -2,7 +2,8 @@
 
     python crash_run.py MOMENT COUNT ARGUMENT...
 
-The process dies by SIGKILL at the COUNT-th time that MOMENT is reached.
+The process dies by SIGKILL at the COUNT-th time that MOMENT is reached. With "beside: " before a moment, checkpoints of
+any size are completed beside the steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sophia_galore.optim import optimizer
 from sophia_galore.train import checkpoint, metrics
 
 # Where each moment is: the module and the function whose call it is.
+BESIDE = "beside: "
 MOMENTS: dict[str, tuple[Any, str]] = {
     "after a step": (metrics.MetricsLog, "add"),
     "at a weight": (optimizer.ParamOptimizer, "apply"),
@@ -34,8 +36,10 @@ MOMENTS: dict[str, tuple[Any, str]] = {
 def crash_run(moment: str, count: int, arguments: list[str]) -> int:
     """The command line, in this process, until it ends or dies; returns its exit code."""
     torch.set_num_threads(1)
+    if moment.startswith(BESIDE):
+        checkpoint._AT_ONCE_BYTES = 0
     if moment != "never":
-        kill_at(moment, count)
+        kill_at(moment.removeprefix(BESIDE), count)
     return main(arguments)
 
 

@@ -3,6 +3,9 @@
 It is written into a hidden temporary folder; every file is flushed to disk and its hash is written to a manifest; then
 the folder is renamed. A process that is killed leaves either the whole checkpoint or a hidden folder that the next save
 removes.
+
+Of the time that a large checkpoint takes, the smaller part is writing to the system's cache. The rest does not touch
+what steps change, so it can be done beside them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from sophia_galore.weights.manifest import sha256_of
 from sophia_galore.weights.tensor_stream import SHARD_BYTES, TensorStream, read_stream, write_stream
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Smaller checkpoints are on the disk sooner than a thread has begun.
+_AT_ONCE_BYTES = 64 * 2**20
 _OPTIMIZER_STATE = re.compile(r"optimizer(-.*)?\.safetensors")
 
 
@@ -63,6 +68,11 @@ class Checkpoint:
         return read_stream(optimizer_state_files(self.folder))
 
 
+def at_once(work: Callable[[], None]) -> None:
+    """Carry out work before going on."""
+    work()
+
+
 def save_checkpoint(
     run_folder: Path,
     step: int,
@@ -74,6 +84,7 @@ def save_checkpoint(
     keep_steps: Collection[int] = (),
     needed_bytes: int = 0,
     shard_bytes: int = SHARD_BYTES,
+    beside: Callable[[Callable[[], None]], None] = at_once,
 ) -> Path:
     """Write `checkpoint-STEP`, then delete the oldest ones beyond `keep_last`.
 
@@ -87,6 +98,8 @@ def save_checkpoint(
         keep_steps: Steps whose checkpoints are kept as well, however old.
         needed_bytes: About how many bytes are written, for the error message; 0: unknown.
         shard_bytes: Most bytes of the optimizer's state in a file.
+        beside: Carries out what is left when a large checkpoint's files are written: flushing, hashing and the rename.
+            Until it has, there is no checkpoint; an error of the disk may come only there.
 
     Returns:
         The checkpoint's folder.
@@ -94,42 +107,62 @@ def save_checkpoint(
     Raises:
         EnvironmentProblem: The disk is full or not writable; earlier checkpoints are untouched.
     """
-    from safetensors import SafetensorError
-
     final = checkpoint_folder(run_folder, step)
-    beside = run_folder / f".checkpoint-{step}.tmp"
-    try:
+    unfinished = run_folder / f".checkpoint-{step}.tmp"
+
+    def complete() -> None:
+        with _reporting(unfinished, final, needed_bytes):
+            replaced = _finish(unfinished, final, step)
+        if replaced is not None:
+            _move_unlisted_files(replaced, final)
+        others = [path for path in checkpoints(run_folder) if path != final]
+        stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
+        for old in others[: max(0, len(others) + 1 - keep_last)]:
+            if old not in stay:
+                _delete(old)
+        remove_unfinished(run_folder)
+
+    with _reporting(unfinished, final, needed_bytes):
         for left in run_folder.glob(".checkpoint-*.tmp"):
             shutil.rmtree(left)
-        beside.mkdir(parents=True)
-        write_model(beside)
+        unfinished.mkdir(parents=True)
+        write_model(unfinished)
         stem = files.OPTIMIZER_STATE.removesuffix(".safetensors")
-        write_stream(beside, stem, optimizer_state, shard_bytes=shard_bytes, indexed=False)
+        write_stream(unfinished, stem, optimizer_state, shard_bytes=shard_bytes, indexed=False)
         for name, document in documents.items():
-            (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        hashes = {path.name: _hash_and_flush(path) for path in sorted(beside.iterdir())}
-        manifest = beside / files.MANIFEST
-        document = CheckpointManifest.made(step, hashes).to_json()
-        manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        _hash_and_flush(manifest)
-        flush_folder(beside)
-        replaced = _make_room(final)
-        os.replace(beside, final)
-        flush_folder(run_folder)
+            (unfinished / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        num_bytes = sum(path.stat().st_size for path in unfinished.iterdir())
+    (at_once if num_bytes < _AT_ONCE_BYTES else beside)(complete)
+    return final
+
+
+def _finish(unfinished: Path, final: Path, step: int) -> Path | None:
+    """Flush and hash what was written, and give it its name; return the folder that had it, if it is to be deleted."""
+    hashes = {path.name: _hash_and_flush(path) for path in sorted(unfinished.iterdir())}
+    manifest = unfinished / files.MANIFEST
+    document = CheckpointManifest.made(step, hashes).to_json()
+    manifest.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    _hash_and_flush(manifest)
+    flush_folder(unfinished)
+    replaced = _make_room(final)
+    os.replace(unfinished, final)
+    flush_folder(final.parent)
+    return replaced
+
+
+@contextlib.contextmanager
+def _reporting(unfinished: Path, final: Path, needed_bytes: int) -> Iterator[None]:
+    """Remove an unfinished checkpoint after an error; say what to do if it is the disk's."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except Exception as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if errno_of(error) is None and not isinstance(error, OSError | SafetensorError):
             raise
+        run_folder = final.parent
         raise not_saved(final.name, run_folder, error, _after_failed_save(run_folder), needed_bytes) from error
-    if replaced is not None:
-        _move_unlisted_files(replaced, final)
-    others = [path for path in checkpoints(run_folder) if path != final]
-    stay = {checkpoint_folder(run_folder, number) for number in keep_steps}
-    for old in others[: max(0, len(others) + 1 - keep_last)]:
-        if old not in stay:
-            _delete(old)
-    remove_unfinished(run_folder)
-    return final
 
 
 def remove_unfinished(run_folder: Path) -> None:

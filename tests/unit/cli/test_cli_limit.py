@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sophia_galore.engine.layerwise import LayerwiseEngine
-from sophia_galore.train import run
+from sophia_galore.train import output as run_output
 from tiny import write_tiny_data, write_tiny_model
 from unit.cli.tiny_run import SETTINGS, Ended, World, json_lines, sha256
 
@@ -208,7 +208,7 @@ def test_other_errors_are_left_alone(world: World, tmp_path: Path, monkeypatch: 
     def fails(*_: Any, **more: Any) -> None:
         raise ValueError("surprise")
 
-    monkeypatch.setattr(run, "write_model", fails)
+    monkeypatch.setattr(run_output, "write_model", fails)
     ended = world.train(str(tmp_path), STEPS, "memory.limit=32MiB")
     assert ended.code == 1 and "ValueError: surprise" in ended.err and "Largest" not in ended.err
 

@@ -12,6 +12,7 @@ import pytest
 
 from sophia_galore.cli.show import Terminal
 from sophia_galore.records.memory import MemoryReport
+from sophia_galore.train import output as run_output
 from sophia_galore.train import run
 from unit.cli.tiny_run import World, command, json_lines, sha256
 
@@ -96,7 +97,7 @@ def test_the_second_signal_stops_at_once(world: World, tmp_path: Path, monkeypat
     if pid == 0:
         try:
             send_after(monkeypatch, 2, signal.SIGTERM)
-            monkeypatch.setattr(run, "save_checkpoint", lambda *args, **more: os.kill(os.getpid(), signal.SIGTERM))
+            monkeypatch.setattr(run_output, "save_checkpoint", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
             world.train(str(tmp_path / "run"), "memory.track_steps=0")
         finally:
             os._exit(0)

@@ -21,7 +21,7 @@ from sophia_galore.streaming import checked_file
 from sophia_galore.streaming.checked_file import CheckedFile
 from sophia_galore.streaming.homes import DiskHome
 from sophia_galore.streaming.lanes import CpuLane
-from sophia_galore.train import run as running
+from sophia_galore.train import output as run_output
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
 from sophia_galore.train.folder import locked, streaming_folder
 from sophia_galore.train.metrics import MetricsLog
@@ -303,7 +303,7 @@ def test_a_disk_that_changes_under_the_run(
 ) -> None:
     """The real thing, after the first checkpoint: the next write begins a linked file anew."""
     monkeypatch.setattr("sophia_galore.train.preflight.refuse_full_disk", lambda *given: None)  # 40 MiB of tokenizer
-    save = running.save_checkpoint
+    save = run_output.save_checkpoint
 
     def saving(*given: Any, **more: Any) -> Path:
         path = save(*given, **more)
@@ -311,7 +311,7 @@ def test_a_disk_that_changes_under_the_run(
         return path
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "save_checkpoint", saving)
+        patch.setattr(run_output, "save_checkpoint", saving)
         ended = world.train(str(small_disk / "run"), *WORDS)
     undo(small_disk)
     assert_explained(ended, 2, words)

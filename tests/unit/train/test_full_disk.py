@@ -6,7 +6,9 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.model.disk import errno_of, reason
 from sophia_galore.records import files as names
 from sophia_galore.records.schema import write_json
-from sophia_galore.train import run as running
+from sophia_galore.train import checkpoint
+from sophia_galore.train import output as run_output
 from sophia_galore.train.callback import Callback
-from sophia_galore.train.checkpoint import find_checkpoint
+from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
 from sophia_galore.train.metrics import MetricsLog
 from sophia_galore.train.run import train
 from unit.cli.tiny_run import World, command, make_world
@@ -103,7 +106,7 @@ def test_the_last_good_checkpoint_stays(
     words.append(f"training.max_steps={5 if what == 'checkpoint-4' else 3}")
     with monkeypatch.context() as patch:
         # Each checkpoint and the final model are one call.
-        fails_from("write_model", 2, OSError(number, os.strerror(number)), patch, running)
+        fails_from("write_model", 2, OSError(number, os.strerror(number)), patch, run_output)
         with pytest.raises(EnvironmentProblem) as caught:
             train(load_config(world.config, words), Callback())
     assert f"{what} could not be saved" in caught.value.cause
@@ -117,9 +120,44 @@ def test_the_last_good_checkpoint_stays(
     assert train(load_config(world.config, words), Callback(), resume=True).finished
 
 
+def test_a_checkpoint_that_fails_beside_the_steps_ends_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS, f"training.output_dir={tmp_path / 'run'}", "training.max_steps=9"]
+    monkeypatch.setattr(checkpoint, "_AT_ONCE_BYTES", 0)
+    with monkeypatch.context() as patch:
+        fails_from("_finish", 2, OSError(errno.ENOSPC, "x"), patch, checkpoint)
+        with pytest.raises(EnvironmentProblem) as caught:
+            train(load_config(world.config, words), Callback())
+    assert "checkpoint-4 could not be saved" in caught.value.cause and "--resume" in caught.value.remedy
+    assert find_checkpoint(tmp_path / "run", None).step == 2
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert train(load_config(world.config, words), Callback(), resume=True).finished
+
+
+def test_the_last_checkpoint_is_complete_when_a_run_stops_or_ends(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow ones are waited for: what a message names is there."""
+    monkeypatch.setattr(checkpoint, "_AT_ONCE_BYTES", 0)
+    finish = checkpoint._finish
+    monkeypatch.setattr(checkpoint, "_finish", lambda *given: (time.sleep(0.2), finish(*given))[1])
+
+    class Stops(Callback):
+        def stepped(self, record: dict[str, Any], *, num_steps: int, seconds_left: float) -> None:
+            if record["step"] == 3:
+                signal.raise_signal(signal.SIGINT)
+
+    words = [*WORDS, f"training.output_dir={tmp_path / 'run'}", "training.max_steps=6"]
+    stopped = train(load_config(world.config, words), Stops())
+    assert stopped.saved is not None and find_checkpoint(stopped.saved.parent, None).folder == stopped.saved
+    assert train(load_config(world.config, words), Callback(), resume=True).finished
+    assert [path.name for path in checkpoints(tmp_path / "run")][-1] == "checkpoint-6"
+
+
 def test_without_a_checkpoint_it_is_said_so(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*WORDS, f"training.output_dir={tmp_path / 'run'}", "training.max_steps=2"]
-    fails_from("write_model", 1, OSError(errno.ENOSPC, "x"), monkeypatch, running)
+    fails_from("write_model", 1, OSError(errno.ENOSPC, "x"), monkeypatch, run_output)
     with pytest.raises(EnvironmentProblem) as caught:
         train(load_config(world.config, words), Callback())
     assert "There is no earlier checkpoint" in caught.value.remedy
@@ -184,7 +222,7 @@ def fill(place: Path, left_bytes: int) -> Path:
 def test_a_disk_that_fills_up(world: World, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real thing: everything on a small disk, which others fill after the first checkpoint."""
     monkeypatch.setattr("sophia_galore.train.preflight.refuse_full_disk", lambda *given: None)  # 40 MiB of tokenizer
-    original = running.save_checkpoint
+    original = run_output.save_checkpoint
     saved: list[Path] = []
 
     def save(*given: Any, **more: Any) -> Path:
@@ -193,7 +231,7 @@ def test_a_disk_that_fills_up(world: World, small_disk: Path, monkeypatch: pytes
             fill(small_disk, 65536)
         return saved[-1]
 
-    monkeypatch.setattr(running, "save_checkpoint", save)
+    monkeypatch.setattr(run_output, "save_checkpoint", save)
     words = ["train", "--config", str(world.config), f"training.output_dir={small_disk / 'run'}", *WORDS]
     words.append("training.max_steps=5")
     ended = command(*words)

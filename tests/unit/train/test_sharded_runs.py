@@ -28,7 +28,7 @@ from sophia_galore.errors import EnvironmentProblem
 from sophia_galore.records.files import INT8_INDEX, MODEL, MODEL_INDEX, OPTIMIZER_STATE
 from sophia_galore.train import checkpoint as saving
 from sophia_galore.train import convert as converting
-from sophia_galore.train import run as running
+from sophia_galore.train import output as run_output
 from sophia_galore.train import to_gguf
 from sophia_galore.train.callback import Callback
 from sophia_galore.train.checkpoint import checkpoints, find_checkpoint
@@ -72,8 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def shard(patch: pytest.MonkeyPatch, shard_bytes: int = SHARD_BYTES) -> None:
     """Let all that writes weights or states begin a new file after so many bytes."""
     for module, name in (
-        (running, "write_model"),
-        (running, "save_checkpoint"),
+        (run_output, "write_model"),
+        (run_output, "save_checkpoint"),
         (converting, "convert_model"),
         (converting, "save_checkpoint"),
         (to_gguf, "convert_model"),
@@ -291,7 +291,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_disk_that_is_full_at_a_later_file_of_a_checkpoint(file: str, world: World, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        original, saved = running.save_checkpoint, []
+        original, saved = run_output.save_checkpoint, []
 
         def save(*given: Any, **more: Any) -> Path:
             if saved:
@@ -299,7 +299,7 @@ def test_a_disk_that_is_full_at_a_later_file_of_a_checkpoint(file: str, world: W
             saved.append(original(*given, **more))
             return saved[-1]
 
-        patch.setattr(running, "save_checkpoint", save)
+        patch.setattr(run_output, "save_checkpoint", save)
         with pytest.raises(EnvironmentProblem, match=r"The disk is full.*checkpoint-4 could not be saved"):
             carry_out(world, folder)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]

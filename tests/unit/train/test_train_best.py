@@ -193,7 +193,7 @@ def test_a_run_that_fails_after_its_end_is_finished_without_a_step(
     world: World, tmp_path: Path, losses: _Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its patience was used up when the disk was full: resuming writes the model, and takes no further step."""
-    from sophia_galore.train import run as running
+    from sophia_galore.train import output as run_output
 
     script = [6, 5, 6, 6, 6, 6, 6]
     words = ["early_stopping_patience=2", "checkpoint.save_every_steps=1"]
@@ -203,7 +203,7 @@ def test_a_run_that_fails_after_its_end_is_finished_without_a_step(
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "replace_model", fail)
+        patch.setattr(run_output, "replace_model", fail)
         carry_out(tmp_path / "run", world, *words)
     assert not (tmp_path / "run" / "model.safetensors").exists()
     result, heard = carry_out(tmp_path / "run", world, *words, resume=True)

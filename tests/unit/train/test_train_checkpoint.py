@@ -220,6 +220,32 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     assert order == [".checkpoint-2.tmp", "rename", tmp_path.name]
 
 
+def test_a_large_checkpoint_is_completed_beside_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Callable[[], None]] = []
+    save(tmp_path, 2, beside=left.append)
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-2"] and not left  # a small one is not worth a thread
+    monkeypatch.setattr(module, "_AT_ONCE_BYTES", 0)
+    assert save(tmp_path, 4, keep_last=1, beside=left.append) == tmp_path / "checkpoint-4"
+    # Until it is complete, the one before is the newest, and stays.
+    assert find_checkpoint(tmp_path, None).step == 2
+    (complete,) = left
+    complete()
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-4"] and find_checkpoint(tmp_path, None).step == 4
+    assert content(tmp_path / "checkpoint-4").keys() == content(save(tmp_path, 6)).keys()
+
+
+def test_an_error_of_the_disk_may_come_while_it_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 2)
+    monkeypatch.setattr(module, "_AT_ONCE_BYTES", 0)
+    left: list[Callable[[], None]] = []
+    save(tmp_path, 4, beside=left.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_hash_and_flush", fails_at(2, OSError(errno.ENOSPC, "x"), module._hash_and_flush))
+        with pytest.raises(EnvironmentProblem, match="checkpoint-4 could not be saved"):
+            left[0]()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2"}
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
