@@ -5,9 +5,10 @@
 
 Tasks: `answers` (questions on Python's standard library, SmolLM2-135M), `sums` (arithmetic in words, whose answers are
 right or wrong), `text` (pre-training of a Llama of 8 to 12 M parameters on the library's source). For each side all
-rates are tried with the first seed, and the one with the lowest validation loss is run with the other seeds. A line is
-written when a run is done; what the file holds is not run again, and a run that was ended goes on from its last
-checkpoint, so that the same command can be given again and again until everything is there.
+rates are tried with the first seed, over a third of the steps and a whole schedule; the one with the lowest validation
+loss is run with each seed. A line is written when a run is done; what the file holds is not run again, and a run that
+was ended goes on from its last checkpoint, so that the same command can be given again and again until everything is
+there.
 """
 
 from __future__ import annotations
@@ -73,52 +74,71 @@ class Job:
         contender: A key of `CONTENDERS`.
         rate: Peak rate.
         seed: Of everything random.
+        steps: Optimizer steps.
     """
 
     contender: str
     rate: float
     seed: int
+    steps: int
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.contender}-{self.rate:g}-{self.seed}"
+        return f"{self.contender}-{self.rate:g}-{self.seed}-{self.steps}"
 
 
-def next_job(lines: Sequence[dict[str, Any]], names: Sequence[str], task: str, seeds: Sequence[int]) -> Job | None:
+@dataclass(frozen=True)
+class Design:
+    """Which runs make a study.
+
+    Args:
+        task: A key of `TASKS`.
+        names: The contenders, in order.
+        seeds: The first one chooses the rate.
+        steps: Of the runs that are reported.
+        rate_steps: Of those that choose the rate.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    rate_steps: int
+
+
+def next_job(lines: Sequence[dict[str, Any]], design: Design) -> Job | None:
     """Return what is to be run next; None: everything is there.
 
     Args:
         lines: What is known.
-        names: The contenders, in order.
-        task: A key of `TASKS`.
-        seeds: The first one chooses the rate.
+        design: What is asked for.
     """
-    known = {(line["contender"], line["rate"], line["seed"]) for line in lines}
-    for name in names:
-        for rate in _rates(lines, name, task, seeds[0]):
-            if (name, rate, seeds[0]) not in known:
-                return Job(name, rate, seeds[0])
-    for seed in seeds[1:]:
-        for name in names:
-            rate = best_rate(lines, name, seeds[0])
-            if rate is not None and (name, rate, seed) not in known:
-                return Job(name, rate, seed)
+    known = {(line["contender"], line["rate"], line["seed"], line["steps"]) for line in lines}
+    for name in design.names:
+        for rate in _rates(name, design.task):
+            job = Job(name, rate, design.seeds[0], design.rate_steps)
+            if (job.contender, job.rate, job.seed, job.steps) not in known:
+                return job
+    for seed in design.seeds:
+        for name in design.names:
+            chosen = best_rate(lines, name, design.rate_steps)
+            if chosen is not None and (name, chosen, seed, design.steps) not in known:
+                return Job(name, chosen, seed, design.steps)
     return None
 
 
-def _rates(lines: Sequence[dict[str, Any]], name: str, task: str, seed: int) -> tuple[float, ...]:
+def _rates(name: str, task: str) -> tuple[float, ...]:
     contender = CONTENDERS[name]
-    if contender.rate_of:
-        rate = best_rate(lines, contender.rate_of, seed)
-        return () if rate is None else (rate,)
-    return contender.rates.get(task, contender.rates["answers"])
+    return () if contender.rate_of else contender.rates.get(task, contender.rates["answers"])
 
 
-def best_rate(lines: Sequence[dict[str, Any]], name: str, seed: int) -> float | None:
-    """Return the rate with the lowest validation loss; None: no run of this contender succeeded."""
-    mine = [line for line in lines if line["contender"] == name and line["seed"] == seed and "failed" not in line]
-    return min(mine, key=lambda line: float(line["validation_loss"]))["rate"] if mine else None
+def best_rate(lines: Sequence[dict[str, Any]], name: str, rate_steps: int) -> float | None:
+    """Return the rate with the lowest validation loss; None: no run that chooses it succeeded."""
+    own = CONTENDERS[name].rate_of or name
+    tried = [line for line in lines if line["contender"] == own and line["steps"] == rate_steps]
+    tried = [line for line in tried if "failed" not in line]
+    return min(tried, key=lambda line: float(line["validation_loss"]))["rate"] if tried else None
 
 
 def config_of(job: Job, asked: argparse.Namespace, folder: Path, measured: str = "validation") -> RunConfig:
@@ -128,7 +148,7 @@ def config_of(job: Job, asked: argparse.Namespace, folder: Path, measured: str =
     work = Work(
         model=str(asked.model),
         data=str(task.file(data, "train")),
-        steps=asked.steps,
+        steps=job.steps,
         batch_size=asked.batch_size,
         accumulation=asked.accumulation,
         max_length=task.length,
@@ -139,7 +159,7 @@ def config_of(job: Job, asked: argparse.Namespace, folder: Path, measured: str =
         *contender.words,
         f"data.eval={task.file(data, measured)}",
         f"data.max_eval_examples={asked.eval_examples}",
-        f"training.warmup_steps={max(1, asked.steps // 20)}",
+        f"training.warmup_steps={max(1, job.steps // 20)}",
         "checkpoint.keep_last=1",
     ]
     if task.pretrains:
@@ -169,8 +189,12 @@ def carry_out(job: Job, asked: argparse.Namespace) -> dict[str, Any]:
         measured = run_ours(config, resume_from=resume)
     else:
         measured = run_trainer(config, side.trainer_options, resume_from=resume)
-    tokens, seconds = (sum(values) for values in zip(*measured.steps[1:], strict=True)) if measured.steps else (0, 1)
-    found: dict[str, Any] = {"tokens_per_second": tokens / seconds, "peak_process_bytes": measured.peak_process_bytes}
+    timed = measured.steps[1:] or measured.steps  # of the steps since the run was resumed
+    tokens, seconds = sum(tokens for tokens, _ in timed), sum(seconds for _, seconds in timed)
+    found: dict[str, Any] = {
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "peak_process_bytes": measured.peak_process_bytes,
+    }
     for part in ("validation", "test"):
         found[f"{part}_loss"] = eval_loss(run, held_out_batches(config_of(job, asked, folder, part)))
     if task.exact:
@@ -181,23 +205,23 @@ def carry_out(job: Job, asked: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the figures as Markdown: means over the seeds of the best rate, with their spread."""
+    """Return the figures as Markdown: means over the seeds of the best rate, with their standard errors."""
     rows = [
         "| side | rates tried | best | seeds | validation | test loss | exact match | tokens/s | peak resident MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in CONTENDERS:
-        mine = [line for line in lines if line["contender"] == name and "failed" not in line]
-        if not mine:
+    succeeded = [line for line in lines if "failed" not in line]
+    rate_steps, steps = (choose(line["steps"] for line in succeeded) for choose in (min, max)) if succeeded else (0, 0)
+    for name, contender in CONTENDERS.items():
+        best = best_rate(succeeded, name, rate_steps)
+        chosen = [line for line in succeeded if _key(line) == (name, best, steps)]
+        if not chosen:
             continue
-        first = min(line["seed"] for line in mine)
-        best = best_rate(mine, name, first)
-        chosen = [line for line in mine if line["rate"] == best]
-        rates = sorted({line["rate"] for line in mine if line["seed"] == first})
+        tried = {line["rate"] for line in lines if _key(line)[::2] == (contender.rate_of or name, rate_steps)}
         speeds = [line["tokens_per_second"] for line in chosen if not is_disturbed(line)]
         cells = [
             name,
-            ", ".join(f"{rate:g}" for rate in rates),
+            ", ".join(f"{rate:g}" for rate in sorted(tried)),
             f"{best:g}",
             str(len(chosen)),
             _spread([line["validation_loss"] for line in chosen]),
@@ -208,6 +232,10 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _key(line: dict[str, Any]) -> tuple[str, float, int]:
+    return line["contender"], line["rate"], line["steps"]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -248,6 +276,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rate-steps", type=int, help="of the runs that choose a rate; by default a third of --steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=50)
@@ -258,35 +287,37 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=64, help="of GaLore's subspace in pre-training")
-    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.table:
         print(table(read_lines(asked.output)))
         return
     prepare(asked)
     if asked.job:
-        name, rate, seed = asked.job
+        name, rate, seed, steps = asked.job
         try:
-            result = carry_out(Job(name, float(rate), int(seed)), asked)
+            result = carry_out(Job(name, float(rate), int(seed), int(steps)), asked)
         except Exception as error:
             result = {"failed": reason(error)}
         (asked.folder / asked.task / "result.json").write_text(json.dumps(result), encoding="utf-8")
         return
     names = asked.contenders or [n for n in CONTENDERS if not (TASKS[asked.task].pretrains and n.startswith("lora"))]
+    rate_steps = asked.rate_steps or max(1, asked.steps // 3)
+    design = Design(asked.task, tuple(names), tuple(asked.seeds), asked.steps, rate_steps)
     end = time.monotonic() + 60 * asked.minutes
     while time.monotonic() < end:
-        job = next_job(read_lines(asked.output), names, asked.task, asked.seeds)
+        job = next_job(read_lines(asked.output), design)
         if job is None:
             print(table(read_lines(asked.output)))
             return
         result = asked.folder / asked.task / "result.json"
         result.unlink(missing_ok=True)
-        words, begun = ["--job", job.contender, str(job.rate), str(job.seed)], cpu_times()
+        words, begun = ["--job", job.contender, *map(str, (job.rate, job.seed, job.steps))], cpu_times()
         subprocess.run([sys.executable, __file__, *sys.argv[1:], *words], check=False)
         if not result.exists():
             raise SystemExit(f"{job.name} was ended; the same command goes on from its last checkpoint.")
         line = {
-            **{"contender": job.contender, "rate": job.rate, "seed": job.seed, "steps": asked.steps},
+            **{"contender": job.contender, "rate": job.rate, "seed": job.seed, "steps": job.steps},
             **json.loads(result.read_text(encoding="utf-8")),
             **quietness(begun),
             **provenance(),

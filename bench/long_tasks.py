@@ -38,7 +38,7 @@ class Task:
 
     write: Callable[[Path], None]
     ending: str = ".jsonl"
-    length: int = 64
+    length: int = 48
     exact: bool = False
     pretrains: bool = False
 
