@@ -61,6 +61,7 @@ CONTENDERS: dict[str, Contender] = {
     "galore": Contender("ours-galore", _GALORE, (_KEPT,)),
     "galore-int8": Contender("ours-galore-int8", {}, (_KEPT,), rate_of="galore"),
     "fira": Contender("ours-galore", _FIRA, (_KEPT, "optimizer.galore.residual=fira")),
+    "galore-muon": Contender("ours-galore", _GALORE, (_KEPT, "optimizer.galore.rule=muon")),
     "lora-16": Contender("lora-16", {"answers": (5e-4, 1e-3, 2e-3)}),
     "lora-64": Contender("lora-64", {"answers": (5e-4, 1e-3, 2e-3)}),
 }
