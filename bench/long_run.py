@@ -54,8 +54,8 @@ class Contender:
 
 
 _ADAMW = {"answers": (1e-4, 2e-4, 4e-4), "text": (5e-4, 1e-3, 2e-3)}
-_GALORE = {"answers": (8e-4, 1.6e-3, 3.2e-3), "text": (5e-3, 1e-2, 2e-2)}
-_FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": (5e-3, 1e-2, 2e-2)}
+_GALORE = {"answers": (8e-4, 1.6e-3, 3.2e-3), "text": (1e-2, 2e-2, 4e-2)}
+_FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": (1e-2, 2e-2, 4e-2)}
 CONTENDERS: dict[str, Contender] = {
     "adamw": Contender("ours-adamw", _ADAMW, (_KEPT,)),
     "galore": Contender("ours-galore", _GALORE, (_KEPT,)),
