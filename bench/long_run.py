@@ -55,15 +55,15 @@ class Contender:
 
 _ADAMW = {"answers": (1e-4, 2e-4, 4e-4), "text": (5e-4, 1e-3, 2e-3)}
 _GALORE = {"answers": (8e-4, 1.6e-3, 3.2e-3), "text": (1e-2, 2e-2, 4e-2)}
-_FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": (1e-2, 2e-2, 4e-2)}
+_FIRA = {"answers": (4e-4, 8e-4, 1.6e-3), "text": _GALORE["text"]}
 CONTENDERS: dict[str, Contender] = {
     "adamw": Contender("ours-adamw", _ADAMW, (_KEPT,)),
     "galore": Contender("ours-galore", _GALORE, (_KEPT,)),
     "galore-int8": Contender("ours-galore-int8", {}, (_KEPT,), rate_of="galore"),
     "fira": Contender("ours-galore", _FIRA, (_KEPT, "optimizer.galore.residual=fira")),
     "galore-muon": Contender("ours-galore", _GALORE, (_KEPT, "optimizer.galore.rule=muon")),
-    "lora-16": Contender("lora-16", {"answers": (5e-4, 1e-3, 2e-3)}),
-    "lora-64": Contender("lora-64", {"answers": (5e-4, 1e-3, 2e-3)}),
+    "lora-16": Contender("lora-16", {"answers": SIDES["lora-16"].rates}),
+    "lora-64": Contender("lora-64", {"answers": SIDES["lora-64"].rates}),
 }
 
 
