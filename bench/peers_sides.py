@@ -69,8 +69,9 @@ class Side:
         return TrainerOptions(self.optim, self.optim_args, self.targets, self.compiles, adapter)
 
 
-# So many that the process stays below 0.6 of the Trainer's memory in the default work: with fp32 and with int8 weights.
-SOME_LAYERS, SOME_LAYERS_INT8 = 8, 24
+# So many that the process stays below 0.6 of the Trainer's memory in the default work: with fp32 weights, with an 8-bit
+# state beside them, and with int8 weights.
+SOME_LAYERS, SOME_LAYERS_STATE, SOME_LAYERS_INT8 = 8, 20, 24
 _KEPT = "training.gradient_checkpointing=false"
 _ADAMW, _GALORE = "optimizer.type=adamw", "optimizer.type=galore"
 _INT8 = (_GALORE, "quantization.load_in_8bit=true", "optimizer.state_bits=8")
@@ -119,6 +120,14 @@ SIDES: dict[str, Side] = {
         f"ours, GaLore, graphs of {SOME_LAYERS} of 30 layers kept",
         (1.6e-3,),
         settings=(_GALORE, f"engine.keep_layers={SOME_LAYERS}"),
+    ),
+    "ours-galore-state8-some-kept": Side(
+        f"ours, GaLore, 8-bit state, graphs of {SOME_LAYERS_STATE} of 30 layers kept, logits in smaller chunks",
+        (1.6e-3,),
+        settings=(
+            *(_GALORE, "optimizer.state_bits=8"),
+            *(f"engine.keep_layers={SOME_LAYERS_STATE}", "memory.logits_chunk_mib=16"),
+        ),
     ),
     "ours-galore-bf16": Side("ours, GaLore, bf16 weights", (1.6e-3,), settings=(_GALORE, "model.store=bf16")),
     "ours-galore-int8": Side("ours, GaLore, int8 weights, 8-bit state", (1.6e-3,), settings=_INT8),
